@@ -1,0 +1,205 @@
+"""The guided-diffusion U-Net (Dhariwal and Nichol 2021, arXiv 2105.05233) in one module, for 1D, 2D and 3D images."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from companion.networks.blocks import (
+    AttentionBlock,
+    Downsample,
+    GroupNorm32,
+    ResBlock,
+    Stage,
+    Upsample,
+    conv,
+    pixel_shuffle,
+    pixel_unshuffle,
+    timestep_embedding,
+    zero,
+)
+
+# Channel multipliers of the published configurations, by image size. A fraction narrows the first, largest levels.
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    320: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    192: (1, 1, 2, 2, 2, 4),
+    160: (1, 1, 2, 2, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    40: (1, 2, 2, 4),
+    32: (1, 2, 2, 4),
+}
+
+
+def default_channel_mult(image_size: int) -> tuple[float, ...]:
+    """Returns the channel multipliers, finest level first, that the published models use for `image_size`."""
+    if image_size not in CHANNEL_MULT:
+        raise ValueError(
+            f"no published channel_mult for image size {image_size}, only for {sorted(CHANNEL_MULT)}; "
+            "pass channel_mult yourself, e.g. (1, 2, 2)"
+        )
+    return CHANNEL_MULT[image_size]
+
+
+class UNet(nn.Module):
+    """U-Net that maps noisy images and times to images: (batch, in_channels, *space) -> (batch, out_channels, *space).
+
+    Any image size works that is a multiple of `total_stride` = patch * 2^(levels - 1) along every axis.
+
+    in_channels: channels of x plus those of `cond`.
+    model_channels: width; level l has int(channel_mult[l] * model_channels) channels, a multiple of 32.
+    num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+    attention_resolutions: strides (1, 2, 4, ... in units of the stem's output) whose blocks are followed by attention;
+        the bottom always has attention.
+    conv_resample: learned convolutions when resampling. resblock_updown: resample inside residual blocks instead.
+    num_classes: number of class labels y, if the network takes them.
+    num_heads, num_head_channels: heads, or (if not -1) channels per head; num_heads_upsample: heads of the decoder (-1: same).
+    use_scale_shift_norm: the time embedding scales and shifts norms instead of being added.
+    use_new_attention_order: order of q, k, v and heads inside the weights (see AttentionBlock).
+    use_checkpoint: recompute blocks in the backward pass; saves memory, same numbers.
+    patch: side of the pixel-unshuffle stem, which trades fine levels for channels at no loss (1: none).
+    halve_depth: in 3D, resample all three axes; False keeps the first axis as the published code does.
+    entry_width: the first residual block of each encoder level takes this many times the channels, for subclasses
+        that concatenate features there.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (),
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        dropout: float = 0.0,
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        patch: int = 1,
+        halve_depth: bool = True,
+        entry_width: int = 1,
+    ):
+        super().__init__()
+        if dims not in (1, 2, 3):
+            raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
+        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
+        self.dims, self.patch, self.num_classes, self.use_checkpoint = dims, patch, num_classes, use_checkpoint
+        self.widths = [int(mult * model_channels) for mult in channel_mult]
+        self.stride = (2,) * dims if halve_depth or dims < 3 else (1, 2, 2)
+        self.total_stride = tuple(patch * s ** (len(self.widths) - 1) for s in self.stride)
+        emb = 4 * model_channels
+
+        def res_block(in_width: int, width: int, resample: nn.Module | None = None) -> ResBlock:
+            return ResBlock(in_width, emb, width, dims, dropout, use_scale_shift_norm, resample)
+
+        def attention(width: int, heads: int = num_heads) -> AttentionBlock:
+            return AttentionBlock(width, heads, num_head_channels, use_new_attention_order)
+
+        def resampler(kind: type, width: int) -> nn.Module:
+            if resblock_updown:
+                return res_block(width, width, kind(width, dims, self.stride, learned=False))
+            return kind(width, dims, self.stride, learned=conv_resample)
+
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb)
+
+        width = self.widths[0]
+        self.input_blocks = nn.ModuleList([Stage(conv(dims, in_channels * patch**dims, width))])
+        self.level_entries = {}  # index in input_blocks of the first block of a level -> level
+        skips = [width]
+        for level, level_width in enumerate(self.widths):
+            self.level_entries[len(self.input_blocks)] = level
+            for i in range(num_res_blocks):
+                layers = [res_block(width * (entry_width if i == 0 else 1), level_width)]
+                width = level_width
+                if 2**level in attention_resolutions:
+                    layers.append(attention(width))
+                self.input_blocks.append(Stage(*layers))
+                skips.append(width)
+            if level < len(self.widths) - 1:
+                self.input_blocks.append(Stage(resampler(Downsample, width)))
+                skips.append(width)
+
+        self.middle_block = Stage(res_block(width, width), attention(width), res_block(width, width))
+
+        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.output_blocks = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(self.widths))):
+            for i in range(num_res_blocks + 1):
+                layers = [res_block(width + skips.pop(), level_width)]
+                width = level_width
+                if 2**level in attention_resolutions:
+                    layers.append(attention(width, heads))
+                if level and i == num_res_blocks:
+                    layers.append(resampler(Upsample, width))
+                self.output_blocks.append(Stage(*layers))
+
+        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), zero(conv(dims, width, out_channels * patch**dims)))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """Returns the network's output (batch, out_channels, *space) for images x (batch, channel, *space), times t (batch,).
+
+        cond (batch or 1, channel, *space) is concatenated to x on channels; y (batch,) are class labels.
+        Raises ValueError for shapes the network was not built for.
+        """
+        if cond is not None:
+            x = torch.cat([x, cond.to(x.dtype).expand(x.shape[0], *cond.shape[1:])], dim=1)
+        self.check(x, t)
+        return self.run(x, self.embed(t.expand(x.shape[0]), y))
+
+    def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Returns the embedding (batch, 4 * model_channels) of times t (batch,) and, if the network has classes, labels y."""
+        if (y is None) != (self.num_classes is None):
+            raise ValueError(
+                f"this network was built with num_classes={self.num_classes}; class labels y were "
+                f"{'not ' if y is None else ''}given"
+            )
+        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype))
+        return emb if y is None else emb + self.label_emb(y)
+
+    def run(self, x: Tensor, emb: Tensor, join: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+        """Returns the output for images x and embeddings emb; `join(level, h)` may change h where a level is entered."""
+        h = pixel_unshuffle(x, self.patch)
+        skips = []
+        for i, stage in enumerate(self.input_blocks):
+            if join is not None and i in self.level_entries:
+                h = join(self.level_entries[i], h)
+            h = self.call(stage, h, emb)
+            skips.append(h)
+        h = self.call(self.middle_block, h, emb)
+        for stage in self.output_blocks:
+            h = self.call(stage, torch.cat([h, skips.pop()], dim=1), emb)
+        return pixel_shuffle(self.out(h), self.patch)
+
+    def call(self, stage: nn.Module, *args):
+        """Returns stage(*args), recomputed in the backward pass instead of stored if the network uses checkpointing."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(stage, *args, use_reentrant=False)
+        return stage(*args)
+
+    def check(self, x: Tensor, t: Tensor) -> None:
+        """Raises ValueError unless images x, conditions included, and times t fit the network."""
+        space = x.shape[2:]
+        if len(space) != self.dims or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input (with cond) has shape {tuple(x.shape)}; expected (batch, {self.in_channels}, "
+                f"{', '.join('zyx'[-self.dims:])})"
+            )
+        if any(size % stride for size, stride in zip(space, self.total_stride, strict=True)):
+            raise ValueError(
+                f"image size {tuple(space)} is not a multiple of the network's total stride {self.total_stride}; "
+                "pad or crop the image, or build the network with fewer levels"
+            )
+        if t.ndim > 1 or t.numel() not in (1, x.shape[0]):
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time per image")
