@@ -1,0 +1,1 @@
+"""Physics: linear operators, and the MRI built from them."""

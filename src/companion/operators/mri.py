@@ -1,0 +1,374 @@
+"""Magnetic resonance imaging: Fourier transform, sampling masks, coil maps and the SENSE operator.
+
+Images are complex `(..., 1, *space)`, coil images and k-space `(..., coil, *space)`, space = (y, x) or (z, y, x).
+The Fourier transform is centred (zero frequency at index n // 2) and orthonormal. Lines are undersampled along
+the last axis, x: this is the phase encoding direction; y (and z) are fully sampled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .linear import LinearOperator, Shape, _broadcasts, _check, check_finite
+
+MASKS = ("equispaced", "random", "variable_density", "poisson_disc")
+
+
+def fft(x: Tensor, ndim: int = 2) -> Tensor:
+    """Centred orthonormal Fourier transform over the last `ndim` axes, right for odd and even sizes."""
+    dims = tuple(range(-ndim, 0))
+    return torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(x, dims), dim=dims, norm="ortho"), dims)
+
+
+def ifft(x: Tensor, ndim: int = 2) -> Tensor:
+    """Inverse of `fft`."""
+    dims = tuple(range(-ndim, 0))
+    return torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(x, dims), dim=dims, norm="ortho"), dims)
+
+
+class _Complex(LinearOperator):
+    domain_dtype = torch.complex64
+    range_dtype = torch.complex64
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fourier(_Complex):
+    """F: `(..., channel, *space)` to its k-space, `shape` = (channel, *space); unitary, so F^H F = 1."""
+
+    shape: Shape
+
+    domain_shape = property(lambda self: tuple(self.shape))
+    range_shape = property(lambda self: tuple(self.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fft(x, len(self.shape) - 1)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return ifft(y, len(self.shape) - 1)
+
+    def normal(self, x: Tensor) -> Tensor:
+        _check(self, x)
+        return x
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mask(_Complex):
+    """M: multiplies k-space `(..., channel, *space)`, `shape` = (channel, *space), by a real mask.
+
+    `mask` broadcasts to `(..., channel, *space)`: (x,), (y, x), or one per item, (batch, 1, y, x).
+    """
+
+    mask: Tensor
+    shape: Shape
+
+    def __post_init__(self):
+        object.__setattr__(self, "mask", _as_mask(self.mask, tuple(self.shape)))
+
+    domain_shape = property(lambda self: tuple(self.shape))
+    range_shape = property(lambda self: tuple(self.shape))
+    batch_shape = property(lambda self: tuple(self.mask.shape[: max(0, self.mask.ndim - len(self.shape))]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask * x
+
+    adjoint = forward
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Coils(_Complex):
+    """S: image `(..., 1, *space)` to coil images `(..., coil, *space)` by maps `(coil, *space)` or `(batch, coil, *space)`.
+
+    `ndim` is the number of space axes, 2 or 3.
+    """
+
+    maps: Tensor
+    ndim: int = 2
+
+    def __post_init__(self):
+        _check_maps(self.maps, self.ndim)
+
+    domain_shape = property(lambda self: (1, *self.maps.shape[-self.ndim :]))
+    range_shape = property(lambda self: tuple(self.maps.shape[-self.ndim - 1 :]))
+    batch_shape = property(lambda self: tuple(self.maps.shape[: -self.ndim - 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maps * x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return (self.maps.conj() * y).sum(-self.ndim - 1, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sense(_Complex):
+    """A = M F S; made by `sense(maps, mask)`.
+
+    Its `normal` is exact and cheap: S^H F^H M F S is a convolution per coil, so the centring shifts cancel and
+    only the axes along which the mask changes need a Fourier transform.
+    """
+
+    coils: Coils
+    mask: Mask
+
+    domain_shape = property(lambda self: self.coils.domain_shape)
+    range_shape = property(lambda self: self.coils.range_shape)
+    batch_shape = property(lambda self: tuple(torch.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask.forward(fft(self.coils.forward(x), self.coils.ndim))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.coils.adjoint(ifft(self.mask.adjoint(y), self.coils.ndim))
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, tuple[int, ...]]:
+        """|mask|^2 with the zero frequency first, one element long along constant axes, and the axes that change."""
+        power = self.mask.mask.square()
+        power = power.expand(*torch.broadcast_shapes(power.shape, (1,) * (self.coils.ndim + 1)))
+        axes = []
+        for axis in range(-self.coils.ndim, 0):
+            if torch.equal(power, power.narrow(axis, 0, 1).expand_as(power)):
+                power = power.narrow(axis, 0, 1)
+            else:
+                axes.append(axis)
+        return torch.fft.ifftshift(power, axes) if axes else power, tuple(axes)
+
+    def normal(self, x: Tensor) -> Tensor:
+        _check(self, x)
+        power, axes = self._spectrum
+        z = self.coils.forward(x)
+        z = torch.fft.ifftn(power * torch.fft.fftn(z, dim=axes), dim=axes) if axes else power * z
+        return self.coils.adjoint(z)
+
+
+def sense(maps: Tensor, mask: Tensor | CartesianMask, ndim: int = 2) -> Sense:
+    """The SENSE operator A = M F S from images `(..., 1, *space)` to masked k-space `(..., coil, *space)`.
+
+    maps: `(coil, *space)`, or `(batch, coil, *space)` with maps for each item; any number of coils.
+    mask: broadcastable to `(*space)`, or `(batch, 1, *space)`; zeros and ones, or real weights.
+    ndim: space axes, 2 or 3. Raises ValueError when maps and mask do not fit. Pruessmann et al. 1999.
+    """
+    coils = Coils(maps, ndim)
+    mask = mask.mask if isinstance(mask, CartesianMask) else mask
+    return Sense(coils, Mask(mask.to(maps.device), coils.range_shape))
+
+
+@dataclass(frozen=True, eq=False)
+class CartesianMask:
+    """A sampling mask of zeros and ones with what it exactly does.
+
+    `acceleration` is all samples / samples taken, `nominal` what was asked for; `lines` is the number of sampled
+    positions along the undersampled axes, `acs` the width of the fully sampled centre.
+    """
+
+    mask: Tensor = field(repr=False)
+    acceleration: float
+    nominal: float
+    lines: int
+    acs: int
+    kind: str
+    seed: int
+
+
+def cartesian_mask(
+    shape: int | Shape,
+    acceleration: float,
+    kind: str = "equispaced",
+    acs: int | Shape = 0,
+    seed: int = 0,
+) -> CartesianMask:
+    """A mask of `shape`: (x,) or an int, (y, x), (z, y, x); undersampled along the last axis, x.
+
+    equispaced: lines 0, R, 2R, ... (floor(k R) for a fractional R). random: width // R lines, uniform without
+    replacement. variable_density: as many lines, drawn with a probability that falls as (1 - |k| / k_max)^2 (Lustig
+    et al. 2007). To these, `acs` centre lines (from width // 2 - acs // 2) are added, so the exact acceleration is
+    lower than R: it is in `.acceleration`.
+    poisson_disc: undersampled along the last *two* axes, variable density (sigpy), with a disc of no samples around
+    each; the ACS square counts towards R, which is reached within 0.1 or 5 %, and the corners stay empty.
+    The same arguments give the same mask; no global random state is read or changed.
+    Raises ValueError for an unknown kind, R < 1, an ACS wider than the mask, or a Poisson disc that cannot be reached.
+    """
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if kind not in MASKS:
+        raise ValueError(f"mask kind {kind!r} is unknown; use one of {', '.join(MASKS)}")
+    if not shape or min(shape) < 1 or not 1 <= acceleration <= shape[-1]:
+        raise ValueError(f"mask of shape {shape} at acceleration {acceleration}: need 1 <= acceleration <= width")
+    if not 0 <= acs <= shape[-1]:
+        raise ValueError(f"{acs} ACS lines do not fit into a width of {shape[-1]}")
+    if kind == "poisson_disc":
+        pattern = _poisson_disc(shape, acceleration, acs, seed)
+        lines = int(pattern.sum())
+        exact = pattern.size / lines
+    else:
+        pattern = _lines(shape[-1], acceleration, kind, np.random.default_rng(seed))
+        start = shape[-1] // 2 - acs // 2
+        pattern[start : start + acs] = 1
+        lines = int(pattern.sum())
+        exact = shape[-1] / lines
+    mask = torch.from_numpy(np.broadcast_to(pattern, shape).copy())
+    return CartesianMask(mask, exact, float(acceleration), lines, acs, kind, seed)
+
+
+def _lines(width: int, acceleration: float, kind: str, rng: np.random.Generator) -> np.ndarray:
+    pattern = np.zeros(width, dtype=np.float32)
+    if kind == "equispaced":
+        chosen = np.arange(0, width, acceleration).astype(int)
+    else:
+        count = max(1, int(width // acceleration))
+        density = np.ones(width)
+        if kind == "variable_density":
+            distance = np.abs(np.arange(width) - width // 2) / (width // 2 + 1)
+            density = (1 - distance) ** 2
+        chosen = rng.choice(width, count, replace=False, p=density / density.sum())
+    pattern[chosen] = 1
+    return pattern
+
+
+def _poisson_disc(shape: Shape, acceleration: float, acs: int, seed: int) -> np.ndarray:
+    from sigpy.mri import poisson  # compiles with numba at the first call, a few seconds
+
+    if len(shape) < 2:
+        raise ValueError(f"a Poisson disc needs two axes to undersample, got shape {shape}; use kind='random'")
+    if acs > min(shape[-2:]):
+        raise ValueError(f"an ACS of {acs} x {acs} does not fit into {shape[-2:]}")
+    if acceleration == 1:
+        return np.ones(shape[-2:], dtype=np.float32)
+    try:
+        tolerance = max(0.1, 0.05 * acceleration)
+        mask = poisson(shape[-2:], acceleration, calib=(acs, acs), dtype=np.float32, seed=seed, tol=tolerance)
+    except ValueError as error:
+        raise ValueError(
+            f"no Poisson disc of shape {shape[-2:]} with acceleration {acceleration} and ACS {acs}; the corners stay "
+            "empty, so use an acceleration of 1.5 or more, or a smaller ACS"
+        ) from error
+    return mask
+
+
+def birdcage_maps(shape: Shape, coils: int = 8) -> Tensor:
+    """Simulated coil maps `(coil, *shape)`, complex64, unit sum of squares at every pixel; shape (y, x) or (z, y, x)."""
+    from sigpy.mri import birdcage_maps as birdcage
+
+    if len(shape) not in (2, 3) or min(*shape, coils) < 1:
+        raise ValueError(f"birdcage maps need a shape (y, x) or (z, y, x) and at least one coil, got {shape}, {coils}")
+    maps = birdcage((coils, *shape), nzz=min(coils, 8))
+    maps = maps / np.sqrt(np.sum(np.abs(maps) ** 2, axis=0))
+    return torch.from_numpy(maps.astype(np.complex64))
+
+
+def estimate_maps(
+    kspace: Tensor, acs: int, ndim: int = 2, kernel: int | None = None, crop: float = 0.8, threshold: float = 0.02
+) -> Tensor:
+    """Coil maps, shaped like kspace, `(..., coil, *space)`, from the fully sampled centre (`acs` wide) by ESPIRiT.
+
+    Only the central acs^ndim samples are read, so what else is measured does not matter. Unit sum of squares where
+    there is signal, zero where the ESPIRiT eigenvalue stays below `crop`; the phase is relative to the first coil,
+    so the image carries that coil's phase. kernel: width in samples, by default 6 or what a small ACS allows.
+    Raises ValueError when the centre is not fully sampled or too small. Uecker et al. 2014, through sigpy.
+    """
+    from sigpy.mri.app import EspiritCalib
+
+    space = kspace.shape[-ndim:]
+    kernel = min(6, max(2, acs // 2 + 1)) if kernel is None else kernel
+    if kspace.ndim < ndim + 1 or not kspace.is_complex():
+        raise ValueError(f"kspace must be complex (..., coil, *space), got {tuple(kspace.shape)} {kspace.dtype}")
+    if not kernel <= acs <= min(space):
+        raise ValueError(
+            f"an ACS of {acs} does not suit kernel {kernel} and shape {tuple(space)}: need kernel <= acs <= the smallest "
+            "axis; sample more centre lines or use birdcage_maps"
+        )
+    check_finite(kspace, "kspace")
+    centre = centre_crop(kspace, (acs,) * ndim)
+    energy = centre.abs().square().sum(-ndim - 1)
+    if (energy == 0).any():
+        raise ValueError(f"the central {acs} samples are not all measured; give the acs of the mask")
+    flat = kspace.detach().cpu().to(torch.complex64).reshape(-1, *kspace.shape[-ndim - 1 :]).numpy()
+    maps = []
+    for item in flat:
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0 where there is no signal
+            one = EspiritCalib(
+                item, calib_width=acs, kernel_width=kernel, thresh=threshold, crop=crop, show_pbar=False
+            ).run()
+        maps.append(np.nan_to_num(one))
+    return torch.from_numpy(np.stack(maps)).to(torch.complex64).reshape(kspace.shape).to(kspace.device)
+
+
+def compress_coils(kspace: Tensor, coils: int, ndim: int = 2) -> tuple[Tensor, Tensor]:
+    """k-space `(..., virtual coil, *space)` of the strongest virtual coils, and the matrix (virtual coil, coil).
+
+    One matrix with orthonormal rows (the leading singular vectors) for all items given; apply it to oracle maps
+    too: `torch.einsum("vc,...cyx->...vyx", matrix, maps)`. Buehrer et al. 2007, Huang et al. 2008.
+    """
+    present = kspace.shape[-ndim - 1]
+    if not 1 <= coils <= present:
+        raise ValueError(f"cannot compress {present} coils to {coils}; use 1 to {present}")
+    check_finite(kspace, "kspace")
+    data = kspace.movedim(-ndim - 1, 0).flatten(1)  # (coil, samples)
+    covariance = (data.to(torch.complex128) @ data.to(torch.complex128).mH).detach()
+    _, vectors = torch.linalg.eigh(covariance)  # ascending
+    matrix = vectors.flip(-1)[:, :coils].mH.to(kspace.dtype)
+    return (matrix @ data).unflatten(1, kspace.movedim(-ndim - 1, 0).shape[1:]).movedim(0, -ndim - 1), matrix
+
+
+def normalise(x: Tensor, dim: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """x / scale and scale = max |x|: the largest magnitude becomes 1 and the phase stays.
+
+    dim: axes to take the maximum over (kept with length 1 in `scale`); by default all, one scale for the volume,
+    as a tensor without axes. An image of zeros has scale 1. Dividing by the *complex* maximum, the value with the
+    largest real part, would turn the phase and may leave magnitudes above 1.
+    """
+    check_finite(x, "image")
+    scale = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return x / scale, scale
+
+
+def centre_crop(x: Tensor, shape: Shape) -> Tensor:
+    """The central `shape` of the last axes of x, from n // 2 - m // 2, so that the centre sample stays the centre."""
+    for axis, m in zip(range(-len(shape), 0), shape, strict=True):
+        n = x.shape[axis]
+        if m > n:
+            raise ValueError(f"cannot crop {tuple(x.shape[-len(shape) :])} to the larger {tuple(shape)}")
+        x = x.narrow(axis, n // 2 - m // 2, m)
+    return x
+
+
+def crop_kspace(kspace: Tensor, shape: Shape) -> Tensor:
+    """k-space of the field of view cropped to `shape` in image space, `(..., *space)` to `(..., *shape)`.
+
+    This removes readout oversampling; the resolution stays. Only for axes that are fully sampled.
+    """
+    return fft(centre_crop(ifft(kspace, len(shape)), shape), len(shape))
+
+
+def _as_mask(mask: Tensor, shape: Shape) -> Tensor:
+    if mask.is_complex():
+        raise TypeError("a mask is real: zeros and ones, or weights")
+    mask = mask if mask.is_floating_point() else mask.to(torch.float32)
+    space = shape[1:]
+    if mask.ndim == 0 or (mask.shape[-1] not in (1, space[-1])):
+        columns = mask.shape[-1] if mask.ndim else 0
+        raise ValueError(
+            f"mask has {columns} columns but the maps have {space[-1]}; crop the maps or build the mask with "
+            f"cartesian_mask({space[-1]}, ...)"
+        )
+    _broadcasts(mask, shape, "mask values")
+    return check_finite(mask, "mask")
+
+
+def _check_maps(maps: Tensor, ndim: int) -> None:
+    if ndim not in (2, 3):
+        raise ValueError(f"ndim is the number of space axes, 2 or 3; got {ndim}")
+    if maps.ndim < ndim + 1:
+        raise ValueError(
+            f"maps have shape {tuple(maps.shape)}; expected (coil, *space) or (batch, coil, *space) with {ndim} space "
+            "axes; add a coil axis with maps[None], or give ndim"
+        )
+    if not maps.is_complex():
+        raise TypeError(f"coil maps are complex, got {maps.dtype}; use maps.to(torch.complex64)")
+    check_finite(maps, "coil maps")
