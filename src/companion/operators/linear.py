@@ -2,11 +2,11 @@
 
 An operator maps `(..., *domain_shape)` to `(..., *range_shape)`; all axes in front are batch axes. Complex
 stays complex. Operators are frozen dataclasses, so an operator never changes after it is built, and they are
-made of differentiable torch operations, so autograd flows through them (for a complex operator the gradient of
-|A x - y|^2 / 2 is A^H (A x - y)).
+made of differentiable torch operations, so autograd flows through them (for a complex operator the gradient
+of |A x - y|^2 / 2 is A^H (A x - y)).
 
-A new operator is a frozen dataclass (`@dataclass(frozen=True, eq=False, repr=False)`) with `domain_shape`, `range_shape`,
-`domain_dtype`, `range_dtype`, `forward` and `adjoint`; test it with `adjoint_error`.
+A new operator is a frozen dataclass (`@dataclass(frozen=True, eq=False, repr=False)`) with `domain_shape`,
+`range_shape`, `domain_dtype`, `range_dtype`, `forward` and `adjoint`; test it with `adjoint_error`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Shape = tuple[int, ...]
 class LinearOperator:
     """A linear map from `(..., *domain_shape)` to `(..., *range_shape)`.
 
-    `domain_dtype` and `range_dtype` say real or complex; the precision follows the input. `batch_shape` is not
-    empty when the operator itself differs between batch items (coil maps of several slices, for example).
+    `domain_dtype` and `range_dtype` say real or complex; the precision follows the input. `batch_shape` is
+    not empty when the operator itself differs between batch items (coil maps of several slices, for example).
     """
 
     domain_shape: Shape
@@ -70,7 +70,8 @@ class LinearOperator:
             )
         if self.domain_dtype.is_complex != other.range_dtype.is_complex:
             raise TypeError(
-                f"cannot compose: {_name(self)} takes {self.domain_dtype} but {_name(other)} gives {other.range_dtype}"
+                f"cannot compose: {_name(self)} takes {self.domain_dtype} but {_name(other)} gives "
+                f"{other.range_dtype}"
             )
         if isinstance(other, Identity):
             return self
@@ -87,11 +88,13 @@ class LinearOperator:
         ours, theirs = (self.domain_shape, self.range_shape), (other.domain_shape, other.range_shape)
         if ours != theirs:
             raise ValueError(
-                f"cannot add: {_name(self)} maps {ours[0]} to {ours[1]} but {_name(other)} maps {theirs[0]} to "
-                f"{theirs[1]}"
+                f"cannot add: {_name(self)} maps {ours[0]} to {ours[1]} but {_name(other)} maps "
+                f"{theirs[0]} to {theirs[1]}"
             )
         if self.domain_dtype.is_complex != other.domain_dtype.is_complex:
-            raise TypeError(f"cannot add: {_name(self)} takes {self.domain_dtype}, {_name(other)} {other.domain_dtype}")
+            raise TypeError(
+                f"cannot add: {_name(self)} takes {self.domain_dtype}, {_name(other)} {other.domain_dtype}"
+            )
         if isinstance(other, Zero):
             return self
         return other if isinstance(self, Zero) else Sum(self, other)
@@ -101,7 +104,9 @@ class LinearOperator:
         if not isinstance(scalar, Number | Tensor):
             return NotImplemented
         if isinstance(scalar, Tensor) and scalar.numel() != 1:
-            raise ValueError(f"a scalar has one element, got shape {tuple(scalar.shape)}; use Diagonal for weights")
+            raise ValueError(
+                f"a scalar has one element, got shape {tuple(scalar.shape)}; use Diagonal for weights"
+            )
         if isinstance(scalar, Tensor):
             scalar = scalar.reshape(())
         is_complex = scalar.is_complex() if isinstance(scalar, Tensor) else isinstance(scalar, complex)
@@ -111,7 +116,9 @@ class LinearOperator:
             return Zero(self.domain_shape, self.range_shape, self.domain_dtype, self.range_dtype)
         if isinstance(self, Zero) or (isinstance(scalar, Number) and scalar == 1):
             return self
-        return Scaled(self.scalar * scalar, self.operator) if isinstance(self, Scaled) else Scaled(scalar, self)
+        return (
+            Scaled(self.scalar * scalar, self.operator) if isinstance(self, Scaled) else Scaled(scalar, self)
+        )
 
     __rmul__ = __mul__
 
@@ -283,13 +290,17 @@ class Diagonal(LinearOperator):
         dtype = self.weights.dtype if self.domain_dtype is None else self.domain_dtype
         object.__setattr__(self, "domain_dtype", dtype)
         if self.weights.is_complex() and not dtype.is_complex:
-            raise TypeError(f"complex weights on {dtype} data; use domain_dtype=torch.complex64 or real weights")
+            raise TypeError(
+                f"complex weights on {dtype} data; use domain_dtype=torch.complex64 or real weights"
+            )
         check_finite(self.weights, "weights")
         _broadcasts(self.weights, self.domain_shape, "weights")
 
     range_shape = property(lambda self: self.domain_shape)
     range_dtype = property(lambda self: self.domain_dtype)
-    batch_shape = property(lambda self: tuple(self.weights.shape[: max(0, self.weights.ndim - len(self.domain_shape))]))
+    batch_shape = property(
+        lambda self: tuple(self.weights.shape[: max(0, self.weights.ndim - len(self.domain_shape))])
+    )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weights * x
@@ -304,7 +315,8 @@ class Diagonal(LinearOperator):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stack(LinearOperator):
-    """Operators over the same domain, their ranges concatenated along the first range axis (the coil axis)."""
+    """Operators over the same domain, their ranges concatenated along the first range axis (the coil
+    axis)."""
 
     operators: tuple[LinearOperator, ...]
 
@@ -317,8 +329,8 @@ class Stack(LinearOperator):
             if other.domain_shape != first.domain_shape or other.range_shape[1:] != first.range_shape[1:]:
                 raise ValueError(
                     f"cannot stack: {_name(first)} maps {first.domain_shape} to {first.range_shape} but "
-                    f"{_name(other)} maps {other.domain_shape} to {other.range_shape}; domains must agree, and "
-                    "ranges in all axes but the first"
+                    f"{_name(other)} maps {other.domain_shape} to {other.range_shape}; domains must agree, "
+                    "and ranges in all axes but the first"
                 )
 
     domain_shape = property(lambda self: self.operators[0].domain_shape)
@@ -342,7 +354,8 @@ class Stack(LinearOperator):
 
 
 def adjoint_error(A: LinearOperator, seed: int = 0, batch: int = 2, device="cpu") -> float:
-    """|<A x, y> - <x, A^H y>| / (|A x| |y|) for random x and y: about 1e-7 for a right adjoint in single precision.
+    """|<A x, y> - <x, A^H y>| / (|A x| |y|) for random x and y: about 1e-7 for a right adjoint in single
+    precision.
 
     Raises ValueError when A or A^H returns another shape or kind of number than it states.
     """
@@ -378,8 +391,8 @@ def conjugate_gradient(
     """x with normal(x) = b, for a Hermitian positive (semi)definite `normal`; same shape as b.
 
     Each batch item has step sizes of its own and stops for itself once |b - normal(x)| <= tol |b|, so an item
-    gives the same answer alone and in a batch; a zero right-hand side gives zero. The last `item_ndim` axes make
-    an item: by default the domain axes of an operator, else all axes but the first.
+    gives the same answer alone and in a batch; a zero right-hand side gives zero. The last `item_ndim` axes
+    make an item: by default the domain axes of an operator, else all axes but the first.
 
     Raises ValueError for NaN or infinite b, and when `normal` turns out not to be positive or overflows.
     Hestenes and Stiefel 1952; unrolled, so gradients flow into b, x0 and the parameters of `normal`.
@@ -406,7 +419,9 @@ def conjugate_gradient(
         q = normal(p)
         curvature = dot(p, q)
         if step == 0 and (curvature < -1e-5 * rr).any():
-            raise ValueError("conjugate gradients need a positive operator, but <p, normal(p)> is negative; use A.normal")
+            raise ValueError(
+                "conjugate gradients need a positive operator, but <p, normal(p)> is negative; use A.normal"
+            )
         active = active & (curvature > smallest)
         alpha = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
         x = x + alpha * p
@@ -422,7 +437,9 @@ def check_finite(x: Tensor, name: str) -> Tensor:
     """x itself; ValueError when it holds NaN or infinite values."""
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).sum())
-        raise ValueError(f"{name}: {bad} of {math.prod(x.shape)} values are NaN or infinite; mask or repair them first")
+        raise ValueError(
+            f"{name}: {bad} of {math.prod(x.shape)} values are NaN or infinite; mask or repair them first"
+        )
     return x
 
 
@@ -441,8 +458,8 @@ def _check(A: LinearOperator, x: Tensor) -> None:
         fits = False
     if not fits:
         raise ValueError(
-            f"{_name(A)} differs between {A.batch_shape} batch items but got a batch of {tuple(lead)}; expand x to one "
-            "item each, or build the operator for a single item"
+            f"{_name(A)} differs between {A.batch_shape} batch items but got a batch of {tuple(lead)}; "
+            "expand x to one item each, or build the operator for a single item"
         )
 
 
@@ -454,7 +471,9 @@ def _broadcasts(tensor: Tensor, shape: Shape, name: str) -> None:
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(f"{name} of shape {tuple(tensor.shape)} do not broadcast to (..., {', '.join(map(str, shape))})")
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} do not broadcast to (..., {', '.join(map(str, shape))})"
+        )
 
 
 def _join(*operators: LinearOperator) -> Shape:

@@ -1,8 +1,8 @@
 """Magnetic resonance imaging: Fourier transform, sampling masks, coil maps and the SENSE operator.
 
-Images are complex `(..., 1, *space)`, coil images and k-space `(..., coil, *space)`, space = (y, x) or (z, y, x).
-The Fourier transform is centred (zero frequency at index n // 2) and orthonormal. Lines are undersampled along
-the last axis, x: this is the phase encoding direction; y (and z) are fully sampled.
+Images are complex `(..., 1, *space)`, coil images and k-space `(..., coil, *space)`, space = (y, x) or (z, y,
+x). The Fourier transform is centred (zero frequency at index n // 2) and orthonormal. Lines are undersampled
+along the last axis, x: this is the phase encoding direction; y (and z) are fully sampled.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Mask(_Complex):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Coils(_Complex):
-    """S: image `(..., 1, *space)` to coil images `(..., coil, *space)` by maps `(coil, *space)` or `(batch, coil, *space)`.
+    """S: image `(..., 1, *space)` to coil images `(..., coil, *space)` by maps `(coil, *space)` or `(batch,
+    coil, *space)`.
 
     `ndim` is the number of space axes, 2 or 3.
     """
@@ -108,8 +109,8 @@ class Coils(_Complex):
 class Sense(_Complex):
     """A = M F S; made by `sense(maps, mask)`.
 
-    Its `normal` is exact and cheap: S^H F^H M F S is a convolution per coil, so the centring shifts cancel and
-    only the axes along which the mask changes need a Fourier transform.
+    Its `normal` is exact and cheap: S^H F^H M F S is a convolution per coil, so the centring shifts cancel
+    and only the axes along which the mask changes need a Fourier transform.
     """
 
     coils: Coils
@@ -117,7 +118,9 @@ class Sense(_Complex):
 
     domain_shape = property(lambda self: self.coils.domain_shape)
     range_shape = property(lambda self: self.coils.range_shape)
-    batch_shape = property(lambda self: tuple(torch.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape)))
+    batch_shape = property(
+        lambda self: tuple(torch.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape))
+    )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mask.forward(fft(self.coils.forward(x), self.coils.ndim))
@@ -127,7 +130,8 @@ class Sense(_Complex):
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, tuple[int, ...]]:
-        """|mask|^2 with the zero frequency first, one element long along constant axes, and the axes that change."""
+        """|mask|^2 with the zero frequency first, one element long along constant axes, and the axes that
+        change."""
         power = self.mask.mask.square()
         power = power.expand(*torch.broadcast_shapes(power.shape, (1,) * (self.coils.ndim + 1)))
         axes = []
@@ -162,8 +166,8 @@ def sense(maps: Tensor, mask: Tensor | CartesianMask, ndim: int = 2) -> Sense:
 class CartesianMask:
     """A sampling mask of zeros and ones with what it exactly does.
 
-    `acceleration` is all samples / samples taken, `nominal` what was asked for; `lines` is the number of sampled
-    positions along the undersampled axes, `acs` the width of the fully sampled centre.
+    `acceleration` is all samples / samples taken, `nominal` what was asked for; `lines` is the number of
+    sampled positions along the undersampled axes, `acs` the width of the fully sampled centre.
     """
 
     mask: Tensor = field(repr=False)
@@ -185,19 +189,21 @@ def cartesian_mask(
     """A mask of `shape`: (x,) or an int, (y, x), (z, y, x); undersampled along the last axis, x.
 
     equispaced: lines 0, R, 2R, ... (floor(k R) for a fractional R). random: width // R lines, uniform without
-    replacement. variable_density: as many lines, drawn with a probability that falls as (1 - |k| / k_max)^2 (Lustig
-    et al. 2007). To these, `acs` centre lines (from width // 2 - acs // 2) are added, so the exact acceleration is
-    lower than R: it is in `.acceleration`.
-    poisson_disc: undersampled along the last *two* axes, variable density (sigpy), with a disc of no samples around
-    each; the ACS square counts towards R, which is reached within 0.1 or 5 %, and the corners stay empty.
-    The same arguments give the same mask; no global random state is read or changed.
-    Raises ValueError for an unknown kind, R < 1, an ACS wider than the mask, or a Poisson disc that cannot be reached.
+    replacement. variable_density: as many lines, drawn with a probability that falls as (1 - |k| / k_max)^2
+    (Lustig et al. 2007). To these, `acs` centre lines (from width // 2 - acs // 2) are added, so the exact
+    acceleration is lower than R: it is in `.acceleration`. poisson_disc: undersampled along the last *two*
+    axes, variable density (sigpy), with a disc of no samples around each; the ACS square counts towards R,
+    which is reached within 0.1 or 5 %, and the corners stay empty. The same arguments give the same mask; no
+    global random state is read or changed. Raises ValueError for an unknown kind, R < 1, an ACS wider than
+    the mask, or a Poisson disc that cannot be reached.
     """
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if kind not in MASKS:
         raise ValueError(f"mask kind {kind!r} is unknown; use one of {', '.join(MASKS)}")
     if not shape or min(shape) < 1 or not 1 <= acceleration <= shape[-1]:
-        raise ValueError(f"mask of shape {shape} at acceleration {acceleration}: need 1 <= acceleration <= width")
+        raise ValueError(
+            f"mask of shape {shape} at acceleration {acceleration}: need 1 <= acceleration <= width"
+        )
     if not 0 <= acs <= shape[-1]:
         raise ValueError(f"{acs} ACS lines do not fit into a width of {shape[-1]}")
     if kind == "poisson_disc":
@@ -233,7 +239,9 @@ def _poisson_disc(shape: Shape, acceleration: float, acs: int, seed: int) -> np.
     from sigpy.mri import poisson  # compiles with numba at the first call, a few seconds
 
     if len(shape) < 2:
-        raise ValueError(f"a Poisson disc needs two axes to undersample, got shape {shape}; use kind='random'")
+        raise ValueError(
+            f"a Poisson disc needs two axes to undersample, got shape {shape}; use kind='random'"
+        )
     if acs > min(shape[-2:]):
         raise ValueError(f"an ACS of {acs} x {acs} does not fit into {shape[-2:]}")
     if acceleration == 1:
@@ -243,43 +251,55 @@ def _poisson_disc(shape: Shape, acceleration: float, acs: int, seed: int) -> np.
         mask = poisson(shape[-2:], acceleration, calib=(acs, acs), dtype=np.float32, seed=seed, tol=tolerance)
     except ValueError as error:
         raise ValueError(
-            f"no Poisson disc of shape {shape[-2:]} with acceleration {acceleration} and ACS {acs}; the corners stay "
-            "empty, so use an acceleration of 1.5 or more, or a smaller ACS"
+            f"no Poisson disc of shape {shape[-2:]} with acceleration {acceleration} and ACS {acs}; the corners "
+            "stay empty, so use an acceleration of 1.5 or more, or a smaller ACS"
         ) from error
     return mask
 
 
 def birdcage_maps(shape: Shape, coils: int = 8) -> Tensor:
-    """Simulated coil maps `(coil, *shape)`, complex64, unit sum of squares at every pixel; shape (y, x) or (z, y, x)."""
+    """Simulated coil maps `(coil, *shape)`, complex64, unit sum of squares at every pixel; shape (y, x) or
+    (z, y, x)."""
     from sigpy.mri import birdcage_maps as birdcage
 
     if len(shape) not in (2, 3) or min(*shape, coils) < 1:
-        raise ValueError(f"birdcage maps need a shape (y, x) or (z, y, x) and at least one coil, got {shape}, {coils}")
+        raise ValueError(
+            f"birdcage maps need a shape (y, x) or (z, y, x) and at least one coil, got {shape}, {coils}"
+        )
     maps = birdcage((coils, *shape), nzz=min(coils, 8))
     maps = maps / np.sqrt(np.sum(np.abs(maps) ** 2, axis=0))
     return torch.from_numpy(maps.astype(np.complex64))
 
 
 def estimate_maps(
-    kspace: Tensor, acs: int, ndim: int = 2, kernel: int | None = None, crop: float = 0.8, threshold: float = 0.02
+    kspace: Tensor,
+    acs: int,
+    ndim: int = 2,
+    kernel: int | None = None,
+    crop: float = 0.8,
+    threshold: float = 0.02,
 ) -> Tensor:
-    """Coil maps, shaped like kspace, `(..., coil, *space)`, from the fully sampled centre (`acs` wide) by ESPIRiT.
+    """Coil maps, shaped like kspace, `(..., coil, *space)`, from the fully sampled centre (`acs` wide) by
+    ESPIRiT.
 
-    Only the central acs^ndim samples are read, so what else is measured does not matter. Unit sum of squares where
-    there is signal, zero where the ESPIRiT eigenvalue stays below `crop`; the phase is relative to the first coil,
-    so the image carries that coil's phase. kernel: width in samples, by default 6 or what a small ACS allows.
-    Raises ValueError when the centre is not fully sampled or too small. Uecker et al. 2014, through sigpy.
+    Only the central acs^ndim samples are read, so what else is measured does not matter. Unit sum of squares
+    where there is signal, zero where the ESPIRiT eigenvalue stays below `crop`; the phase is relative to the
+    first coil, so the image carries that coil's phase. kernel: width in samples, by default 6 or what a small
+    ACS allows. Raises ValueError when the centre is not fully sampled or too small. Uecker et al. 2014,
+    through sigpy.
     """
     from sigpy.mri.app import EspiritCalib
 
     space = kspace.shape[-ndim:]
     kernel = min(6, max(2, acs // 2 + 1)) if kernel is None else kernel
     if kspace.ndim < ndim + 1 or not kspace.is_complex():
-        raise ValueError(f"kspace must be complex (..., coil, *space), got {tuple(kspace.shape)} {kspace.dtype}")
+        raise ValueError(
+            f"kspace must be complex (..., coil, *space), got {tuple(kspace.shape)} {kspace.dtype}"
+        )
     if not kernel <= acs <= min(space):
         raise ValueError(
-            f"an ACS of {acs} does not suit kernel {kernel} and shape {tuple(space)}: need kernel <= acs <= the smallest "
-            "axis; sample more centre lines or use birdcage_maps"
+            f"an ACS of {acs} does not suit kernel {kernel} and shape {tuple(space)}: need kernel <= acs <= the "
+            "smallest axis; sample more centre lines or use birdcage_maps"
         )
     check_finite(kspace, "kspace")
     centre = centre_crop(kspace, (acs,) * ndim)
@@ -299,10 +319,11 @@ def estimate_maps(
 
 
 def compress_coils(kspace: Tensor, coils: int, ndim: int = 2) -> tuple[Tensor, Tensor]:
-    """k-space `(..., virtual coil, *space)` of the strongest virtual coils, and the matrix (virtual coil, coil).
+    """k-space `(..., virtual coil, *space)` of the strongest virtual coils, and the matrix (virtual coil,
+    coil).
 
-    One matrix with orthonormal rows (the leading singular vectors) for all items given; apply it to oracle maps
-    too: `torch.einsum("vc,...cyx->...vyx", matrix, maps)`. Buehrer et al. 2007, Huang et al. 2008.
+    One matrix with orthonormal rows (the leading singular vectors) for all items given; apply it to oracle
+    maps too: `torch.einsum("vc,...cyx->...vyx", matrix, maps)`. Buehrer et al. 2007, Huang et al. 2008.
     """
     present = kspace.shape[-ndim - 1]
     if not 1 <= coils <= present:
@@ -318,9 +339,9 @@ def compress_coils(kspace: Tensor, coils: int, ndim: int = 2) -> tuple[Tensor, T
 def normalise(x: Tensor, dim: int | tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
     """x / scale and scale = max |x|: the largest magnitude becomes 1 and the phase stays.
 
-    dim: axes to take the maximum over (kept with length 1 in `scale`); by default all, one scale for the volume,
-    as a tensor without axes. An image of zeros has scale 1. Dividing by the *complex* maximum, the value with the
-    largest real part, would turn the phase and may leave magnitudes above 1.
+    dim: axes to take the maximum over (kept with length 1 in `scale`); by default all, one scale for the
+    volume, as a tensor without axes. An image of zeros has scale 1. Dividing by the *complex* maximum, the
+    value with the largest real part, would turn the phase and may leave magnitudes above 1.
     """
     check_finite(x, "image")
     scale = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
@@ -329,7 +350,8 @@ def normalise(x: Tensor, dim: int | tuple[int, ...] | None = None) -> tuple[Tens
 
 
 def centre_crop(x: Tensor, shape: Shape) -> Tensor:
-    """The central `shape` of the last axes of x, from n // 2 - m // 2, so that the centre sample stays the centre."""
+    """The central `shape` of the last axes of x, from n // 2 - m // 2, so that the centre sample stays the
+    centre."""
     for axis, m in zip(range(-len(shape), 0), shape, strict=True):
         n = x.shape[axis]
         if m > n:
@@ -366,8 +388,8 @@ def _check_maps(maps: Tensor, ndim: int) -> None:
         raise ValueError(f"ndim is the number of space axes, 2 or 3; got {ndim}")
     if maps.ndim < ndim + 1:
         raise ValueError(
-            f"maps have shape {tuple(maps.shape)}; expected (coil, *space) or (batch, coil, *space) with {ndim} space "
-            "axes; add a coil axis with maps[None], or give ndim"
+            f"maps have shape {tuple(maps.shape)}; expected (coil, *space) or (batch, coil, *space) with {ndim} "
+            "space axes; add a coil axis with maps[None], or give ndim"
         )
     if not maps.is_complex():
         raise TypeError(f"coil maps are complex, got {maps.dtype}; use maps.to(torch.complex64)")
