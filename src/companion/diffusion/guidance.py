@@ -1,0 +1,462 @@
+"""Denoisers that have seen the data: `G = dds(A, y, noise_std); D_y = G(D)`.
+
+Model: y = A x0 + noise_std * n and x = x0 + sigma * n, where n has standard deviation 1 per real component (so a
+complex n has variance 2; the factor cancels everywhere below). A denoiser gives E[x0 | x]; a guided one gives an
+approximation of E[x0 | x, y] with the same signature, so every solver samples the posterior with it. The methods
+differ in one thing only: how they believe the uncertainty of D(x) is shaped, their covariance C of p(x0 | x).
+
+| guidance         | C of p(x0 given x)                                     | cost per evaluation           |
+|------------------|--------------------------------------------------------|-------------------------------|
+| `landweber`      | none: gradient steps on the data                       | D, 2 `iterations` A           |
+| `ddnm`           | infinite: replace the range of A                       | D, CG                         |
+| `dds`, `diffpir` | isotropic: constant, or proportional to sigma^2        | D, CG                         |
+| `dps`, `pigdm`   | sigma^2 J outside, scalar inside the inverse           | D and its gradient            |
+| `posterior_mean` | a model: `Isotropic`, `PerPixel`, `Measured`           | D, CG                         |
+| `posterior_mean` | `Jacobian`: sigma^2 J everywhere, exact for a Gaussian | D, a gradient per CG step     |
+
+docs/posterior-sampling.md says which one to trust, with numbers. Class names are lower case because they read as
+verbs in a notebook; each is a frozen record of (A, y, noise_std, options).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..operators.linear import LinearOperator, check_finite, conjugate_gradient
+from .denoisers import column
+from .noise import randn
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """A rule that turns a denoiser D into D_y(x, sigma, cond) -> estimate of E[x0 | x, y].
+
+    A: linear operator; y: data (batch, *A.range_shape) with any batch axes that broadcast against those of x;
+    noise_std: of each real component of y, in units of y (0 for consistent, noiseless data).
+    Raises ValueError when y is not finite or not shaped like A's range, or noise_std is negative.
+    """
+
+    A: LinearOperator
+    y: Tensor
+    noise_std: float = 0.0
+
+    def __post_init__(self):
+        shape = tuple(self.A.range_shape)
+        if tuple(self.y.shape[self.y.ndim - len(shape) :]) != shape:
+            raise ValueError(
+                f"y has shape {tuple(self.y.shape)} but A maps to (..., {', '.join(map(str, shape))}); "
+                "pass the data of this operator, with batch axes in front"
+            )
+        check_finite(self.y, "y")
+        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
+            raise ValueError(f"noise_std is {self.noise_std}; expected a finite number >= 0, in units of y")
+
+    def __call__(self, D) -> "GuidedDenoiser":
+        return GuidedDenoiser(self, D)
+
+    def estimate(self, D, x: Tensor, sigma: Tensor, cond=None) -> Tensor:
+        """E[x0 | x, y] as this method sees it; shaped like x."""
+        raise NotImplementedError
+
+    @property
+    def denoiser_calls(self) -> int:
+        """D calls per evaluation; a gradient through D counts as one more."""
+        return 1
+
+    @property
+    def operator_calls(self) -> int:
+        """Applications of A or its adjoint per evaluation."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedDenoiser:
+    """D_y: the denoiser protocol, with the bill per evaluation stated."""
+
+    guidance: Guidance
+    D: Callable
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond=None) -> Tensor:
+        sigma = torch.as_tensor(sigma, device=x.device, dtype=x.real.dtype).expand(x.shape[0])
+        return self.guidance.estimate(self.D, x, sigma, cond)
+
+    @property
+    def denoiser_calls(self) -> int:
+        return self.guidance.denoiser_calls * getattr(self.D, "denoiser_calls", 1)
+
+    @property
+    def operator_calls(self) -> int:
+        inner = getattr(self.D, "operator_calls", 0)
+        return self.guidance.operator_calls + self.guidance.denoiser_calls * inner
+
+
+def with_vjp(D, x: Tensor, sigma: Tensor, cond) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """D(x) and v -> J^T v, its transposed Jacobian over real components (J is symmetric for an exact D)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        x0_hat = D(x, sigma, cond)
+    if not x0_hat.requires_grad:
+        raise ValueError(
+            "this guidance needs the gradient of the denoiser, but D(x) carries none; use a denoiser that does not "
+            "switch gradients off, or a guidance without gradient (dds, posterior_mean with PerPixel covariance)"
+        )
+
+    def vjp(v: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            return torch.autograd.grad(x0_hat, x, v.clone(), retain_graph=True)[0]
+
+    return x0_hat.detach(), vjp
+
+
+def solve(normal, b: Tensor, iterations: int, batch: int) -> Tensor:
+    """CG solution of normal(u) = b from zero, after b is expanded to the batch of x."""
+    return conjugate_gradient(normal, b.expand(batch, *b.shape[1:]), iterations=iterations)
+
+
+# ---------------------------------------------------------------------------------------------- published methods
+@dataclass(frozen=True, eq=False)
+class landweber(Guidance):
+    """Gradient data consistency: x0 <- x0 - step_size (A^H A x0 - b), repeated `iterations` times.
+
+    b = A^H y, in the units of the prior; with `scale`, b = scale * A^H y / max|A^H y| for each image, which is how
+    AID puts data of unknown units on its prior's scale (about 1 with calibration lines, 1/R without).
+    noise_std is not used: the paper has no noise model. Luo, Huang & Uecker 2024 (AID), posterior sampling.
+    """
+
+    step_size: float = 1.0
+    iterations: int = 4
+    scale: float | None = None
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat, target = D(x, sigma, cond), self.target()
+        for _ in range(self.iterations):
+            x0_hat = x0_hat - self.step_size * (self.A.normal(x0_hat) - target)
+        return x0_hat
+
+    def target(self) -> Tensor:
+        """What A^H A x0 should be: A^H y, rescaled if `scale` says so."""
+        b = self.A.H(self.y)
+        if self.scale is None:
+            return b
+        peak = b.abs().amax(dim=tuple(range(-len(self.A.domain_shape), 0)), keepdim=True)
+        return self.scale * b / peak.clamp_min(torch.finfo(peak.dtype).tiny)
+
+    @property
+    def operator_calls(self):
+        return 1 + 2 * self.iterations
+
+
+@dataclass(frozen=True, eq=False)
+class dps(Guidance):
+    """Gradient of the residual through the denoiser: x0_hat - step_size sigma^2 / (2 s^2) grad_x ||y - A D(x)||^2.
+
+    s^2 = max(noise_std^2, ||y - A D(x)||^2 / size of y): the residual itself says how far D(x) still is from the
+    data, which is what the paper's normalisation of the step by ||y - A D(x)|| does. Differs from the paper in that
+    the correction belongs to the denoiser, not to the solver's step, so that it scales with the step.
+    Chung et al. 2023 (DPS), Algorithm 1 and Eq. (16). Costs one gradient of D.
+    """
+
+    step_size: float = 1.0
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat, vjp = with_vjp(D, x, sigma, cond)
+        r = self.y - self.A(x0_hat)
+        s2 = r.abs().square().flatten(1).mean(1) / (2 if r.is_complex() else 1)
+        s2 = s2.clamp_min(max(self.noise_std**2, torch.finfo(s2.dtype).tiny))
+        return x0_hat + self.step_size * column(sigma.square() / s2, x) * vjp(self.A.H(r))
+
+    @property
+    def denoiser_calls(self):
+        return 2
+
+    @property
+    def operator_calls(self):
+        return 2
+
+
+@dataclass(frozen=True, eq=False)
+class pigdm(Guidance):
+    """Pseudo-inverse guidance: x0_hat + sigma^2 J^T A^H (r^2 A A^H + noise_std^2)^-1 (y - A x0_hat).
+
+    r^2 = sigma^2 prior_std^2 / (sigma^2 + prior_std^2), J the Jacobian of D; this is Tweedie's formula for
+    p(y | x) = N(A x0_hat, r^2 A A^H + noise_std^2). Song et al. 2023 (PiGDM), Eq. (7) and (8), without the
+    additional weight of their Algorithm 1. Costs one gradient of D and CG in data space.
+    """
+
+    prior_std: float = 0.5
+    iterations: int = 10
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat, vjp = with_vjp(D, x, sigma, cond)
+        v = column(Isotropic(self.prior_std).variance(sigma), x)
+        b = self.A.H(self.y - self.A(x0_hat))  # A^H (v A A^H + s^2)^-1 r = (v A^H A + s^2)^-1 A^H r
+        u = solve(lambda u: v * self.A.normal(u) + self.noise_std**2 * u, b, self.iterations, len(x))
+        return x0_hat + column(sigma.square(), x) * vjp(u)
+
+    @property
+    def denoiser_calls(self):
+        return 2
+
+    @property
+    def operator_calls(self):
+        return 2 + 2 * self.iterations
+
+
+@dataclass(frozen=True, eq=False)
+class ddnm(Guidance):
+    """Range from the data, null space from the prior: x0_hat + lambda A^+ (y - A x0_hat).
+
+    lambda = min(1, sigma / noise_std); A^+ by `iterations` CG steps on the normal equations from zero, which stay
+    in the range of A^H. Wang, Yu & Zhang 2023 (DDNM), Eq. (13), and DDNM+, Eq. (19).
+    """
+
+    iterations: int = 10
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat = D(x, sigma, cond)
+        weight = (sigma / max(self.noise_std, torch.finfo(sigma.dtype).tiny)).clamp_max(1)
+        return x0_hat + column(weight, x) * solve(
+            self.A.normal, self.A.H(self.y - self.A(x0_hat)), self.iterations, len(x)
+        )
+
+    @property
+    def operator_calls(self):
+        return 2 + 2 * self.iterations
+
+
+@dataclass(frozen=True, eq=False)
+class dds(Guidance):
+    """Decomposed diffusion sampling: a few CG steps on (I + gamma A^H A) x0 = x0_hat + gamma A^H y, from x0_hat.
+
+    gamma is constant over noise levels, the steps are few: both are the paper's regularisation, and noise_std is
+    not used. `posterior_mean` is what it becomes when gamma is the ratio of variances.
+    Chung, Lee & Ye 2024 (DDS), Eq. (14) and Algorithm 1.
+    """
+
+    gamma: float = 5.0
+    iterations: int = 5
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat = D(x, sigma, cond)
+        b = self.gamma * self.A.H(self.y - self.A(x0_hat))
+        return x0_hat + solve(lambda u: u + self.gamma * self.A.normal(u), b, self.iterations, len(x))
+
+    @property
+    def operator_calls(self):
+        return 2 + 2 * self.iterations
+
+
+# ------------------------------------------------------------------------------------------ covariance of p(x0 | x)
+class Factor(NamedTuple):
+    """C = L L^H of a Gaussian model of p(x0 | x), per real component; both maps keep the shape of x."""
+
+    L: Callable[[Tensor], Tensor]
+    LH: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def diagonal(cls, variance: Tensor) -> "Factor":
+        std = variance.clamp_min(0).sqrt()
+        return cls(lambda z: std * z, lambda x: std * x)
+
+
+@dataclass(frozen=True)
+class Isotropic:
+    """C = sigma^2 p^2 / (sigma^2 + p^2), as if every pixel were independent with standard deviation p = prior_std.
+
+    Song et al. 2023 (PiGDM), Eq. (8).
+    """
+
+    prior_std: float = 0.5
+
+    def variance(self, sigma: Tensor) -> Tensor:
+        return sigma.square() / (1 + (sigma / self.prior_std).square())
+
+    def __call__(self, D, x, sigma, cond=None) -> tuple[Tensor, Factor]:
+        return D(x, sigma, cond), Factor.diagonal(column(self.variance(sigma), x))
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """C = sigma^2 / weight: the belief of DiffPIR (Zhu et al. 2023), Eq. (13), right only for a flat prior."""
+
+    weight: float = 1.0
+
+    def __call__(self, D, x, sigma, cond=None) -> tuple[Tensor, Factor]:
+        return D(x, sigma, cond), Factor.diagonal(column(sigma.square() / self.weight, x))
+
+
+@dataclass(frozen=True)
+class PerPixel:
+    """C = diag(v) with the variance that the denoiser itself states, `D.moments(x, sigma, cond) -> (x0_hat, v)`.
+
+    Background is certain, edges are not: the data are explained where the prior has doubts.
+    """
+
+    def __call__(self, D, x, sigma, cond=None) -> tuple[Tensor, Factor]:
+        if not hasattr(D, "moments"):
+            raise TypeError(
+                f"{type(D).__name__} has no moments(x, sigma, cond); PerPixel needs a denoiser with learned variance. "
+                "Use covariance=Isotropic(prior_std) or measure one with Measured.fit(D, images, sigmas)"
+            )
+        x0_hat, variance = D.moments(x, sigma, cond)
+        return x0_hat, Factor.diagonal(variance)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """C = diag(v)^1/2 F^H diag(s(sigma, |k|)) F diag(v)^1/2 with s measured on validation images.
+
+    v is the variance D states (`D.moments`), or the `Isotropic` guess for a D without moments. s is a radial power
+    spectrum of the whitened error (x0 - x0_hat) / sqrt(v): neighbouring errors are alike, which no diagonal model
+    knows, and its mean corrects the scale of v. sigmas: (levels,) increasing; spectrum: (levels, bins), bins evenly
+    spaced from 0 to the corner of k-space, so any image size will do; one bin measures the scale alone.
+    """
+
+    sigmas: Tensor
+    spectrum: Tensor
+    prior_std: float = 0.5
+    ndim: int = 2
+
+    @classmethod
+    def fit(cls, D, images: Tensor, sigmas, *, bins=12, prior_std=0.5, ndim=2, seed=0, cond=None) -> "Measured":
+        """The table for D from validation images (batch, channel, *space), at the noise levels `sigmas`."""
+        generator = torch.Generator().manual_seed(seed)
+        sigmas = torch.as_tensor(sigmas).sort().values.to(images.real.dtype)
+        rows = []
+        for level in sigmas[sigmas > 0]:
+            sigma = level.expand(len(images))
+            x = images + column(sigma, images) * randn(images.shape, images.dtype, generator, images.device)
+            x0_hat, v = pixel_moments(D, x, sigma, cond, prior_std)
+            power = spatial_fft((images - x0_hat) / v.clamp_min(1e-12).sqrt(), ndim).abs().square()
+            power = power / (1 + images.is_complex())
+            bin_of = radial_bins(images.shape[-ndim:], bins).expand(power.shape)
+            total = torch.zeros(bins).index_add_(0, bin_of.flatten(), power.flatten().float())
+            rows.append(total / torch.bincount(bin_of.flatten(), minlength=bins).clamp_min(1))
+        return cls(sigmas[sigmas > 0], torch.stack(rows).clamp_min(1e-4), prior_std, ndim)
+
+    def at(self, sigma: Tensor) -> Tensor:
+        """The spectrum (batch, bins) at noise levels sigma (batch,), log-log interpolated, constant outside."""
+        table, levels = self.spectrum.to(sigma).log(), self.sigmas.to(sigma).log()
+        if len(levels) == 1:
+            return table.exp().expand(len(sigma), -1)
+        t = sigma.log().clamp(levels[0], levels[-1])
+        i = torch.searchsorted(levels, t).clamp(1, len(levels) - 1)
+        w = ((t - levels[i - 1]) / (levels[i] - levels[i - 1]))[:, None]
+        return ((1 - w) * table[i - 1] + w * table[i]).exp()
+
+    def __call__(self, D, x, sigma, cond=None) -> tuple[Tensor, Factor]:
+        x0_hat, v = pixel_moments(D, x, sigma, cond, self.prior_std)
+        bins = radial_bins(x.shape[-self.ndim :], self.spectrum.shape[1]).to(x.device)
+        gain = self.at(sigma).sqrt()[:, bins]  # (batch, *space)
+        gain = gain.reshape(len(x), *[1] * (x.ndim - 1 - self.ndim), *gain.shape[1:])
+        std = v.clamp_min(0).sqrt()
+
+        def colour(z):  # F^H diag(sqrt s) F is Hermitian, and real for real images because s is radial
+            z = spatial_fft(gain * spatial_fft(z, self.ndim), self.ndim, inverse=True)
+            return z if x.is_complex() else z.real
+
+        return x0_hat, Factor(lambda z: std * colour(z), lambda x: colour(std * x))
+
+
+def pixel_moments(D, x, sigma, cond, prior_std) -> tuple[Tensor, Tensor]:
+    """(x0_hat, variance) from D.moments, or from D and the isotropic guess."""
+    if hasattr(D, "moments"):
+        return D.moments(x, sigma, cond)
+    return D(x, sigma, cond), column(Isotropic(prior_std).variance(sigma), x)
+
+
+def spatial_fft(x: Tensor, ndim: int, inverse=False) -> Tensor:
+    """Orthonormal FFT over the last ndim axes, zero frequency first."""
+    return (torch.fft.ifftn if inverse else torch.fft.fftn)(x, dim=tuple(range(-ndim, 0)), norm="ortho")
+
+
+def radial_bins(shape, bins: int) -> Tensor:
+    """Index of the radial bin of each frequency; bins share 0 to the corner sqrt(ndim)/2 cycles per pixel evenly."""
+    axes = torch.meshgrid(*[torch.fft.fftfreq(n) for n in shape], indexing="ij")
+    radius = sum(k.square() for k in axes).sqrt() / (0.5 * math.sqrt(len(shape)))
+    return (radius * bins).long().clamp_max(bins - 1)
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """C = sigma^2 J, the true covariance of p(x0 | x) by Tweedie's second-order formula, one gradient per product.
+
+    Exact, hence D_y is exact when p(x0 | x) is Gaussian. Boys et al. 2024 (TMPD), Prop. 1; Rozet et al. 2024.
+    """
+
+
+# ----------------------------------------------------------------------------------------- the Gaussian posterior
+@dataclass(frozen=True, eq=False)
+class posterior_mean(Guidance):
+    """E[x0 | x, y] when p(x0 | x) = N(D(x), C): D + C A^H (A C A^H + noise_std^2)^-1 (y - A D).
+
+    covariance: `Isotropic`, `PerPixel`, `Measured` (anything that gives (x0_hat, Factor)), or `Jacobian`. With a
+    factor C = L L^H the system is solved in whitened image space, (L^H A^H A L + noise_std^2) z = L^H A^H r, which
+    is well posed where C is 0 and preconditioned by C; with `Jacobian` in data space. `iterations` CG steps; a few
+    more than usual (10 to 20) are needed at high noise levels, where the problem is nearly CG-SENSE.
+    Rozet et al. 2024 (MMPS), Eq. (16), solves the Jacobian case by CG; Song et al. 2023 is the isotropic ancestor.
+    """
+
+    covariance: Callable = PerPixel()
+    iterations: int = 15
+
+    def estimate(self, D, x, sigma, cond=None):
+        if isinstance(self.covariance, Jacobian):
+            return self.estimate_by_gradient(D, x, sigma, cond)
+        x0_hat, C = self.covariance(D, x, sigma, cond)
+        return x0_hat + self.correction(C, self.y - self.A(x0_hat), len(x))
+
+    def correction(self, C: Factor, r: Tensor, batch: int) -> Tensor:
+        """C A^H (A C A^H + noise_std^2)^-1 r for the residual r."""
+        b = C.LH(self.A.H(r))
+        return C.L(
+            solve(lambda z: C.LH(self.A.normal(C.L(z))) + self.noise_std**2 * z, b, self.iterations, batch)
+        )
+
+    def estimate_by_gradient(self, D, x, sigma, cond):
+        x0_hat, vjp = with_vjp(D, x, sigma, cond)
+        s2 = column(sigma.square(), x)
+        u = solve(
+            lambda u: self.A(s2 * vjp(self.A.H(u))) + self.noise_std**2 * u,
+            self.y - self.A(x0_hat),
+            self.iterations,
+            len(x),
+        )
+        return x0_hat + s2 * vjp(self.A.H(u))
+
+    @property
+    def denoiser_calls(self):
+        return 2 + self.iterations if isinstance(self.covariance, Jacobian) else 1
+
+    @property
+    def operator_calls(self):
+        return 2 + 2 * self.iterations
+
+
+@dataclass(frozen=True, eq=False)
+class diffpir(Guidance):
+    """argmin over x0 of ||y - A x0||^2 / noise_std^2 + weight ||x0 - x0_hat||^2 / sigma^2, by CG.
+
+    Zhu et al. 2023 (DiffPIR), Eq. (13) with rho_t = weight noise_std^2 / sigma^2. Their zeta, the share of fresh
+    noise in a step, belongs to the solver here: `ddim` with eta.
+    """
+
+    weight: float = 1.0
+    iterations: int = 15
+    inner: posterior_mean = field(init=False, repr=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        model = posterior_mean(self.A, self.y, self.noise_std, Proportional(self.weight), self.iterations)
+        object.__setattr__(self, "inner", model)
+
+    def estimate(self, D, x, sigma, cond=None):
+        return self.inner.estimate(D, x, sigma, cond)
+
+    @property
+    def operator_calls(self):
+        return self.inner.operator_calls

@@ -1,0 +1,196 @@
+"""Sampling: one loop for every denoiser, solver and shape."""
+
+import contextlib
+import difflib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from .denoisers import Denoiser
+from .noise import generators, randn
+from .solvers import SOLVERS, Solver
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What one draw cost: network evaluations, operator applications, and seconds (its share of the wall time)."""
+
+    denoiser_calls: float
+    operator_calls: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """x: (draw, *shape) in the order of the seeds. trajectory: x0_hat of each step (step, draw, *shape), if kept."""
+
+    x: Tensor
+    bill: Bill
+    trajectory: Tensor | None = field(default=None, repr=False)
+
+
+@torch.no_grad()
+def sample(
+    D: Denoiser,
+    sigmas: Tensor | Sequence[float],
+    *,
+    shape: Sequence[int],
+    seeds: str | int | Iterable[int] | Sequence[Generator],
+    solver: str | Solver = "heun",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cond: Tensor | None = None,
+    start: Tensor | None = None,
+    state: Tensor | None = None,
+    batch_size: int | None = None,
+    callback: Callable[[dict], None] | None = None,
+    progress: bool = False,
+    trajectory: bool = False,
+) -> Samples:
+    """Draws from the prior in D, or from the posterior if D has seen data: Samples(x, bill, trajectory).
+
+    sigmas: decreasing noise levels, usually ending in 0. shape: of one draw, without the batch axis. seeds: ints,
+    text such as "0-7,12", or generators; one CPU generator per draw, so that its noise is the same alone, in any
+    batch and on any device. solver: a name or a Solver. dtype: of D's input and of the result; the state between
+    steps is float64 (complex128). cond: (draws or 1, ...), passed to D.
+    By default a draw begins with pure noise sigmas[0] n. start: clean images (draws or 1, *shape) to be noised to
+    sigmas[0] instead (SDEdit, warm start). state: images that are at noise level sigmas[0] already.
+    batch_size: draws in one evaluation of D, all by default. callback: gets dict(step, sigma, x, x0_hat) after every
+    step. progress: shows a bar with the time left. trajectory: keeps x0_hat of every step, on the CPU.
+    The bill counts D.denoiser_calls (1 if not stated) and D.operator_calls (0) for each evaluation.
+    Raises ValueError for levels, shapes or names that do not fit, FloatingPointError for NaN or infinity in the state.
+    """
+    solver, levels = find_solver(solver), check_sigmas(sigmas)
+    draws = generators(seeds)
+    count, shape = len(draws), tuple(shape)
+    if count == 0:
+        raise ValueError("no seeds were given; sample draws one image per seed")
+    if start is not None and state is not None:
+        raise ValueError("give start (clean images, noised here) or state (noisy images, used as they are), not both")
+    cond = per_draw("cond", cond, count)
+    first = per_draw("state" if start is None else "start", state if start is None else start, count, shape)
+    solver.check(levels)
+
+    batch_size = batch_size or count
+    batches = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    evaluate = Counted(D)
+    results, paths, began = [], [], time.perf_counter()
+    with evaluating(D), tqdm(total=len(batches) * (len(levels) - 1), desc=solver.name, disable=not progress) as bar:
+        for part in batches:
+            def step_done(info: dict, path: list) -> None:
+                bar.update()
+                if trajectory:
+                    path.append(info["x0_hat"].cpu())
+                if callback is not None:
+                    callback(info)
+
+            path: list[Tensor] = []
+            x = begin(draws[part], shape, dtype, device, levels[0], pick(first, part, device), state is not None)
+            bound = evaluate.bind(dtype, pick(cond, part, device))
+            x = run(bound, x, levels, solver, draws[part], shape, dtype, lambda info, path=path: step_done(info, path))
+            results.append(x.to(dtype))
+            paths.append(torch.stack(path) if path else None)
+    calls = evaluate.images / count
+    bill = Bill(calls * getattr(D, "denoiser_calls", 1), calls * getattr(D, "operator_calls", 0),
+                (time.perf_counter() - began) / count)
+    return Samples(torch.cat(results), bill, torch.cat(paths, 1) if trajectory else None)
+
+
+def run(D, x, levels, solver, draws, shape, dtype, step_done) -> Tensor:
+    """The loop: the state x (batch, *shape) carried from levels[0] to levels[-1]."""
+    def noise() -> Tensor:
+        return randn(shape, dtype, draws, x.device).to(x.dtype)
+
+    memory = None
+    for i, sigma in enumerate(levels[:-1]):
+        x, x0_hat, memory = solver.step(D, x, levels, i, noise, memory)
+        if not torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all():
+            raise FloatingPointError(
+                f"{solver.name} met NaN or infinity at step {i} of {len(levels) - 1}, sigma = {sigma:.4g}: the "
+                "denoiser or its guidance diverged there; lower the guidance step or check its inputs for NaN")
+        step_done(dict(step=i, sigma=sigma, x=x.to(dtype), x0_hat=x0_hat.to(dtype)))
+    return x
+
+
+def begin(draws, shape, dtype, device, sigma, first, as_is) -> Tensor:
+    """The state at the first level, in double precision: given, or given plus noise, or noise alone."""
+    double = torch.complex128 if dtype.is_complex else torch.float64
+    if as_is:
+        return first.to(double)
+    x = sigma * randn(shape, dtype, draws, device).to(double)
+    return x if first is None else first + x
+
+
+class Counted:
+    """Counts evaluations of D, in images, and translates between the state of the sampler and D."""
+
+    def __init__(self, D: Denoiser):
+        self.D, self.images = D, 0
+
+    def bind(self, dtype: torch.dtype, cond: Tensor | None) -> Callable:
+        """D(x, sigma) for a plain number sigma: D sees x in dtype, the sampler gets x0_hat back in its own."""
+        def call(x: Tensor, sigma: float) -> Tensor:
+            level = torch.full((len(x),), sigma, dtype=dtype.to_real(), device=x.device)
+            x0_hat = self.D(x.to(dtype), level, cond)
+            if x0_hat.shape != x.shape:
+                raise ValueError(f"the denoiser returned {tuple(x0_hat.shape)} for images of {tuple(x.shape)}")
+            self.images += len(x)
+            return x0_hat.to(x.dtype)
+
+        return call
+
+
+@contextlib.contextmanager
+def evaluating(D: Denoiser) -> Iterator[None]:
+    """Puts the networks inside D, also below wrappers that keep theirs as `.D`, in evaluation mode for a while."""
+    while D is not None and not isinstance(D, nn.Module):
+        D = getattr(D, "D", None)
+    modes = {} if D is None else {module: module.training for module in D.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def find_solver(solver: str | Solver) -> Solver:
+    """A Solver from its name, or the Solver itself."""
+    if isinstance(solver, Solver):
+        return solver
+    if solver not in SOLVERS:
+        near = difflib.get_close_matches(str(solver), SOLVERS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no solver {solver!r}{hint} Solvers: {', '.join(SOLVERS)}")
+    return SOLVERS[solver]()
+
+
+def check_sigmas(sigmas: Tensor | Sequence[float]) -> list[float]:
+    """The levels as plain numbers. Raises ValueError unless they are positive and decreasing (a last 0 is fine)."""
+    levels = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
+    falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    if len(levels) < 2 or not falling or not levels[-1] >= 0 or not levels[0] < float("inf"):
+        raise ValueError(f"sigmas must be at least two finite, strictly decreasing levels, the last 0 or above; "
+                         f"got {levels[:4]} ... {levels[-2:]}")
+    return levels
+
+
+def per_draw(name: str, x: Tensor | None, count: int, shape: tuple | None = None) -> Tensor | None:
+    """x with one item per draw, from (draws, ...) or (1, ...). Raises ValueError for other sizes and for NaN."""
+    if x is None:
+        return None
+    if x.shape[0] not in (1, count) or (shape is not None and x.shape[1:] != shape):
+        wanted = "..." if shape is None else ", ".join(map(str, shape))
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({count}, {wanted}) or (1, {wanted})")
+    if torch.isnan(x).any():
+        raise ValueError(f"{name} contains NaN; remove it before sampling")
+    return x.expand(count, *x.shape[1:])
+
+
+def pick(x: Tensor | None, part: slice, device: torch.device | str) -> Tensor | None:
+    return None if x is None else x[part].to(device)
