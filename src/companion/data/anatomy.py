@@ -168,8 +168,8 @@ def _displacement_mm(subject: Subject, n: int = 40) -> Tensor:
 def _upsample(noise: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return control values (batch, channel, *small) interpolated smoothly (cubic B-spline) to `shape`, unit gain."""
     for axis, n in enumerate(shape, start=2):
-        position = torch.linspace(0, noise.shape[axis] - 1, n, dtype=noise.dtype)
-        index = torch.arange(noise.shape[axis], dtype=noise.dtype)
+        position = torch.linspace(0, noise.shape[axis] - 1, n, device=noise.device)
+        index = torch.arange(noise.shape[axis], device=noise.device)
         distance = (position[:, None] - index).abs()
         weight = torch.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, (2 - distance).clamp(min=0) ** 3 / 6)
         weight = weight / weight.pow(2).sum(1, keepdim=True).sqrt()  # keeps unit variance everywhere
@@ -228,10 +228,10 @@ def smooth_field(points: Tensor, generator: torch.Generator) -> Tensor:
 def random_phase(magnitude: Tensor, generator: torch.Generator) -> Tensor:
     """Return complex images (batch, 1, y, x) that fill the field of view, each with a new phase as `render` draws it."""
     batch = magnitude.shape[0]
-    noise = torch.randn(batch, 1, PHASE_GRID, PHASE_GRID, generator=generator)
-    constant = 2 * math.pi * torch.rand(batch, 1, 1, 1, generator=generator)
+    noise = torch.randn(batch, 1, PHASE_GRID, PHASE_GRID, generator=generator, device=generator.device)
+    constant = 2 * math.pi * torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device)
     phase = constant + PHASE_RAD * _upsample(noise, tuple(magnitude.shape[2:]))
-    return torch.polar(magnitude, phase.to(magnitude.device, magnitude.dtype))
+    return torch.polar(magnitude, phase.to(magnitude.device))
 
 
 @dataclass(frozen=True)
