@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/companion demo --cores $(CORES)
+	@$(BIN)/companion batch --cores $(CORES)
 
 test: $(STAMP)
 	$(BIN)/ruff check .

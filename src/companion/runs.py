@@ -71,10 +71,10 @@ def project_root(start: str | os.PathLike | None = None) -> Path:
 class Run:
     """A run in progress: collects the results of one notebook in one folder.
 
-        run = Run.start(p, paper="brain", stage="start_here")
-        run.figure(fig, "overview", alt="Four reconstructions of one slice ...")
-        run.metrics({"psnr_db": 31.2})
-        run.finish()
+    run = Run.start(p, paper="brain", stage="start_here")
+    run.figure(fig, "overview", alt="Four reconstructions of one slice ...")
+    run.metrics({"psnr_db": 31.2})
+    run.finish()
     """
 
     def __init__(self, folder: Path, record: dict[str, Any]):
@@ -173,9 +173,9 @@ class Run:
             for name, about in self._results.items()
         }
         end = _now()
-        seconds = (datetime.fromisoformat(end) - datetime.fromisoformat(self._record["start"])).total_seconds()
+        took = datetime.fromisoformat(end) - datetime.fromisoformat(self._record["start"])
         path = self.folder / MANIFEST
-        _write_json(path, self._record | {"end": end, "seconds": seconds, "results": results})
+        _write_json(path, self._record | {"end": end, "seconds": took.total_seconds(), "results": results})
         print(f"done: {len(results)} results in {_relative(self.folder)}")
         return path
 
@@ -236,7 +236,8 @@ def code_version() -> str:
     if (source / ".git").exists():
         try:
             command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--tags"]
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+            return done.stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass
     return companion.__version__
