@@ -76,34 +76,63 @@ def sample(
     solver.check(levels)
 
     batch_size = batch_size or count
-    batches = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    evaluate = Counted(D)
-    results, paths, began = [], [], time.perf_counter()
-    with evaluating(D), tqdm(total=len(batches) * (len(levels) - 1), desc=solver.name, disable=not progress) as bar:
-        for part in batches:
-            def step_done(info: dict, path: list) -> None:
+    parts = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    results, paths, calls, began = [], [], 0, time.perf_counter()
+    with evaluating(D), tqdm(total=len(parts) * (len(levels) - 1), desc=solver.name, disable=not progress) as bar:
+        for part in parts:
+            bound = Bound(D, dtype, pick(cond, part, device))
+            x = begin(draws[part], shape, dtype, device, levels[0], pick(first, part, device), state is not None)
+            path = []
+            for info in steps(bound, x, levels, solver, draws[part]):
                 bar.update()
                 if trajectory:
                     path.append(info["x0_hat"].cpu())
                 if callback is not None:
                     callback(info)
-
-            path: list[Tensor] = []
-            x = begin(draws[part], shape, dtype, device, levels[0], pick(first, part, device), state is not None)
-            bound = evaluate.bind(dtype, pick(cond, part, device))
-            x = run(bound, x, levels, solver, draws[part], shape, dtype, lambda info, path=path: step_done(info, path))
-            results.append(x.to(dtype))
-            paths.append(torch.stack(path) if path else None)
-    calls = evaluate.images / count
+            results.append(info["x"])
+            paths.append(path)
+            calls += bound.calls * len(info["x"]) / count
     bill = Bill(calls * getattr(D, "denoiser_calls", 1), calls * getattr(D, "operator_calls", 0),
                 (time.perf_counter() - began) / count)
-    return Samples(torch.cat(results), bill, torch.cat(paths, 1) if trajectory else None)
+    kept = torch.cat([torch.stack(path) for path in paths], dim=1) if trajectory else None
+    return Samples(torch.cat(results), bill, kept)
 
 
-def run(D, x, levels, solver, draws, shape, dtype, step_done) -> Tensor:
-    """The loop: the state x (batch, *shape) carried from levels[0] to levels[-1]."""
+class Bound:
+    """D for solvers: a plain number for sigma, cond and dtype settled, calls counted.
+
+    D sees x in `dtype`; the solver gets x0_hat back in the precision of its state.
+    """
+
+    def __init__(self, D: Denoiser, dtype: torch.dtype, cond: Tensor | None):
+        self.D, self.dtype, self.cond, self.calls = D, dtype, cond, 0
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        return self._checked(self.D(*self._arguments(x, sigma)), x)
+
+    def moments(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        if not hasattr(self.D, "moments"):
+            raise ValueError("this solver asks for the variance of x0_hat, but the denoiser has no moments; choose "
+                             "another solver or variance, or a denoiser with a learned variance")
+        x0_hat, variance = self.D.moments(*self._arguments(x, sigma))
+        return self._checked(x0_hat, x), variance.to(x.dtype.to_real())
+
+    def _arguments(self, x: Tensor, sigma: float) -> tuple:
+        self.calls += 1
+        level = torch.full((len(x),), sigma, dtype=self.dtype.to_real(), device=x.device)
+        return x.to(self.dtype), level, self.cond
+
+    def _checked(self, x0_hat: Tensor, x: Tensor) -> Tensor:
+        if x0_hat.shape != x.shape:
+            raise ValueError(f"the denoiser returned {tuple(x0_hat.shape)} for images of {tuple(x.shape)}")
+        return x0_hat.to(x.dtype)
+
+
+
+def steps(D: Bound, x: Tensor, levels: list[float], solver: Solver, draws: list[Generator]) -> Iterator[dict]:
+    """The loop: carries the state x (batch, *shape) from the first level to the last, reporting every step."""
     def noise() -> Tensor:
-        return randn(shape, dtype, draws, x.device).to(x.dtype)
+        return randn(x.shape[1:], D.dtype, draws, x.device).to(x.dtype)
 
     memory = None
     for i, sigma in enumerate(levels[:-1]):
@@ -112,8 +141,7 @@ def run(D, x, levels, solver, draws, shape, dtype, step_done) -> Tensor:
             raise FloatingPointError(
                 f"{solver.name} met NaN or infinity at step {i} of {len(levels) - 1}, sigma = {sigma:.4g}: the "
                 "denoiser or its guidance diverged there; lower the guidance step or check its inputs for NaN")
-        step_done(dict(step=i, sigma=sigma, x=x.to(dtype), x0_hat=x0_hat.to(dtype)))
-    return x
+        yield dict(step=i, sigma=sigma, x=x.to(D.dtype), x0_hat=x0_hat.to(D.dtype))
 
 
 def begin(draws, shape, dtype, device, sigma, first, as_is) -> Tensor:
@@ -123,25 +151,6 @@ def begin(draws, shape, dtype, device, sigma, first, as_is) -> Tensor:
         return first.to(double)
     x = sigma * randn(shape, dtype, draws, device).to(double)
     return x if first is None else first + x
-
-
-class Counted:
-    """Counts evaluations of D, in images, and translates between the state of the sampler and D."""
-
-    def __init__(self, D: Denoiser):
-        self.D, self.images = D, 0
-
-    def bind(self, dtype: torch.dtype, cond: Tensor | None) -> Callable:
-        """D(x, sigma) for a plain number sigma: D sees x in dtype, the sampler gets x0_hat back in its own."""
-        def call(x: Tensor, sigma: float) -> Tensor:
-            level = torch.full((len(x),), sigma, dtype=dtype.to_real(), device=x.device)
-            x0_hat = self.D(x.to(dtype), level, cond)
-            if x0_hat.shape != x.shape:
-                raise ValueError(f"the denoiser returned {tuple(x0_hat.shape)} for images of {tuple(x.shape)}")
-            self.images += len(x)
-            return x0_hat.to(x.dtype)
-
-        return call
 
 
 @contextlib.contextmanager
