@@ -16,7 +16,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..complexify import to_channels, to_complex
-from .noise import randn
+from .ddpm import DiscreteProcess
+from .noise import DiscreteSchedule, randn
 
 
 class Denoiser(Protocol):
@@ -105,6 +106,72 @@ class EDMDenoiser(nn.Module):
     @property
     def moments(self) -> Callable:
         """moments(x, sigma, cond) -> (x0_hat, variance); exists only with learned_variance."""
+        if not self.learned_variance:
+            raise AttributeError("moments need learned_variance=True")
+        return self._moments
+
+
+class DiscreteDenoiser(nn.Module):
+    """D(x, sigma) from a network trained at discrete times on x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n.
+
+    The noise level decides the rest: abar = 1 / (1 + sigma^2), x_t = sqrt(abar) x, and t is where the schedule has
+    this sigma. timesteps: "interpolate" gives the network a float t between two trained ones (fine for sinusoidal
+    embeddings); "nearest" an integer. network: F(x_t, t, cond=None). prediction: "epsilon", "v" or "x0".
+    learned_variance: the output has twice the channels, the second half being the learned-range v of
+    p(x_{t-1} | x_t); it says Var[x0 | x] too, see `moments`. clip: (low, high) for x0_hat, or None. autocast and
+    channel_axis as for EDMDenoiser. `process` is the discrete process that the losses need.
+    """
+
+    def __init__(self, network: nn.Module, schedule: DiscreteSchedule, prediction: str = "epsilon",
+                 learned_variance: bool = False, *, timesteps: str = "interpolate",
+                 clip: tuple[float, float] | None = None, autocast: torch.dtype | None = None,
+                 channel_axis: int = 1):
+        super().__init__()
+        if timesteps not in ("interpolate", "nearest"):
+            raise ValueError(f"timesteps={timesteps!r}: expected 'interpolate' or 'nearest'")
+        variance = "learned_range" if learned_variance else "fixed_small"
+        self.process = DiscreteProcess(schedule, prediction, variance, None, channel_axis)
+        self.network, self.learned_variance, self.timesteps = network, learned_variance, timesteps
+        self.clip, self.autocast, self.channel_axis = clip, autocast, channel_axis
+
+    @property
+    def schedule(self) -> DiscreteSchedule:
+        return self.process.schedule
+
+    def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x0_hat and the network's v (None without learned_variance)."""
+        signal = (1 + column(sigma, x) ** 2).rsqrt()  # sqrt(abar)
+        t = self.schedule.sigma_to_t(sigma, self.timesteps).reshape(-1).expand(len(x))
+        output = run_network(self.network, signal * x, t, cond, self.autocast)
+        out, v = self.process.split(output, x.shape[self.channel_axis])
+        if self.process.prediction == "epsilon":
+            out = x - column(sigma, x) * out
+        elif self.process.prediction == "v":
+            out = signal**2 * x - signal * column(sigma, x) * out
+        return out if self.clip is None else out.clamp(*self.clip), v
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x0_hat, the shape and dtype of x."""
+        return self.predict(x, sigma, cond)[0]
+
+    def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x0_hat, v = self.predict(x, sigma, cond)
+        schedule, share = self.schedule, (v + 1) / 2
+        i = schedule.nearest_index(sigma).reshape(-1).expand(len(x))
+        small, log_small = schedule.posterior_variance, schedule.posterior_log_variance_clipped
+        learned = (share * schedule.at(schedule.betas.log(), i, x) + (1 - share) * schedule.at(log_small, i, x)).exp()
+        excess = (learned - schedule.at(small, i, x)).clamp(min=0)
+        variance = excess / schedule.at(schedule.posterior_mean_coef1, i, x) ** 2
+        return x0_hat, variance * (column(sigma, x) / schedule.at(schedule.sigmas, i, x)) ** 2
+
+    @property
+    def moments(self) -> Callable:
+        """moments(x, sigma, cond) -> (x0_hat, variance); exists only with learned_variance.
+
+        Var[x_{t-1} | x_t] = posterior variance + coef1^2 Var[x0 | x_t] (law of total variance) is solved for the last
+        term at the nearest trained level, and scaled with sigma^2 from there. Where the learned variance is below
+        the posterior variance the result is 0.
+        """
         if not self.learned_variance:
             raise AttributeError("moments need learned_variance=True")
         return self._moments

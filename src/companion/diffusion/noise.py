@@ -150,23 +150,30 @@ class DiscreteSchedule:
     def sigma_to_t(self, sigma: Tensor, mode: str = "interpolate") -> Tensor:
         """The network's t for noise levels sigma (batch,), clamped to the ends of the schedule.
 
-        "interpolate": float t, linear in log sigma (networks with a sinusoidal embedding accept it); "nearest":
-        the integer t whose log sigma is nearest.
+        "interpolate": float64, linear in log sigma; "nearest": the integer t whose log sigma is nearest.
         """
-        # a schedule of zero terminal signal ends at sigma = inf, which would spoil the interpolation
-        table = self.sigmas.clamp(max=1e6).log()
-        log_sigma = torch.as_tensor(sigma, dtype=torch.float64).clamp(min=1e-12).log().cpu()
-        above = torch.searchsorted(table, log_sigma.contiguous()).clamp(1, max(len(table) - 1, 1))
-        below = above - 1
-        if len(table) == 1:
-            above = below
-        weight = ((log_sigma - table[below]) / (table[above] - table[below]).clamp(min=1e-12)).clamp(0, 1)
         if mode == "nearest":
-            return torch.where(weight < 0.5, self.timesteps[below], self.timesteps[above]).to(sigma.device)
+            return self.timesteps.to(sigma.device)[self.nearest_index(sigma)]
         if mode != "interpolate":
             raise ValueError(f"mode={mode!r}: expected 'interpolate' or 'nearest'")
-        low, high = self.timesteps[below].double(), self.timesteps[above].double()
-        return (low + weight * (high - low)).to(sigma.device)
+        below, weight = self._locate(sigma)
+        times = self.timesteps.to(sigma.device).double()
+        return torch.lerp(times[below], times[(below + 1).clamp(max=len(self) - 1)], weight)
+
+    def nearest_index(self, sigma: Tensor) -> Tensor:
+        """Indices of the schedule nearest to sigma (batch,) in log sigma."""
+        below, weight = self._locate(sigma)
+        return (below + (weight > 0.5)).clamp(max=len(self) - 1)
+
+    def _locate(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The index below sigma and how far sigma is on the way to the next one, from 0 to 1, in log sigma."""
+        # a schedule of zero terminal signal ends at sigma = inf, which has no logarithm to interpolate
+        table = self.sigmas.clamp(max=1e6).log().to(sigma.device)
+        log_sigma = sigma.double().clamp(min=1e-12).log().contiguous()
+        below = (torch.searchsorted(table, log_sigma) - 1).clamp(0, max(len(table) - 2, 0))
+        above = (below + 1).clamp(max=len(table) - 1)
+        gap = (table[above] - table[below]).clamp(min=1e-12)
+        return below, ((log_sigma - table[below]) / gap).clamp(0, 1)
 
     def at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """Entries of a table at indices t (batch,), as a column that broadcasts against `like` (batch, ...).
