@@ -63,7 +63,7 @@ def embedded() -> list[str]:
 
 
 def build(config: Mapping) -> nn.Module:
-    """The model that `config` describes, with random weights: a denoiser, or without "denoiser" a bare network.
+    """The model of `config` with random weights: a denoiser, or a bare network if it has no "denoiser".
 
     Raises ValueError for names outside NETWORKS and DENOISERS and for options that these do not take.
     """
@@ -117,7 +117,7 @@ def save_checkpoint(
     missing = {"source", "scale"} - set(config.get("data") or {})
     if missing:
         raise ValueError(
-            f'config["data"] lacks {", ".join(sorted(missing))}: say what the model was trained on, in which units'
+            f'config["data"] lacks {", ".join(sorted(missing))}: say what it was trained on, in which units'
         )
     tensors = {name: t.detach().cpu().contiguous() for name, t in network_of(model).state_dict().items()}
     _check_match(_shapes(_blank(config)), {k: tuple(t.shape) for k, t in tensors.items()}, "the model")
@@ -143,11 +143,11 @@ def save_checkpoint(
         if folder.exists():
             os.replace(folder, old)
         os.replace(aside, folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint {folder} could not be written: {error}; free some space") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -158,16 +158,31 @@ def _json(value: Mapping) -> str:
 def model_card(name: str, config: Mapping, record: Mapping) -> str:
     """A README.md for a checkpoint: what it is, what it saw, how it was trained, how to load it."""
     facts = {k: v for k, v in {**config["data"], **record}.items() if not isinstance(v, dict)}
-    options = json.dumps({k: config[k] for k in ("network", "denoiser") if k in config}, indent=2)
-    return "\n".join(
-        ["---", "library_name: companion", "license: mit", "---", f"# {name}", "", *(f"- {k}: {v}" for k, v in facts.items()), "",
-         "```python", "from companion.weights import load", "D = load(FOLDER)  # this folder", "```", "",
-         "Not for clinical use.", "", "```json", options, "```", ""]
-    )  # fmt: skip
+    options = {k: config[k] for k in ("network", "denoiser") if k in config}
+    return f"""---
+library_name: companion
+license: mit
+---
+# {name}
+
+{chr(10).join(f"- {key}: {value}" for key, value in facts.items())}
+
+```python
+from companion.weights import load
+
+D = load("path/to/this/folder")
+```
+
+A research model; not for clinical use.
+
+```json
+{json.dumps(options, indent=2)}
+```
+"""
 
 
 def write_sums(folder: Path | None = None) -> Path:
-    """SHA256SUMS of the embedded checkpoints (or of another folder of checkpoints), as sha256sum -c reads it."""
+    """SHA256SUMS of the embedded (or another folder of) checkpoints, as `sha256sum -c` reads it."""
     folder = root() if folder is None else Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.name in (MODEL, CONFIG))
     with atomic_write(folder / SUMS) as aside:
@@ -265,7 +280,7 @@ def _not_found(name: str) -> str:
     names = embedded()
     if not names:
         return (
-            f"no checkpoint {name!r}: it is not a folder, and the embedded checkpoints ({root()}) are absent. "
+            f"no checkpoint {name!r}: it is no folder, and the embedded checkpoints ({root()}) are absent. "
             "They come with the repository: clone it and `pip install -e .`, or give the path of a checkpoint"
         )
     close = difflib.get_close_matches(name, names, 1)
@@ -298,7 +313,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _blank(config: Mapping) -> nn.Module:
-    """The network of `config` without memory for its tensors: a file is checked before anything is allocated."""
+    """The network of `config` without memory for its tensors: a file is checked before they are allocated."""
     with torch.device("meta"):
         return _make(config, "network", NETWORKS)
 
@@ -308,7 +323,7 @@ def _shapes(network: nn.Module) -> dict[str, tuple]:
 
 
 def _check_match(expected: dict[str, tuple], given: dict[str, tuple], source: str) -> None:
-    """Raises ValueError naming tensors that are missing, extra (with the nearest missing name) or misshaped."""
+    """Raises ValueError naming tensors that are missing, extra (with the nearest missing one) or misshaped."""
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
     shared = [name for name in expected if name in given]
     lines = [f"  {k} {given[k]}: expected {expected[k]}" for k in shared if given[k] != expected[k]]
