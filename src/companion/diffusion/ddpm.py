@@ -1,4 +1,5 @@
-"""The discrete diffusion process itself: for losses with a variational term, and for published ancestral chains.
+"""The discrete diffusion process itself: for losses with a variational term, and for published ancestral
+chains.
 
 New sampling goes through `sampling.sample`, where a discrete network is a DiscreteDenoiser like any other.
 """
@@ -26,12 +27,14 @@ class Reverse(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DiscreteProcess:
-    """How a network's output at index t becomes p(x_{t-1} | x_t). Images are at the variance-preserving scale.
+    """How a network's output at index t becomes p(x_{t-1} | x_t). Images are at the variance-preserving
+    scale.
 
-    prediction: "epsilon", "v" (sqrt(abar) n - sqrt(1 - abar) x0) or "x0". variance: "fixed_small", "fixed_large", or
-    "learned_range", where the output has twice the channels and the second half v mixes the logarithms of the two
-    (Eq. (15) of Nichol and Dhariwal 2021). clip: (low, high) for the estimate of x0, or None. channel_axis: 1, or 2
-    for sequences. t: indices of the schedule (batch,); `network_t` gives what the network is to be told.
+    prediction: "epsilon", "v" (sqrt(abar) n - sqrt(1 - abar) x0) or "x0". variance: "fixed_small",
+    "fixed_large", or "learned_range", where the output has twice the channels and the second half v mixes the
+    logarithms of the two (Eq. (15) of Nichol and Dhariwal 2021). clip: (low, high) for the estimate of x0, or
+    None. channel_axis: 1, or 2 for sequences. t: indices of the schedule (batch,); `network_t` gives what the
+    network is to be told.
     """
 
     schedule: DiscreteSchedule
@@ -51,11 +54,13 @@ class DiscreteProcess:
         return self.schedule.timesteps.to(t.device)[t]
 
     def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """The prediction and, with a learned variance, v. Raises ValueError for another number of channels."""
+        """The prediction and, with a learned variance, v. Raises ValueError for other channel counts."""
         expected = 2 * channels if self.variance == "learned_range" else channels
         if output.shape[self.channel_axis] != expected:
-            raise ValueError(f"the network returned {output.shape[self.channel_axis]} channels for images of "
-                             f"{channels}; variance={self.variance!r} needs {expected}")
+            raise ValueError(
+                f"the network returned {output.shape[self.channel_axis]} channels for images of "
+                f"{channels}; variance={self.variance!r} needs {expected}"
+            )
         return (output, None) if expected == channels else tuple(output.chunk(2, self.channel_axis))
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -99,7 +104,9 @@ class DiscreteProcess:
         p = self.p_mean_variance(output, x_t, t)
         return p.mean + _column(t > 0, x_t) * (p.log_variance / 2).exp() * noise
 
-    def ddim_step(self, output: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None, eta: float = 0.0) -> Tensor:
+    def ddim_step(
+        self, output: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None, eta: float = 0.0
+    ) -> Tensor:
         """x_{t-1} by Eq. (12) of Song et al. 2021; noise is needed for eta > 0 only."""
         schedule = self.schedule
         abar, abar_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
@@ -107,14 +114,20 @@ class DiscreteProcess:
         # the noise that leads from the (clipped) x0 to x_t
         n = (x_t - schedule.at(abar.sqrt(), t, x_t) * x0) / schedule.at((1 - abar).sqrt(), t, x_t)
         up = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
-        mean = schedule.at(abar_prev.sqrt(), t, x_t) * x0 + schedule.at((1 - abar_prev - up**2).sqrt(), t, x_t) * n
+        mean = (
+            schedule.at(abar_prev.sqrt(), t, x_t) * x0
+            + schedule.at((1 - abar_prev - up**2).sqrt(), t, x_t) * n
+        )
         return mean if eta == 0 else mean + schedule.at(up, t, x_t) * noise
 
     def stochastic_step(self, output: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_{t-1} by AID's rule (Luo et al. 2024): x0_hat with fresh noise of the next level; x0_hat itself at t = 0."""
+        """x_{t-1} by AID's rule (Luo et al. 2024): x0_hat with fresh noise of the next level."""
         x0 = self.x0_hat(self.split(output, x_t.shape[self.channel_axis])[0], x_t, t)
         abar_prev = self.schedule.alphas_cumprod_prev
-        return self.schedule.at(abar_prev.sqrt(), t, x_t) * x0 + self.schedule.at((1 - abar_prev).sqrt(), t, x_t) * noise
+        return (
+            self.schedule.at(abar_prev.sqrt(), t, x_t) * x0
+            + self.schedule.at((1 - abar_prev).sqrt(), t, x_t) * noise
+        )
 
 
 def _column(t: Tensor, like: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Denoisers: everything becomes D(x, sigma, cond) -> x0_hat, the mean of the clean image given the noisy one.
 
-x: (batch, channel, *space) or (batch, frame, channel, y, x), with x = x0 + sigma n and n standard normal per real
-component; sigma: (batch,); cond: whatever the network takes. A denoiser that knows its own error also has
-moments(x, sigma, cond) -> (x0_hat, variance), the variance of x0 given x per real component, broadcastable to x.
-Denoisers without this knowledge have no attribute `moments`, so hasattr(D, "moments") tells. Wrappers keep the
-denoiser that they wrap as `.D`.
+x: (batch, channel, *space) or (batch, frame, channel, y, x), with x = x0 + sigma n and n standard normal per
+real component; sigma: (batch,); cond: whatever the network takes. A denoiser that knows its own error also
+has moments(x, sigma, cond) -> (x0_hat, variance), the variance of x0 given x per real component,
+broadcastable to x. Denoisers without this knowledge have no attribute `moments`, so hasattr(D, "moments")
+tells. Wrappers keep the denoiser that they wrap as `.D`.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -27,44 +28,56 @@ class Denoiser(Protocol):
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """Values (batch,) or a scalar, in the real precision of `like`, shaped to multiply it: (batch, 1, ..., 1)."""
+    """Values (batch,) or a scalar as (batch, 1, ..., 1), in the real precision of `like`."""
     real = like.dtype.to_real()
     values = torch.as_tensor(values, device=like.device).to(real)
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def run_network(network: Callable, x: Tensor, t: Tensor, cond: Tensor | None, autocast: torch.dtype | None) -> Tensor:
+def run_network(
+    network: Callable, x: Tensor, t: Tensor, cond: Tensor | None, autocast: torch.dtype | None
+) -> Tensor:
     """The network's output in the precision of x. All conversions between sampler and network happen here.
 
-    The network computes in the precision of its weights (float32), its convolutions under `autocast` if given;
-    2D images are laid out channels_last, without which bf16 convolutions on CPUs are several times slower.
+    The network computes in the precision of its weights (float32), its convolutions under `autocast` if
+    given; 2D images are laid out channels_last, without which bf16 convolutions on CPUs are several times
+    slower.
     """
     weights = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     dtype = x.dtype if weights is None else weights.dtype
-    inputs = x.to(dtype)
-    if inputs.ndim == 4:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-    t = t if not t.is_floating_point() else t.to(dtype)
-    with torch.autocast(x.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        out = network(inputs, t) if cond is None else network(inputs, t, cond.to(dtype))
+    x_in = x.to(dtype)
+    if x_in.ndim == 4:
+        x_in = x_in.contiguous(memory_format=torch.channels_last)
+    extra = () if cond is None else (cond.to(dtype) if cond.is_floating_point() else cond,)
+    # without an option of its own the network follows the caller's autocast, such as a training loop's
+    with torch.autocast(x.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
+        out = network(x_in, t.to(dtype) if t.is_floating_point() else t, *extra)
     return out.to(x.dtype)
 
 
 class EDMDenoiser(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): the preconditioning of Karras et al. 2022, Table 1.
 
-    network: F(x, t, cond=None), t = c_noise = ln(sigma)/4. sigma_data: standard deviation of the clean data per real
-    component. learned_variance: the network returns `variance_channels` further channels u (default: one for each
-    data channel; 1 is shared by all), and Var[x0 | x] = c_out^2 exp(u), since c_out is the natural size of the
-    error; u is held softly within +-10. cond_scale multiplies cond on its way to the network. autocast: dtype
-    for the network, e.g. torch.bfloat16. channel_axis: 1, or 2 for sequences.
+    network: F(x, t, cond=None), t = c_noise = ln(sigma)/4. sigma_data: standard deviation of the clean data
+    per real component. learned_variance: the network returns `variance_channels` further channels u (default:
+    one for each data channel; 1 is shared by all), and Var[x0 | x] = c_out^2 exp(u), since c_out is the
+    natural size of the error; u is held softly within +-10. cond_scale multiplies cond on its way to the
+    network. autocast: dtype for the network, e.g. torch.bfloat16. channel_axis: 1, or 2 for sequences.
     """
 
     u_limit = 10.0
 
-    def __init__(self, network: nn.Module, sigma_data: float = 0.5, learned_variance: bool = False, *,
-                 variance_channels: int | None = None, cond_scale: float = 1.0,
-                 autocast: torch.dtype | None = None, channel_axis: int = 1):
+    def __init__(
+        self,
+        network: nn.Module,
+        sigma_data: float = 0.5,
+        learned_variance: bool = False,
+        *,
+        variance_channels: int | None = None,
+        cond_scale: float = 1.0,
+        autocast: torch.dtype | None = None,
+        channel_axis: int = 1,
+    ):
         super().__init__()
         if not 0 < sigma_data < math.inf:
             raise ValueError(f"sigma_data={sigma_data}: expected the standard deviation of the data, above 0")
@@ -80,14 +93,18 @@ class EDMDenoiser(nn.Module):
         return s**2 / norm**2, sigma * s / norm, 1 / norm, c_noise
 
     def raw(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The network's F and u (None without learned_variance): what the loss compares in preconditioned units."""
+        """The network's F and u (None without learned_variance), in preconditioned units."""
         _, _, c_in, c_noise = self.preconditioning(x, sigma)
-        out = run_network(self.network, c_in * x, c_noise, None if cond is None else self.cond_scale * cond, self.autocast)
+        out = run_network(
+            self.network, c_in * x, c_noise, None if cond is None else self.cond_scale * cond, self.autocast
+        )
         channels = x.shape[self.channel_axis]
         extra = (self.variance_channels or channels) if self.learned_variance else 0
         if out.shape[self.channel_axis] != channels + extra:
-            raise ValueError(f"the network returned {out.shape[self.channel_axis]} channels; expected {channels} "
-                             f"for the image and {extra} for its variance: set its out_channels to {channels + extra}")
+            raise ValueError(
+                f"the network returned {out.shape[self.channel_axis]} channels; expected {channels} "
+                f"for the image and {extra} for its variance: set its out_channels to {channels + extra}"
+            )
         if not extra:
             return out, None
         F, u = out.split([channels, extra], self.channel_axis)
@@ -114,18 +131,27 @@ class EDMDenoiser(nn.Module):
 class DiscreteDenoiser(nn.Module):
     """D(x, sigma) from a network trained at discrete times on x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n.
 
-    The noise level decides the rest: abar = 1 / (1 + sigma^2), x_t = sqrt(abar) x, and t is where the schedule has
-    this sigma. timesteps: "interpolate" gives the network a float t between two trained ones (fine for sinusoidal
-    embeddings); "nearest" an integer. network: F(x_t, t, cond=None). prediction: "epsilon", "v" or "x0".
-    learned_variance: the output has twice the channels, the second half being the learned-range v of
-    p(x_{t-1} | x_t); it says Var[x0 | x] too, see `moments`. clip: (low, high) for x0_hat, or None. autocast and
-    channel_axis as for EDMDenoiser. `process` is the discrete process that the losses need.
+    The noise level decides the rest: abar = 1 / (1 + sigma^2), x_t = sqrt(abar) x, and t is where the
+    schedule has this sigma. timesteps: "interpolate" gives the network a float t between two trained ones
+    (fine for sinusoidal embeddings); "nearest" an integer. network: F(x_t, t, cond=None). prediction:
+    "epsilon", "v" or "x0". learned_variance: the output has twice the channels, the second half being the
+    learned-range v of p(x_{t-1} | x_t); it says Var[x0 | x] too, see `moments`. clip: (low, high) for x0_hat,
+    or None. autocast and channel_axis as for EDMDenoiser. `process` is the discrete process that the losses
+    need.
     """
 
-    def __init__(self, network: nn.Module, schedule: DiscreteSchedule, prediction: str = "epsilon",
-                 learned_variance: bool = False, *, timesteps: str = "interpolate",
-                 clip: tuple[float, float] | None = None, autocast: torch.dtype | None = None,
-                 channel_axis: int = 1):
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: DiscreteSchedule,
+        prediction: str = "epsilon",
+        learned_variance: bool = False,
+        *,
+        timesteps: str = "interpolate",
+        clip: tuple[float, float] | None = None,
+        autocast: torch.dtype | None = None,
+        channel_axis: int = 1,
+    ):
         super().__init__()
         if timesteps not in ("interpolate", "nearest"):
             raise ValueError(f"timesteps={timesteps!r}: expected 'interpolate' or 'nearest'")
@@ -159,7 +185,9 @@ class DiscreteDenoiser(nn.Module):
         schedule, share = self.schedule, (v + 1) / 2
         i = schedule.nearest_index(sigma).reshape(-1).expand(len(x))
         small, log_small = schedule.posterior_variance, schedule.posterior_log_variance_clipped
-        learned = (share * schedule.at(schedule.betas.log(), i, x) + (1 - share) * schedule.at(log_small, i, x)).exp()
+        learned = (
+            share * schedule.at(schedule.betas.log(), i, x) + (1 - share) * schedule.at(log_small, i, x)
+        ).exp()
         excess = (learned - schedule.at(small, i, x)).clamp(min=0)
         variance = excess / schedule.at(schedule.posterior_mean_coef1, i, x) ** 2
         return x0_hat, variance * (column(sigma, x) / schedule.at(schedule.sigmas, i, x)) ** 2
@@ -168,9 +196,9 @@ class DiscreteDenoiser(nn.Module):
     def moments(self) -> Callable:
         """moments(x, sigma, cond) -> (x0_hat, variance); exists only with learned_variance.
 
-        Var[x_{t-1} | x_t] = posterior variance + coef1^2 Var[x0 | x_t] (law of total variance) is solved for the last
-        term at the nearest trained level, and scaled with sigma^2 from there. Where the learned variance is below
-        the posterior variance the result is 0.
+        Var[x_{t-1} | x_t] = posterior variance + coef1^2 Var[x0 | x_t] (law of total variance) is solved for
+        the last term at the nearest trained level, and scaled with sigma^2 from there. Where the learned
+        variance is below the posterior variance the result is 0.
         """
         if not self.learned_variance:
             raise AttributeError("moments need learned_variance=True")
@@ -180,8 +208,8 @@ class DiscreteDenoiser(nn.Module):
 class ComplexDenoiser(nn.Module):
     """Complex images in and out, around a denoiser D that sees two real channels (re, im) for each.
 
-    x: (batch, C, *space) complex; a complex cond is split likewise. The variance of a complex pixel is the mean over
-    its two parts.
+    x: (batch, C, *space) complex; a complex cond is split likewise. The variance of a complex pixel is the
+    mean over its two parts.
     """
 
     def __init__(self, D: Denoiser, channel_axis: int = 1):
@@ -194,8 +222,14 @@ class ComplexDenoiser(nn.Module):
 
     def _split(self, x: Tensor, sigma: Tensor, cond: Tensor | None) -> tuple:
         if not x.is_complex():
-            raise TypeError(f"ComplexDenoiser got a {x.dtype} image; give a complex one, or call its .D with channels")
-        return to_channels(x, self.channel_axis), sigma, None if cond is None else to_channels(cond, self.channel_axis)
+            raise TypeError(
+                f"ComplexDenoiser got a {x.dtype} image; give a complex one, or call its .D with channels"
+            )
+        return (
+            to_channels(x, self.channel_axis),
+            sigma,
+            None if cond is None else to_channels(cond, self.channel_axis),
+        )
 
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, variance = self.D.moments(*self._split(x, sigma, cond))
@@ -213,9 +247,11 @@ class ComplexDenoiser(nn.Module):
 
 
 class FourierBasis:
-    """The orthonormal Fourier transform over the last `ndim` axes as a basis for a stationary GaussianDenoiser."""
+    """The orthonormal Fourier transform over the last `ndim` axes: the basis of stationary Gaussians."""
 
-    flat = True  # all entries have the same magnitude, so the variance of a pixel is the mean of all variances
+    flat = (
+        True  # all entries have the same magnitude, so the variance of a pixel is the mean of all variances
+    )
 
     def __init__(self, ndim: int, inverse: bool = False):
         self.axes, self.inverse = tuple(range(-ndim, 0)), inverse
@@ -238,7 +274,9 @@ class MatrixBasis:
         self.U = U
 
     def __call__(self, x: Tensor) -> Tensor:
-        U = self.U.to(x.device, torch.promote_types(x.dtype, self.U.dtype) if self.U.is_complex() else x.dtype)
+        U = self.U.to(
+            x.device, torch.promote_types(x.dtype, self.U.dtype) if self.U.is_complex() else x.dtype
+        )
         return (x.flatten(1).to(U.dtype) @ U.conj()).reshape(x.shape)
 
     @property
@@ -249,22 +287,26 @@ class MatrixBasis:
 class GaussianDenoiser:
     """The exact denoiser of a Gaussian prior: x0_hat = mean + C (C + sigma^2)^-1 (x - mean).
 
-    mean: (*shape), the shape of one image, real or complex. covariance per real component (so E|x|^2 = 2 diag C for
-    complex x, whose real and imaginary parts have equal laws), float64, as
+    mean: (*shape), the shape of one image, real or complex. covariance per real component (so E|x|^2 = 2 diag
+    C for complex x, whose real and imaginary parts have equal laws), float64, as
     - a dense matrix (n, n) over the flattened image, Hermitian;
     - the variances (*shape) of independent pixels;
-    - the variances (*shape) of the coefficients in an orthonormal `basis`, an operator with basis(x) and basis.H.
-    For a real image in a complex basis the variances must have the symmetry that makes C real.
+    - the variances (*shape) of the coefficients in an orthonormal `basis`, an operator with basis(x) and
+      basis.H. For a real image in a complex basis the variances must have the symmetry that makes C real.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor, basis: Callable | None = None):
         n, shape = mean.numel(), tuple(mean.shape)
         if basis is None and covariance.shape == (n, n) and (n, n) != shape:
-            values, vectors = torch.linalg.eigh(covariance.to(torch.promote_types(covariance.dtype, torch.float64)))
+            values, vectors = torch.linalg.eigh(
+                covariance.to(torch.promote_types(covariance.dtype, torch.float64))
+            )
             covariance, basis = values.reshape(shape), MatrixBasis(vectors)
         if covariance.shape != shape:
-            raise ValueError(f"the covariance has shape {tuple(covariance.shape)}; expected {shape}, one variance for "
-                             f"each pixel or coefficient, or a matrix {(n, n)}")
+            raise ValueError(
+                f"the covariance has shape {tuple(covariance.shape)}; expected {shape}, one variance for "
+                f"each pixel or coefficient, or a matrix {(n, n)}"
+            )
         if not (covariance > -1e-9 * covariance.abs().max()).all():
             raise ValueError(f"the covariance has a negative variance, {covariance.min():.3g}")
         self.mean, self.variances, self.basis = mean, covariance.double().clamp(min=0), basis
@@ -301,11 +343,15 @@ class GaussianDenoiser:
 
     @cached_property
     def squared_basis(self) -> Tensor:
-        """|basis|^2 as a matrix (coefficient, pixel), float64; found by sending every pixel through the basis."""
+        """|basis|^2 as a matrix (coefficient, pixel), float64, from every pixel sent through the basis."""
         n = self.mean.numel()
         if n > 16384:
-            raise ValueError(f"the exact variance needs a {n} x {n} matrix in this basis; use at most 16384 pixels")
-        pixels = torch.eye(n, dtype=torch.promote_types(self.mean.dtype, torch.float64)).reshape(n, *self.mean.shape)
+            raise ValueError(
+                f"the exact variance needs a {n} x {n} matrix in this basis; use at most 16384 pixels"
+            )
+        pixels = torch.eye(n, dtype=torch.promote_types(self.mean.dtype, torch.float64)).reshape(
+            n, *self.mean.shape
+        )
         return self.basis(pixels).flatten(1).abs().square().T.double()
 
     def draw(self, count: int, generator: Generator, dtype: torch.dtype | None = None) -> Tensor:
@@ -332,7 +378,9 @@ class GaussianMixtureDenoiser:
     def __init__(self, weights: Tensor, components: Sequence[GaussianDenoiser]):
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if weights.shape != (len(components),) or not (weights > 0).all():
-            raise ValueError(f"{len(components)} components need as many positive weights; got {weights.tolist()}")
+            raise ValueError(
+                f"{len(components)} components need as many positive weights; got {weights.tolist()}"
+            )
         self.weights, self.components = weights / weights.sum(), list(components)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:

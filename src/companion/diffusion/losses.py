@@ -13,16 +13,25 @@ from .denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, column, r
 from .noise import randn
 
 
-def edm_loss(D: EDMDenoiser | ComplexDenoiser, x0: Tensor, generator: Generator | None = None, P_mean: float = -1.2,
-             P_std: float = 1.2, cond: Tensor | None = None, *, variance_weight: float = 1.0,
-             sigma: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+def edm_loss(
+    D: EDMDenoiser | ComplexDenoiser,
+    x0: Tensor,
+    generator: Generator | None = None,
+    P_mean: float = -1.2,
+    P_std: float = 1.2,
+    cond: Tensor | None = None,
+    *,
+    variance_weight: float = 1.0,
+    sigma: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
     """EDM loss of each batch item (batch,): mean over pixels of |F - target|^2 in preconditioned units.
 
-    Equals lambda(sigma) |D(x0 + sigma n) - x0|^2 with lambda = 1/c_out^2 and ln sigma ~ N(P_mean, P_std^2): Eqs. (2,
-    8) of Karras et al. 2022. Draws one normal number per item for sigma (batch,), then the noise (shape of x0);
-    either may be supplied instead. A learned variance adds variance_weight times the Gaussian negative log
-    likelihood e^2 exp(-u) + u per pixel; its error e is detached, so this term teaches u and not the mean.
-    x0: (batch, channel, *space), complex for a ComplexDenoiser.
+    Equals lambda(sigma) |D(x0 + sigma n) - x0|^2 with lambda = 1/c_out^2 and ln sigma ~ N(P_mean, P_std^2):
+    Eqs. (2, 8) of Karras et al. 2022. Draws one normal number per item for sigma (batch,), then the noise
+    (shape of x0); either may be supplied instead. A learned variance adds variance_weight times the Gaussian
+    negative log likelihood e^2 exp(-u) + u per pixel; its error e is detached, so this term teaches u and not
+    the mean. x0: (batch, channel, *space), complex for a ComplexDenoiser.
     """
     D, x0, cond, noise = in_channels(D, x0, cond, noise)
     if sigma is None:
@@ -47,23 +56,38 @@ class DiscreteTerms(NamedTuple):
     vb: Tensor | None
 
 
-def discrete_loss(D: DiscreteDenoiser | ComplexDenoiser, x0: Tensor, generator: Generator | None = None,
-                  kind: str = "mse", cond: Tensor | None = None, *, t: Tensor | None = None,
-                  noise: Tensor | None = None) -> Tensor:
+def discrete_loss(
+    D: DiscreteDenoiser | ComplexDenoiser,
+    x0: Tensor,
+    generator: Generator | None = None,
+    kind: str = "mse",
+    cond: Tensor | None = None,
+    *,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
     """Loss of each batch item (batch,) for an epsilon, v or x0 network: `discrete_terms(...).loss`."""
     return discrete_terms(D, x0, generator, kind, cond, t=t, noise=noise).loss
 
 
-def discrete_terms(D: DiscreteDenoiser | ComplexDenoiser, x0: Tensor, generator: Generator | None = None,
-                   kind: str = "mse", cond: Tensor | None = None, *, t: Tensor | None = None,
-                   noise: Tensor | None = None) -> DiscreteTerms:
+def discrete_terms(
+    D: DiscreteDenoiser | ComplexDenoiser,
+    x0: Tensor,
+    generator: Generator | None = None,
+    kind: str = "mse",
+    cond: Tensor | None = None,
+    *,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> DiscreteTerms:
     """Loss, mse and variational term of each batch item, for the network and the process inside D.
 
-    kind: "mse", the mean squared error of the prediction, plus the variational term if the variance is learned (its
-    prediction detached, so that this term teaches the variance only: L_hybrid of Nichol and Dhariwal 2021, there with
-    weight 0.001, which for T = 1000 is the 1 of "mse" and of "rescaled_mse", whose weight is T/1000); "kl", the
-    variational term alone, and "rescaled_kl", T times that, an estimate of the whole bound.
-    Draws t (batch,) uniformly over the schedule's indices, then the noise; either may be supplied.
+    kind: "mse", the mean squared error of the prediction, plus the variational term if the variance is
+    learned (its prediction detached, so that this term teaches the variance only: L_hybrid of Nichol and
+    Dhariwal 2021, there with weight 0.001, which for T = 1000 is the 1 of "mse" and of "rescaled_mse", whose
+    weight is T/1000); "kl", the variational term alone, and "rescaled_kl", T times that, an estimate of the
+    whole bound. Draws t (batch,) uniformly over the schedule's indices, then the noise; either may be
+    supplied.
     """
     D, x0, cond, noise = in_channels(D, x0, cond, noise)
     process, T = D.process, len(D.schedule)
@@ -92,14 +116,20 @@ def discrete_terms(D: DiscreteDenoiser | ComplexDenoiser, x0: Tensor, generator:
 
 
 def variational_bound(process: DiscreteProcess, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Term t of the variational bound in bits per dimension (batch,): KL for t > 0, discretised likelihood at t = 0.
+    """Term t of the variational bound in bits per dimension (batch,): KL for t > 0, discretised likelihood at
+    t = 0.
 
     Eq. (5) of Ho et al. 2020. The estimate of x0 is not clipped here, whatever the process says.
     """
     p = dataclasses.replace(process, clip=None).p_mean_variance(output, x_t, t)
     mean, _, log_variance = process.schedule.q_posterior(x0, x_t, t)
-    kl = (p.log_variance - log_variance + (log_variance - p.log_variance).exp()
-          + (mean - p.mean) ** 2 * (-p.log_variance).exp() - 1) / 2
+    kl = (
+        p.log_variance
+        - log_variance
+        + (log_variance - p.log_variance).exp()
+        + (mean - p.mean) ** 2 * (-p.log_variance).exp()
+        - 1
+    ) / 2
     nll = -discretised_log_likelihood(x0, p.mean, p.log_variance / 2)
     return torch.where(t == 0, per_sample(nll), per_sample(kl)) / math.log(2)
 
@@ -107,9 +137,11 @@ def variational_bound(process: DiscreteProcess, output: Tensor, x0: Tensor, x_t:
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log of the Gaussian mass in the bin of width 2/255 around x, per pixel; open-ended bins at -1 and 1.
 
-    Sec. 3.3 of Ho et al. 2020: it assumes 8-bit pixels scaled to [-1, 1]. The normal distribution function is the
-    approximation (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2, which published weights were trained with.
+    Sec. 3.3 of Ho et al. 2020: it assumes 8-bit pixels scaled to [-1, 1]. The normal distribution function is
+    the approximation (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2, which published weights were trained
+    with.
     """
+
     def below(z: Tensor) -> Tensor:
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
 
@@ -120,7 +152,7 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
 
 
 def in_channels(D, x0: Tensor, cond: Tensor | None, noise: Tensor | None) -> tuple:
-    """The denoiser inside a ComplexDenoiser, with x0, cond and noise as its real channels; others pass unchanged."""
+    """The denoiser inside a ComplexDenoiser and its x0, cond, noise as real channels; others unchanged."""
     if not isinstance(D, ComplexDenoiser):
         return D, x0, cond, noise
     parts = [None if x is None else to_channels(x, D.channel_axis) for x in (x0, cond, noise)]

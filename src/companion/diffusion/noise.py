@@ -8,11 +8,11 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor
 
-# ---------------------------------------------------------------------------------------------- levels for samplers
+# --- levels for samplers
 
 
 def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """n decreasing levels and a final 0, float64 (n+1,), dense near sigma_min: Eq. (5) of Karras et al. 2022."""
+    """n levels, dense near sigma_min, and a final 0, float64 (n+1,): Eq. (5) of Karras et al. 2022."""
     _check_range(n, sigma_min, sigma_max)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
@@ -22,7 +22,9 @@ def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float
 def log_uniform(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     """n levels of constant ratio from sigma_max to sigma_min and a final 0, float64 (n+1,)."""
     _check_range(n, sigma_min, sigma_max)
-    return _end_with_zero(torch.linspace(math.log(sigma_max), math.log(sigma_min), n, dtype=torch.float64).exp())
+    return _end_with_zero(
+        torch.linspace(math.log(sigma_max), math.log(sigma_min), n, dtype=torch.float64).exp()
+    )
 
 
 def linear(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
@@ -35,23 +37,25 @@ def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:
     if n < 1:
         raise ValueError(f"{n} noise levels were asked for; at least 1 is needed")
     if not 0 < sigma_min <= sigma_max < math.inf:
-        raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: expected 0 < sigma_min <= sigma_max < inf")
+        raise ValueError(
+            f"sigma_min={sigma_min}, sigma_max={sigma_max}: expected 0 < sigma_min <= sigma_max < inf"
+        )
 
 
 def _end_with_zero(levels: Tensor) -> Tensor:
     return torch.cat([levels, levels.new_zeros(1)])
 
 
-# ------------------------------------------------------------------------------------ schedules of discrete networks
+# --- schedules of discrete networks
 
 
 def linear_betas(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """Equidistant betas, float64 (steps,): Ho et al. 2020. The ends do not change with the number of steps."""
+    """Equidistant betas, float64 (steps,): Ho et al. 2020. The ends do not depend on the steps."""
     return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
 
 
 def scaled_linear_betas(steps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0195) -> Tensor:
-    """Squares of equidistant square roots, float64 (steps,): the schedule of latent diffusion (Rombach et al. 2022)."""
+    """Squares of equidistant roots, float64 (steps,): latent diffusion (Rombach et al. 2022)."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
 
 
@@ -64,10 +68,12 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.9
 
 @dataclass(frozen=True, eq=False)
 class DiscreteSchedule:
-    """The variance-preserving chain x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n that a discrete network was trained on.
+    """The variance-preserving chain x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n that a discrete network was
+    trained on.
 
-    betas: (T,). timesteps: (T,) the t that the network is given for each index; None means 0 .. T-1. A respaced
-    schedule keeps the original numbers here. Tables are float64; `at` gathers them for a batch. Ho et al. 2020.
+    betas: (T,). timesteps: (T,) the t that the network is given for each index; None means 0 .. T-1. A
+    respaced schedule keeps the original numbers here. Tables are float64; `at` gathers them for a batch. Ho
+    et al. 2020.
     """
 
     betas: Tensor
@@ -84,7 +90,9 @@ class DiscreteSchedule:
         object.__setattr__(self, "timesteps", timesteps)
 
     @classmethod
-    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "DiscreteSchedule":
+    def linear(
+        cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> "DiscreteSchedule":
         return cls(linear_betas(steps, beta_start, beta_end))
 
     @classmethod
@@ -138,10 +146,12 @@ class DiscreteSchedule:
         return _end_with_zero(self.sigmas.flip(0))
 
     def respace(self, spec: str | int | Sequence[int]) -> "DiscreteSchedule":
-        """The same chain seen at fewer times: betas are recomputed from abar, the network keeps the original t.
+        """The same chain seen at fewer times: betas are recomputed from abar, the network keeps the original
+        t.
 
-        spec: "25" (25 times over the whole range), "10,15,20" (so many in each of three equal sections, from the
-        clean end), "ddim25" (a constant integer stride from t = 0). Improved DDPM (Nichol and Dhariwal 2021).
+        spec: "25" (25 times over the whole range), "10,15,20" (so many in each of three equal sections, from
+        the clean end), "ddim25" (a constant integer stride from t = 0). Improved DDPM (Nichol and Dhariwal
+        2021).
         """
         keep = torch.tensor(respaced_indices(len(self), spec))
         abar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[keep]])
@@ -166,7 +176,7 @@ class DiscreteSchedule:
         return (below + (weight > 0.5)).clamp(max=len(self) - 1)
 
     def _locate(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The index below sigma and how far sigma is on the way to the next one, from 0 to 1, in log sigma."""
+        """The index below sigma, and the way from there to the next in log sigma, from 0 to 1."""
         # a schedule of zero terminal signal ends at sigma = inf, which has no logarithm to interpolate
         table = self.sigmas.clamp(max=1e6).log().to(sigma.device)
         log_sigma = sigma.double().clamp(min=1e-12).log().contiguous()
@@ -190,20 +200,24 @@ class DiscreteSchedule:
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0): Eqs. (6, 7) of Ho et al. 2020."""
-        mean = self.at(self.posterior_mean_coef1, t, x_t) * x0 + self.at(self.posterior_mean_coef2, t, x_t) * x_t
+        mean = (
+            self.at(self.posterior_mean_coef1, t, x_t) * x0 + self.at(self.posterior_mean_coef2, t, x_t) * x_t
+        )
         variance = self.at(self.posterior_variance, t, x_t)
         return mean, variance, self.at(self.posterior_log_variance_clipped, t, x_t)
 
 
 def respaced_indices(steps: int, spec: str | int | Sequence[int]) -> list[int]:
-    """The times that a respacing keeps, increasing. See `DiscreteSchedule.respace` for the grammar of `spec`."""
+    """The times that a respacing keeps, increasing; `spec` as for `DiscreteSchedule.respace`."""
     if isinstance(spec, str) and spec.startswith("ddim"):
         count = int(spec[4:])
         for stride in range(1, steps + 1):
             if len(range(0, steps, stride)) == count:
                 return list(range(0, steps, stride))
-        raise ValueError(f"respacing {spec!r}: no integer stride through {steps} steps gives {count}; "
-                         f"use '{count}' for uneven strides")
+        raise ValueError(
+            f"respacing {spec!r}: no integer stride through {steps} steps gives {count}; "
+            f"use '{count}' for uneven strides"
+        )
     if isinstance(spec, str):
         counts = [int(part) for part in spec.split(",")]
     else:
@@ -219,11 +233,11 @@ def respaced_indices(steps: int, spec: str | int | Sequence[int]) -> list[int]:
     return kept
 
 
-# --------------------------------------------------------------------------------------------------------- the draws
+# --- the draws
 
 
 def parse_seeds(seeds: str | int | Iterable[int]) -> list[int]:
-    """List of seeds from an int, a list, or text such as "0-63,80". A range that runs backwards is an error."""
+    """List of seeds from an int, a list, or text such as "0-63,80"; "3-1" is an error."""
     if isinstance(seeds, int):
         return [seeds]
     if not isinstance(seeds, str):
@@ -241,7 +255,7 @@ def parse_seeds(seeds: str | int | Iterable[int]) -> list[int]:
 
 
 def generators(seeds: str | int | Iterable[int] | Iterable[Generator]) -> list[Generator]:
-    """One CPU generator per seed. Generators are passed through, so that a chain may go on drawing from its own."""
+    """One CPU generator per seed. Generators pass through, so that a chain may go on with its own."""
     if isinstance(seeds, Generator):
         return [seeds]
     if not isinstance(seeds, str | int):
@@ -251,15 +265,23 @@ def generators(seeds: str | int | Iterable[int] | Iterable[Generator]) -> list[G
     return [Generator().manual_seed(seed) for seed in parse_seeds(seeds)]
 
 
-def randn(shape: Sequence[int], dtype: torch.dtype, generator: Generator | Sequence[Generator],
-          device: torch.device | str | None = None) -> Tensor:
-    """Standard normal noise; for complex dtypes the real and the imaginary part have standard deviation 1 each.
+def randn(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    generator: Generator | Sequence[Generator],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal noise; for complex dtypes the real and the imaginary part have standard deviation 1
+    each.
 
-    generator: one, which fills the whole shape; or a list, one per batch item, whose draws (*shape) are stacked to
-    (batch, *shape): then an item's noise does not depend on its batch. Drawn where the generator lives, then moved.
+    generator: one, which fills the whole shape; or a list, one per batch item, whose draws (*shape) are
+    stacked to (batch, *shape): then an item's noise does not depend on its batch. Drawn where the generator
+    lives, then moved.
     """
     if generator is None:
-        raise TypeError("randn got no generator; randomness is an argument here: torch.Generator().manual_seed(seed)")
+        raise TypeError(
+            "randn got no generator; randomness is an argument here: torch.Generator().manual_seed(seed)"
+        )
     if not isinstance(generator, Generator):
         return torch.stack([randn(shape, dtype, one, device) for one in generator])
     real = dtype.to_real()

@@ -1,9 +1,9 @@
 """Solvers: how one noise level becomes the next. The loop, the noise and the bookkeeping live in `sampling`.
 
-A solver is frozen data and one short `step`. In it, `D(x, sigma)` takes a plain number, `sigmas` is the list of all
-levels, `i` the index of the present one, `noise()` a fresh standard normal draw in the shape of x, and `memory`
-whatever a multistep method kept from its last step (None at the first). The probability flow of a variance-exploding
-process is dx/dsigma = (x - D(x, sigma)) / sigma.
+A solver is frozen data and one short `step`. In it, `D(x, sigma)` takes a plain number, `sigmas` is the list
+of all levels, `i` the index of the present one, `noise()` a fresh standard normal draw in the shape of x, and
+`memory` whatever a multistep method kept from its last step (None at the first). The probability flow of a
+variance-exploding process is dx/dsigma = (x - D(x, sigma)) / sigma.
 """
 
 import math
@@ -35,7 +35,9 @@ class Solver:
     def check(self, sigmas: Sequence[float]) -> None:
         """Warns or raises before the first step when these levels do not suit the solver."""
 
-    def step(self, D: Callable, x: Tensor, sigmas: Sequence[float], i: int, noise: Callable, memory: Any) -> Step:
+    def step(
+        self, D: Callable, x: Tensor, sigmas: Sequence[float], i: int, noise: Callable, memory: Any
+    ) -> Step:
         raise NotImplementedError
 
 
@@ -78,7 +80,8 @@ def heun_step(D: Callable, x: Tensor, sigma: float, sigma_next: float) -> tuple[
 
 @dataclass(frozen=True)
 class HeunChurn(Solver):
-    """Algorithm 2 of Karras et al. 2022: noise is raised by a factor 1 + gamma, then one Heun step leads down.
+    """Algorithm 2 of Karras et al. 2022: noise is raised by a factor 1 + gamma, then one Heun step leads
+    down.
 
     gamma = min(S_churn / steps, sqrt(2) - 1) while S_min <= sigma <= S_max, else 0. Defaults: the paper's for
     ImageNet-64 with 256 steps. Order 2 holds for S_noise = 1; other values change the law on purpose.
@@ -99,9 +102,11 @@ class HeunChurn(Solver):
         limit = math.sqrt(2) - 1
         if window and self.S_churn / steps >= limit:
             warnings.warn(
-                f"S_churn = {self.S_churn:g} over {steps} steps is cut to gamma = sqrt(2) - 1 on all {len(window)} "
-                f"steps inside [{self.S_min:g}, {self.S_max:g}]: any S_churn above {limit * steps:.4g} gives the same "
-                "samples; lower it or take more steps", stacklevel=3)
+                f"S_churn = {self.S_churn:g} over {steps} steps is cut to gamma = sqrt(2) - 1 on all "
+                f"{len(window)} steps inside [{self.S_min:g}, {self.S_max:g}]: any S_churn above "
+                f"{limit * steps:.4g} gives the same samples; lower it or take more steps",
+                stacklevel=3,
+            )
 
     def step(self, D, x, sigmas, i, noise, memory):
         sigma, gamma = sigmas[i], 0.0
@@ -118,8 +123,9 @@ class HeunChurn(Solver):
 class DDIM(Solver):
     """Eqs. (12, 16) of Song et al. 2021 (DDIM), written for x = x0 + sigma n.
 
-    x' = x0_hat + sigma_down n_hat + sigma_up n, n_hat = (x - x0_hat) / sigma, with sigma_up = eta sigma' sqrt(1 -
-    sigma'^2 / sigma^2) and sigma_down^2 + sigma_up^2 = sigma'^2. eta = 0 is Euler's method, eta = 1 ancestral DDPM.
+    x' = x0_hat + sigma_down n_hat + sigma_up n, n_hat = (x - x0_hat) / sigma, with sigma_up = eta sigma'
+    sqrt(1 - sigma'^2 / sigma^2) and sigma_down^2 + sigma_up^2 = sigma'^2. eta = 0 is Euler's method, eta = 1
+    ancestral DDPM.
     """
 
     eta: float = 0.0
@@ -144,10 +150,11 @@ class DDIM(Solver):
 class DDPM(Solver):
     """Ancestral sampling, Eqs. (6, 7) of Ho et al. 2020 written for x = x0 + sigma n.
 
-    x' = x0_hat + (sigma'/sigma)^2 (x - x0_hat) + sqrt(v) n. variance: "small", v = sigma'^2 (1 - (sigma'/sigma)^2),
-    right if x0 were known; "large", the beta of the chain, right if x0 were white noise of unit variance; "learned",
-    the small one plus what D.moments says x0 still varies: v + (1 - (sigma'/sigma)^2)^2 Var[x0 | x], the covariance
-    of the true reverse step (Bao et al. 2022, Theorem 1), pixel by pixel. No noise is added at the last step to 0.
+    x' = x0_hat + (sigma'/sigma)^2 (x - x0_hat) + sqrt(v) n. variance: "small", v = sigma'^2 (1 -
+    (sigma'/sigma)^2), right if x0 were known; "large", the beta of the chain, right if x0 were white noise of
+    unit variance; "learned", the small one plus what D.moments says x0 still varies: v + (1 -
+    (sigma'/sigma)^2)^2 Var[x0 | x], the covariance of the true reverse step (Bao et al. 2022, Theorem 1),
+    pixel by pixel. No noise is added at the last step to 0.
     """
 
     variance: str = "small"
@@ -180,11 +187,12 @@ class DDPM(Solver):
 
 @dataclass(frozen=True)
 class AIDStochastic(Solver):
-    """x' = x0_hat + sigma' n with fresh noise at every step: the rule of AID (Luo et al. 2024), called ddnm there.
+    """x' = x0_hat + sigma' n with fresh noise at every step: the rule of AID (Luo et al. 2024), called ddnm
+    there.
 
-    It forgets all but the estimate x0_hat, the fully stochastic member of the DDIM family. Order 0: more steps do
-    not lead to the prior. For a Gaussian prior the samples' variance falls towards half of the true one, so use it to
-    reproduce published reconstructions, not for error bars.
+    It forgets all but the estimate x0_hat, the fully stochastic member of the DDIM family. Order 0: more
+    steps do not lead to the prior. For a Gaussian prior the samples' variance falls towards half of the true
+    one, so use it to reproduce published reconstructions, not for error bars.
     """
 
     name: ClassVar[str] = "aid_stochastic"
@@ -197,7 +205,7 @@ class AIDStochastic(Solver):
 
 @dataclass(frozen=True)
 class DPMpp2M(Solver):
-    """DPM-Solver++(2M), Algorithm 2 of Lu et al. 2022: two steps' estimates, one evaluation. First order into 0."""
+    """DPM-Solver++(2M), Algorithm 2 of Lu et al. 2022: second order at one evaluation a step."""
 
     name: ClassVar[str] = "dpmpp_2m"
     order: ClassVar[int] = 2
@@ -217,7 +225,8 @@ class DPMpp2M(Solver):
 
 @dataclass(frozen=True)
 class DPMpp2MSDE(Solver):
-    """SDE-DPM-Solver++(2M) of Lu et al. 2022 (Sec. 5, midpoint form), with a share eta of the reverse SDE's noise.
+    """SDE-DPM-Solver++(2M) of Lu et al. 2022 (Sec. 5, midpoint form), with a share eta of the reverse SDE's
+    noise.
 
     eta = 0 is DPM-Solver++(2M), eta = 1 the reverse-time SDE. First order into 0.
     """
@@ -249,8 +258,7 @@ class DPMpp2MSDE(Solver):
 
 
 SOLVERS: dict[str, type[Solver]] = {
-    solver.name: solver
-    for solver in (DDPM, DDIM, AIDStochastic, Euler, Heun, HeunChurn, DPMpp2M, DPMpp2MSDE)
+    solver.name: solver for solver in (DDPM, DDIM, AIDStochastic, Euler, Heun, HeunChurn, DPMpp2M, DPMpp2MSDE)
 }
 
 # the names that notebooks use: solver=ddim(eta=0.5)
