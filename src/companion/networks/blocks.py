@@ -1,7 +1,7 @@
 """Building blocks of the guided-diffusion U-Net family, in 1, 2 or 3 dimensions.
 
-Parameter names follow the published checkpoints (`in_layers.0`, `qkv`, `op`, ...), so state_dicts load strictly.
-Layers keep the memory format and the precision of what they are given: channels_last and autocast are the caller's.
+Parameter names follow the published checkpoints (`in_layers.0`, `qkv`, `op`, ...): state_dicts load strictly.
+Layers keep the memory format and precision they are given: channels_last and autocast are the caller's.
 """
 
 import math
@@ -30,63 +30,71 @@ def zero(module: nn.Module) -> nn.Module:
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Returns sinusoidal features (batch, dim) of times t (batch,), ordered [cos(t f_k), sin(t f_k)].
 
-    f_k = max_period^(-k / (dim/2)); t may be fractional. Computed in float32. An odd `dim` ends in a zero column.
+    f_k = max_period^(-k / (dim/2)); t may be fractional. Float32. An odd `dim` ends in a zero column.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angles = t.float()[:, None] * frequencies
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) / half * k)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
 def pixel_unshuffle(x: Tensor, patch: int) -> Tensor:
-    """Returns (batch, channel * patch^n, *space / patch) from (batch, channel, *space): F.pixel_unshuffle in n dimensions."""
+    """Returns (batch, channel * patch^n, *space / patch) from x (batch, channel, *space), n axes of space.
+
+    The same as F.pixel_unshuffle where that exists (n = 2).
+    """
     if patch == 1:
         return x
-    space = x.shape[2:]
+    batch, _, *space = x.shape
     n = len(space)
-    split = [size for s in space for size in (s // patch, patch)]
-    x = x.reshape(*x.shape[:2], *split)
-    outer, inner = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
-    return x.permute(0, 1, *inner, *outer).reshape(x.shape[0], -1, *(s // patch for s in space))
+    coarse = [size // patch for size in space]
+    x = x.reshape(batch, -1, *(size for s in coarse for size in (s, patch)))
+    x = x.permute(0, 1, *range(3, 3 + 2 * n, 2), *range(2, 2 + 2 * n, 2))
+    return x.reshape(batch, -1, *coarse)
 
 
 def pixel_shuffle(x: Tensor, patch: int) -> Tensor:
-    """Returns (batch, channel / patch^n, *space * patch) from (batch, channel, *space): inverse of `pixel_unshuffle`."""
+    """Returns (batch, channel / patch^n, *space * patch) from x (batch, channel, *space): the inverse."""
     if patch == 1:
         return x
-    space = x.shape[2:]
+    batch, channels, *space = x.shape
     n = len(space)
-    x = x.reshape(x.shape[0], -1, *([patch] * n), *space)
-    order = [axis for i in range(n) for axis in (2 + n + i, 2 + i)]
-    return x.permute(0, 1, *order).reshape(*x.shape[:2], *(s * patch for s in space))
+    x = x.reshape(batch, channels // patch**n, *[patch] * n, *space)
+    x = x.permute(0, 1, *(axis for i in range(n) for axis in (2 + n + i, 2 + i)))
+    return x.reshape(batch, channels // patch**n, *(size * patch for size in space))
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation in 32 groups with float32 statistics, whatever the precision of x (batch, channel, *space)."""
+    """Group normalisation of x (batch, channel, *space) in 32 groups, in float32 for every precision of x."""
 
     def __init__(self, channels: int):
         if channels % 32:
             raise ValueError(
-                f"{channels} channels cannot be normalised in 32 groups; choose model_channels and channel_mult "
-                "such that every width is a multiple of 32"
+                f"{channels} channels cannot be normalised in 32 groups; choose model_channels and "
+                "channel_mult so that every width is a multiple of 32"
             )
         super().__init__(32, channels)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # On a CPU the casts cost less than they save: the bfloat16 channels_last kernel is many times slower.
+        h = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return h.to(x.dtype)
+
 
 class Downsample(nn.Module):
-    """Halves the image along the axes where `stride` is 2: strided convolution `op`, or average pooling if not `learned`."""
+    """Halves images along the axes whose `stride` is 2: strided convolution `op` if `learned`, else mean."""
 
     def __init__(self, channels: int, dims: int, stride: Sequence[int], learned: bool = True):
         super().__init__()
         stride = tuple(stride)
-        self.op = conv(dims, channels, channels, stride=stride) if learned else AVERAGE_POOL[dims](stride, stride)
+        self.op = conv(dims, channels, channels, 3, stride) if learned else AVERAGE_POOL[dims](stride, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
 
 
 class Upsample(nn.Module):
-    """Repeats pixels along the axes where `stride` is 2 (nearest neighbour), then a convolution `conv` if `learned`."""
+    """Repeats pixels along the axes whose `stride` is 2 (nearest neighbour), then convolves if `learned`."""
 
     def __init__(self, channels: int, dims: int, stride: Sequence[int], learned: bool = True):
         super().__init__()
@@ -98,9 +106,9 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block that receives the time embedding: (batch, in_channels, *space) -> (batch, out_channels, *space').
+    """Residual block with time embedding: (batch, in_channels, *space) -> (batch, out_channels, *space').
 
-    scale_shift: the embedding scales and shifts the second norm, else it is added before it.
+    scale_shift: the embedding scales and shifts the second norm; otherwise it is added before that norm.
     resample: an un-learned Downsample or Upsample, applied after the first norm and to the skip path.
     """
 
@@ -117,19 +125,26 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample or nn.Identity()
-        self.in_layers = nn.Sequential(GroupNorm32(in_channels), nn.SiLU(), conv(dims, in_channels, out_channels))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
+        self.in_layers = nn.Sequential(
+            GroupNorm32(in_channels), nn.SiLU(), conv(dims, in_channels, out_channels)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
+        )
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels), nn.SiLU(), nn.Dropout(dropout), zero(conv(dims, out_channels, out_channels))
+            GroupNorm32(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero(conv(dims, out_channels, out_channels)),
         )
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else conv(dims, in_channels, out_channels, kernel=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm1, act1, conv1 = self.in_layers
-        h = conv1(self.resample(act1(norm1(x))))
-        emb = self.emb_layers(emb).to(h.dtype)[(...,) + (None,) * (h.ndim - 2)]
+        norm1, activation, conv1 = self.in_layers
         norm2, *rest = self.out_layers
+        h = conv1(self.resample(activation(norm1(x))))
+        emb = self.emb_layers(emb).to(h.dtype)[(...,) + (None,) * (h.ndim - 2)]
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = torch.addcmul(shift, norm2(h), 1 + scale)
@@ -141,17 +156,19 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels with a residual: (batch, channel, *space) -> same.
+    """Self-attention over all pixels, with a residual: (batch, channel, *space) -> same.
 
-    new_order: q, k, v are split first and then the heads; otherwise (published models) heads first, then q, k, v in each.
+    new_order: the weights hold q, k, v first and heads inside; otherwise heads first and q, k, v inside each.
     """
 
-    def __init__(self, channels: int, num_heads: int = 1, num_head_channels: int = -1, new_order: bool = False):
+    def __init__(
+        self, channels: int, num_heads: int = 1, num_head_channels: int = -1, new_order: bool = False
+    ):
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         if channels % self.num_heads or (num_head_channels != -1 and channels % num_head_channels):
             raise ValueError(
-                f"attention over {channels} channels cannot be split into heads with num_heads={num_heads}, "
+                f"{channels} channels cannot be split into attention heads with num_heads={num_heads}, "
                 f"num_head_channels={num_head_channels}; choose a divisor of {channels}"
             )
         self.new_order = new_order
@@ -160,21 +177,20 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, *space = x.shape
-        # A 1x1 convolution is a linear map of the pixel vectors; in this layout neither SDPA nor channels_last copies.
+        # A 1x1 convolution is a linear map of pixels; written so, neither SDPA nor channels_last copies.
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (batch, pixel, channel)
         qkv = F.linear(pixels, self.qkv.weight.squeeze(-1), self.qkv.bias)
-        split = (3, self.num_heads) if self.new_order else (self.num_heads, 3)
-        qkv = qkv.unflatten(-1, (*split, -1))  # (batch, pixel, [3, head] or [head, 3], channel per head)
+        order = (3, self.num_heads) if self.new_order else (self.num_heads, 3)
+        qkv = qkv.unflatten(-1, (*order, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2 if self.new_order else 3))
-        # Published code scales q and k by (channel per head)^(-1/4) each: the default scale of SDPA.
+        # (batch, head, pixel, width). The published code scales q and k by width^(-1/4) each: SDPA's default.
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
-        return x + h.transpose(1, 2).unflatten(2, space)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Stage(nn.Sequential):
-    """Runs its layers in order and hands the time embedding to the ones that take it."""
+    """Runs its layers in order and hands the time embedding to those that take it."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:

@@ -1,4 +1,4 @@
-"""The guided-diffusion U-Net (Dhariwal and Nichol 2021, arXiv 2105.05233) in one module, for 1D, 2D and 3D images."""
+"""The guided-diffusion U-Net (Dhariwal and Nichol 2021, arXiv 2105.05233) for 1D, 2D and 3D images."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,7 @@ from companion.networks.blocks import (
     zero,
 )
 
-# Channel multipliers of the published configurations, by image size. A fraction narrows the first, largest levels.
+# Channel multipliers of the published models by image size. A fraction narrows the first, largest levels.
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     320: (0.5, 1, 1, 2, 2, 4, 4),
@@ -45,25 +45,26 @@ def default_channel_mult(image_size: int) -> tuple[float, ...]:
 
 
 class UNet(nn.Module):
-    """U-Net that maps noisy images and times to images: (batch, in_channels, *space) -> (batch, out_channels, *space).
+    """Network (batch, in_channels, *space), t (batch,) -> (batch, out_channels, *space).
 
-    Any image size works that is a multiple of `total_stride` = patch * 2^(levels - 1) along every axis.
+    Every image size works that is a multiple of `total_stride` = patch * 2^(levels - 1) along each axis.
 
-    in_channels: channels of x plus those of `cond`.
+    in_channels: channels of x plus those of cond.
     model_channels: width; level l has int(channel_mult[l] * model_channels) channels, a multiple of 32.
     num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
-    attention_resolutions: strides (1, 2, 4, ... in units of the stem's output) whose blocks are followed by attention;
-        the bottom always has attention.
-    conv_resample: learned convolutions when resampling. resblock_updown: resample inside residual blocks instead.
-    num_classes: number of class labels y, if the network takes them.
-    num_heads, num_head_channels: heads, or (if not -1) channels per head; num_heads_upsample: heads of the decoder (-1: same).
+    attention_resolutions: strides 1, 2, 4, ... (after the stem) of the levels whose blocks are followed by
+        attention; the bottom block has one in any case.
+    conv_resample: resample by learned convolutions. resblock_updown: by residual blocks instead.
+    num_classes: how many class labels y the network knows; None for a network without labels.
+    num_heads: attention heads; num_head_channels, if not -1, sets the channels per head instead;
+        num_heads_upsample, if not -1, is num_heads for the decoder.
     use_scale_shift_norm: the time embedding scales and shifts norms instead of being added.
     use_new_attention_order: order of q, k, v and heads inside the weights (see AttentionBlock).
-    use_checkpoint: recompute blocks in the backward pass; saves memory, same numbers.
-    patch: side of the pixel-unshuffle stem, which trades fine levels for channels at no loss (1: none).
-    halve_depth: in 3D, resample all three axes; False keeps the first axis as the published code does.
-    entry_width: the first residual block of each encoder level takes this many times the channels, for subclasses
-        that concatenate features there.
+    use_checkpoint: recompute blocks in the backward pass: less memory, same numbers.
+    patch: side of the pixel-unshuffle stem, which turns fine levels into channels (1: no stem).
+    halve_depth: in 3D resample all three axes; False keeps the size of the first, as the published code does.
+    entry_width: the first block of each encoder level takes this many times the channels, for a subclass that
+        concatenates features there.
     """
 
     def __init__(
@@ -92,8 +93,9 @@ class UNet(nn.Module):
         super().__init__()
         if dims not in (1, 2, 3):
             raise ValueError(f"dims must be 1, 2 or 3, got {dims}")
-        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
-        self.dims, self.patch, self.num_classes, self.use_checkpoint = dims, patch, num_classes, use_checkpoint
+        self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
+        self.dims, self.patch = dims, patch
+        self.num_classes, self.use_checkpoint = num_classes, use_checkpoint
         self.widths = [int(mult * model_channels) for mult in channel_mult]
         self.stride = (2,) * dims if halve_depth or dims < 3 else (1, 2, 2)
         self.total_stride = tuple(patch * s ** (len(self.widths) - 1) for s in self.stride)
@@ -145,13 +147,14 @@ class UNet(nn.Module):
                     layers.append(resampler(Upsample, width))
                 self.output_blocks.append(Stage(*layers))
 
-        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), zero(conv(dims, width, out_channels * patch**dims)))
+        last = zero(conv(dims, width, out_channels * patch**dims))
+        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), last)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """Returns the network's output (batch, out_channels, *space) for images x (batch, channel, *space), times t (batch,).
+        """Returns (batch, out_channels, *space) for images x (batch, channel, *space) at times t (batch,).
 
         cond (batch or 1, channel, *space) is concatenated to x on channels; y (batch,) are class labels.
-        Raises ValueError for shapes the network was not built for.
+        Raises ValueError for shapes that the network was not built for.
         """
         if cond is not None:
             x = torch.cat([x, cond.to(x.dtype).expand(x.shape[0], *cond.shape[1:])], dim=1)
@@ -159,7 +162,7 @@ class UNet(nn.Module):
         return self.run(x, self.embed(t.expand(x.shape[0]), y))
 
     def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Returns the embedding (batch, 4 * model_channels) of times t (batch,) and, if the network has classes, labels y."""
+        """Returns embeddings (batch, 4 * model_channels) of times t (batch,) and class labels y (batch,)."""
         if (y is None) != (self.num_classes is None):
             raise ValueError(
                 f"this network was built with num_classes={self.num_classes}; class labels y were "
@@ -169,7 +172,7 @@ class UNet(nn.Module):
         return emb if y is None else emb + self.label_emb(y)
 
     def run(self, x: Tensor, emb: Tensor, join: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
-        """Returns the output for images x and embeddings emb; `join(level, h)` may change h where a level is entered."""
+        """Returns the output for images x and embeddings; join(level, h) replaces h where a level starts."""
         h = pixel_unshuffle(x, self.patch)
         skips = []
         for i, stage in enumerate(self.input_blocks):
@@ -183,7 +186,7 @@ class UNet(nn.Module):
         return pixel_shuffle(self.out(h), self.patch)
 
     def call(self, stage: nn.Module, *args):
-        """Returns stage(*args), recomputed in the backward pass instead of stored if the network uses checkpointing."""
+        """Returns stage(*args), with use_checkpoint not stored but recomputed in the backward pass."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(stage, *args, use_reentrant=False)
         return stage(*args)
@@ -194,12 +197,12 @@ class UNet(nn.Module):
         if len(space) != self.dims or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"input (with cond) has shape {tuple(x.shape)}; expected (batch, {self.in_channels}, "
-                f"{', '.join('zyx'[-self.dims:])})"
+                f"{', '.join('zyx'[-self.dims :])})"
             )
         if any(size % stride for size, stride in zip(space, self.total_stride, strict=True)):
             raise ValueError(
-                f"image size {tuple(space)} is not a multiple of the network's total stride {self.total_stride}; "
-                "pad or crop the image, or build the network with fewer levels"
+                f"image size {tuple(space)} is not a multiple of the network's total stride "
+                f"{self.total_stride}; pad or crop the image, or build the network with fewer levels"
             )
         if t.ndim > 1 or t.numel() not in (1, x.shape[0]):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one time per image")
