@@ -1,0 +1,57 @@
+"""Fixtures for every test: no window, no network, and a tiny notebook to run."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+PARAMETERS = """\
+seed = 0
+device = "cpu"
+out = "runs/tiny"
+scale = 1.0
+mode = "ok"
+"""
+
+BODY = """\
+import os, time
+from dataclasses import dataclass
+from pathlib import Path
+from companion.parameters import Parameters, param, resolve
+from companion.runs import Run
+
+@dataclass(frozen=True)
+class Tiny(Parameters):
+    scale: float = param(1.0, "a factor", minimum=0)
+    mode: str = param("ok", "how it ends", choices=("ok", "raise", "die", "forget", "lie", "wait"))
+
+p = resolve(Tiny, globals())
+run = Run.start(p, paper="none", stage="tiny")
+run.metrics({"double": 2 * p.scale})
+if p.mode == "raise":
+    raise ValueError("mask has 320 columns but the maps have 384")
+if p.mode == "die":
+    os.kill(os.getpid(), 9)
+if p.mode == "wait":
+    Path("started").touch()
+    while not Path("go").exists():
+        time.sleep(0.05)
+if p.mode != "forget":
+    run.finish()
+if p.mode == "lie":
+    (run.folder / "metrics.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def tiny_notebook(tmp_path):
+    """The path of a notebook that ends as its parameter `mode` says."""
+    import nbformat
+    import nbformat.v4 as nb
+
+    cells = [nb.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), nb.new_code_cell(BODY)]
+    path = tmp_path / "tiny.ipynb"
+    nbformat.write(nb.new_notebook(cells=cells), path)
+    return path
