@@ -174,6 +174,8 @@ def resolve(cls: type[P], namespace: Mapping[str, Value], quiet: bool = False) -
 
 def resolve_device(device: str) -> str:
     """One of "cpu", "cuda" or "cuda:N" that exists here. Raises ValueError when it does not."""
+    if device == "cpu":
+        return device
     import torch
 
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
