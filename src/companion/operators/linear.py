@@ -422,7 +422,7 @@ def conjugate_gradient(
             raise ValueError(
                 "conjugate gradients need a positive operator, but <p, normal(p)> is negative; use A.normal"
             )
-        active = active & (curvature > smallest)
+        active = active & ~(curvature <= smallest)  # NaN passes, to be reported below
         alpha = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
         x = x + alpha * p
         r = r - alpha * q

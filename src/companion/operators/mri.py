@@ -251,8 +251,8 @@ def _poisson_disc(shape: Shape, acceleration: float, acs: int, seed: int) -> np.
         mask = poisson(shape[-2:], acceleration, calib=(acs, acs), dtype=np.float32, seed=seed, tol=tolerance)
     except ValueError as error:
         raise ValueError(
-            f"no Poisson disc of shape {shape[-2:]} with acceleration {acceleration} and ACS {acs}; the corners "
-            "stay empty, so use an acceleration of 1.5 or more, or a smaller ACS"
+            f"no Poisson disc of shape {shape[-2:]} with acceleration {acceleration} and ACS {acs}; the "
+            "corners stay empty, so use an acceleration of 1.5 or more, or a smaller ACS"
         ) from error
     return mask
 
@@ -298,8 +298,8 @@ def estimate_maps(
         )
     if not kernel <= acs <= min(space):
         raise ValueError(
-            f"an ACS of {acs} does not suit kernel {kernel} and shape {tuple(space)}: need kernel <= acs <= the "
-            "smallest axis; sample more centre lines or use birdcage_maps"
+            f"an ACS of {acs} does not suit kernel {kernel} and shape {tuple(space)}: need kernel <= acs <= "
+            "the smallest axis; sample more centre lines or use birdcage_maps"
         )
     check_finite(kspace, "kspace")
     centre = centre_crop(kspace, (acs,) * ndim)
@@ -388,8 +388,8 @@ def _check_maps(maps: Tensor, ndim: int) -> None:
         raise ValueError(f"ndim is the number of space axes, 2 or 3; got {ndim}")
     if maps.ndim < ndim + 1:
         raise ValueError(
-            f"maps have shape {tuple(maps.shape)}; expected (coil, *space) or (batch, coil, *space) with {ndim} "
-            "space axes; add a coil axis with maps[None], or give ndim"
+            f"maps have shape {tuple(maps.shape)}; expected (coil, *space) or (batch, coil, *space) with "
+            f"{ndim} space axes; add a coil axis with maps[None], or give ndim"
         )
     if not maps.is_complex():
         raise TypeError(f"coil maps are complex, got {maps.dtype}; use maps.to(torch.complex64)")

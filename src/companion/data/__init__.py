@@ -1,0 +1,1 @@
+"""Data: the embedded cohort, prepared files and formats."""

@@ -1,0 +1,181 @@
+"""Image quality and calibration, per image, with the scale, range and mask stated.
+
+Images are `(batch, channel, *space)`; each function returns one value per batch item, float64. Errors of
+complex images are taken between magnitudes (the phase of a reconstruction depends on the coil maps), except
+where the docstring says otherwise. `mask` broadcasts to the images and selects the pixels that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import t as student_t
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from .operators.linear import check_finite
+
+
+def psnr(x: Tensor, reference: Tensor, data_range=None, mask=None, fit_scale: bool = False) -> Tensor:
+    """Peak signal-to-noise ratio in dB, (batch,): 10 log10(data_range^2 / mean squared error).
+
+    data_range: a number or (batch,); by default the maximum of the reference magnitude inside the mask, per
+    image. fit_scale: first multiply x by the number that fits the reference best (least squares, inside the
+    mask).
+    """
+    x, reference, mask = _prepare(x, reference, mask, fit_scale)
+    peak = _range(reference, mask, data_range)
+    return 10 * torch.log10(peak**2 / _mean((x - reference) ** 2, mask))
+
+
+def nrmse(x: Tensor, reference: Tensor, mask=None, fit_scale: bool = False) -> Tensor:
+    """|x - reference| / |reference|, Euclidean norms inside the mask, (batch,). fit_scale as in `psnr`."""
+    x, reference, mask = _prepare(x, reference, mask, fit_scale)
+    return (_mean((x - reference) ** 2, mask) / _mean(reference**2, mask)).sqrt()
+
+
+def ssim(x: Tensor, reference: Tensor, data_range=None, mask=None, fit_scale: bool = False) -> Tensor:
+    """Structural similarity, (batch,), 2D or 3D: Gaussian window of 1.5 pixels, K = 0.01, 0.03 (Wang et al.
+    2004).
+
+    Computed by scikit-image on the whole image, channel by channel, then averaged inside the mask. data_range
+    and fit_scale as in `psnr`. Raises ValueError for images smaller than the window, 11 pixels.
+    """
+    x, reference, mask = _prepare(x, reference, mask, fit_scale)
+    peak = _range(reference, mask, data_range)
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"SSIM needs at least 11 pixels along each axis, got {tuple(x.shape[2:])}")
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "full": True}
+    maps = torch.empty_like(x)
+    for item, channel in np.ndindex(*x.shape[:2]):
+        pair = reference[item, channel].numpy(), x[item, channel].numpy()
+        maps[item, channel] = torch.from_numpy(
+            structural_similarity(*pair, data_range=float(peak[item]), **options)[1]
+        )
+    return _mean(maps, mask)
+
+
+def calibration_ratio(draws: Tensor, truth: Tensor, mask=None) -> Tensor:
+    """Variance of the draws over squared error of their mean, (batch,): 1 calibrated, below 1 over-confident.
+
+    draws `(draw, batch, channel, *space)`, truth `(batch, channel, *space)`, real or complex and compared as
+    such (pass magnitudes for magnitudes). The ratio is sum (1 + 1/n) var / sum |mean - truth|^2 over the
+    mask, with the unbiased variance of n draws. Why (1 + 1/n): for a perfect sampler the truth is one more
+    draw, so the error of a mean of n draws has variance var + var / n; with the factor, numerator and
+    denominator have the same expectation. Report the ratio of sums over subjects, or the mean over many: a
+    single small image is noisy.
+    """
+    draws, truth, mask = _check_draws(draws, truth, mask)
+    n = len(draws)
+    mean = draws.mean(0)
+    variance = (draws - mean).abs().square().sum(0) / (n - 1)
+    return (1 + 1 / n) * _mean(variance, mask) / _mean((mean - truth).abs().square(), mask)
+
+
+def coverage(
+    draws: Tensor, truth: Tensor, levels: Sequence[float] = (0.5, 0.68, 0.8, 0.9, 0.95), mask=None
+) -> tuple[Tensor, Tensor]:
+    """The levels, (level,), and the share of true pixels inside the central interval of each, (batch, level).
+
+    draws `(draw, batch, channel, *space)`, truth `(batch, channel, *space)`; of complex images real and
+    imaginary parts count as pixels of their own. The interval is the Gaussian prediction interval from n
+    draws, mean +- t std sqrt(1 + 1/n), t the Student quantile with n - 1 degrees of freedom: for Gaussian
+    posteriors and a perfect sampler the share equals the level for any n >= 2; empirical quantiles of few
+    draws could not do that.
+    """
+    draws, truth, mask = _check_draws(draws, truth, mask)
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels are shares between 0 and 1, got {tuple(levels)}")
+    if draws.is_complex():
+        draws, truth = torch.view_as_real(draws), torch.view_as_real(truth)
+        mask = mask[..., None].expand(truth.shape)
+    n = len(draws)
+    error = (draws.mean(0) - truth).abs()
+    spread = draws.std(0) * (1 + 1 / n) ** 0.5
+    quantiles = student_t.ppf((1 + np.asarray(levels)) / 2, n - 1)
+    shares = [_mean((error <= q * spread).to(torch.float64), mask) for q in quantiles]
+    return torch.tensor(levels, dtype=torch.float64), torch.stack(shares, dim=-1)
+
+
+def mean_and_error(values: Tensor, paired_with: Tensor | None = None) -> tuple[float, float]:
+    """Mean over subjects and its standard error (std / sqrt(n)); with `paired_with`, of the differences.
+
+    values: one number per subject. The error of the paired difference is the one to judge "A beats B" by,
+    since subjects differ more than methods do.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64).flatten()
+    if paired_with is not None:
+        other = torch.as_tensor(paired_with, dtype=torch.float64).flatten()
+        if other.shape != values.shape:
+            raise ValueError(f"paired values need the same subjects, got {len(values)} and {len(other)}")
+        values = values - other
+    if len(values) < 2:
+        raise ValueError(f"a standard error needs at least two subjects, got {len(values)}")
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def _prepare(x, reference, mask, fit_scale: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Magnitudes where complex, in float64 on the CPU, checked; the mask as 0 and 1 of the same shape."""
+    x, reference = torch.as_tensor(x).detach().cpu(), torch.as_tensor(reference).detach().cpu()
+    if x.shape != reference.shape or x.ndim < 3:
+        raise ValueError(
+            f"image {tuple(x.shape)} and reference {tuple(reference.shape)} must have the same shape "
+            "(batch, channel, *space); add axes with x[None, None]"
+        )
+    check_finite(x, "image")
+    check_finite(reference, "reference")
+    x, reference = (v.abs() if v.is_complex() else v for v in (x, reference))
+    x, reference = x.to(torch.float64), reference.to(torch.float64)
+    mask = _as_mask(mask, x.shape)
+    if fit_scale:
+        power = _mean(x * x, mask)
+        factor = _mean(x * reference, mask) / torch.where(power > 0, power, 1.0)
+        x = x * factor.reshape(-1, *[1] * (x.ndim - 1))
+    return x, reference, mask
+
+
+def _check_draws(draws, truth, mask) -> tuple[Tensor, Tensor, Tensor]:
+    draws, truth = torch.as_tensor(draws).detach().cpu(), torch.as_tensor(truth).detach().cpu()
+    if draws.shape[1:] != truth.shape or truth.ndim < 3:
+        raise ValueError(
+            f"draws {tuple(draws.shape)} must be (draw, *truth) for truth {tuple(truth.shape)} = "
+            "(batch, channel, *space); the draws of one image become draws[:, None]"
+        )
+    if len(draws) < 2:
+        raise ValueError("spread needs at least two draws, got one")
+    if draws.is_complex() != truth.is_complex():
+        raise TypeError(f"draws are {draws.dtype} but the truth is {truth.dtype}; compare like with like")
+    check_finite(draws, "draws")
+    check_finite(truth, "truth")
+    wide = torch.complex128 if truth.is_complex() else torch.float64
+    return draws.to(wide), truth.to(wide), _as_mask(mask, truth.shape)
+
+
+def _as_mask(mask, shape) -> Tensor:
+    if mask is None:
+        return torch.ones(shape, dtype=torch.float64)
+    mask = (torch.as_tensor(mask).detach().cpu() > 0).to(torch.float64)
+    try:
+        mask = mask.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to images {tuple(shape)}") from error
+    if (mask.flatten(1).sum(1) == 0).any():
+        raise ValueError("the mask of at least one image is empty")
+    return mask
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
+
+
+def _range(reference: Tensor, mask: Tensor, data_range) -> Tensor:
+    if data_range is None:
+        data_range = (reference * mask).flatten(1).amax(1)
+    peak = torch.as_tensor(data_range, dtype=torch.float64).cpu().expand(len(reference))
+    if not (peak > 0).all():
+        raise ValueError(
+            f"data_range must be positive, got {peak.tolist()}; give data_range=... for this reference"
+        )
+    return peak
