@@ -14,9 +14,10 @@ TORCH      ?=
 CORES      ?= all
 BIN        := .venv/bin
 STAMP      := .venv/.companion-installed
-UV         := $(shell command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1 && echo uv)
+UV          = $(shell command -v uv >/dev/null 2>&1 && uv --version >/dev/null 2>&1 && echo uv)
 # uv does not read pip's settings: pass the caller's on, so that both installers find the same wheels.
-FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+FIND_LINKS  = $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+NOTEBOOKS  := $(wildcard notebooks/*.ipynb notebooks/*/*.ipynb)
 INSTALL    := -c constraints.txt -e ".[dev,batch]"
 
 .PHONY: setup demo test lab parity lock clean
@@ -26,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@if [ -n "$(UV)" ]; then set -e; \
 	   [ -x $(BIN)/python ] || uv venv --quiet --python "$$(command -v $(PYTHON))" .venv; \
-	   UV_FIND_LINKS="$(FIND_LINKS)" uv pip install --python $(BIN)/python $(if $(TORCH),--torch-backend=$(TORCH)) $(INSTALL); \
+	   UV_FIND_LINKS="$(shell echo $(FIND_LINKS) | tr -s " " ",")" uv pip install --python $(BIN)/python $(if $(TORCH),--torch-backend=$(TORCH)) $(INSTALL); \
 	 else set -e; \
 	   if [ "$(TORCH)" = auto ]; then echo "TORCH=auto needs uv: pip install uv"; exit 2; fi; \
 	   [ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
@@ -41,7 +42,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" $(wildcard notebooks/*.ipynb notebooks/*/*.ipynb)
+	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" $(NOTEBOOKS))
 	$(BIN)/python -m pytest
 
 lab: $(STAMP)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 def project(tmp_path, tiny_notebook, monkeypatch):
     """A folder with two runs, `second` needing `first`; its config path."""
     monkeypatch.chdir(tmp_path)
+    Path("code.py").touch()
     Path("first.yaml").write_text("scale: 1e-3\n")
     runs = [
         {
@@ -33,7 +34,7 @@ def project(tmp_path, tiny_notebook, monkeypatch):
         },
         {"name": "second", "notebook": "tiny.ipynb", "out": "runs/second", "needs": ["first"], "threads": 1},
     ]
-    Path("config.yaml").write_text(yaml.safe_dump({"runs": runs}))
+    Path("config.yaml").write_text(yaml.safe_dump({"code": ["*.py"], "runs": runs}))
     return tmp_path
 
 
@@ -70,6 +71,11 @@ def test_graph_runs_once_then_only_what_is_stale(project):
     assert "everything is up to date: open runs/index.html" in finish(batch(project))
     assert time.monotonic() - start < 60  # about 5 s; a crowded machine takes longer
     assert stamps(project) == before
+
+    (project / "second.py").write_text("# new code makes every run stale")
+    reasons = finish(batch(project, "--dry-run"))
+    assert "Params have changed" in reasons and "first" in reasons
+    (project / "second.py").unlink()
 
     (project / "runs/second/metrics.json").unlink()
     said = finish(batch(project))

@@ -183,7 +183,7 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
                     language="python",
                     cwd=str(root),
                     progress_bar=False,
-                    extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
                 )
                 return
             except RuntimeError as error:
