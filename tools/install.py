@@ -50,7 +50,8 @@ def has_uv():
 
 def with_uv(torch):
     if not PYTHON.exists():
-        backend = [f"--torch-backend={torch}"] if torch else []
+        yield ["uv", "venv", "--quiet", "--python", sys.executable, VENV]
+    backend = [f"--torch-backend={torch}"] if torch else []
     yield ["uv", "pip", "install", "--python", PYTHON] + backend + WANTED
 
 
