@@ -45,6 +45,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def all_equal(values: Tensor) -> bool:
+    """Whether the values (batch,) are one and the same."""
+    return bool((values == values[0]).all())
+
+
 class MLP(nn.Module):
     """Two pointwise layers `fc1`, `fc2` with tanh-GELU between, four times as wide inside."""
 
@@ -218,7 +223,7 @@ class CausalUNet(UNet):
     x (batch, frame, channel, *space): frame n of x is denoised given frames 0..n of cond (batch, frame, ...),
         for all n at once (training; cond is the sequence that x continues by one frame).
     x (batch, channel, *space): one new frame, given all frames of cond (batch or 1, frame, channel, *space).
-        A cond of batch 1 is worked out once for all of x, if they share one t.
+        A cond of batch 1, or expanded from it, is worked out once for all of x if they share one t.
 
     seq_len: longest window of frames.
     concat_cond: features join by concatenation; otherwise by `connectors`, which can be left out (cond=None).
@@ -295,9 +300,8 @@ class CausalUNet(UNet):
         self.check(x, t)
         t = t.expand(x.shape[0])
         if isinstance(cond, Tensor):
-            one_time = bool((t == t[0]).all()) and (y is None or bool((y == y[0]).all()))
-            if cond.shape[0] == 1 and one_time:
-                cond = self.condition(cond, t[:1], None if y is None else y[:1])
+            if (cond.shape[0] == 1 or cond.stride(0) == 0) and all_equal(t) and (y is None or all_equal(y)):
+                cond = self.condition(cond[:1], t[:1], None if y is None else y[:1])
             else:
                 cond = self.condition(cond.expand(x.shape[0], *cond.shape[1:]), t, y)
         return self.run(x, self.embed(t, y), self.joining(cond))
@@ -319,10 +323,10 @@ class CausalUNet(UNet):
         return out.unflatten(0, (batch, frames))
 
     def condition(self, context: Tensor, t: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """Returns features, one (batch, channel, *space) a level, for the frame after context, times t (batch,).
+        """Returns features, one (batch, channel, *space) a level, for the frame after context, t (batch,).
 
-        context (batch, frame, channel, *space): clean frames, oldest first, at most seq_len. `forward` takes the
-        result as cond, so that calls at the same t can share it.
+        context (batch, frame, channel, *space): clean frames, oldest first, at most seq_len. `forward`
+        takes the result as cond, so that calls at the same t can share it.
         """
         self.check_context()
         emb = self.embed(t.expand(context.shape[0]), y)
@@ -336,7 +340,7 @@ class CausalUNet(UNet):
     ) -> list[Tensor]:
         """Returns features, one (batch * frame, channel, *space) a level, of context (batch, frame, ...).
 
-        newest_only: only those of the last frame, with no more work than they need. skip: frames to leave out.
+        newest_only: only those of the last frame, with no more work than that. skip: frames to leave out.
         """
         batch, frames = context.shape[:2]
         if context.ndim != self.dims + 3 or not 1 <= frames <= self.seq_len:
