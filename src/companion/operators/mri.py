@@ -284,14 +284,14 @@ def estimate_maps(
 
     Only the central acs^ndim samples are read, so what else is measured does not matter. Unit sum of squares
     where there is signal, zero where the ESPIRiT eigenvalue stays below `crop`; the phase is relative to the
-    first coil, so the image carries that coil's phase. kernel: width in samples, by default 6 or what a small
-    ACS allows. Raises ValueError when the centre is not fully sampled or too small. Uecker et al. 2014,
+    first coil, so the image carries that coil's phase. kernel: width in samples, by default acs // 3 within 3
+    and 6. Raises ValueError when the centre is not fully sampled or too small. Uecker et al. 2014,
     through sigpy.
     """
     from sigpy.mri.app import EspiritCalib
 
     space = kspace.shape[-ndim:]
-    kernel = min(6, max(2, acs // 2 + 1)) if kernel is None else kernel
+    kernel = min(6, max(3, acs // 3)) if kernel is None else kernel
     if kspace.ndim < ndim + 1 or not kspace.is_complex():
         raise ValueError(
             f"kspace must be complex (..., coil, *space), got {tuple(kspace.shape)} {kspace.dtype}"
@@ -314,7 +314,13 @@ def estimate_maps(
             one = EspiritCalib(
                 item, calib_width=acs, kernel_width=kernel, thresh=threshold, crop=crop, show_pbar=False
             ).run()
-        maps.append(np.nan_to_num(one))
+        one = np.nan_to_num(one)
+        if not one.any():
+            raise ValueError(
+                f"ESPIRiT finds no coil maps in an ACS of {acs} with kernel {kernel} and crop {crop}; use a wider ACS "
+                "(12 or more), a smaller kernel, or a lower crop"
+            )
+        maps.append(one)
     return torch.from_numpy(np.stack(maps)).to(torch.complex64).reshape(kspace.shape).to(kspace.device)
 
 
