@@ -80,7 +80,8 @@ def _wrap(network: nn.Module, config: Mapping) -> nn.Module:
 def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args) -> nn.Module:
     options = dict(config.get(part) or {})
     name = options.pop("name", None)
-    options.pop("complex", None)
+    if part == "denoiser":
+        options.pop("complex", None)
     if name not in table:
         raise ValueError(f'config["{part}"]["name"] is {name!r}; this package knows {", ".join(table)}')
     try:
@@ -136,7 +137,8 @@ def save_checkpoint(
             path.chmod(0o644)
         config = dict(config) | {"sha256": sha256(aside / MODEL)}
         card = card or model_card(folder.name, config, record)
-        texts = {CONFIG: _json(config), RECORD: _json(record), CARD: card}
+        texts = {CONFIG: json.dumps(config, indent=2) + "\n", CARD: card}
+        texts[RECORD] = json.dumps(record, indent=2, default=str) + "\n"
         for name, text in texts.items():
             with atomic_write(aside / name) as path:
                 path.write_text(text)
@@ -149,10 +151,6 @@ def save_checkpoint(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
-
-
-def _json(value: Mapping) -> str:
-    return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def model_card(name: str, config: Mapping, record: Mapping) -> str:
@@ -323,7 +321,7 @@ def _shapes(network: nn.Module) -> dict[str, tuple]:
 
 
 def _check_match(expected: dict[str, tuple], given: dict[str, tuple], source: str) -> None:
-    """Raises ValueError naming tensors that are missing, extra (with the nearest missing one) or misshaped."""
+    """Raises ValueError naming tensors that are missing, extra (with the nearest missing) or misshaped."""
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
     shared = [name for name in expected if name in given]
     lines = [f"  {k} {given[k]}: expected {expected[k]}" for k in shared if given[k] != expected[k]]
