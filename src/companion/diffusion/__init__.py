@@ -1,0 +1,56 @@
+"""Diffusion: noise, denoisers, losses, solvers, guidance and the one sampling loop. It knows no MRI and no PET."""
+
+from .denoisers import (
+    ComplexDenoiser,
+    Denoiser,
+    DiscreteDenoiser,
+    EDMDenoiser,
+    FourierBasis,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+)
+from .losses import discrete_loss, edm_loss
+from .noise import DiscreteSchedule, karras, linear, log_uniform, randn
+from .sampling import Bill, Samples, sample
+from .solvers import (
+    SOLVERS,
+    Solver,
+    aid_stochastic,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    euler,
+    heun,
+    heun_churn,
+)
+
+__all__ = [
+    "SOLVERS",
+    "Bill",
+    "ComplexDenoiser",
+    "Denoiser",
+    "DiscreteDenoiser",
+    "DiscreteSchedule",
+    "EDMDenoiser",
+    "FourierBasis",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "Samples",
+    "Solver",
+    "aid_stochastic",
+    "ddim",
+    "ddpm",
+    "discrete_loss",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "edm_loss",
+    "euler",
+    "heun",
+    "heun_churn",
+    "karras",
+    "linear",
+    "log_uniform",
+    "randn",
+    "sample",
+]

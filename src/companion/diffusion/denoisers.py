@@ -274,9 +274,7 @@ class MatrixBasis:
         self.U = U
 
     def __call__(self, x: Tensor) -> Tensor:
-        U = self.U.to(
-            x.device, torch.promote_types(x.dtype, self.U.dtype) if self.U.is_complex() else x.dtype
-        )
+        U = self.U.to(x.device, x.dtype.to_complex() if self.U.is_complex() else x.dtype)
         return (x.flatten(1).to(U.dtype) @ U.conj()).reshape(x.shape)
 
     @property
@@ -331,7 +329,7 @@ class GaussianDenoiser:
         if self.basis is None:
             return gain * x
         out = self.basis.H(gain * self.basis(x))
-        return out if x.is_complex() else out.real.contiguous() if out.is_complex() else out
+        return out.real.contiguous() if out.is_complex() and not x.is_complex() else out
 
     def diagonal(self, values: Tensor) -> Tensor:
         """The diagonal, in pixels, of the operator with eigenvalues `values` (batch, *shape)."""

@@ -61,8 +61,8 @@ def sample(
     dtype: of the state, of what D sees, and of the result. float32 or complex64 is enough: against float64 a
         sample changes by 2e-7 of its norm after 60 steps and by 8e-7 after 400.
     cond: (draws or 1, ...), passed to D.
-    start: clean images (draws or 1, *shape), noised here to sigmas[0] (SDEdit, warm start). state: images that
-        are at noise level sigmas[0] already. Without either a draw begins with pure noise, sigmas[0] n.
+    start: clean images (draws or 1, *shape), noised here to sigmas[0] (SDEdit, warm start).
+    state: images at noise level sigmas[0] already. Without either a draw begins with pure noise, sigmas[0] n.
     batch_size: draws per evaluation of D; all by default.
     callback: gets dict(step, sigma, x, x0_hat) after every step: x is the image at the next level.
     progress: shows a bar with the time left. trajectory: keeps x0_hat of every step, on the CPU.
