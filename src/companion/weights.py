@@ -33,7 +33,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from companion.diffusion.denoisers import ComplexDenoiser, EDMDenoiser
+from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser
+from companion.diffusion.noise import DiscreteSchedule
+from companion.networks.causal_unet import CausalUNet
 from companion.networks.unet import UNet
 from companion.runs import atomic_write, sha256
 
@@ -42,8 +44,16 @@ MODEL, CONFIG, RECORD, CARD, SUMS = (
 )  # fmt: skip
 
 # What a config may name. Nothing outside these tables is ever built.
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"UNet": UNet}
-DENOISERS: dict[str, Callable[..., nn.Module]] = {"EDMDenoiser": EDMDenoiser}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"UNet": UNet, "CausalUNet": CausalUNet}
+DENOISERS: dict[str, Callable[..., nn.Module]] = {
+    "EDMDenoiser": EDMDenoiser,
+    "DiscreteDenoiser": DiscreteDenoiser,  # its "schedule" is {"name": "linear", "steps": 1000, ...}
+}
+SCHEDULES: dict[str, Callable[..., DiscreteSchedule]] = {
+    "linear": DiscreteSchedule.linear,
+    "scaled_linear": DiscreteSchedule.scaled_linear,
+    "cosine": DiscreteSchedule.cosine,
+}
 
 PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin"}
 
@@ -77,11 +87,14 @@ def _wrap(network: nn.Module, config: Mapping) -> nn.Module:
     return ComplexDenoiser(D, D.channel_axis) if config["denoiser"].get("complex") else D
 
 
-def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args) -> nn.Module:
+def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args):
+    """The thing that config[part] names, from its table, made of its options."""
     options = dict(config.get(part) or {})
     name = options.pop("name", None)
     if part == "denoiser":
-        options.pop("complex", None)
+        options.pop("complex", None)  # see _wrap
+        if "schedule" in options:
+            options["schedule"] = _make(options, "schedule", SCHEDULES)
     if name not in table:
         raise ValueError(f'config["{part}"]["name"] is {name!r}; this package knows {", ".join(table)}')
     try:
@@ -92,7 +105,7 @@ def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args) -> n
 
 def network_of(model: nn.Module) -> nn.Module:
     """The network inside a denoiser, under any number of wrappers; a bare network is returned as it is."""
-    while isinstance(model, (ComplexDenoiser, *DENOISERS.values())):
+    while isinstance(model, (ComplexDenoiser, EDMDenoiser, DiscreteDenoiser)):
         model = model.D if isinstance(model, ComplexDenoiser) else model.network
     return model
 
