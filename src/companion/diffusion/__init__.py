@@ -1,4 +1,4 @@
-"""Diffusion: noise, denoisers, losses, solvers, guidance and the one sampling loop. It knows no MRI and no PET."""
+"""Diffusion: noise, denoisers, losses, solvers, guidance and the one sampling loop; no MRI, no PET."""
 
 from .denoisers import (
     ComplexDenoiser,

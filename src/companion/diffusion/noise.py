@@ -68,8 +68,7 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.9
 
 @dataclass(frozen=True, eq=False)
 class DiscreteSchedule:
-    """The variance-preserving chain x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n that a discrete network was
-    trained on.
+    """The chain x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n of a network trained at discrete times.
 
     betas: (T,). timesteps: (T,) the t that the network is given for each index; None means 0 .. T-1. A
     respaced schedule keeps the original numbers here. Tables are float64; `at` gathers them for a batch. Ho
@@ -146,8 +145,7 @@ class DiscreteSchedule:
         return _end_with_zero(self.sigmas.flip(0))
 
     def respace(self, spec: str | int | Sequence[int]) -> "DiscreteSchedule":
-        """The same chain seen at fewer times: betas are recomputed from abar, the network keeps the original
-        t.
+        """The same chain at fewer times: betas are recomputed from abar, the network keeps the original t.
 
         spec: "25" (25 times over the whole range), "10,15,20" (so many in each of three equal sections, from
         the clean end), "ddim25" (a constant integer stride from t = 0). Improved DDPM (Nichol and Dhariwal
