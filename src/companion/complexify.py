@@ -19,14 +19,16 @@ def to_channels(x: Tensor, axis: int = 1) -> Tensor:
 def to_complex(x: Tensor, axis: int = 1) -> Tensor:
     """Complex tensor with C channels from a real one with 2C: the inverse of `to_channels`.
 
-    x: (batch, 2C, *space) real -> (batch, C, *space) complex. Raises TypeError for complex input and ValueError
-    for an odd number of channels.
+    x: (batch, 2C, *space) real -> (batch, C, *space) complex. Raises TypeError for complex input and
+    ValueError for an odd number of channels.
     """
     if x.is_complex():
         raise TypeError(f"to_complex got a {x.dtype} tensor; it expects real (re, im) channels")
     if x.shape[axis] % 2:
-        raise ValueError(f"to_complex got {x.shape[axis]} channels on axis {axis} of {tuple(x.shape)}; (re, im) "
-                         "pairs need an even number")
+        raise ValueError(
+            f"to_complex got {x.shape[axis]} channels on axis {axis} of {tuple(x.shape)}; (re, im) "
+            "pairs need an even number"
+        )
     axis = axis % x.ndim
     pairs = x.unflatten(axis, (-1, 2))
     return torch.complex(pairs.select(axis + 1, 0), pairs.select(axis + 1, 1))
