@@ -317,8 +317,8 @@ def estimate_maps(
         one = np.nan_to_num(one)
         if not one.any():
             raise ValueError(
-                f"ESPIRiT finds no coil maps in an ACS of {acs} with kernel {kernel} and crop {crop}; use a wider ACS "
-                "(12 or more), a smaller kernel, or a lower crop"
+                f"ESPIRiT finds no coil maps in an ACS of {acs} with kernel {kernel} and crop {crop}; use "
+                "a wider ACS (12 or more), a smaller kernel, or a lower crop"
             )
         maps.append(one)
     return torch.from_numpy(np.stack(maps)).to(torch.complex64).reshape(kspace.shape).to(kspace.device)
