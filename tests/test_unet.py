@@ -17,7 +17,7 @@ from companion.networks.blocks import (
 
 
 def randomise(network, seed=0):
-    """Returns the network in eval mode, every parameter drawn anew so that zero-initialised branches count."""
+    """The network in eval mode, every parameter drawn anew so that zero-initialised branches count."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in network.parameters():

@@ -1,7 +1,8 @@
 """Parity ledger: our numbers beside those of the published codes, case by case.
 
-`python -m tests.parity FOLDER` reads FOLDER/manifest.json, hands every case to the handler that its description asks
-for, and prints what was compared. A case that nobody handles, and a tensor that nobody compared, count as failed.
+`python -m tests.parity FOLDER` reads FOLDER/manifest.json, hands every case to the handler that its
+description asks for, and prints what was compared. A case without a handler and a tensor that was not
+compared count as failed. A paper is one module of handlers, imported here.
 """
 
 from . import aid  # noqa: F401  (registers its handlers)

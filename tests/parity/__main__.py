@@ -1,4 +1,4 @@
-"""python -m tests.parity FOLDER: prints the ledger; exit status 1 if anything failed, 2 without a manifest."""
+"""python -m tests.parity FOLDER: prints the ledger."""
 
 import sys
 
@@ -6,15 +6,22 @@ import torch
 
 from . import Folder, run, table
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tests.parity FOLDER")
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0 if every check passed, 1 if one failed, 2 without a folder of golden data."""
+    if len(arguments) != 1:
+        print("usage: python -m tests.parity FOLDER", file=sys.stderr)
+        return 2
     try:
-        folder = Folder(sys.argv[1])
+        folder = Folder(arguments[0])
     except (FileNotFoundError, ValueError) as problem:
         print(problem, file=sys.stderr)
-        sys.exit(2)
+        return 2
     with torch.inference_mode():
         checks = run(folder)
     print(table(checks))
-    sys.exit(not all(check.passed for check in checks))
+    return 0 if all(check.passed for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Cases of the AID paper: networks, diffusion tables, losses, chains, reconstruction, published parameter lists."""
+"""Cases of the AID paper: networks, parameter lists, diffusion tables, losses, chains, reconstruction."""
 
 import itertools
 import re
@@ -57,7 +57,7 @@ def has(case: Case, *starts: str) -> bool:
     return any(name.startswith(starts) for name in case.spec.get("io", {}))
 
 
-# ----------------------------------------------------------------------------------------------------- networks
+# --- networks
 
 
 @handles(lambda case: "state_dict" in case.spec and (is_causal(case.spec) or is_unet(case.spec)))
@@ -68,7 +68,12 @@ def parameter_list(case: Case) -> Iterator[tuple]:
     ours = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     theirs = case.spec["state_dict"]
     yield "names that differ", len(ours.keys() ^ theirs.keys()), 0, 0.0
-    yield "shapes that differ", sum(ours[name] != theirs[name] for name in ours.keys() & theirs.keys()), 0, 0.0
+    yield (
+        "shapes that differ",
+        sum(ours[name] != theirs[name] for name in ours.keys() & theirs.keys()),
+        0,
+        0.0,
+    )
     yield "parameters", sum(p.numel() for p in network.parameters()), case.spec["n_params"], 0.0
 
 
@@ -90,20 +95,21 @@ def causal_unet(case: Case) -> Iterator[tuple]:
             continue  # the ledger reports what was not compared
         context = None if stage == "multistage1" else ctx
         yield name, network(x, io["t_float"] if stage == "t_float" else t, context, y), io[name]
+    training = io["train.multistage0"] if "train.multistage0" in io else network(x, t, ctx, y)
     for name in (name for name in io if name.startswith("sample.idx")):
         slot = int(name.removeprefix("sample.idx")) % ctx.shape[1]
         given = x[:, slot], t, ctx[:, : slot + 1], y
         network.context = "last"
         yield f"{name} (last)", network(*given)[:, None], io[name]
         network.context = "full"
-        yield f"{name} (full = training)", network(*given), io["train.multistage0"][:, slot], IDENTITY
+        yield f"{name} (full = training)", network(*given), training[:, slot], IDENTITY
 
 
-# ---------------------------------------------------------------------------------------------------- diffusion
+# --- diffusion
 
 
 def schedule_named(name: str) -> DiscreteSchedule | None:
-    """The schedule that a name such as linear1000, cosine250, linear_respaced25 or linear_ddim25 stands for."""
+    """The schedule called linear1000, cosine250, linear_respaced25, linear_ddim25 and the like, or None."""
     found = re.fullmatch(r"(linear|cosine)(\d*)(?:_(?:respaced([\d,]+)|(ddim\d+)))?", name)
     if not found:
         return None
@@ -116,7 +122,7 @@ def schedule_named(name: str) -> DiscreteSchedule | None:
 
 
 def at_times(schedule: DiscreteSchedule, times: Tensor) -> DiscreteSchedule:
-    """The chain that visits only these times (increasing, may be fractional: signal levels are those below)."""
+    """The chain that visits only these times, increasing; a fractional one has the signal level below it."""
     abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[times.long()]])
     return DiscreteSchedule(1 - abar[1:] / abar[:-1], times)
 
@@ -169,7 +175,7 @@ def ddim_steps(case: Case) -> Iterator[tuple]:
         yield name, process.ddim_step(output, x_t, torch.tensor([1])), io[name]
 
 
-# ------------------------------------------------------------------------------------------- networks in other cases
+# --- networks in other cases
 
 
 def referred(case: Case, causal: bool) -> UNet:
@@ -186,25 +192,34 @@ def referred(case: Case, causal: bool) -> UNet:
     return network
 
 
+def denoiser(network: UNet, schedule: DiscreteSchedule, channel_axis: int = 1) -> DiscreteDenoiser:
+    """The denoiser around an epsilon network, whose variance is learned if it has the channels for it."""
+    learned = network.out_channels == 2 * network.in_channels
+    return DiscreteDenoiser(network, schedule, learned_variance=learned, channel_axis=channel_axis)
+
+
+def noted_schedule(note: str) -> DiscreteSchedule:
+    """The schedule that a note names, such as "linear 1000"."""
+    found = re.search(r"\b(linear|cosine) (\d+)", note)
+    return schedule_named("".join(found.groups()) if found else "linear1000")
+
+
 def number(text: str, name: str, default: float) -> float:
     """The number after `name` in a note."""
     found = re.search(rf"\b{name}\s+([\d.]*\d)", text)
     return float(found[1]) if found else default
 
 
-@handles(lambda case: has(case, "loss."))
+@handles(lambda case: has(case, "loss.", "image.loss.", "noisy_x0.loss.", "rescaled_"))
 def training_loss(case: Case) -> Iterator[tuple]:
-    io, schedule = case.io, DiscreteSchedule.linear()
+    io, schedule = case.io, noted_schedule(case.spec["note"])
     seq, noise, t = io["seq"], io["noise"], io["t"]
     context, target = seq[:, :-1], seq[:, 1:]
     networks = {}
 
     def terms(kind="mse", causal=True, cond=None):
         if causal not in networks:
-            axis = 2 if causal else 1
-            networks[causal] = DiscreteDenoiser(
-                referred(case, causal), schedule, learned_variance=True, channel_axis=axis
-            )
+            networks[causal] = denoiser(referred(case, causal), schedule, 2 if causal else 1)
         x0, n = (target, noise) if causal else (seq[:, 1], noise[:, 0])
         return discrete_terms(networks[causal], x0, kind=kind, cond=cond, t=t, noise=n)
 
@@ -221,19 +236,21 @@ def training_loss(case: Case) -> Iterator[tuple]:
             yield name, getattr(terms(causal=False), term), io[name]
 
 
-# -------------------------------------------------------------------------------------------------------- chains
+# --- chains
 
 
 def noises(case: Case, name: str) -> list[Tensor]:
     """The recorded draws of a chain, in order."""
-    return list(itertools.takewhile(lambda x: x is not None, (case.io.get(f"{name}.noise{k}") for k in itertools.count())))
+    draws = (case.io.get(f"{name}.noise{k}") for k in itertools.count())
+    return list(itertools.takewhile(lambda draw: draw is not None, draws))
 
 
 class Chain:
     """One of the two published samplers with recorded noise: frames of a sequence from pure noise."""
 
     def __init__(self, network: CausalUNet, kind: str, note: str):
-        self.network, schedule = network, DiscreteSchedule.linear()
+        self.network, schedule = network, noted_schedule(note)
+        self.variance = denoiser(network, schedule).process.variance.replace("fixed_small", "fixed_large")
         if kind == "ddpm":
             schedule = schedule.respace(re.search(r'timestep_respacing="([^"]+)"', note)[1])
         else:
@@ -242,10 +259,10 @@ class Chain:
         self.ancestral, self.schedule = kind == "ddpm", schedule
 
     def __call__(self, draws: Iterator[Tensor], context: Tensor, sequence: bool) -> Tensor:
-        """New frames: all of a sequence at once (batch, frame, ...), or the one after context (batch, ...)."""
+        """All frames of a sequence at once (batch, frame, ...), or the one after context (batch, ...)."""
         clip = (-1, 1) if self.ancestral else None
         axis = 2 if sequence else 1
-        process = DiscreteProcess(self.schedule, variance="learned_range", clip=clip, channel_axis=axis)
+        process = DiscreteProcess(self.schedule, "epsilon", self.variance, clip, axis)
         step = process.step if self.ancestral else process.stochastic_step
 
         def draw():
@@ -264,12 +281,17 @@ class Chain:
             window = torch.cat([window[:, 1:], self(draws, window, False)[:, None]], dim=1)
         return window
 
-    def published_cold_start(self, draws: Iterator[Tensor], window: Tensor, extra: int) -> Tensor:
-        """Cold start with the two faults of the published bookkeeping: frame i is conditioned on slot i, which is
-        still blank, and the window that is then continued has lost its first frame and holds a blank one.
+    def published_cold_start(self, draws: Iterator[Tensor], blank: Tensor, frames: int) -> Tensor:
+        """A cold start with the faults of the published bookkeeping, which are not faults of the network.
+
+        Frame i is conditioned on slot i, which is still blank; the last slot stays blank when the window
+        begins to slide, and the first frame is dropped. blank (batch, window, ...) are zeros.
         """
-        first = [self(draws, torch.zeros_like(window[:, :1]), False)[:, None] for _ in range(window.shape[1])]
-        raise NotImplementedError(len(first), extra)
+        first = [self(draws, blank[:, :1], False)[:, None] for _ in range(blank.shape[1] - 1)]
+        sequence = torch.cat([*first, blank[:, :1]], dim=1)
+        for _ in range(frames - len(first)):
+            sequence = torch.cat([sequence, self(draws, sequence[:, -1:], False)[:, None]], dim=1)
+        return sequence[:, 1:]
 
 
 @handles(lambda case: has(case, "ddpm_", "ddnm_"))
@@ -285,13 +307,13 @@ def sampling(case: Case) -> Iterator[tuple]:
         elif start == "warm":
             ours = chain.continued(draws, window, frames)
         elif start == "cold_extra":
-            ours = chain.published_cold_start(draws, window, frames - window.shape[1])
+            ours = chain.published_cold_start(draws, torch.zeros_like(window), frames)
         else:
             continue
         yield name, ours, io[f"{name}.out"], tolerance
 
 
-# ------------------------------------------------------------------------------------------------ reconstruction
+# --- reconstruction
 
 
 def complex_last(x: Tensor) -> Tensor:
@@ -308,8 +330,9 @@ def reconstruction(case: Case) -> Iterator[tuple]:
     io = case.io
     note, _, unfold_note = case.spec["note"].partition("unfold.*")
     if "kspace" in io:
-        A = sense(complex_last(io["coil_maps"]), io["mask"])
-        y = complex_last(io["kspace"])[None]
+        maps, y = complex_last(io["coil_maps"]), complex_last(io["kspace"])[None]
+        yield "kspace", sense(maps, torch.ones(1))(complex_last(io["image"])[None, None]), y
+        A = sense(maps, io["mask"])
         yield "zero_filled_normalised", normalise(A.H(y)[0, 0])[0], complex_last(io["zero_filled_normalised"])
         yield from gradients(case, A, y, "sense", note)
         yield from posterior_chains(case, A, y, "recon", note)
@@ -349,11 +372,12 @@ def posterior_chains(case: Case, A, y: Tensor, prefix: str, note: str) -> Iterat
     )
     for name in [name.removesuffix(".out") for name in io if re.fullmatch(rf"{prefix}\.\w+\.out", name)]:
         kind, steps = re.match(rf"{prefix}\.(causal|image)_T(\d+)", name).groups()
-        times = torch.arange(int(steps), dtype=torch.float64) * (1000 / int(steps))
-        schedule = at_times(DiscreteSchedule.linear(), times)
+        schedule = noted_schedule(note)
+        stride = len(schedule) / int(steps)
+        schedule = at_times(schedule, torch.arange(int(steps), dtype=torch.float64) * stride)
         network = referred(case, causal=kind == "causal")
-        D = G(ComplexDenoiser(DiscreteDenoiser(network, schedule, learned_variance=True)))
-        cond = io["recon.window"][:, :1] if kind == "causal" else None
+        D = G(ComplexDenoiser(denoiser(network, schedule)))
+        cond = known_frames(case) if kind == "causal" else None
         start = io[f"{prefix}.x_start"][:, 0]
         draws, levels = iter(noises(case, name)), schedule.levels().tolist()
         # The published state has unit variance, ours is in data units.
@@ -361,7 +385,18 @@ def posterior_chains(case: Case, A, y: Tensor, prefix: str, note: str) -> Iterat
         for i in range(len(levels) - 1):
             noise = to_complex(next(draws).reshape(start.shape))
             x = aid_stochastic().step(bound(D, cond), x, levels, i, lambda n=noise: n, None).x
-        yield name, to_channels(x).reshape(io[f"{name}.out"].shape), io[f"{name}.out"], CHAIN * case.folder.tolerance()
+        yield (
+            name,
+            to_channels(x).reshape(io[f"{name}.out"].shape),
+            io[f"{name}.out"],
+            CHAIN * case.folder.tolerance(),
+        )
+
+
+def known_frames(case: Case) -> Tensor:
+    """The frames of the window up to the slot that the note calls idx_t."""
+    window, slot = case.io["recon.window"], re.search(r"idx_t=(-?\d+)", case.spec["note"])
+    return window[:, : int(slot[1]) % window.shape[1] + 1] if slot else window
 
 
 def bound(D, cond: Tensor | None):
@@ -383,8 +418,8 @@ def preparation(case: Case) -> Iterator[tuple]:
             ours = crop_kspace(kspace, (int(found[1]), int(found[2]))).movedim(0, -1)
             yield name, ours, complex_last(io[name])
     if "normalize.out" in io:
-        # The published code divides by the complex value with the largest real part, we by the largest magnitude: the
-        # two differ by one complex factor.
+        # The published code divides by the complex value with the largest real part, we by the largest
+        # magnitude: the results differ by one complex factor.
         ours, _ = normalise(complex_last(io["normalize.in"])[:, None])
         theirs, _ = normalise(to_complex(io["normalize.out"]))
         turn = (ours * theirs.conj()).sum()

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-TEXT = ("about", "title", "note", "format", "torch", "numpy", "made_by", "made_with", "tolerance", "tolerances")
+TEXT = (
+    "about",
+    "title",
+    "note",
+    "format",
+    "torch",
+    "numpy",
+    "made_by",
+    "made_with",
+    "tolerance",
+    "tolerances",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,9 @@ class Folder:
         self.path = Path(path)
         manifest = self.path / "manifest.json"
         if not manifest.is_file():
-            raise FileNotFoundError(f"{manifest} does not exist; FOLDER must hold golden data and its manifest.json")
+            raise FileNotFoundError(
+                f"{manifest} does not exist; FOLDER must hold golden data and its manifest.json"
+            )
         try:
             self.manifest = json.loads(manifest.read_text())
         except json.JSONDecodeError as problem:
@@ -68,7 +81,7 @@ class Folder:
 
     @cached_property
     def cases(self) -> dict[str, "Case"]:
-        """Every case of the manifest: entries of `cases`, of `files`, and lists of parameters kept in JSON files."""
+        """Every entry of every section of the manifest (`cases`, `files`, ...); JSON files are read in."""
         cases = {}
         for section, entries in self.manifest.items():
             if not isinstance(entries, dict) or section in (*TEXT, "conventions"):
@@ -132,7 +145,7 @@ HANDLERS: list[Handler] = []
 
 
 def handles(accepts: Callable[[Case], bool]):
-    """Registers a generator of comparisons for the cases that `accepts` recognises by what the manifest says."""
+    """Registers a generator of comparisons for cases that `accepts` recognises by what the manifest says."""
 
     def register(run):
         HANDLERS.append(Handler(accepts, run))
@@ -142,8 +155,9 @@ def handles(accepts: Callable[[Case], bool]):
 
 
 def error(ours, reference) -> tuple[float, str]:
-    """max |ours - reference| / (1 + |reference|), so that allclose with rtol = atol = e means error <= e; and a reason
-    if the two cannot be compared (the error is then infinite).
+    """max |ours - reference| / (1 + |reference|), infinite with a reason where the two cannot be compared.
+
+    An error <= e is the same as allclose with rtol = atol = e.
     """
     ours, reference = torch.as_tensor(ours), torch.as_tensor(reference)
     if ours.shape != reference.shape:
@@ -188,6 +202,8 @@ def table(checks: list[Check]) -> str:
         verdict = "pass" if c.passed else f"FAIL {c.reason}".rstrip()
         rows.append((c.case, c.quantity, f"{c.error:.1e}", f"{c.tolerance:.0e}", verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows
+    ]
     passed = sum(c.passed for c in checks)
     return "\n".join([*lines, f"{passed} passed, {len(checks) - passed} failed"])

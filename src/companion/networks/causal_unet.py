@@ -47,7 +47,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def all_equal(values: Tensor) -> bool:
     """Whether the values (batch,) are one and the same."""
-    return bool((values == values[0]).all())
+    return len(values) == 1 or values.stride(0) == 0 or bool((values == values[0]).all())
 
 
 class MLP(nn.Module):
