@@ -166,6 +166,8 @@ def test_espirit_needs_a_measured_centre():
     maps, x = birdcage_maps((32, 32), 4), phantom()
     with pytest.raises(ValueError, match="not all measured"):
         estimate_maps(sense(maps, cartesian_mask(32, 4, acs=4))(x), acs=12)
+    with pytest.raises(ValueError, match="finds no coil maps"):
+        estimate_maps(maps[None] * x, acs=12, crop=2.0)  # no eigenvalue is that large
     with pytest.raises(ValueError, match="does not suit"):
         estimate_maps(maps[None], acs=40)
     with pytest.raises(ValueError, match="NaN"):
