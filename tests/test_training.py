@@ -40,7 +40,8 @@ def run(
 
 
 def losses(folder) -> list[float]:
-    return [line["loss"] for line in map(json.loads, open(Path(folder) / "stats.jsonl")) if "loss" in line]
+    lines = map(json.loads, (Path(folder) / "stats.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def start(*command) -> str:
@@ -262,7 +263,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))  # files beyond 8 kB fail, as on a full disk
     try:
-        with pytest.raises(OSError, match="could not be written .* previous one is untouched"):
+        with pytest.raises(OSError, match="could not be written .* last checkpoint is untouched"):
             run(tmp_path, model=wide, schedule="constant", steps=10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -23,7 +23,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -337,15 +337,9 @@ class _State:
             tensors |= {f"optimiser.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         record = json.dumps(self.record | {"signature": signature})
-        try:
-            with atomic_write(path) as aside:
-                save_file(tensors, aside, metadata={"record": record})
-                aside.chmod(0o644)
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"the checkpoint {path} could not be written ({error}); the previous one is untouched. "
-                "Free some space and start the same training again: it resumes."
-            ) from error
+        with _writing(path), atomic_write(path) as aside:
+            save_file(tensors, aside, metadata={"record": record})
+            aside.chmod(0o644)
 
     def load(self, path: Path, signature: dict) -> None:
         try:
@@ -373,6 +367,18 @@ class _State:
             moments.setdefault(int(i), {})[quantity] = value
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says what to do when `path` cannot be written, as on a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path} could not be written ({error}); the last checkpoint is untouched. "
+            "Free some space and start the same training again: it resumes."
+        ) from error
 
 
 def _flat_gradient(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -577,11 +583,11 @@ class _Log:
         folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in [*folder.glob(".state.*.safetensors"), *folder.glob(".stats.*.jsonl")]:
             left_by_a_kill.unlink()
-        path = folder / "stats.jsonl"
-        kept = [line for line in _read_stats(path) if line["step"] <= state.step]
-        with atomic_write(path) as aside:
+        self.path = folder / "stats.jsonl"
+        kept = [line for line in _read_stats(self.path) if line["step"] <= state.step]
+        with _writing(self.path), atomic_write(self.path) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(path, "a")
+        self.file = open(self.path, "ab", buffering=0)
         self.began = state.step, state.seconds
         self.bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress)
         self.board = None
@@ -612,11 +618,11 @@ class _Log:
         self.bar.update(step - self.bar.n)
 
     def write(self, line: dict) -> None:
-        self.file.write(json.dumps(line, default=float) + "\n")
-        self.file.flush()
-        for name, value in line.items():
-            if self.board and name != "step":
-                self.board.add_scalar(name, value, line["step"])
+        with _writing(self.path):
+            self.file.write((json.dumps(line, default=float) + "\n").encode())
+            for name, value in line.items():
+                if self.board and name != "step":
+                    self.board.add_scalar(name, value, line["step"])
 
     def sync(self) -> None:
         """To disk, so that a checkpoint is never ahead of its log."""
@@ -626,7 +632,8 @@ class _Log:
         self.file.close()
         self.bar.close()
         if self.board:
-            self.board.close()
+            with suppress(OSError):  # a full disk: reported where the log or the checkpoint met it
+                self.board.close()
 
 
 def _read_stats(path: Path) -> list[dict]:
