@@ -54,7 +54,8 @@ def is_unet(spec: dict) -> bool:
 
 def has(case: Case, *starts: str) -> bool:
     """Whether the manifest names tensors of this case that start so."""
-    return any(name.startswith(starts) for name in case.spec.get("io", {}))
+    io = case.spec.get("io", {})
+    return isinstance(io, dict) and any(name.startswith(starts) for name in io)
 
 
 # --- networks

