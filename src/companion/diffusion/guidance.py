@@ -1,9 +1,10 @@
 """Denoisers that have seen the data: `G = dds(A, y, noise_std); D_y = G(D)`.
 
-Model: y = A x0 + noise_std * n and x = x0 + sigma * n, where n has standard deviation 1 per real component (so a
-complex n has variance 2; the factor cancels everywhere below). A denoiser gives E[x0 | x]; a guided one gives an
-approximation of E[x0 | x, y] with the same signature, so every solver samples the posterior with it. The methods
-differ in one thing only: how they believe the uncertainty of D(x) is shaped, their covariance C of p(x0 | x).
+Model: y = A x0 + noise_std * n and x = x0 + sigma * n, where n has standard deviation 1 per real component
+(so a complex n has variance 2; the factor cancels everywhere below). A denoiser gives E[x0 | x]; a guided
+one gives an approximation of E[x0 | x, y] with the same signature, so every solver samples the posterior
+with it. The methods differ in one thing only: how they believe the uncertainty of D(x) is shaped, their
+covariance C of p(x0 | x).
 
 | guidance         | C of p(x0 given x)                                     | cost per evaluation           |
 |------------------|--------------------------------------------------------|-------------------------------|
@@ -14,8 +15,8 @@ differ in one thing only: how they believe the uncertainty of D(x) is shaped, th
 | `posterior_mean` | a model: `Isotropic`, `PerPixel`, `Measured`           | D, CG                         |
 | `posterior_mean` | `Jacobian`: sigma^2 J everywhere, exact for a Gaussian | D, a gradient per CG step     |
 
-docs/posterior-sampling.md says which one to trust, with numbers. Class names are lower case because they read as
-verbs in a notebook; each is a frozen record of (A, y, noise_std, options).
+docs/posterior-sampling.md says which one to trust, with numbers. Class names are lower case because they
+read as verbs in a notebook; each is a frozen record of (A, y, noise_std, options).
 """
 
 import math
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..operators.linear import LinearOperator, check_finite, conjugate_gradient
 from .denoisers import column
@@ -81,6 +82,12 @@ class GuidedDenoiser:
     D: Callable
 
     def __call__(self, x: Tensor, sigma: Tensor, cond=None) -> Tensor:
+        """E[x0 | x, y] as the guidance sees it, the shape and dtype of x."""
+        if len(self.guidance.y) not in (1, len(x)):
+            raise ValueError(
+                f"y holds {len(self.guidance.y)} items for {len(x)} draws; give y with a batch of 1, or "
+                "of the draws and sample them in one batch"
+            )
         sigma = torch.as_tensor(sigma, device=x.device, dtype=x.real.dtype).expand(x.shape[0])
         return self.guidance.estimate(self.D, x, sigma, cond)
 
@@ -101,8 +108,8 @@ def with_vjp(D, x: Tensor, sigma: Tensor, cond) -> tuple[Tensor, Callable[[Tenso
         x0_hat = D(x, sigma, cond)
     if not x0_hat.requires_grad:
         raise ValueError(
-            "this guidance needs the gradient of the denoiser, but D(x) carries none; use a denoiser that does not "
-            "switch gradients off, or a guidance without gradient (dds, posterior_mean with PerPixel covariance)"
+            "this guidance needs the gradient of the denoiser, but D(x) carries none; use a denoiser that "
+            "does not switch gradients off, or a guidance without gradient (dds, posterior_mean with PerPixel)"
         )
 
     def vjp(v: Tensor) -> Tensor:
@@ -112,19 +119,24 @@ def with_vjp(D, x: Tensor, sigma: Tensor, cond) -> tuple[Tensor, Callable[[Tenso
     return x0_hat.detach(), vjp
 
 
-def solve(normal, b: Tensor, iterations: int, batch: int) -> Tensor:
-    """CG solution of normal(u) = b from zero, after b is expanded to the batch of x."""
-    return conjugate_gradient(normal, b.expand(batch, *b.shape[1:]), iterations=iterations)
+def solve(normal, b: Tensor, iterations: int, batch: int, tol: float = 1e-5) -> Tensor:
+    """CG solution of normal(u) = b from zero, after b is expanded to the batch of x.
+
+    The tolerance also protects singular systems: past convergence CG would divide rounding errors by
+    rounding errors.
+    """
+    return conjugate_gradient(normal, b.expand(batch, *b.shape[1:]), iterations=iterations, tol=tol)
 
 
-# ---------------------------------------------------------------------------------------------- published methods
+# ----------------------------------------------------------------------------------------- published methods
 @dataclass(frozen=True, eq=False)
 class landweber(Guidance):
     """Gradient data consistency: x0 <- x0 - step_size (A^H A x0 - b), repeated `iterations` times.
 
-    b = A^H y, in the units of the prior; with `scale`, b = scale * A^H y / max|A^H y| for each image, which is how
-    AID puts data of unknown units on its prior's scale (about 1 with calibration lines, 1/R without).
-    noise_std is not used: the paper has no noise model. Luo, Huang & Uecker 2024 (AID), posterior sampling.
+    b = A^H y, in the units of the prior; with `scale`, b = scale * A^H y / max|A^H y| for each image, which
+    is how AID puts data of unknown units on its prior's scale (about 1 with calibration lines, 1/R
+    without). noise_std is not used: the paper has no noise model. Luo, Huang & Uecker 2024 (AID), posterior
+    sampling.
     """
 
     step_size: float = 1.0
@@ -152,12 +164,13 @@ class landweber(Guidance):
 
 @dataclass(frozen=True, eq=False)
 class dps(Guidance):
-    """Gradient of the residual through the denoiser: x0_hat - step_size sigma^2 / (2 s^2) grad_x ||y - A D(x)||^2.
+    """Gradient of the residual through the denoiser: x0_hat - step_size sigma^2 / (2 s^2) grad_x ||y - A
+    D(x)||^2.
 
-    s^2 = max(noise_std^2, ||y - A D(x)||^2 / size of y): the residual itself says how far D(x) still is from the
-    data, which is what the paper's normalisation of the step by ||y - A D(x)|| does. Differs from the paper in that
-    the correction belongs to the denoiser, not to the solver's step, so that it scales with the step.
-    Chung et al. 2023 (DPS), Algorithm 1 and Eq. (16). Costs one gradient of D.
+    s^2 = max(noise_std^2, ||y - A D(x)||^2 / size of y): the residual itself says how far D(x) still is
+    from the data, which is what the paper's normalisation of the step by ||y - A D(x)|| does. Differs from
+    the paper in that the correction belongs to the denoiser, not to the solver's step, so that it scales
+    with the step. Chung et al. 2023 (DPS), Algorithm 1 and Eq. (16). Costs one gradient of D.
     """
 
     step_size: float = 1.0
@@ -210,8 +223,8 @@ class pigdm(Guidance):
 class ddnm(Guidance):
     """Range from the data, null space from the prior: x0_hat + lambda A^+ (y - A x0_hat).
 
-    lambda = min(1, sigma / noise_std); A^+ by `iterations` CG steps on the normal equations from zero, which stay
-    in the range of A^H. Wang, Yu & Zhang 2023 (DDNM), Eq. (13), and DDNM+, Eq. (19).
+    lambda = min(1, sigma / noise_std); A^+ by `iterations` CG steps on the normal equations from zero,
+    which stay in the range of A^H. Wang, Yu & Zhang 2023 (DDNM), Eq. (13), and DDNM+, Eq. (19).
     """
 
     iterations: int = 10
@@ -230,11 +243,12 @@ class ddnm(Guidance):
 
 @dataclass(frozen=True, eq=False)
 class dds(Guidance):
-    """Decomposed diffusion sampling: a few CG steps on (I + gamma A^H A) x0 = x0_hat + gamma A^H y, from x0_hat.
+    """Decomposed diffusion sampling: a few CG steps on (I + gamma A^H A) x0 = x0_hat + gamma A^H y, from
+    x0_hat.
 
-    gamma is constant over noise levels, the steps are few: both are the paper's regularisation, and noise_std is
-    not used. `posterior_mean` is what it becomes when gamma is the ratio of variances.
-    Chung, Lee & Ye 2024 (DDS), Eq. (14) and Algorithm 1.
+    gamma is constant over noise levels, the steps are few: both are the paper's regularisation, and
+    noise_std is not used. `posterior_mean` is what it becomes when gamma is the ratio of variances. Chung,
+    Lee & Ye 2024 (DDS), Eq. (14) and Algorithm 1.
     """
 
     gamma: float = 5.0
@@ -250,7 +264,7 @@ class dds(Guidance):
         return 2 + 2 * self.iterations
 
 
-# ------------------------------------------------------------------------------------------ covariance of p(x0 | x)
+# ----------------------------------------------------------------------------------- covariance of p(x0 | x)
 class Factor(NamedTuple):
     """C = L L^H of a Gaussian model of p(x0 | x), per real component; both maps keep the shape of x."""
 
@@ -265,7 +279,8 @@ class Factor(NamedTuple):
 
 @dataclass(frozen=True)
 class Isotropic:
-    """C = sigma^2 p^2 / (sigma^2 + p^2), as if every pixel were independent with standard deviation p = prior_std.
+    """C = sigma^2 p^2 / (sigma^2 + p^2), as if every pixel were independent with standard deviation p =
+    prior_std.
 
     Song et al. 2023 (PiGDM), Eq. (8).
     """
@@ -281,7 +296,7 @@ class Isotropic:
 
 @dataclass(frozen=True)
 class Proportional:
-    """C = sigma^2 / weight: the belief of DiffPIR (Zhu et al. 2023), Eq. (13), right only for a flat prior."""
+    """C = sigma^2 / weight: the belief of DiffPIR (Zhu et al. 2023), right only for a flat prior."""
 
     weight: float = 1.0
 
@@ -291,7 +306,8 @@ class Proportional:
 
 @dataclass(frozen=True)
 class PerPixel:
-    """C = diag(v) with the variance that the denoiser itself states, `D.moments(x, sigma, cond) -> (x0_hat, v)`.
+    """C = diag(v) with the variance that the denoiser itself states, `D.moments(x, sigma, cond) -> (x0_hat,
+    v)`.
 
     Background is certain, edges are not: the data are explained where the prior has doubts.
     """
@@ -299,8 +315,8 @@ class PerPixel:
     def __call__(self, D, x, sigma, cond=None) -> tuple[Tensor, Factor]:
         if not hasattr(D, "moments"):
             raise TypeError(
-                f"{type(D).__name__} has no moments(x, sigma, cond); PerPixel needs a denoiser with learned variance. "
-                "Use covariance=Isotropic(prior_std) or measure one with Measured.fit(D, images, sigmas)"
+                f"{type(D).__name__} has no moments(x, sigma, cond); PerPixel needs a denoiser with learned "
+                "variance. Use covariance=Isotropic(prior_std), or Measured.fit(D, images, sigmas)"
             )
         x0_hat, variance = D.moments(x, sigma, cond)
         return x0_hat, Factor.diagonal(variance)
@@ -310,10 +326,11 @@ class PerPixel:
 class Measured:
     """C = diag(v)^1/2 F^H diag(s(sigma, |k|)) F diag(v)^1/2 with s measured on validation images.
 
-    v is the variance D states (`D.moments`), or the `Isotropic` guess for a D without moments. s is a radial power
-    spectrum of the whitened error (x0 - x0_hat) / sqrt(v): neighbouring errors are alike, which no diagonal model
-    knows, and its mean corrects the scale of v. sigmas: (levels,) increasing; spectrum: (levels, bins), bins evenly
-    spaced from 0 to the corner of k-space, so any image size will do; one bin measures the scale alone.
+    v is the variance D states (`D.moments`), or the `Isotropic` guess for a D without moments. s is a
+    radial power spectrum of the whitened error (x0 - x0_hat) / sqrt(v): neighbouring errors are alike,
+    which no diagonal model knows, and its mean corrects the scale of v. sigmas: (levels,) increasing;
+    spectrum: (levels, bins), bins evenly spaced from 0 to the corner of k-space, so any image size will do;
+    one bin measures the scale alone.
     """
 
     sigmas: Tensor
@@ -322,7 +339,9 @@ class Measured:
     ndim: int = 2
 
     @classmethod
-    def fit(cls, D, images: Tensor, sigmas, *, bins=12, prior_std=0.5, ndim=2, seed=0, cond=None) -> "Measured":
+    def fit(
+        cls, D, images: Tensor, sigmas, *, bins=12, prior_std=0.5, ndim=2, seed=0, cond=None
+    ) -> "Measured":
         """The table for D from validation images (batch, channel, *space), at the noise levels `sigmas`."""
         generator = torch.Generator().manual_seed(seed)
         sigmas = torch.as_tensor(sigmas).sort().values.to(images.real.dtype)
@@ -339,7 +358,7 @@ class Measured:
         return cls(sigmas[sigmas > 0], torch.stack(rows).clamp_min(1e-4), prior_std, ndim)
 
     def at(self, sigma: Tensor) -> Tensor:
-        """The spectrum (batch, bins) at noise levels sigma (batch,), log-log interpolated, constant outside."""
+        """The spectrum (batch, bins) at sigma (batch,), log-log interpolated, constant outside the table."""
         table, levels = self.spectrum.to(sigma).log(), self.sigmas.to(sigma).log()
         if len(levels) == 1:
             return table.exp().expand(len(sigma), -1)
@@ -375,7 +394,7 @@ def spatial_fft(x: Tensor, ndim: int, inverse=False) -> Tensor:
 
 
 def radial_bins(shape, bins: int) -> Tensor:
-    """Index of the radial bin of each frequency; bins share 0 to the corner sqrt(ndim)/2 cycles per pixel evenly."""
+    """The radial bin of each frequency; bins divide 0 to the corner (sqrt(ndim)/2 cycles a pixel) evenly."""
     axes = torch.meshgrid(*[torch.fft.fftfreq(n) for n in shape], indexing="ij")
     radius = sum(k.square() for k in axes).sqrt() / (0.5 * math.sqrt(len(shape)))
     return (radius * bins).long().clamp_max(bins - 1)
@@ -383,26 +402,29 @@ def radial_bins(shape, bins: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Jacobian:
-    """C = sigma^2 J, the true covariance of p(x0 | x) by Tweedie's second-order formula, one gradient per product.
+    """C = sigma^2 J, the true covariance of p(x0 | x) by Tweedie's second-order formula, one gradient per
+    product.
 
     Exact, hence D_y is exact when p(x0 | x) is Gaussian. Boys et al. 2024 (TMPD), Prop. 1; Rozet et al. 2024.
     """
 
 
-# ----------------------------------------------------------------------------------------- the Gaussian posterior
+# ------------------------------------------------------------------------------------ the Gaussian posterior
 @dataclass(frozen=True, eq=False)
 class posterior_mean(Guidance):
     """E[x0 | x, y] when p(x0 | x) = N(D(x), C): D + C A^H (A C A^H + noise_std^2)^-1 (y - A D).
 
-    covariance: `Isotropic`, `PerPixel`, `Measured` (anything that gives (x0_hat, Factor)), or `Jacobian`. With a
-    factor C = L L^H the system is solved in whitened image space, (L^H A^H A L + noise_std^2) z = L^H A^H r, which
-    is well posed where C is 0 and preconditioned by C; with `Jacobian` in data space. `iterations` CG steps; a few
-    more than usual (10 to 20) are needed at high noise levels, where the problem is nearly CG-SENSE.
-    Rozet et al. 2024 (MMPS), Eq. (16), solves the Jacobian case by CG; Song et al. 2023 is the isotropic ancestor.
+    covariance: `Isotropic`, `PerPixel`, `Measured` (anything that gives (x0_hat, Factor)), or `Jacobian`.
+    With a factor C = L L^H the system is solved in whitened image space, (L^H A^H A L + noise_std^2) z =
+    L^H A^H r, which is well posed where C is 0 and preconditioned by C; with `Jacobian` in data space.
+    `iterations` CG steps; a few more than usual (10 to 20) are needed at high noise levels, where the
+    problem is nearly CG-SENSE. Rozet et al. 2024 (MMPS), Eq. (16), solves the Jacobian case by CG; Song et
+    al. 2023 is the isotropic ancestor.
     """
 
     covariance: Callable = PerPixel()
-    iterations: int = 15
+    iterations: int = 20
+    tol: float = 1e-4
 
     def estimate(self, D, x, sigma, cond=None):
         if isinstance(self.covariance, Jacobian):
@@ -414,8 +436,24 @@ class posterior_mean(Guidance):
         """C A^H (A C A^H + noise_std^2)^-1 r for the residual r."""
         b = C.LH(self.A.H(r))
         return C.L(
-            solve(lambda z: C.LH(self.A.normal(C.L(z))) + self.noise_std**2 * z, b, self.iterations, batch)
+            solve(
+                lambda z: C.LH(self.A.normal(C.L(z))) + self.noise_std**2 * z,
+                b,
+                self.iterations,
+                batch,
+                self.tol,
+            )
         )
+
+    def draw(self, x0_hat: Tensor, C: Factor, draws: list[Generator]) -> Tensor:
+        """A draw from p(x0 | y) for the prior N(x0_hat, C): its mean for a perturbed prior mean and
+        perturbed data.
+
+        draws: a generator for each batch item. Exact for a Gaussian: Papandreou & Yuille 2010.
+        """
+        z = x0_hat + C.L(randn(x0_hat.shape[1:], x0_hat.dtype, draws, x0_hat.device))
+        y = self.y + self.noise_std * randn(self.y.shape[1:], self.y.dtype, draws, x0_hat.device)
+        return z + self.correction(C, y - self.A(z), len(z))
 
     def estimate_by_gradient(self, D, x, sigma, cond):
         x0_hat, vjp = with_vjp(D, x, sigma, cond)
@@ -425,6 +463,7 @@ class posterior_mean(Guidance):
             self.y - self.A(x0_hat),
             self.iterations,
             len(x),
+            self.tol,
         )
         return x0_hat + s2 * vjp(self.A.H(u))
 
@@ -441,8 +480,8 @@ class posterior_mean(Guidance):
 class diffpir(Guidance):
     """argmin over x0 of ||y - A x0||^2 / noise_std^2 + weight ||x0 - x0_hat||^2 / sigma^2, by CG.
 
-    Zhu et al. 2023 (DiffPIR), Eq. (13) with rho_t = weight noise_std^2 / sigma^2. Their zeta, the share of fresh
-    noise in a step, belongs to the solver here: `ddim` with eta.
+    Zhu et al. 2023 (DiffPIR), Eq. (13) with rho_t = weight noise_std^2 / sigma^2. Their zeta, the share of
+    fresh noise in a step, belongs to the solver here: `ddim` with eta.
     """
 
     weight: float = 1.0

@@ -1,0 +1,166 @@
+"""Gibbs samplers of the posterior: they draw where guided denoisers take means, so that errors are forgotten.
+
+Both alternate between a clean image and a noisy copy of it and lower the noise on the way: `split_gibbs`
+lets the data act on one copy and the prior, a whole reverse diffusion, on the other. Exact in the limit,
+and slow. `annealed_gibbs` lets data and prior act on the clean image together, with a Gaussian model of
+p(x0 | x): one denoiser evaluation a sweep, exact for Gaussian priors from the first sweep on.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from ..operators.linear import LinearOperator
+from .denoisers import Denoiser
+from .guidance import Factor, Jacobian, posterior_mean
+from .noise import generators, karras, randn
+from .sampling import Bill, Samples, evaluating, per_draw, sample
+from .solvers import Solver
+
+
+def annealed_gibbs(
+    D: Denoiser,
+    G: posterior_mean,
+    sigmas: Tensor | Sequence[float],
+    *,
+    seeds: str | int | Iterable[int] | Sequence[Generator],
+    dtype: torch.dtype = torch.complex64,
+    device: torch.device | str = "cpu",
+    cond: Tensor | None = None,
+    batch_size: int | None = None,
+    callback: Callable[[dict], None] | None = None,
+    progress: bool = False,
+) -> Samples:
+    """Draws from p(x0 | y), x (draw, *A.domain_shape), by one sweep for each noise level sigma:
+
+        x = x0 + sigma n                                             (fresh noise),
+        x0 | x, y ~ N(x0; D(x), C) N(y; A x0, noise_std^2)           exactly: perturb, solve by CG.
+
+    G: the data and the covariance model C, G = posterior_mean(A, y, noise_std, covariance): `Measured` is
+    best, `Jacobian` has no factor to draw with. sigmas: decreasing, as for `sample`; a last 0 is ignored.
+    Each sweep leaves the posterior unchanged if p(x0 | x) = N(D(x), C), whatever the next level: few levels
+    cost no variance, unlike ancestral steps. Where the model is wrong, which is at high noise, later sweeps
+    forget what earlier ones got wrong. Raises ValueError as `sample` does, TypeError for a covariance
+    without factor. Zhang et al. 2024 (DAPS), Algorithm 1, with their Langevin steps for an isotropic C
+    replaced by an exact draw for a better one.
+    """
+    if isinstance(G.covariance, Jacobian):
+        raise TypeError(
+            "annealed_gibbs draws from C, and Jacobian has no factor to draw with; use Measured or PerPixel"
+        )
+
+    def sweep(data: posterior_mean, z: Tensor, sigma: float, draws, cond) -> Tensor:
+        x = z + sigma * randn(z.shape[1:], z.dtype, draws, z.device)
+        level = torch.full((len(x),), sigma, dtype=x.real.dtype, device=x.device)
+        x0_hat, C = data.covariance(D, x, level, cond)
+        return data.draw(x0_hat, C, draws)
+
+    levels = torch.as_tensor(sigmas, dtype=torch.float64)
+    levels = levels[:-1] if levels[-1] == 0 else levels
+    return chain(sweep, D, levels, G, 1, seeds, dtype, device, cond, batch_size, callback, progress)
+
+
+def split_gibbs(
+    D: Denoiser,
+    A: LinearOperator,
+    y: Tensor,
+    noise_std: float,
+    rhos: Tensor | Sequence[float],
+    *,
+    seeds: str | int | Iterable[int] | Sequence[Generator],
+    steps: int = 3,
+    solver: str | Solver = "dpmpp_2m_sde",
+    iterations: int = 20,
+    dtype: torch.dtype = torch.complex64,
+    device: torch.device | str = "cpu",
+    cond: Tensor | None = None,
+    batch_size: int | None = None,
+    callback: Callable[[dict], None] | None = None,
+    progress: bool = False,
+) -> Samples:
+    """Draws from p(x0 | y), x (draw, *A.domain_shape), by sweeps between x and a copy z, one for each
+    coupling rho:
+
+        x | z, y ~ N(y; A x, noise_std^2) N(x; z, rho^2)    exactly: perturb, solve by CG; z | x    ~ p(z)
+        N(x; z, rho^2)                      reverse diffusion, `steps` levels from sigma = rho.
+
+    rhos: positive, not increasing. z is returned; its law is the posterior for a likelihood of covariance
+    noise_std^2 + rho^2 A A^H, so the last rho belongs below noise_std, and the way there must be slow:
+    directions whose posterior deviation is far above rho hardly move any more. `solver` must be stochastic,
+    for a deterministic one does not draw z given x; few `steps` lose variance. y: (draws or 1,
+    *A.range_shape). Exact for many sweeps, many steps and small rho. Raises ValueError as `sample` and
+    `posterior_mean` do. Vono et al. 2019 (split Gibbs), Bouman & Buzzard 2023 (generative plug and play),
+    Wu et al. 2024 (PnP-DM), Algorithm 1.
+    """
+
+    def sweep(data: posterior_mean, z: Tensor, rho: float, draws, cond) -> Tensor:
+        C = Factor.diagonal(torch.tensor(rho**2, dtype=z.real.dtype, device=z.device))
+        levels = karras(steps, rho / 20, rho) if steps > 1 else [rho, 0.0]
+        x = data.draw(z, C, draws)
+        return sample(
+            D,
+            levels,
+            shape=z.shape[1:],
+            seeds=draws,
+            solver=solver,
+            dtype=dtype,
+            device=device,
+            cond=cond,
+            state=x,
+        ).x
+
+    G = posterior_mean(A, y, noise_std, iterations=iterations)
+    return chain(sweep, D, rhos, G, steps, seeds, dtype, device, cond, batch_size, callback, progress)
+
+
+@torch.no_grad()
+def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, callback, progress) -> Samples:
+    """z <- sweep(data, z, level, generators, cond) for every level, from z = 0, in batches of draws.
+
+    calls: of D in a sweep, for the bill; G: what the sweeps get as `data`, its y cut to the batch.
+    """
+    levels = check_levels(levels)
+    draws = generators(seeds)
+    count, shape = len(draws), tuple(G.A.domain_shape)
+    if count == 0:
+        raise ValueError("no seeds were given; a Gibbs sampler draws one image per seed")
+    y, cond = per_draw("y", G.y, count), per_draw("cond", cond, count)
+    batch_size = batch_size or count
+    parts = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    results, began = [], time.perf_counter()
+    with (
+        evaluating(D),
+        tqdm(total=len(parts) * len(levels), desc="Gibbs sweeps", disable=not progress) as bar,
+    ):
+        for part in parts:
+            data = replace(G, y=y[part].to(device))
+            condition = None if cond is None else cond[part].to(device)
+            z = torch.zeros(len(draws[part]), *shape, dtype=dtype, device=device)
+            for step, level in enumerate(levels):
+                z = sweep(data, z, level, draws[part], condition)
+                bar.update()
+                if callback is not None:
+                    callback(dict(step=step, sigma=level, x=z, x0_hat=z))
+            results.append(z)
+    bill = Bill(
+        getattr(D, "denoiser_calls", 1) * calls * len(levels),
+        G.operator_calls * len(levels),
+        (time.perf_counter() - began) / count,
+    )
+    return Samples(torch.cat(results), bill)
+
+
+def check_levels(levels: Tensor | Sequence[float]) -> list[float]:
+    """The levels as plain numbers. Raises ValueError unless they are finite, positive and do not increase."""
+    levels = torch.as_tensor(levels, dtype=torch.float64).flatten().tolist()
+    falling = all(a >= b for a, b in zip(levels, levels[1:], strict=False))
+    if not levels or not falling or not 0 < levels[-1] or not levels[0] < float("inf"):
+        raise ValueError(
+            "levels must be positive, finite and not increasing, one for each sweep; "
+            f"got {levels[:4]} ... {levels[-2:]}"
+        )
+    return levels

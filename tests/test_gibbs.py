@@ -1,0 +1,84 @@
+"""Split Gibbs against closed-form posteriors."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from companion.diffusion.denoisers import GaussianDenoiser
+from companion.diffusion.gibbs import annealed_gibbs, split_gibbs
+from companion.diffusion.guidance import Factor, Jacobian, Measured, posterior_mean
+from companion.diffusion.noise import generators, karras, log_uniform, randn
+from companion.operators.linear import Identity
+from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import exact_posterior as bench  # noqa: E402
+
+
+def test_the_likelihood_draw_has_the_right_mean_and_covariance():
+    A = sense(birdcage_maps((4, 4), 2), cartesian_mask(4, 2).mask)
+    generator = torch.Generator().manual_seed(0)
+    y, s, rho = randn((1, *A.range_shape), torch.complex64, generator), 0.3, 0.5
+    G = posterior_mean(A, y, s, iterations=30, tol=0.0)
+    zero = torch.zeros(4000, 1, 4, 4, dtype=y.dtype)
+    x = G.draw(zero, Factor.diagonal(torch.tensor(rho**2)), generators(range(4000)))
+    M, measured = bench.matrix(A)
+    prior_mean = torch.zeros(16, dtype=torch.complex128)
+    prior = rho**2 * torch.eye(16, dtype=torch.complex128)
+    mean, C, _ = bench.condition(prior_mean, prior, M, y.flatten()[measured].to(torch.complex128), s)
+    x = x.flatten(1).to(torch.complex128)
+    assert (x.mean(0) - mean).abs().max() < 5 * rho * (2 / 4000) ** 0.5
+    x = x - x.mean(0)
+    assert (x.T @ x.conj() / (2 * 4000) - C).abs().max() < 5 * rho**2 / 4000**0.5
+
+
+def test_split_gibbs_is_exact_in_the_limit():
+    """A white prior: prior step and likelihood are both exact, so only rho and the sweeps remain."""
+    D = GaussianDenoiser(torch.zeros(1, 6, 6, dtype=torch.complex64), torch.ones(1, 6, 6))
+    y = torch.full((1, 1, 6, 6), 1 + 1j, dtype=torch.complex64)
+    s = 0.5
+    draws = split_gibbs(D, Identity((1, 6, 6)), y, s, [0.6] * 3 + [0.1] * 120, steps=6, seeds=range(200))
+    variance = s**2 / (1 + s**2)
+    x = torch.view_as_real(draws.x)
+    assert abs(x.mean() - 1 / (1 + s**2)) < 0.02
+    assert abs(x.var() / variance - 1) < 0.06
+    assert draws.bill.denoiser_calls == 123 * 6
+
+
+def test_split_gibbs_approaches_the_sense_posterior():
+    problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
+    rhos = log_uniform(60, 0.025, 0.5)[:-1]
+    draws = split_gibbs(problem.prior, problem.A, problem.y, 0.05, rhos, steps=6, seeds=range(150))
+    scores = bench.score(draws.x, problem)
+    assert scores["mean_error"] < 0.3 and abs(scores["variance_ratio"] - 1) < 0.2
+
+
+def test_annealed_gibbs_samples_the_sense_posterior_with_few_calls():
+    problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
+    covariance = Measured.fit(problem.prior, problem.images(64), bench.LEVELS)
+    G = posterior_mean(problem.A, problem.y, 0.05, covariance, iterations=40)
+    draws = annealed_gibbs(problem.prior, G, karras(20, 0.025, 5.0), seeds=range(400))
+    scores = bench.score(draws.x, problem)
+    assert draws.bill.denoiser_calls == 20
+    assert scores["mean_error"] < 0.15 and abs(scores["variance_ratio"] - 1) < 0.08
+    with pytest.raises(TypeError, match="Jacobian"):
+        annealed_gibbs(
+            problem.prior, posterior_mean(problem.A, problem.y, 0.05, Jacobian()), [1.0, 0.1], seeds=0
+        )
+
+
+def test_a_seed_gives_the_same_draw_alone_and_in_a_batch():
+    D = GaussianDenoiser(torch.zeros(1, 5, 5, dtype=torch.complex64), torch.ones(1, 5, 5))
+    A, y = Identity((1, 5, 5)), torch.ones(1, 1, 5, 5, dtype=torch.complex64)
+    together = split_gibbs(D, A, y, 0.1, [0.5, 0.2], seeds="0-6", batch_size=4).x
+    alone = split_gibbs(D, A, y, 0.1, [0.5, 0.2], seeds=5).x
+    assert torch.allclose(together[5:6], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rhos", [[], [0.1, 0.2], [0.1, 0.0], [float("nan")]])
+def test_couplings_are_checked(rhos):
+    D = GaussianDenoiser(torch.zeros(1, 5, 5, dtype=torch.complex64), torch.ones(1, 5, 5))
+    with pytest.raises(ValueError, match="levels must be"):
+        split_gibbs(D, Identity((1, 5, 5)), torch.ones(1, 1, 5, 5, dtype=torch.complex64), 0.1, rhos, seeds=0)
