@@ -1,5 +1,7 @@
 """pyproject.toml, constraints.txt, environment.yml and the installer tell one story."""
 
+import importlib.util
+import os
 import re
 import runpy
 import tomllib
@@ -73,3 +75,26 @@ def test_version_is_said_once():
     assert citation["version"] == companion.__version__
     assert PROJECT["dynamic"] == ["version"]
     assert len(citation["references"]) >= 4
+
+
+def test_a_killed_installation_is_started_afresh(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("install", ROOT / "tools" / "install.py")
+    install = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(install)
+    monkeypatch.chdir(tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        Path(name).touch()
+    monkeypatch.setattr(install, "has_uv", lambda: True)
+    monkeypatch.setattr(install, "with_uv", lambda torch: [["mkdir", ".venv"]])
+    install.main("")
+    install.main("")  # nothing to do: mkdir would fail
+    assert Path(".venv/.companion-installed").exists() and not Path(".venv-busy").exists()
+
+    os.utime(".venv/.companion-installed", (0, 0))  # the sources are newer, and the installer fails
+    with pytest.raises(SystemExit, match="failed in: mkdir"):
+        install.main("")
+    assert Path(".venv-busy").exists()
+    install.main("")
+    assert "starting afresh" in capsys.readouterr().out and not Path(".venv-busy").exists()
+    with pytest.raises(SystemExit, match="choose cpu or auto"):
+        install.main("gpu")

@@ -39,6 +39,8 @@ def run_batch(profile: str, config: Path | None, folder: Path | None, options: S
         # Snakemake keeps the lock even when this process is killed.
         code = subprocess.run([*command, *options], cwd=folder, pass_fds=[lock]).returncode
         after = _written(folder / INDEX)
+    if {"-n", "--dry-run"} & set(options):
+        return code
     if code == 0 and after is not None:
         print(f"{'everything is up to date' if after == before else 'done'}: open {INDEX}")
     elif code:
