@@ -44,7 +44,8 @@ def run_batch(profile: str, config: Path | None, folder: Path | None, options: S
     if code == 0 and after is not None:
         print(f"{'everything is up to date' if after == before else 'done'}: open {INDEX}")
     elif code:
-        print(f"some runs failed; what there is: open {INDEX}", file=sys.stderr)
+        seen = f"; what there is: open {INDEX}" if after is not None else ""
+        print(f"the workflow did not finish{seen}", file=sys.stderr)
     return code
 
 
