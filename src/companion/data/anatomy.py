@@ -226,7 +226,7 @@ def smooth_field(points: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_phase(magnitude: Tensor, generator: torch.Generator) -> Tensor:
-    """Return complex images (batch, 1, y, x) that fill the field of view, each with a new phase as `render` draws it."""
+    """Return complex images (batch, 1, y, x) that fill the field of view, each with a new phase like `render`'s."""
     batch = magnitude.shape[0]
     noise = torch.randn(batch, 1, PHASE_GRID, PHASE_GRID, generator=generator, device=generator.device)
     constant = 2 * math.pi * torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device)
@@ -236,7 +236,7 @@ def random_phase(magnitude: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Rendered:
-    """One subject on a grid. `image` complex64, `labels` uint8, `tissue` float32 (csf, grey, white), all (.., z, y, x)."""
+    """One subject on a grid: `image` complex64, `labels` uint8, `tissue` float32 (csf, grey, white); (.., z, y, x)."""
 
     image: Tensor
     labels: Tensor
