@@ -340,10 +340,10 @@ class Measured:
     ndim: int = 2
 
     @classmethod
-    def fit(
-        cls, D, images: Tensor, sigmas, *, bins=12, prior_std=0.5, ndim=2, seed=0, cond=None
-    ) -> "Measured":
-        """The table for D from validation images (batch, channel, *space), at the noise levels `sigmas`."""
+    @torch.no_grad()
+    def fit(cls, D, images: Tensor, sigmas, *, bins=12, prior_std=0.5, ndim=2, seed=0, cond=None) -> "Measured":
+        """The table for D at the noise levels `sigmas`, from images (batch, channel, *space) that D was not
+        trained on; a few dozen are enough, in one batch."""
         generator = torch.Generator().manual_seed(seed)
         sigmas = torch.as_tensor(sigmas).sort().values.to(images.real.dtype)
         rows = []
@@ -352,7 +352,7 @@ class Measured:
             x = images + column(sigma, images) * randn(images.shape, images.dtype, generator, images.device)
             x0_hat, v = pixel_moments(D, x, sigma, cond, prior_std)
             power = spatial_fft((images - x0_hat) / v.clamp_min(1e-12).sqrt(), ndim).abs().square()
-            power = power / (1 + images.is_complex())
+            power = (power / (1 + images.is_complex())).cpu()
             bin_of = radial_bins(images.shape[-ndim:], bins).expand(power.shape)
             total = torch.zeros(bins).index_add_(0, bin_of.flatten(), power.flatten().float())
             rows.append(total / torch.bincount(bin_of.flatten(), minlength=bins).clamp_min(1))
