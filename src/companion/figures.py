@@ -17,21 +17,21 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.sp
 
 
 def picture(x: Tensor | np.ndarray) -> np.ndarray:
-    """Return a (y, x) array to show: the magnitude of complex images, singleton axes dropped."""
+    """Return a (y, x) array to show: the magnitude of complex images, leading singleton axes dropped."""
     x = torch.as_tensor(x).detach().cpu()
-    x = (x.abs() if x.is_complex() else x.float()).squeeze()
-    if x.ndim != 2:
-        raise ValueError(f"expected one image (y, x) after dropping singleton axes, got shape {tuple(x.shape)}")
-    return x.numpy()
+    if x.ndim < 2 or x[..., 0, 0].numel() != 1:
+        raise ValueError(f"expected one image (1, ..., y, x), got shape {tuple(x.shape)}")
+    return (x.abs() if x.is_complex() else x.float()).reshape(x.shape[-2:]).numpy()
 
 
 def image_grid(rows: Mapping[str, Mapping[str, Tensor]], *, window: tuple[float, float] = (0.0, 1.0), unit: str = "",
-               kinds: Mapping[str, tuple[str, float]] | None = None, notes: Mapping[tuple[str, str], str] | None = None,
-               voxel_mm: float | None = None, width: float = 1.35) -> Figure:
+               kinds: Mapping[str, tuple[str, float, float]] | None = None,
+               notes: Mapping[tuple[str, str], str] | None = None, voxel_mm: float | None = None,
+               width: float = 1.35) -> Figure:
     """Return a grid of images: one row per key of `rows`, one column per key inside; all rows share their columns.
 
     window  grey window shared by all columns that `kinds` does not name
-    kinds   {column: (colour map, maximum)} for errors and deviations, each with its own labelled colour bar
+    kinds   {column: (colour map, low, high)} for phases, labels, errors and deviations
     notes   {(row, column): text} written in the corner of an image, such as "31.2 dB"
     voxel_mm  draws a scale bar of 50 mm in the first image
     """
@@ -46,9 +46,8 @@ def image_grid(rows: Mapping[str, Mapping[str, Tensor]], *, window: tuple[float,
         for i, (row, images) in enumerate(rows.items()):
             for j, column in enumerate(columns):
                 ax = axes[i, j]
-                colours, top = kinds.get(column, ("gray", window[1]))
-                shown = ax.imshow(picture(images[column]), cmap=colours, vmin=0 if column in kinds else window[0],
-                                  vmax=top)
+                colours, low, high = kind = kinds.get(column, ("gray", *window))
+                shown = ax.imshow(picture(images[column]), cmap=colours, vmin=low, vmax=high)
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(False)
                 if i == 0:
@@ -59,14 +58,8 @@ def image_grid(rows: Mapping[str, Mapping[str, Tensor]], *, window: tuple[float,
                     ax.text(0.97, 0.03, notes[row, column], transform=ax.transAxes, ha="right", va="bottom",
                             color="white", fontsize=7.5)
                 if i == len(rows) - 1:
-                    bar = fig.colorbar(shown, cax=axes[-1, j], orientation="horizontal")
-                    bar.outline.set_visible(False)
-                    bar.set_ticks([shown.norm.vmin, shown.norm.vmax])
-                    bar.ax.tick_params(labelsize=7, length=0)
-                    bar.ax.get_xticklabels()[0].set_ha("left")
-                    bar.ax.get_xticklabels()[-1].set_ha("right")
-                    if unit and j == 0:
-                        bar.set_label(unit, fontsize=7, labelpad=-6)
+                    _bar(fig, axes[-1, j], shown, unit if column not in kinds else "",
+                         hidden=j > 0 and kind == kinds.get(columns[j - 1], ("gray", *window)))
         if voxel_mm:
             ax, length = axes[0, 0], 50 / voxel_mm
             height = picture(next(iter(rows.values()))[columns[0]]).shape[0]
@@ -76,8 +69,23 @@ def image_grid(rows: Mapping[str, Mapping[str, Tensor]], *, window: tuple[float,
     return fig
 
 
+def _bar(fig: Figure, cax, shown, unit: str, hidden: bool) -> None:
+    """Draw the colour bar of a column below it; `hidden` where the column to the left has the same one."""
+    if hidden:
+        cax.set_axis_off()
+        return
+    bar = fig.colorbar(shown, cax=cax, orientation="horizontal")
+    bar.outline.set_visible(False)
+    low, high = shown.get_clim()
+    bar.set_ticks([low, high], labels=[f"{low:.3g}", f"{high:.3g} {unit}".strip()])
+    bar.ax.tick_params(labelsize=7, length=0)
+    for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_ha(side)
+
+
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str,
-           diagonal: str | None = None, logx: bool = False, size: tuple[float, float] = (3.4, 3.2)) -> Figure:
+           diagonal: str | None = None, logx: bool = False, logy: bool = False,
+           size: tuple[float, float] = (3.4, 3.2)) -> Figure:
     """Return a figure of named (x, y) lines, told apart by colour and marker; `diagonal` labels the line y = x."""
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=size)
@@ -85,7 +93,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlab
             ax.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label=diagonal)
         for marker, (name, (x, y)) in zip(MARKERS * len(lines), lines.items(), strict=False):
             ax.plot(x, y, marker=marker, ms=4, lw=1.2, label=name)
-        ax.set(xlabel=xlabel, ylabel=ylabel, **({"xscale": "log"} if logx else {}))
+        ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
         if len(lines) + bool(diagonal) > 1:
             ax.legend(frameon=False, fontsize=8)
         fig.tight_layout()
@@ -94,9 +102,19 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlab
 
 
 def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return a Markdown table with one line per mapping, columns in the order of the first."""
+    """Return a Markdown table with one line per mapping, columns in the order of the first.
+
+    A pair of numbers is shown as mean ± standard error, floats with three significant decimals at most.
+    """
     if not rows:
         raise ValueError("a table needs at least one row")
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        digits = 2 if abs(value[0]) >= 1 else 3
+        return " ± ".join(f"{number:.{digits}f}" for number in value)
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

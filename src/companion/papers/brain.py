@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,19 +15,20 @@ from companion import baselines, metrics
 from companion.data import anatomy
 from companion.data.store import Prepared, open_dataset, write_dataset
 from companion.diffusion.denoisers import Denoiser
-from companion.diffusion.guidance import posterior_mean
+from companion.diffusion.gibbs import annealed_gibbs
+from companion.diffusion.guidance import Measured, posterior_mean
 from companion.diffusion.losses import edm_loss
 from companion.diffusion.noise import karras, randn
-from companion.diffusion.sampling import Bill, sample
-from companion.diffusion.solvers import ddim
+from companion.diffusion.sampling import Bill
 from companion.operators.mri import CartesianMask, Sense, birdcage_maps, cartesian_mask, estimate_maps, sense
-from companion.parameters import Parameters, param
-from companion.runs import project_root
+from companion.parameters import Parameters, param, read_yaml
+from companion.runs import code_version, project_root
 from companion.training import TrainConfig, TrainResult, train
-from companion.weights import build, load
+from companion.weights import build, load, save_checkpoint
 
 CONTRAST = "T1w"
 SIGMA_DATA = 0.34  # standard deviation of the real components of the cohort's slices
+FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
 SCALE = "1 is the signal of the subject's brightest pure tissue"
 
 
@@ -73,6 +75,7 @@ class StartHere(Parameters):
     validation_subjects: int = param(4, "other subjects, to tune the classical methods", minimum=1)
     draws: int = param(8, "posterior draws a slice", minimum=2)
     evaluations: int = param(40, "network evaluations a draw", minimum=2)
+    last_sigma: float = param(0.05, "noise level of the last evaluation; about 5 noise_std", minimum=1e-4)
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
 
 
@@ -198,28 +201,71 @@ def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str
     return images, tuned
 
 
-def levels(p: StartHere) -> Tensor:
-    """Return the noise levels of `p.evaluations` steps: from where an image drowns to below the noise of the data."""
-    return karras(p.evaluations, sigma_min=max(p.noise_std, 1e-3), sigma_max=20.0)
+FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
 
 
-def posterior(D: Denoiser, scan: Scan, p: StartHere, progress: bool = False) -> tuple[Tensor, Bill]:
+def measured_error(D: Denoiser, p: StartHere, subjects: int = 16) -> Measured:
+    """Return the covariance model of the error of D, measured on validation slices: variance and spectrum by level."""
+    return Measured.fit(D, slices("validation", subjects, p.image_size).to(p.device), FIT_SIGMAS, seed=p.seed)
+
+
+def posterior(D: Denoiser, error: Measured, scan: Scan, p: StartHere, progress: bool = False) -> tuple[Tensor, Bill]:
     """Return posterior draws (draw, slice, 1, y, x) of all slices of a scan, and what one draw cost.
 
     Slice i uses the seeds from p.seed + i * p.draws on, so no two slices share their noise.
     """
+    levels = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
     results = []
     for i in tqdm(range(len(scan.x)), desc="posterior draws, slice", disable=not progress):
         one = scan.one(i)
-        first = p.seed + i * p.draws
-        D_y = posterior_mean(one.A, one.y, one.noise_std)(D)
-        results.append(sample(D_y, levels(p), shape=one.x.shape[1:], dtype=one.x.dtype,
-                              seeds=range(first, first + p.draws), solver=ddim(eta=1)))
+        seeds = range(p.seed + i * p.draws, p.seed + (i + 1) * p.draws)
+        G = posterior_mean(one.A, one.y, one.noise_std, error)
+        results.append(annealed_gibbs(D, G, levels, seeds=seeds, dtype=scan.x.dtype, device=scan.x.device))
     seconds = sum(r.bill.seconds for r in results) / len(results)
     return torch.stack([r.x for r in results], 1), replace(results[0].bill, seconds=seconds)
 
 
-def score(name: str, x: Tensor, scan: Scan) -> dict[str, Tensor]:
-    """Return PSNR (dB), SSIM and NRMSE of each slice (slice,): magnitudes, peak = the largest of the true slice."""
-    return {"method": name, "psnr_db": metrics.psnr(x, scan.x), "ssim": metrics.ssim(x, scan.x),
-            "nrmse": metrics.nrmse(x, scan.x)}
+def score(x: Tensor, scan: Scan, tv: Tensor) -> dict[str, tuple[float, float]]:
+    """Return PSNR, its paired gain over TV, SSIM and NRMSE, each as mean and standard error over slices.
+
+    Magnitudes of whole images, peak = the largest value of each true slice.
+    """
+    psnr = metrics.psnr(x, scan.x)
+    return {"PSNR (dB)": metrics.mean_and_error(psnr),
+            "gain over TV (dB)": metrics.mean_and_error(psnr, paired_with=metrics.psnr(tv, scan.x)),
+            "SSIM": metrics.mean_and_error(metrics.ssim(x, scan.x)),
+            "NRMSE": metrics.mean_and_error(metrics.nrmse(x, scan.x))}
+
+
+def calibration(draws: Tensor, scan: Scan) -> float:
+    """Return the variance of draws (draw, slice, 1, y, x) over the squared error of their mean, summed over slices.
+
+    1 is calibrated, below 1 over-confident; `metrics.calibration_ratio` of all slices as one image.
+    """
+    together = draws.movedim(1, 2)  # the slices become rows of one image
+    return metrics.calibration_ratio(together.flatten(2, 3)[:, None], scan.x.movedim(0, 1).flatten(1, 2)[None]).item()
+
+
+@torch.no_grad()
+def denoising_errors(D: Denoiser, p: TrainPrior, sigmas: list[float], subjects: int = 16) -> list[dict[str, float]]:
+    """Return, for each sigma, the error of D on validation slices and the error that its variance channel expects."""
+    x0 = slices("validation", subjects, p.image_size).to(p.device)
+    noise = randn(x0.shape, x0.dtype, torch.Generator().manual_seed(p.seed)).to(p.device)
+    rows = []
+    for sigma in sigmas:
+        mean, variance = D.moments(x0 + sigma * noise, torch.full((len(x0),), sigma, device=p.device))
+        error = ((mean - x0).abs().square().mean() / 2).sqrt().item()
+        rows.append({"sigma": sigma, "error": round(error, 4), "expected": round(variance.mean().sqrt().item(), 4)})
+    return rows
+
+
+def save_prior(result: TrainResult, p: TrainPrior, errors: list[dict[str, float]]) -> Path:
+    """Return the folder <out>/checkpoint with the averaged weights in half precision, their config, record and card."""
+    record = {"parameters": asdict(p), "steps": result.step, "images": result.step * p.batch_size,
+              "seconds": round(result.seconds), "loss": result.loss, "validation": errors,
+              "code": code_version()}
+    return save_checkpoint(project_root() / p.out / "checkpoint", result.ema.half(), prior_config(p), record)
+
+
+if __name__ == "__main__":  # torchrun --nproc_per_node=4 -m companion.papers.brain params.yaml
+    train_prior(TrainPrior(**read_yaml(sys.argv[1])))

@@ -1,0 +1,44 @@
+"""Figures show what they are given, on the scale they state."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from companion.figures import curves, image_grid, markdown_table, picture
+
+
+def test_picture_shows_magnitudes_and_drops_singletons():
+    x = torch.tensor([[3 + 4j, 0]])[None]
+    assert picture(x).tolist() == [[5.0, 0.0]]
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
+        picture(torch.zeros(2, 3, 4))
+
+
+def test_image_grid_shares_one_window_and_gives_other_kinds_their_own():
+    images = {"truth": torch.rand(6, 5), "draw": torch.rand(6, 5), "error": torch.rand(6, 5)}
+    fig = image_grid({"R = 4": images, "R = 8": images}, window=(0, 1.1), kinds={"error": ("magma", 0, 0.2)},
+                     notes={("R = 8", "draw"): "31.2 dB"}, unit="signal", voxel_mm=10.0)
+    shown = [ax.images[0] for ax in fig.axes if ax.images]
+    assert [image.get_clim() for image in shown[:3]] == [(0, 1.1), (0, 1.1), (0, 0.2)]
+    assert np.array_equal(shown[0].get_array(), images["truth"].numpy())
+    texts = [text.get_text() for ax in fig.axes for text in ax.texts]
+    assert texts.count("31.2 dB") == 1 and "50 mm" in texts
+    bars = [ax for ax in fig.axes[-3:] if ax.axison]
+    assert [label.get_text() for label in bars[0].get_xticklabels()] == ["0", "1.1 signal"]
+    assert len(bars) == 2  # the first stands for both grey columns
+    assert not plt.get_fignums()
+
+
+def test_curves_draws_every_line_and_the_diagonal():
+    fig = curves({"a": ([0.1, 1], [0.2, 1])}, xlabel="x", ylabel="y", diagonal="perfect", logx=True)
+    (ax,) = fig.axes
+    assert [line.get_label() for line in ax.lines] == ["perfect", "a"] and ax.get_xscale() == "log"
+    assert list(ax.lines[1].get_ydata()) == [0.2, 1]
+
+
+def test_markdown_table_writes_means_with_their_errors():
+    table = markdown_table([{"R": 4, "PSNR": (31.239, 0.214), "SSIM": (0.9123, 0.004), "x": 0.5}])
+    assert table.splitlines()[2] == "| 4 | 31.24 ± 0.21 | 0.912 ± 0.004 | 0.5 |"
+    with pytest.raises(ValueError, match="at least one row"):
+        markdown_table([])

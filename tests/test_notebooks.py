@@ -1,0 +1,63 @@
+"""Every notebook runs with its smoke parameters, and all its parameter files are valid."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from companion.parameters import read_yaml
+from companion.runner import read_signature, run_notebook
+from companion.runs import read_run
+
+ROOT = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(path for path in ROOT.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+
+
+def profiles(notebook: Path) -> dict[str, Path]:
+    """The parameter files of a notebook by name: notebooks/params/<notebook>/<name>.yaml."""
+    return {path.stem: path for path in (ROOT / "params" / notebook.relative_to(ROOT).with_suffix("")).glob("*.yaml")}
+
+
+def test_there_are_notebooks():
+    assert ROOT / "start_here.ipynb" in NOTEBOOKS
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameter_files_are_valid(notebook):
+    signature = read_signature(notebook)
+    assert signature.parameters is not None, "name the Parameters class in the notebook's metadata"
+    assert "smoke" in profiles(notebook)
+    outs = [signature.check(read_yaml(path))["out"] for path in profiles(notebook).values()]
+    assert len(set(outs)) == len(outs), "two profiles would write into one folder"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_defines_nothing(notebook):
+    """No library code in cells: functions and classes belong to the package, where they are tested."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    lines = [line for c in cells if c["cell_type"] == "code" for line in "".join(c["source"]).splitlines()]
+    assert not [line for line in lines if line.lstrip().startswith(("def ", "class ", "lambda "))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(notebook, tmp_path):
+    values = read_yaml(profiles(notebook)["smoke"]) | {"device": "cpu"}
+    if "data" in values:
+        values["data"] = str(tmp_path / "data.h5")
+    folder = run_notebook(notebook, values, out=str(tmp_path / "run"))
+    run = read_run(folder)
+    assert run.state == "done", run.reason
+    figures = [about for about in run.record["results"].values() if about["kind"] == "figure"]
+    assert figures and all(about["alt"] for about in figures)
+    assert run.record["results"]["metrics.json"]["bytes"] > 50
+
+
+@pytest.mark.slow
+def test_start_here_reports_what_it_promises(tmp_path):
+    values = read_yaml(profiles(ROOT / "start_here.ipynb")["smoke"]) | {"evaluations": 12, "draws": 4}
+    folder = run_notebook(ROOT / "start_here.ipynb", values, out=str(tmp_path))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    gain = {row["method"]: row["gain over TV (dB)"][0] for row in metrics["table"]}
+    assert gain["zero-filled"] < -5 and gain["diffusion, mean of 4"] > 2.5
+    assert 0.5 < metrics["calibration_ratio"]["R = 4"] < 2
