@@ -7,7 +7,7 @@
 #
 # .venv is built on first use, by uv when there is one, else by pip (Python 3.11 or newer).
 # PYTHON=python3.12 chooses the interpreter. TORCH=cpu|auto chooses the torch build when your package index
-# would otherwise bring CUDA: auto looks at the driver (uv only). CORES=n limits the notebooks run at once.
+# would otherwise bring CUDA: auto looks at the driver. CORES=n limits the notebooks run at once.
 
 PYTHON    ?= python3
 CORES     ?= all

@@ -16,7 +16,6 @@ STAMP = VENV / ".companion-installed"  # newer than these sources: nothing to do
 SOURCES = [Path("pyproject.toml"), Path("constraints.txt")]
 BUSY = Path(".venv-busy")  # there while an installation runs, and after one that was killed
 WANTED = ["-c", "constraints.txt", "-e", ".[dev,batch]"]
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # only used when TORCH=cpu is asked for
 
 
 def main(torch):
@@ -56,15 +55,15 @@ def with_uv(torch):
 
 
 def with_pip(torch):
-    if torch == "auto":
-        sys.exit("TORCH=auto needs uv (pip install uv); with pip choose TORCH=cpu or leave it out")
     if not PYTHON.exists():
         yield [sys.executable, "-m", "venv", VENV]
     if not (VENV / "bin" / "pip").exists():  # a .venv that uv made
         yield [PYTHON, "-m", "ensurepip"]
-    if torch == "cpu":
-        yield [PYTHON, "-m", "pip", "install", "torch", "-c", "constraints.txt", "--index-url", CPU_WHEELS]
-    yield [PYTHON, "-m", "pip", "install"] + WANTED
+    if torch:  # only uv can choose a build of torch
+        yield [PYTHON, "-m", "pip", "install", "uv"]
+        yield [VENV / "bin" / "uv", "pip", "install", "--python", PYTHON, f"--torch-backend={torch}"] + WANTED
+    else:
+        yield [PYTHON, "-m", "pip", "install"] + WANTED
 
 
 def environment():
