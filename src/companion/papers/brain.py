@@ -74,8 +74,8 @@ class StartHere(Parameters):
     subjects: int = param(16, "held-out subjects, one slice each", minimum=1)
     validation_subjects: int = param(4, "other subjects, to tune the classical methods", minimum=1)
     draws: int = param(8, "posterior draws a slice", minimum=2)
-    evaluations: int = param(40, "network evaluations a draw", minimum=2)
-    last_sigma: float = param(0.05, "noise level of the last evaluation; about 5 noise_std", minimum=1e-4)
+    evaluations: int = param(30, "network evaluations a draw", minimum=2)
+    last_sigma: float = param(0.04, "noise level of the last evaluation; about 4 noise_std", minimum=1e-4)
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
 
 
