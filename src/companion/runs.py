@@ -7,6 +7,7 @@ what was read and of every result, the times and the bill. A folder without it i
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -49,6 +50,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = "the disk is full: nothing was changed; free some space and run again"
+        raise OSError(error.errno, advice, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 
