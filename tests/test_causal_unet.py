@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from companion.networks import CausalUNet
+from companion.networks import CausalUNet, UNet
 from companion.networks.causal_unet import FrameAttention, positional_embedding
 
 WINDOW = 4
@@ -150,6 +150,38 @@ def test_two_stages():
     learnt = {name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None}
     assert learnt == {"x0_blocks", "connectors"}
     assert all(p.requires_grad for p in net.freeze_main(False).parameters())
+
+
+def test_the_second_stage_starts_as_the_single_image_network():
+    """Exactly, whatever the context; the first step opens the gates, the second reaches the context branch."""
+    options = dict(in_channels=2, model_channels=32, out_channels=4, num_res_blocks=1, channel_mult=(1, 2))
+    torch.manual_seed(1)
+    single = UNet(**options, num_heads=4, use_scale_shift_norm=True).eval()
+    for p in single.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    net = network(concat_cond=False, attention_resolutions=()).start_from_main(single.state_dict())
+    context, x, t = frames(2, 3, 1), frames(2, 3, 2), torch.tensor([1.0, 2.0])
+    assert torch.equal(net(x[:, 1], t, context), single(x[:, 1], t))
+    assert torch.equal(net(x, t, context)[:, 2], net(x, t)[:, 2])
+
+    learning = [p for p in net.freeze_main().parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=1e-3)
+    for step in range(2):
+        net.zero_grad()
+        net(x, t, context).square().mean().backward()
+        reached = any(p.grad is not None and p.grad.abs().max() > 0 for p in net.x0_blocks.parameters())
+        assert reached == (step == 1)
+        optimizer.step()
+    assert not torch.equal(net(x[:, 1], t, context), single(x[:, 1], t))
+
+
+def test_a_start_from_other_weights_says_what_is_wrong():
+    options = dict(in_channels=2, model_channels=32, num_res_blocks=1, channel_mult=(1, 2))
+    weights = UNet(**options, out_channels=2, num_heads=4, use_scale_shift_norm=True).state_dict()
+    with pytest.raises(ValueError, match="out.2.bias, out.2.weight"):
+        network(concat_cond=False).start_from_main(weights)
+    with pytest.raises(ValueError, match="build it with concat_cond=False"):
+        network().start_from_main(weights)
 
 
 def test_checkpointing_and_autocast_change_nothing_else():

@@ -6,7 +6,7 @@ Where the main branch enters a level, the features of context frame n join it an
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,15 @@ from companion.networks.blocks import (
     Stage,
     conv,
     pixel_unshuffle,
+    zero,
 )
 from companion.networks.unet import UNet
 
 # One call of attention handles so many pixels; CUDA kernels refuse batches of 65,536 and more.
 PIXELS_AT_ONCE = 32_768
+
+# Names of the parameters that the plain U-Net does not have.
+CONTEXT_BRANCH = ("x0_blocks.", "connectors.")
 
 
 def positional_embedding(length: int, dim: int, device=None) -> Tensor:
@@ -376,10 +380,40 @@ class CausalUNet(UNet):
             return None
         return lambda level, h: self.connectors[level](h, features[level])
 
+    def start_from_main(self, state_dict: Mapping[str, Tensor]) -> "CausalUNet":
+        """Returns the network with the weights of a trained single-image UNet, ready for stage 2 of two.
+
+        state_dict: that of a UNet with the same options. It goes into the main branch, and the last layer of
+        each connector's adaLN becomes zero: at first the network with context equals that UNet exactly. The
+        first step moves the gates; from the second on the context branch learns as well.
+        Raises ValueError for concat_cond=True, and for weights that are not those of the main branch.
+        """
+        if self.concat_cond:
+            raise ValueError(
+                "a network with concat_cond=True has no connectors that could start at nothing; build it "
+                "with concat_cond=False"
+            )
+        main = {name: p for name, p in self.state_dict().items() if not name.startswith(CONTEXT_BRANCH)}
+        wrong = sorted(
+            name
+            for name in main.keys() | state_dict.keys()
+            if name not in main or name not in state_dict or main[name].shape != state_dict[name].shape
+        )
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(main)} tensors of the main branch are missing, unexpected or of another "
+                f"shape, such as {', '.join(wrong[:3])}; give the state_dict of a bare UNet (weights.network_of "
+                "finds it inside a denoiser) that was built with the same options"
+            )
+        self.load_state_dict(state_dict, strict=False)
+        for connector in self.connectors:
+            zero(connector.modulation[-1])
+        return self
+
     def freeze_main(self, frozen: bool = True) -> "CausalUNet":
         """Returns the network with all but the context branch and the connectors frozen: stage 2 of two."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not frozen or name.startswith(("x0_blocks.", "connectors.")))
+            parameter.requires_grad_(not frozen or name.startswith(CONTEXT_BRANCH))
         return self
 
     def check_context(self) -> None:
