@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from companion.networks import CausalUNet, UNet
-from companion.networks.causal_unet import FrameAttention, positional_embedding
+from companion.diffusion.denoisers import EDMDenoiser
+from companion.networks import CausalUNet, UNet, default_channel_mult
+from companion.networks.causal_unet import FrameAttention, Memory, positional_embedding
 
 WINDOW = 4
 VARIANTS = {
@@ -111,6 +112,162 @@ def test_costs_are_those_of_the_needed_frames():
     assert eight == pytest.approx(conditioning + 8 * (one - conditioning), rel=0.02)
     assert sampled == eight
     assert last < conditioning / 3  # of WINDOW = 4 frames; full context cuts its last block too
+
+
+def grow(net, sequence, times):
+    """Conditions on a growing, then sliding window, all times of a frame before the next frame; compares."""
+    for n in range(1, sequence.shape[1] + 1):
+        window = sequence[:, max(0, n - WINDOW) : n]
+        for t in times:
+            for mine, plain in zip(net.condition(window, t), net.condition_anew(window, t), strict=True):
+                torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_caching_changes_no_number(net, batch):
+    times = [torch.full((batch,), 640.0), torch.arange(batch) + 3.0, torch.tensor(0.5).expand(batch)]
+    with net.caching() as report:
+        grow(net, frames(batch, WINDOW + 2, 1), times)
+        assert report.extensions == (0 if net.gated else 3 * (WINDOW - 1))
+        assert report.hits + report.extensions + report.misses == 3 * (WINDOW + 2)
+        assert 0 < report.bytes_held < report.budget_bytes
+    assert net.cache is None
+
+
+@torch.inference_mode()
+def test_the_cache_knows_what_it_was_made_for():
+    """Any other context, label, mode, precision or weight: the numbers are as if nothing had been kept."""
+    net, t = network(num_classes=3), torch.tensor([50.0])
+    context, other = frames(1, 3, 1), frames(1, 3, 3)
+
+    def check(context, t=t, y=0):
+        y = torch.tensor([y] * len(context))
+        mine, plain = net.condition(context, t, y), net.condition_anew(context, t.expand(len(context)), y)
+        for pair in zip(mine, plain, strict=True):
+            torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+
+    with net.caching() as report:
+        check(context[:, :2])
+        given = context.clone()
+        check(given)
+        check(given)
+        assert (report.misses, report.extensions, report.hits) == (1, 1, 1)
+        given[:, 1] += 1  # in place, and not the newest frame
+        check(given)
+        check(torch.cat([given[:, :2], other[:, :2]], dim=1))  # two new frames at once after two old ones
+        assert (report.misses, report.extensions) == (1, 3)
+        check(given[:, :1])
+        check(context[:, 1:])  # slid
+        check(context[:, 1:], y=2)
+        check(context[:, 1:], t=t + 1)
+        assert report.misses == 5
+        check(torch.cat([context, other]))  # several sequences
+        check(context[:, :1])
+        assert report.misses == 7
+        shared = torch.cat([context[:, :1].expand(2, -1, -1, -1, -1), frames(2, 1, 4)], dim=1)
+        check(shared)  # two draws that go on from one beginning
+        assert (report.misses, report.extensions) == (7, 4)
+
+        for change in ("last", "bfloat16", "weights"):
+            net.context = "last" if change == "last" else "full"
+            if change == "weights":
+                net.x0_blocks[0][0].weight.mul_(1.5)
+            with torch.autocast("cpu", torch.bfloat16, enabled=change == "bfloat16"):
+                check(shared)
+        hits = report.hits
+        net.train()
+        check(shared)
+        assert report.hits == hits
+
+
+@torch.inference_mode()
+def test_caching_in_half_precision():
+    net, context, t = network(), frames(1, WINDOW, 1), torch.tensor([5.0])
+    with torch.autocast("cpu", torch.bfloat16), net.caching() as report:
+        for n in range(1, WINDOW + 1):
+            pairs = zip(net.condition(context[:, :n], t), net.condition_anew(context[:, :n], t), strict=True)
+            assert all((mine - plain).norm() < 1e-2 * plain.norm() for mine, plain in pairs)
+        assert report.extensions == WINDOW - 1
+
+
+@torch.inference_mode()
+def test_a_small_budget_changes_no_number():
+    net, sequence, times = network(), frames(1, WINDOW, 1), [torch.tensor([1.0]), torch.tensor([2.0])]
+    with net.caching() as unlimited:
+        grow(net, sequence[:, : WINDOW - 1], times)
+    for share in (0, 0.4, 0.8):
+        with net.caching(int(share * unlimited.bytes_held)) as report:
+            grow(net, sequence[:, : WINDOW - 1], times)
+            assert report.refusals > 0
+            assert report.bytes_held <= report.budget_bytes
+            assert (report.extensions > 0) == (share > 0)
+    with pytest.raises(ValueError, match="bytes may be held"), net.caching(-1):
+        pass
+
+
+def test_gradients_pass_by_the_cache():
+    net, context, t = network(), frames(1, 2, 1), torch.tensor([5.0])
+    with net.caching() as report:
+        assert net.condition(context, t)[0].requires_grad
+        assert report.misses == 0
+        net.requires_grad_(False)
+        net.condition(context, t)
+        x = frames(1, 1, 2)[:, 0].requires_grad_()  # guidance: gradients to the image only
+        net(x, t, context).sum().backward()
+        assert report.hits == 1 and x.grad.abs().max() > 0
+        context.requires_grad_()
+        assert net.condition(context, t)[0].requires_grad
+
+
+@torch.inference_mode()
+def test_a_new_frame_costs_one_frame():
+    """With the cache, while the window grows; the same context again costs nothing."""
+    net, context, t = network(), frames(1, WINDOW, 1, size=16), torch.tensor([5.0])
+    one = flops(lambda: net.condition(context[:, :1], t))
+    with net.caching():
+        for n in range(1, WINDOW + 1):
+            assert flops(lambda n=n: net.condition(context[:, :n], t)) <= 1.15 * one
+            assert flops(lambda n=n: net.condition(context[:, :n], t)) == 0
+    assert flops(lambda: net.condition(context, t)) > 2.5 * one
+
+
+@torch.inference_mode()
+def test_draws_share_the_conditioning_through_denoisers():
+    """Which may hand the network copies of one context."""
+    net, context, sigma = network(out_channels=2), frames(1, 3, 1, size=16), torch.ones(8)
+    x = frames(8, 1, 2, size=16)[:, 0]
+    conditioning = flops(lambda: net.condition(context, sigma[:1]))
+    one = flops(lambda: net(x[:1], sigma[:1], context))
+    eight = flops(lambda: EDMDenoiser(net)(x, sigma, context.expand(8, -1, -1, -1, -1)))
+    assert eight == pytest.approx(conditioning + 8 * (one - conditioning), rel=0.02)
+
+
+def test_operations_at_the_published_fastmri_configuration():
+    """In units of 10^9 for one step: the sheet's 349 for the main branch and one or ten frames of context."""
+    with torch.device("meta"):
+        net = CausalUNet(
+            seq_len=10,
+            in_channels=2,
+            model_channels=128,
+            out_channels=4,
+            num_res_blocks=2,
+            channel_mult=default_channel_mult(320),
+            attention_resolutions=(16, 32),
+            num_heads=4,
+            use_scale_shift_norm=True,
+        ).eval()
+        context, x, t = torch.zeros(1, 10, 2, 320, 320), torch.zeros(1, 2, 320, 320), torch.zeros(1)
+        full = flops(lambda: net(x, t, context)) / 1e9
+        memory = Memory()
+        net.condition_anew(context[:, :9], t, memory=memory)
+        cached = flops(lambda: net(x, t, net.condition_anew(context, t, memory=memory))) / 1e9
+        net.context = "last"
+        last = flops(lambda: net(x, t, context)) / 1e9
+    print(f"last {last:.1f}, full {full:.1f}, full with cache {cached:.1f} GFLOP a step")
+    assert last <= 400
+    assert full <= 870
+    assert cached <= 1.02 * 400
 
 
 def test_frame_attention_is_the_published_formula():

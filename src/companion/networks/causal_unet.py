@@ -5,8 +5,10 @@ Two branches. The main one is the U-Net of `unet.py`, run on every noisy frame b
 Where the main branch enters a level, the features of context frame n join it and condition frame n + 1.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -50,20 +52,57 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def all_equal(values: Tensor) -> bool:
-    """Whether the values (batch,) are one and the same."""
-    return len(values) == 1 or values.stride(0) == 0 or bool((values == values[0]).all())
+    """Whether all items of values (batch, ...) are the same, so that one will do for all."""
+    if len(values) == 1 or values.stride(0) == 0:
+        return True
+    if values.is_meta or values.requires_grad:  # no values to compare; each item wants its own gradient
+        return False
+    return torch.equal(values[1:], values[:1].expand_as(values[1:]))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """Returns attention over frames of q, k, v (batch, head, frame, width), same shape as q."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Returns attention of the newest frames q to k, v, all (batch, head, frame, width), same shape as q."""
+    asking, known = q.shape[2], k.shape[2]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # For a great many short sequences plain products are 2.5 times as fast as the bfloat16 CPU kernel.
         logits = (scale * q) @ k.mT
-        if causal:
-            future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
-            logits = logits.masked_fill(future, -torch.inf)
+        if asking > 1:
+            logits = logits.masked_fill(~past(asking, known), -torch.inf)
         return logits.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if 1 < asking < known:
+        return F.scaled_dot_product_attention(q, k, v, past(asking, known, q.device), scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=asking > 1, scale=scale)
+
+
+def past(asking: int, known: int, device=None) -> Tensor:
+    """Returns which of the known frames each of the newest `asking` may see: bool (asking, known)."""
+    return torch.ones(asking, known, dtype=torch.bool, device=device).tril(known - asking)
+
+
+class Memory(dict):
+    """Keys and values of context frames by attention layer: layer -> two of (batch, frame, pixel, channel)."""
+
+    @property
+    def frames(self) -> int:
+        """How many frames are known."""
+        return next(iter(self.values()))[0].shape[1] if self else 0
+
+    def extend(self, layer: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values of all frames, given those of the newest; remembers them."""
+        if layer in self:
+            keys, values = (
+                torch.cat(pair, dim=1) for pair in zip(self[layer], (keys, values), strict=True)
+            )
+        self[layer] = keys, values
+        return keys, values
+
+    def first(self, frames: int, batch: int) -> "Memory":
+        """Returns the memory of the first frames only, shared by a whole batch if it was of batch 1."""
+        return Memory(
+            (layer, tuple(h[:, :frames].expand(batch, -1, -1, -1) for h in pair))
+            for layer, pair in self.items()
+            if frames
+        )
 
 
 class MLP(nn.Module):
@@ -94,20 +133,26 @@ class FrameAttention(nn.Module):
         self.queries = nn.Linear(width, width)
         self.fc_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, newest_only: bool = False, own_only: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, newest_only: bool = False, own_only: bool = False, memory: Memory | None = None
+    ) -> Tensor:
         """Returns what each frame of x learns from itself and earlier ones.
 
         newest_only: only the last frame asks: (batch, 1, pixel, channel). own_only: the last frame attends to
-        itself and all frames get its answer, as in the published sampling code.
+        itself and all frames get its answer, as in the published sampling code. memory: knows the frames
+        before x, and learns those of x.
         """
-        if own_only or x.shape[1] == 1:  # softmax over one key
+        if own_only or (x.shape[1] == 1 and memory is None):  # softmax over one key
             return self.fc_out(self.values(x[:, -1:]))
         queries = self.queries(x[:, -1:] if newest_only else x)
-        q, k, v = (self.split(h) for h in (queries, self.keys(x), self.values(x)))
+        keys, values = self.keys(x), self.values(x)
+        if memory is not None:
+            keys, values = memory.extend(self, keys, values)
+        q, k, v = (self.split(h) for h in (queries, keys, values))
         # The scale is that of the full width, not of a head: the published weights were trained so.
         scale = x.shape[-1] ** -0.5
         chunks = zip(*(h.split(PIXELS_AT_ONCE) for h in (q, k, v)), strict=True)
-        h = torch.cat([attend(*chunk, not newest_only, scale) for chunk in chunks])
+        h = torch.cat([attend(*chunk, scale) for chunk in chunks])
         h = h.unflatten(0, (x.shape[0], -1)).permute(0, 3, 1, 2, 4).flatten(3)
         return self.fc_out(h)
 
@@ -166,11 +211,17 @@ class DiTBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, emb: Tensor, positions: Tensor, newest_only: bool = False, own_only: bool = False
+        self,
+        x: Tensor,
+        emb: Tensor,
+        positions: Tensor,
+        newest_only: bool = False,
+        own_only: bool = False,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Returns the new x; emb (batch, 4 * model_channels), positions (1, frame, 4 * model_channels).
 
-        newest_only: only the last frame is returned: (batch, 1, pixel, channel). own_only: as FrameAttention.
+        newest_only: only the last frame is returned: (batch, 1, pixel, channel). The rest: as FrameAttention.
         """
         if self.mlpe is not None:
             vectors = self.ada_pos_emb(positions).to(x.dtype)[:, :, None]  # (1, frame, 1, 3 * channel)
@@ -182,7 +233,7 @@ class DiTBlock(nn.Module):
             gate = self.causal_gate(x)
             gate = gate[:, -1:] if newest_only else gate
             gate_a, gate_m = gate_a + gate, gate_m + gate
-        h = self.attn(modulate(layer_norm(x), shift_a, scale_a), newest_only, own_only)
+        h = self.attn(modulate(layer_norm(x), shift_a, scale_a), newest_only, own_only, memory)
         x = (x[:, -1:] if newest_only else x) + gate_a * h
         return x + gate_m * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
 
@@ -220,17 +271,121 @@ class ContextGroup(nn.ModuleDict):
     The keys 1, 3, 5, ... are those of the published weights, in which reshapes took the places between.
     """
 
-    def forward(self, h: Tensor, emb: Tensor, positions: Tensor, newest_only=False, own_only=False) -> Tensor:
+    def forward(
+        self, h: Tensor, emb: Tensor, positions: Tensor, newest_only=False, own_only=False, memory=None
+    ) -> Tensor:
         """Returns new features; emb (batch, ...). newest_only: the last pair of blocks drops other frames."""
         blocks = list(self.values())
         for transformer, res_block in zip(blocks[::2], blocks[1::2], strict=True):
             last = newest_only and res_block is blocks[-1]
             space = h.shape[2:]
             tokens = h.unflatten(0, (emb.shape[0], -1)).flatten(3).transpose(2, 3)
-            tokens = transformer(tokens, emb, positions, last, own_only)
+            tokens = transformer(tokens, emb, positions, last, own_only, memory)
             h = tokens.transpose(2, 3).unflatten(3, space).flatten(0, 1)
             h = res_block(h, emb.repeat_interleave(tokens.shape[1], dim=0))
         return h
+
+
+@dataclass
+class CacheReport:
+    """How often a cache helped and what it holds; up to date at any time."""
+
+    budget_bytes: int
+    bytes_held: int = 0
+    hits: int = 0  # the context of before: nothing was computed
+    extensions: int = 0  # a context that begins as before: only its further frames were computed
+    misses: int = 0  # all frames were computed
+    refusals: int = 0  # of the two above, results that the budget had no room for
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hits} hits, {self.extensions} extensions, {self.misses} misses, {self.refusals} not stored; "
+            f"{self.bytes_held / 2**20:.1f} of {self.budget_bytes / 2**20:.1f} MiB held"
+        )
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A context that was conditioned on, under which setting, and what is known of it."""
+
+    setting: tuple
+    context: Tensor
+    features: list[Tensor]
+    memory: Memory
+
+    @property
+    def nbytes(self) -> int:
+        pairs = (h for pair in self.memory.values() for h in pair)
+        return sum(h.nbytes for h in (self.context, *self.features, *pairs))
+
+    def agreement(self, context: Tensor, setting: tuple) -> int:
+        """How many frames at the start of both contexts are the same."""
+        if setting != self.setting or len(self.context) not in (1, len(context)):
+            return 0
+        frames = min(self.context.shape[1], context.shape[1])
+        same = (self.context[:, :frames] == context[:, :frames]).flatten(2).all(dim=2).all(dim=0)
+        return int(same.cumprod(0).sum())
+
+
+class ConditionCache:
+    """What `CausalUNet.caching` switches on: one entry for each time t (and labels y)."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], budget_bytes: int):
+        self.weights, self.state = list(weights), []
+        self.entries: dict[tuple, CacheEntry] = {}
+        self.report = CacheReport(budget_bytes)
+
+    def condition(self, net: "CausalUNet", context: Tensor, t: Tensor, y: Tensor | None) -> list[Tensor]:
+        """Returns net.condition(context, t, y), with no more work than what the entries lack."""
+        self.forget_other_weights()
+        key, setting = tuple(None if v is None else tuple(v.tolist()) for v in (t, y)), self.setting(net, context)
+        if all_equal(t) and (y is None or all_equal(y)):  # also found when the batch has grown out of one
+            key = tuple(v and v[:1] for v in key)
+        batch, frames = context.shape[:2]
+        entry, agreed = self.entries.get(key), 0
+        if entry is not None:
+            agreed = entry.agreement(context, setting)
+            if agreed == frames and context.shape == entry.context.shape:
+                self.report.hits += 1
+                return list(entry.features)
+
+        memory = Memory() if not agreed else entry.memory.first(min(agreed, frames - 1), batch)
+        self.report.extensions += memory.frames > 0
+        self.report.misses += memory.frames == 0
+        grows = net.context == "full" and not net.gated
+        features = net.condition_anew(context, t, y, memory if grows else None)
+        if frames == net.seq_len:  # the window slides from now on: these keys can serve no other context
+            memory = Memory()
+        keep = entry is not None and agreed == entry.context.shape[1]
+        self.store(key, CacheEntry(setting, context.clone(), [h.clone() for h in features], memory), keep)
+        return features
+
+    def store(self, key: tuple, entry: CacheEntry, keep: bool) -> None:
+        """Puts entry in the place of the one with this key; without room for it, may keep the old one."""
+        old = self.entries[key].nbytes if key in self.entries else 0
+        held = self.report.bytes_held - old + entry.nbytes
+        if held <= self.report.budget_bytes:
+            self.entries[key], self.report.bytes_held = entry, held
+            return
+        self.report.refusals += 1
+        if old and not keep:
+            del self.entries[key]
+            self.report.bytes_held -= old
+
+    def forget_other_weights(self) -> None:
+        """Drops everything if weights were changed or moved since the last call."""
+        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.weights]
+        if state != self.state:
+            self.entries.clear()
+            self.state, self.report.bytes_held = state, 0
+
+    @staticmethod
+    def setting(net: "CausalUNet", context: Tensor) -> tuple:
+        """What else the numbers, or their use, depend on."""
+        device = context.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        inference = torch.is_inference_mode_enabled()  # its tensors are of no use to a gradient
+        return net.context, context.shape[2:], context.dtype, context.device, autocast, inference
 
 
 class CausalUNet(UNet):
@@ -239,7 +394,7 @@ class CausalUNet(UNet):
     x (batch, frame, channel, *space): frame n of x is denoised given frames 0..n of cond (batch, frame, ...),
         for all n at once (training; cond is the sequence that x continues by one frame).
     x (batch, channel, *space): one new frame, given all frames of cond (batch or 1, frame, channel, *space).
-        A cond of batch 1, or expanded from it, is worked out once for all of x if they share one t.
+        A cond of batch 1, or of equal items, is worked out once for all of x if they share one t.
 
     seq_len: longest window of frames.
     concat_cond: features join by concatenation; otherwise by `connectors`, which can be left out (cond=None).
@@ -268,6 +423,7 @@ class CausalUNet(UNet):
         super().__init__(in_channels, model_channels, out_channels, **options, entry_width=1 + concat_cond)
         self.seq_len, self.concat_cond, self.context = seq_len, concat_cond, context
         self.gated = use_causal_gated
+        self.cache: ConditionCache | None = None
         self.check_context()
         emb, dims = 4 * model_channels, self.dims
         num_heads = options.get("num_heads", 1)
@@ -316,7 +472,7 @@ class CausalUNet(UNet):
         self.check(x, t)
         t = t.expand(x.shape[0])
         if isinstance(cond, Tensor):
-            if (cond.shape[0] == 1 or cond.stride(0) == 0) and all_equal(t) and (y is None or all_equal(y)):
+            if all_equal(t) and (y is None or all_equal(y)) and all_equal(cond):
                 cond = self.condition(cond[:1], t[:1], None if y is None else y[:1])
             else:
                 cond = self.condition(cond.expand(x.shape[0], *cond.shape[1:]), t, y)
@@ -345,18 +501,65 @@ class CausalUNet(UNet):
         takes the result as cond, so that calls at the same t can share it.
         """
         self.check_context()
-        emb = self.embed(t.expand(context.shape[0]), y)
-        own_only = self.context == "last"
+        t = t.expand(context.shape[0])
+        if self.cache is None or self.training or self.learns_from(context, t):
+            return self.condition_anew(context, t, y)
+        return self.cache.condition(self, context, t, y)
+
+    def condition_anew(
+        self, context: Tensor, t: Tensor, y: Tensor | None = None, memory: Memory | None = None
+    ) -> list[Tensor]:
+        """Returns `condition` without a cache; only frames that memory does not know are computed."""
+        emb, own_only = self.embed(t, y), self.context == "last"
         if own_only and not self.gated:  # nothing flows between frames
             return self.features(context, emb, newest_only=True, skip=context.shape[1] - 1)
-        return self.features(context, emb, newest_only=True, own_only=own_only)
+        skip = 0 if memory is None else memory.frames
+        return self.features(context, emb, newest_only=True, own_only=own_only, skip=skip, memory=memory)
+
+    def learns_from(self, context: Tensor, t: Tensor) -> bool:
+        """Whether the features of context would carry gradients."""
+        return torch.is_grad_enabled() and any(h.requires_grad for h in (context, t, *self.parameters()))
+
+    @contextlib.contextmanager
+    def caching(self, budget_bytes: int = 2**30) -> Iterator[CacheReport]:
+        """Inside `with net.caching() as report:` each new frame costs the conditioning of about one frame.
+
+        At equal t the keys and values of context frames serve all later frames while the window grows. One
+        entry for each t knows the frames that it was computed for: it is used for as many frames as begin a
+        new context, and the rest is computed. A context that comes again at the same t (the two evaluations
+        of a Heun step, draws in several batches) costs nothing. Once the window slides, and with
+        context="last" or causal gates, only the latter helps. Numbers are those without the cache.
+
+        budget_bytes: what may be held besides the entry in work. An entry that would exceed it is not stored;
+        what is held goes on serving. All is released at the end; an inner `caching` uses the outer one.
+        Nothing is reused in training mode or with gradients to weights or context. Weights changed in place
+        are noticed and all entries dropped; parameters replaced by new objects, or changed through `.data`,
+        inside the block are not.
+        """
+        if budget_bytes < 0:
+            raise ValueError(f"budget_bytes={budget_bytes}: expected how many bytes may be held, such as 2**30")
+        if self.cache is not None:
+            yield self.cache.report
+            return
+        self.cache = ConditionCache(self.parameters(), budget_bytes)
+        try:
+            yield self.cache.report
+        finally:
+            self.cache = None
 
     def features(
-        self, context: Tensor, emb: Tensor, newest_only: bool = False, own_only: bool = False, skip: int = 0
+        self,
+        context: Tensor,
+        emb: Tensor,
+        newest_only: bool = False,
+        own_only: bool = False,
+        skip: int = 0,
+        memory: Memory | None = None,
     ) -> list[Tensor]:
         """Returns features, one (batch * frame, channel, *space) a level, of context (batch, frame, ...).
 
         newest_only: only those of the last frame, with no more work than that. skip: frames to leave out.
+        memory: knows the frames left out, and learns the others.
         """
         batch, frames = context.shape[:2]
         if context.ndim != self.dims + 3 or not 1 <= frames <= self.seq_len:
@@ -370,7 +573,7 @@ class CausalUNet(UNet):
         h = self.call(stem, h, emb)
         features = []
         for group in groups:
-            h = self.call(group, h, emb, positions, newest_only and group is groups[-1], own_only)
+            h = self.call(group, h, emb, positions, newest_only and group is groups[-1], own_only, memory)
             features.append(h.unflatten(0, (batch, -1))[:, -1] if newest_only else h)
         return features
 
