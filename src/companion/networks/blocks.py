@@ -67,13 +67,13 @@ def pixel_shuffle(x: Tensor, patch: int) -> Tensor:
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation of x (batch, channel, *space) in 32 groups, in float32 for every precision of x."""
 
-    def __init__(self, channels: int):
-        if channels % 32:
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5):
+        if channels % groups:
             raise ValueError(
-                f"{channels} channels cannot be normalised in 32 groups; choose model_channels and "
-                "channel_mult so that every width is a multiple of 32"
+                f"{channels} channels cannot be normalised in {groups} groups; choose widths (model_channels, "
+                f"channels, channel_mult) that are multiples of {groups}, or another number of groups"
             )
-        super().__init__(32, channels)
+        super().__init__(groups, channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         # On a CPU the casts cost less than they save: the bfloat16 channels_last kernel is many times slower.
