@@ -165,14 +165,18 @@ def _displacement_mm(subject: Subject, n: int = 40) -> Tensor:
     return displacement[0]
 
 
-def _upsample(noise: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return control values (batch, channel, *small) interpolated smoothly (cubic B-spline) to `shape`, unit gain."""
+def _upsample(noise: Tensor, shape: tuple[int, ...], keep: slice = slice(None)) -> Tensor:
+    """Return control values (batch, channel, *small) interpolated smoothly (cubic B-spline) to `shape`, unit gain.
+
+    keep: the part of the first axis that is wanted.
+    """
     for axis, n in enumerate(shape, start=2):
         position = torch.linspace(0, noise.shape[axis] - 1, n, device=noise.device)
         index = torch.arange(noise.shape[axis], device=noise.device)
         distance = (position[:, None] - index).abs()
         weight = torch.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, (2 - distance).clamp(min=0) ** 3 / 6)
         weight = weight / weight.pow(2).sum(1, keepdim=True).sqrt()  # keeps unit variance everywhere
+        weight = weight[keep] if axis == 2 else weight
         noise = torch.movedim(torch.tensordot(weight, noise, dims=([1], [axis])), 0, axis)
     return noise
 
@@ -232,6 +236,21 @@ def random_phase(magnitude: Tensor, generator: torch.Generator) -> Tensor:
     constant = 2 * math.pi * torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device)
     phase = constant + PHASE_RAD * _upsample(noise, tuple(magnitude.shape[2:]))
     return torch.polar(magnitude, phase.to(magnitude.device))
+
+
+def random_sequence_phase(magnitude: Tensor, spacing_mm: float, generator: torch.Generator) -> Tensor:
+    """Return complex sequences (batch, frame, 1, y, x) that fill the field of view, each with a new phase.
+
+    The phase follows the law of `render`: smooth along all three axes, so that neighbours, `spacing_mm` apart (of any
+    distance that makes a cine's phase drift as it should), resemble each other.
+    """
+    batch, frames, _, *space = magnitude.shape
+    levels = max(frames, math.ceil(FIELD_OF_VIEW_MM / spacing_mm))
+    noise = torch.randn(batch, 1, *(PHASE_GRID,) * 3, generator=generator, device=generator.device)
+    constant = 2 * math.pi * torch.rand(batch, 1, 1, 1, 1, generator=generator, device=generator.device)
+    first = int(torch.randint(levels - frames + 1, (), generator=generator, device=generator.device))
+    field = _upsample(noise, (levels, *space), keep=slice(first, first + frames))
+    return torch.polar(magnitude, (constant + PHASE_RAD * field.transpose(1, 2)).to(magnitude.device))
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,11 @@ class Prepared:
             self._check_name(name)
         return SliceDataset(self, names, split, transform)
 
+    def sequences(self, name: str, split: str, length: int, stride: int = 1) -> SequenceDataset:
+        """A torch Dataset of `length` consecutive slices of one subject of a split; see `SequenceDataset`."""
+        self._check_name(name)
+        return SequenceDataset(SliceDataset(self, (name,), split), length, stride)
+
     def _check_name(self, name: str) -> None:
         if name not in self.shapes:
             raise ValueError(f"{self.path.name} has no array {name!r}; it has {', '.join(self.shapes)}")
@@ -200,6 +205,11 @@ class SliceDataset(Dataset):
         """The identifier of the subject that item `index` belongs to."""
         return self.prepared.subjects[self.rows[index // self.depth]]
 
+    def span(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """Slices start .. stop of the row-th subject of the split, of the first array: one read."""
+        key = (self.rows[row], slice(start, stop))
+        return torch.from_numpy(_read(self._handle(), self.prepared.path, self.names[0], key))
+
     def _handle(self) -> h5py.File:
         if self._owner != os.getpid():  # HDF5 handles must not cross a fork
             self._file, self._owner = _open(self.prepared.path), os.getpid()
@@ -207,6 +217,34 @@ class SliceDataset(Dataset):
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None, "_owner": None}
+
+
+class SequenceDataset(Dataset):
+    """Windows `(length, ...)` of consecutive slices (or frames), never across two subjects.
+
+    stride: slices between the starts of neighbouring windows; 1 gives every window there is. `dropped` counts
+    the slices at the end of each subject that no window holds. Raises ValueError for volumes shorter than a window.
+    """
+
+    def __init__(self, slices: SliceDataset, length: int, stride: int = 1):
+        if not 1 <= length <= slices.depth or stride < 1:
+            raise ValueError(
+                f"windows of {length} slices every {stride} cannot be cut from volumes of {slices.depth}; choose "
+                f"1 to {slices.depth} slices and a stride of at least 1"
+            )
+        self.slices, self.length, self.stride = slices, length, stride
+        self.per_subject = (slices.depth - length) // stride + 1
+        self.dropped = slices.depth - length - (self.per_subject - 1) * stride
+
+    def __len__(self) -> int:
+        return len(self.slices.rows) * self.per_subject
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        row, position = divmod(index % len(self), self.per_subject)
+        start = position * self.stride
+        return self.slices.span(row, start, start + self.length)
 
 
 def _open(path: Path) -> h5py.File:

@@ -34,8 +34,20 @@ def column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def once(f: Callable[[Tensor], Tensor], cond: Tensor | None) -> Tensor | None:
+    """f(cond); a condition expanded over the batch is worked out once and stays expanded.
+
+    Networks see by its stride of 0 that all draws share it.
+    """
+    if cond is None:
+        return None
+    if len(cond) > 1 and cond.stride(0) == 0:
+        return f(cond[:1]).expand(len(cond), *[-1] * (cond.ndim - 1))
+    return f(cond)
+
+
 def run_network(
-    network: Callable, x: Tensor, t: Tensor, cond: Tensor | None, autocast: torch.dtype | None
+    network: Callable, x: Tensor, t: Tensor, cond: Tensor | None, autocast: torch.dtype | None, **labels
 ) -> Tensor:
     """The network's output in the precision of x. All conversions between sampler and network happen here.
 
@@ -48,10 +60,10 @@ def run_network(
     x_in = x.to(dtype)
     if x_in.ndim == 4:
         x_in = x_in.contiguous(memory_format=torch.channels_last)
-    extra = () if cond is None else (cond.to(dtype) if cond.is_floating_point() else cond,)
+    extra = () if cond is None else (once(lambda c: c.to(dtype) if c.is_floating_point() else c, cond),)
     # without an option of its own the network follows the caller's autocast, such as a training loop's
     with torch.autocast(x.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
-        out = network(x_in, t.to(dtype) if t.is_floating_point() else t, *extra)
+        out = network(x_in, t.to(dtype) if t.is_floating_point() else t, *extra, **labels)
     return out.to(x.dtype)
 
 
@@ -62,7 +74,9 @@ class EDMDenoiser(nn.Module):
     per real component. learned_variance: the network returns `variance_channels` further channels u (default:
     one for each data channel; 1 is shared by all), and Var[x0 | x] = c_out^2 exp(u), since c_out is the
     natural size of the error; u is held softly within +-10. cond_scale multiplies cond on its way to the
-    network. autocast: dtype for the network, e.g. torch.bfloat16. channel_axis: 1, or 2 for sequences.
+    network. **labels of the methods are further tensors that the network takes by name, such as y= and augment=
+    of an EDMUNet; they reach it as they are. autocast: dtype for the network, e.g. torch.bfloat16. channel_axis: 1, or -3 for sequences of 2D images and their
+    single frames alike.
     """
 
     u_limit = 10.0
@@ -92,12 +106,13 @@ class EDMDenoiser(nn.Module):
         c_noise = (sigma.reshape(-1).log() / 4).expand(len(x))
         return s**2 / norm**2, sigma * s / norm, 1 / norm, c_noise
 
-    def raw(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def raw(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, **labels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """The network's F and u (None without learned_variance), in preconditioned units."""
         _, _, c_in, c_noise = self.preconditioning(x, sigma)
-        out = run_network(
-            self.network, c_in * x, c_noise, None if cond is None else self.cond_scale * cond, self.autocast
-        )
+        scaled = once(lambda c: self.cond_scale * c, cond)
+        out = run_network(self.network, c_in * x, c_noise, scaled, self.autocast, **labels)
         channels = x.shape[self.channel_axis]
         extra = (self.variance_channels or channels) if self.learned_variance else 0
         if out.shape[self.channel_axis] != channels + extra:
@@ -110,14 +125,16 @@ class EDMDenoiser(nn.Module):
         F, u = out.split([channels, extra], self.channel_axis)
         return F, self.u_limit * torch.tanh(u / self.u_limit)
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, **labels: Tensor) -> Tensor:
         """x0_hat, the shape and dtype of x."""
         c_skip, c_out, _, _ = self.preconditioning(x, sigma)
-        return c_skip * x + c_out * self.raw(x, sigma, cond)[0]
+        return c_skip * x + c_out * self.raw(x, sigma, cond, **labels)[0]
 
-    def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _moments(
+        self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, **labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         c_skip, c_out, _, _ = self.preconditioning(x, sigma)
-        F, u = self.raw(x, sigma, cond)
+        F, u = self.raw(x, sigma, cond, **labels)
         return c_skip * x + c_out * F, c_out**2 * u.exp()
 
     @property
@@ -228,7 +245,7 @@ class ComplexDenoiser(nn.Module):
         return (
             to_channels(x, self.channel_axis),
             sigma,
-            None if cond is None else to_channels(cond, self.channel_axis),
+            once(lambda c: to_channels(c, self.channel_axis), cond),
         )
 
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:

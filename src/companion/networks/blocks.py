@@ -5,7 +5,7 @@ Layers keep the memory format and precision they are given: channels_last and au
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,9 @@ class GroupNorm32(nn.GroupNorm):
         super().__init__(groups, channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        # PyTorch's channels_last backward on CPUs crashes when the weight wants a gradient and x does not.
+        if self.weight.requires_grad and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
         # On a CPU the casts cost less than they save: the bfloat16 channels_last kernel is many times slower.
         h = F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
         return h.to(x.dtype)
@@ -110,6 +113,7 @@ class ResBlock(nn.Module):
 
     scale_shift: the embedding scales and shifts the second norm; otherwise it is added before that norm.
     resample: an un-learned Downsample or Upsample, applied after the first norm and to the skip path.
+    norm: makes the normalisation of so many channels.
     """
 
     def __init__(
@@ -121,18 +125,19 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         resample: nn.Module | None = None,
+        norm: Callable[[int], nn.Module] = GroupNorm32,
     ):
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample or nn.Identity()
         self.in_layers = nn.Sequential(
-            GroupNorm32(in_channels), nn.SiLU(), conv(dims, in_channels, out_channels)
+            norm(in_channels), nn.SiLU(), conv(dims, in_channels, out_channels)
         )
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
         )
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
+            norm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero(conv(dims, out_channels, out_channels)),
@@ -159,10 +164,16 @@ class AttentionBlock(nn.Module):
     """Self-attention over all pixels, with a residual: (batch, channel, *space) -> same.
 
     new_order: the weights hold q, k, v first and heads inside; otherwise heads first and q, k, v inside each.
+    norm: makes the normalisation of so many channels.
     """
 
     def __init__(
-        self, channels: int, num_heads: int = 1, num_head_channels: int = -1, new_order: bool = False
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        new_order: bool = False,
+        norm: Callable[[int], nn.Module] = GroupNorm32,
     ):
         super().__init__()
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
@@ -172,7 +183,7 @@ class AttentionBlock(nn.Module):
                 f"num_head_channels={num_head_channels}; choose a divisor of {channels}"
             )
         self.new_order = new_order
-        self.norm = GroupNorm32(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 

@@ -1,8 +1,272 @@
-"""Autoregressive image diffusion (Luo, Huang, Uecker 2024, arXiv 2405.14327): what belongs to it alone."""
+"""Autoregressive image diffusion (Luo, Huang, Uecker 2024, arXiv 2405.14327): what belongs to it alone.
+
+A sequence of images (slices of a volume, frames of a cine) is drawn one after the other, each by diffusion given those
+before it. Parameters, data and training of the notebooks under notebooks/aid.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from companion.data import anatomy, heart
+from companion.data.store import Prepared, open_dataset, write_dataset
+from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.losses import discrete_loss, edm_loss
+from companion.diffusion.noise import randn
+from companion.parameters import Parameters, param, read_yaml
+from companion.runs import code_version, project_root
+from companion.training import TrainConfig, TrainResult, train
+from companion.weights import build, load, network_of, save_checkpoint
+
+CONTRAST = "T1w"
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class PrepareData(Parameters):
+    """Parameters of aid/1_data.ipynb."""
+
+    source: str = param("brain", "brain or heart: the embedded cohorts; else a folder of fastMRI, NIfTI or cfl files")
+    data: str = param("data/aid_brain_64.h5", "where the prepared sequences go; kept when it is there already")
+    image_size: int = param(64, "pixels along y and x", minimum=16)
+    frames: int = param(16, "slices of a volume or frames of a cine", minimum=2)
+    spacing_mm: float = param(5.0, "distance of neighbouring slices", minimum=0.1)
+    subjects: int = param(2400, "virtual people, or at most so many files", minimum=1)
+    window: int = param(8, "frames of context, to count the windows that training will see", minimum=1)
+
+
+SOURCES = {
+    "brain": ("1 is the signal of the subject's brightest pure tissue",
+              f"virtual cohort of companion.data.anatomy (ICBM 152), {CONTRAST} axial slices"),
+    "heart": ("1 is the signal of blood", "virtual cohort of companion.data.heart, short-axis cine"),
+}
+
+
+def cohorts(source: str):
+    """Return the module of an embedded cohort: anatomy or heart."""
+    return heart if source == "heart" else anatomy
+
+
+def volume_heights(subject: anatomy.Subject, frames: int, spacing_mm: float) -> Tensor:
+    """Return MNI heights (frame,) of evenly spaced slices from the lowest up, in the middle of the slab, jittered."""
+    low, high = anatomy.SLAB_MM
+    jitter = torch.rand((), generator=subject.generator("volume")) - 0.5
+    return (low + high) / 2 + spacing_mm * (torch.arange(frames) - (frames - 1) / 2 + jitter)
+
+
+def volume(source: str, split: str, index: int, frames: int, image_size: int, spacing_mm: float) -> Tensor:
+    """Return the complex sequence (frame, 1, y, x) of one person of an embedded cohort."""
+    shape = (image_size, image_size)
+    subject = cohorts(source).cohort(split, index + 1)[index]
+    if source == "heart":
+        return heart.render(subject, frames=frames, shape=shape).image[:, None]
+    heights = volume_heights(subject, frames, spacing_mm)
+    return anatomy.render(subject, CONTRAST, (frames, *shape), slices_mm=heights).image[:, None]
+
+
+def volumes(source: str, split: str, subjects: int, frames: int, image_size: int, spacing_mm: float,
+            progress: bool = False) -> Tensor:
+    """Return complex sequences (subject, frame, 1, y, x) of the first people of a split of an embedded cohort."""
+    if source not in SOURCES:
+        raise ValueError(f"there is no embedded cohort {source!r}; expected one of {', '.join(SOURCES)}")
+    people = tqdm(range(subjects), desc="subjects", disable=not progress)
+    return torch.stack([volume(source, split, i, frames, image_size, spacing_mm) for i in people])
+
+
+def prepare_cohort(p: PrepareData, progress: bool = True) -> Prepared:
+    """Return magnitudes of an embedded cohort, (subject, frame, 1, y, x) float32, made and stored once as HDF5.
+
+    Phases are not stored: `sequence_loss` draws a new one each time a window is shown.
+    """
+    path = project_root() / p.data
+    scale, source = SOURCES[p.source]
+    if not path.exists():
+        images = volumes(p.source, "train", p.subjects, p.frames, p.image_size, p.spacing_mm, progress)
+        write_dataset(path, {"magnitude": images.abs().numpy()}, units={"magnitude": "1"}, scale={"magnitude": scale},
+                      seed=cohorts(p.source).cohort("train", 1)[0].seed, source=source, split={"train": range(p.subjects)},
+                      attrs={"spacing_mm": p.spacing_mm})
+    prepared = open_dataset(path, require=["magnitude"])
+    expected = (p.subjects, p.frames, 1, p.image_size, p.image_size)
+    if prepared.shapes["magnitude"] != expected:
+        raise ValueError(f"{path} holds sequences of shape {prepared.shapes['magnitude']} but the parameters ask for "
+                         f"{expected}; delete the file, or give another data file")
+    return prepared
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class TrainSequence(Parameters):
+    """Parameters of aid/2_train.ipynb."""
+
+    data: str = param("data/aid_brain_64.h5", "prepared sequences, made by 1_data")
+    validation: str = param("brain", "embedded cohort to validate on", choices=("brain", "heart", "none"))
+    model: str = param("sequence", "sequence: a frame given those before; single: each image by itself",
+                       choices=("sequence", "single"))
+    stage: str = param("one", "one: all at once; first: plain frames, context ignored; second: context branch only",
+                       choices=("one", "first", "second"))
+    start_from: str | None = param(None, "checkpoint to begin with: a sequence network, or a single-image network that "
+                                         "becomes the main branch")
+    window: int = param(8, "frames of context, seq_len", minimum=1)
+    model_channels: int = param(64, "width of the network", minimum=32)
+    channel_mult: tuple[float, ...] = param((1, 2, 2), "relative width of each level, finest first")
+    num_res_blocks: int = param(1, "residual blocks a level", minimum=1)
+    attention_resolutions: tuple[int, ...] = param((), "strides at which the main branch attends over pixels")
+    num_heads: int = param(4, "attention heads", minimum=1)
+    patch: int = param(2, "side of the pixel-unshuffle stem", minimum=1)
+    concat_cond: bool = param(False, "context joins by concatenation, as published; else by connectors")
+    num_complicated: int = param(-1, "further pairs of blocks a context group; -1: simple groups", minimum=-1)
+    pos_emb: bool = param(False, "further pairs know the position in the window")
+    diffusion: str = param("edm", "edm: Karras et al. 2022; ddpm: 1000 steps, epsilon, learned range, as published",
+                           choices=("edm", "ddpm"))
+    sigma_data: float = param(0.34, "standard deviation of the data's real components (edm)", minimum=1e-3)
+    variance_weight: float = param(0.05, "weight of the variance channel's likelihood (edm)", minimum=0)
+    P_mean: float = param(-1.2, "mean of ln sigma in training (edm)")
+    P_std: float = param(1.4, "standard deviation of ln sigma in training (edm)", minimum=0)
+    start_dropout: float = param(0.0, "share of windows that begin with a blank frame, for cold starts",
+                                 minimum=0, maximum=1)
+    phase_spacing_mm: float | None = param(5.0, "magnitudes get a new smooth phase with frames so far apart; none: the "
+                                                "data are used as they are")
+    mirror: bool = param(True, "mirror sequences left to right at random")
+    steps: int = param(2000, "optimiser steps", minimum=1)
+    batch_size: int = param(8, "sequences a step", minimum=1)
+    grad_accumulation: int = param(1, "pieces a batch is cut into; processes share them", minimum=1)
+    learning_rate: float = param(5e-4, "highest learning rate", minimum=0)
+    schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
+    warmup: int = param(100, "steps of linear warm-up", minimum=0)
+    ema_decay: float = param(0.998, "decay of the averaged weights", minimum=0, maximum=1)
+    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
+    checkpoint_every: int = param(100, "steps between checkpoints", minimum=1)
+
+
+def sequence_config(p: TrainSequence, prepared: Prepared) -> dict:
+    """Return what `weights.build` makes the denoiser from, for the sequences of a prepared file."""
+    name, shape = next(iter(prepared.shapes.items()))
+    as_complex = p.phase_spacing_mm is not None or prepared.sequences(name, "train", 1)[0].is_complex()
+    frames, channels = shape[1], shape[2] * (1 + as_complex)
+    single, edm = p.model == "single", p.diffusion == "edm"
+    sequence = {"name": "CausalUNet", "seq_len": p.window, "concat_cond": p.concat_cond, "pos_emb": p.pos_emb,
+                "complicated_x0": p.num_complicated >= 0, "num_complicated": max(p.num_complicated, 0)}
+    network = ({"name": "UNet"} if single else sequence) | {
+        "in_channels": channels, "model_channels": p.model_channels,
+        "out_channels": channels + 1 if edm else 2 * channels, "num_res_blocks": p.num_res_blocks,
+        "channel_mult": list(p.channel_mult), "attention_resolutions": list(p.attention_resolutions),
+        "num_heads": p.num_heads, "use_scale_shift_norm": True, "patch": p.patch}
+    denoiser = {"name": "EDMDenoiser", "sigma_data": p.sigma_data, "variance_channels": 1,
+                "cond_scale": round(1 / p.sigma_data, 3)} if edm else {
+                "name": "DiscreteDenoiser", "schedule": {"name": "linear", "steps": 1000}, "prediction": "epsilon"}
+    data = {"source": prepared.source, "scale": prepared.scale[name], "subjects": len(prepared.rows("train")),
+            "frames": frames, "image_size": list(shape[-2:])} | dict(prepared.attrs)
+    return {"network": network, "data": data, "denoiser": denoiser | {
+        "complex": as_complex, "learned_variance": True, "channel_axis": 1 if single else -3}}
+
+
+def train_sequence(p: TrainSequence, progress: bool = True) -> TrainResult:
+    """Return the trained model; continues what `p.out` holds. The same call serves torchrun's processes."""
+    prepared = open_dataset(project_root() / p.data)
+    config = sequence_config(p, prepared)
+    torch.manual_seed(p.seed)
+    D = build(config)
+    network = network_of(D)
+    if p.start_from:
+        start = network_of(load(p.start_from))
+        if p.model == "sequence" and not hasattr(start, "x0_blocks"):
+            network.start_from_main(start.state_dict())
+        else:
+            network.load_state_dict(start.state_dict())
+    if p.stage == "second":
+        network.freeze_main()
+    inner_denoiser(D).autocast = getattr(torch, p.autocast) if p.autocast else None
+    options = TrainConfig(steps=p.steps, batch_size=p.batch_size, grad_accumulation=p.grad_accumulation,
+                          learning_rate=p.learning_rate, warmup=p.warmup, schedule=p.schedule, ema_decay=p.ema_decay,
+                          channels_last=True, seed=p.seed, device=p.device, seconds=p.seconds,
+                          checkpoint_every=p.checkpoint_every, log_every=10)
+    length = 1 if p.model == "single" else p.window + (p.stage != "first")
+    windows = prepared.sequences(next(iter(prepared.shapes)), "train", length)
+
+    def loss(D: Denoiser, sequence: Tensor, generator: Generator) -> Tensor:
+        return sequence_loss(D, sequence, generator, p)
+
+    losses = ("stage", "diffusion", "P_mean", "P_std", "variance_weight", "start_dropout", "phase_spacing_mm", "mirror",
+              "start_from")
+    about = config | {name: getattr(p, name) for name in losses}
+    return train(D, loss, windows, options, project_root() / p.out, about=about, progress=progress)
+
+
+def inner_denoiser(D: Denoiser) -> Denoiser:
+    """Return the denoiser that holds the network, below a ComplexDenoiser."""
+    return getattr(D, "D", D)
+
+
+def sequence_loss(D: Denoiser, sequence: Tensor, generator: Generator, p: TrainSequence) -> Tensor:
+    """Return the loss (batch,) of windows (batch, window + 1, channel, y, x): frame n + 1 given frames 0 .. n.
+
+    All frames of a window share one noise level (the paper's Eq. for p(x_0 .. x_N), teacher forcing). A window that
+    begins with a blank frame, `p.start_dropout` of them, teaches how a sequence starts.
+    """
+    options = {"device": generator.device, "generator": generator}
+    batch = len(sequence)
+    if p.mirror:
+        sequence = torch.where(torch.rand(batch, 1, 1, 1, 1, **options) < 0.5, sequence.flip(-1), sequence)
+    if p.phase_spacing_mm is not None:
+        sequence = anatomy.random_sequence_phase(sequence, p.phase_spacing_mm, generator)
+    context, x0 = sequence[:, :-1], sequence[:, 1:]
+    if p.model == "single":
+        context, x0 = None, sequence[:, 0]
+    elif p.stage == "first":
+        context, x0 = None, sequence
+    elif p.start_dropout:
+        begins = torch.rand(batch, 1, 1, 1, 1, **options) < p.start_dropout
+        shifted = torch.cat([torch.zeros_like(context[:, :1]), context[:, :-1]], 1)
+        context, x0 = torch.where(begins, shifted, context), torch.where(begins, context, x0)
+    if p.diffusion == "ddpm":
+        return discrete_loss(D, x0, generator, cond=context)
+    return edm_loss(D, x0, generator, p.P_mean, p.P_std, context, variance_weight=p.variance_weight)
+
+
+@torch.no_grad()
+def context_errors(D: Denoiser, x: Tensor, sigmas: list[float], window: int, start: str, seed: int = 0) -> list[dict]:
+    """Return, for each sigma, the error of D on the last frame of sequences x (batch, frame, channel, y, x).
+
+    Root mean squared error per real component, with all of the last `window` frames as context, with the published
+    sampling's context (the newest frame only), and with none.
+    """
+    network, x0 = network_of(D), x[:, -1]
+    context = x[:, -1 - window : -1]
+    blank = torch.zeros_like(context[:, :1]) if start == "blank" else None
+    noise = randn(x0.shape, x0.dtype, torch.Generator().manual_seed(seed)).to(x0.device)
+    rows = []
+    for sigma in sigmas:
+        level, row = torch.full((len(x0),), sigma, device=x0.device), {"sigma": sigma}
+        for name, mode, cond in (("no context", "full", blank), ("newest frame only", "last", context),
+                                 (f"{window} frames", "full", context)):
+            network.context = mode
+            error = D(x0 + sigma * noise, level, cond) - x0
+            row[name] = round((error.abs().square().mean() / (1 + x0.is_complex())).sqrt().item(), 4)
+        network.context = "full"
+        rows.append(row)
+    return rows
+
+
+def save_sequence(result: TrainResult, p: TrainSequence, errors: list[dict]) -> Path:
+    """Return the folder <out>/checkpoint with the averaged weights in half precision, their config, record and card."""
+    record = {"parameters": asdict(p), "steps": result.step, "sequences": result.step * p.batch_size,
+              "seconds": round(result.seconds), "loss": result.loss, "validation": errors, "code": code_version()}
+    config = sequence_config(p, open_dataset(project_root() / p.data))
+    return save_checkpoint(project_root() / p.out / "checkpoint", result.ema.half(), config, record)
+
+
+# ------------------------------------------------------------------------------------------------- published numbers
 
 # The published code sets NumPy's global generator to these seeds; here it stays untouched.
 MASK_SEEDS = {"random": 1234, "high": 42}
@@ -22,3 +286,7 @@ def published_columns(width: int, acceleration: int, kind: str = "equal") -> Ten
     density = np.full(width, 1 / width) if kind == "high" else None
     draw = np.random.RandomState(MASK_SEEDS[kind])
     return torch.from_numpy(np.sort(draw.choice(width, width // acceleration, replace=False, p=density)))
+
+
+if __name__ == "__main__":  # torchrun --nproc_per_node=4 -m companion.papers.aid params.yaml
+    train_sequence(TrainSequence(**read_yaml(sys.argv[1])))
