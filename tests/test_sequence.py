@@ -14,6 +14,7 @@ from companion.diffusion.sequence import (
     sample_retrospective,
     sample_sequence,
 )
+from companion.diffusion.solvers import ddpm
 from companion.networks import CausalUNet
 from companion.operators.linear import Identity
 
@@ -153,6 +154,16 @@ def test_a_frame_has_the_same_noise_in_any_batch_and_any_length():
     assert torch.equal(alone.inputs[0][0], LEVELS[0] * randn(SHAPE, torch.float32, generators(2))[0])
 
 
+@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m_sde"])
+def test_a_seed_gives_the_same_sequence_alone_and_in_any_batch(solver):
+    D, options = causal(), dict(frames=3, window=2, shape=(2, 8, 8), solver=solver)
+    together = sample_sequence(D, LEVELS, seeds="0-2", **options).x
+    split = sample_sequence(D, LEVELS, seeds="0-2", batch_size=2, **options).x
+    alone = sample_sequence(D, LEVELS, seeds=1, **options).x
+    torch.testing.assert_close(split, together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone, together[1:2], rtol=1e-4, atol=1e-5)
+
+
 def test_frames_and_seeds_have_different_generators():
     states = {g.initial_seed() for n in range(100) for g in frame_generators(range(100), n)}
     assert len(states) == 100 * 100
@@ -277,6 +288,30 @@ def test_frames_drawn_at_once_from_the_true_past_equal_frames_drawn_one_by_one(s
     together = sample_retrospective(D, LEVELS, context=torch.cat([first, x[:, :-1]], 1), **options)
     torch.testing.assert_close(together.x, x, rtol=1e-4, atol=1e-4)
     assert together.bill.denoiser_calls == (7 if solver == "heun" else 4)
+
+
+def test_frames_drawn_at_once_can_use_a_learned_variance():
+    class Uncertain(Autoregression):  # the same on whole sequences, each frame given the one before it
+        def moments(self, x, sigma, cond=None):
+            each = sigma.repeat_interleave(x.shape[1])
+            x0_hat, variance = super().moments(x.flatten(0, 1), each, cond.flatten(0, 1)[:, None])
+            return x0_hat.unflatten(0, x.shape[:2]), variance.unflatten(0, x.shape[:2])
+
+    context = torch.randn(1, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    options = dict(context=context, seeds="0-1")
+    x = sample_retrospective(Uncertain(), LEVELS, solver=ddpm(variance="learned"), **options).x
+    frames = [
+        sample(
+            Autoregression(),
+            LEVELS,
+            shape=SHAPE,
+            seeds=frame_generators([0, 1], n),
+            cond=context[:, : n + 1],
+            solver=ddpm(variance="learned"),
+        ).x
+        for n in range(3)
+    ]
+    torch.testing.assert_close(x, torch.stack(frames, 1))
 
 
 def test_the_whole_past_matters_and_the_future_does_not():

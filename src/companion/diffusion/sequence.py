@@ -71,7 +71,8 @@ def draw_sequence(
     start: what the first frame sees without context: "blank" is one frame of zeros, which no later frame sees (to keep
         it in the window give it as context); None is cond=None, for networks that can do without.
     shared_context: "mean" replaces each frame in the window by its mean over the draws, so that all draws share the
-        conditioning, at the price of narrower, dependent draws. By default each draw has its own past.
+        conditioning, at the price of draws that are too narrow and depend on one another. By default each draw has its
+        own past, and a seed gives the same sequence alone and in any batch.
     first_stage: gives no frame any cond.
     resume: frames drawn before, (draw, frame, *shape), with the same arguments. The result, which includes them, is
         that of an uninterrupted run; the bill is not.
@@ -88,6 +89,8 @@ def draw_sequence(
         raise ValueError(f"resume holds {len(drawn)} frames, more than the {frames} wanted; raise `frames`")
 
     def remembered(frame: Tensor) -> Tensor:
+        # Rounding in networks depends on strides: frames drawn now and frames given to resume must have the same.
+        frame = frame.clone(memory_format=torch.contiguous_format)
         return frame.mean(0, keepdim=True) if shared_context else frame
 
     past = [remembered(frame) for frame in (*given, *drawn)]
@@ -150,8 +153,9 @@ def reconstruct_sequence(
     guidances: G_n for frame n, which know its operator and data, on `device`. solver: with which `sample` solves
     G_n(D), or "annealed_gibbs" for guidances that are `posterior_mean`. All else as for `sample_sequence`.
 
-    Frame n is drawn from p(x_n | x_<n, y_n): data of later frames do not reach back. Raises as `draw_sequence` does,
-    and ValueError or TypeError for guidances that do not fit together or do not fit the solver.
+    Frame n is drawn from p(x_n | x_<n, y_n), as in the paper: data of later frames do not reach back, as they would in
+    draws from p(x_0 .. x_N | y_0 .. y_N). Raises as `draw_sequence` does, and ValueError or TypeError for guidances
+    that do not fit together or do not fit the solver.
     """
     shape, dtype = check_guidances(guidances, solver, sigma_start)
     options = dict(dtype=dtype, device=device, batch_size=batch_size)
@@ -181,7 +185,8 @@ def sample_retrospective(
 
     context: true frames, (draws or 1, frame, *shape). Frame n of x follows frames 0..n of the context, and has the
     noise of frame n of `draw_sequence`. D must take whole sequences, x and cond (draw, frame, *shape), as in training;
-    one evaluation of it serves all frames. Raises as `sample` does.
+    one evaluation of it serves all frames. callback gets the steps of `sample`, with a batch of draws times frames.
+    Raises as `sample` and `draw_sequence` do.
     """
     numbers = check_seeds(seeds)
     true = check_frames("context", context, (1, len(numbers)), tuple(context.shape[2:]), dtype, device)
@@ -270,8 +275,7 @@ def frame_generators(seeds: Sequence[int], frame: int) -> list[Generator]:
 
 def side_by_side(frames: Sequence[Tensor]) -> Tensor:
     """(draws or 1, frame, *shape) from frames (draws or 1, *shape); its batch is 1 if that of all is."""
-    # Rounding in a network depends on strides, so frames that were drawn must not differ from frames given to resume.
-    return torch.stack(torch.broadcast_tensors(*frames), dim=1).clone(memory_format=torch.contiguous_format)
+    return torch.stack(torch.broadcast_tensors(*frames), dim=1)
 
 
 def add(one: Bill, other: Bill) -> Bill:
