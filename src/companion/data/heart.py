@@ -384,7 +384,7 @@ def _abdomen(subject: Heart, canvas: Canvas, down: Tensor, s: dict, g: torch.Gen
     vein, gate = canvas.field(g, 20.0, shift), canvas.field(g, 24.0, shift)
     wide = max(0.13, 0.13 * canvas.edge / 2.5)
     vessels = (0.13 / wide) * torch.exp(-0.5 * (vein / wide).square()) * gate.clamp(0, 1)
-    liver = s["liver"] * mottle * (1 + 0.6 * vessels)
+    liver = s["liver"] * mottle * (1 + 0.45 * vessels)
     tip = 26 + 26 * float(torch.rand((), generator=g))  # how far the left lobe reaches
     edge = (tip - 0.012 * (y - bottom - 8).square() - 0.2 * (y - bottom)) * b.size
     organs = torch.lerp(fat, liver, canvas.cover((edge - x) * 0.9).minimum(canvas.cover(depth - 2.5)))
