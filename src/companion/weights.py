@@ -36,6 +36,7 @@ from torch import nn
 from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser
 from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.causal_unet import CausalUNet
+from companion.networks.edm_unet import EDMUNet
 from companion.networks.unet import UNet
 from companion.runs import atomic_write, sha256
 
@@ -44,7 +45,7 @@ MODEL, CONFIG, RECORD, CARD, SUMS = (
 )  # fmt: skip
 
 # What a config may name. Nothing outside these tables is ever built.
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"UNet": UNet, "CausalUNet": CausalUNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"UNet": UNet, "CausalUNet": CausalUNet, "EDMUNet": EDMUNet}
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "EDMDenoiser": EDMDenoiser,
     "DiscreteDenoiser": DiscreteDenoiser,  # its "schedule" is {"name": "linear", "steps": 1000, ...}

@@ -75,8 +75,8 @@ class EDMDenoiser(nn.Module):
     one for each data channel; 1 is shared by all), and Var[x0 | x] = c_out^2 exp(u), since c_out is the
     natural size of the error; u is held softly within +-10. cond_scale multiplies cond on its way to the
     network. **labels of the methods are further tensors that the network takes by name, such as y= and augment=
-    of an EDMUNet; they reach it as they are. autocast: dtype for the network, e.g. torch.bfloat16. channel_axis: 1, or -3 for sequences of 2D images and their
-    single frames alike.
+    of an EDMUNet; they reach it as they are. autocast: dtype for the network, e.g. torch.bfloat16. channel_axis:
+    1, or -3 for sequences of 2D images and their single frames alike.
     """
 
     u_limit = 10.0

@@ -24,6 +24,7 @@ def edm_loss(
     variance_weight: float = 1.0,
     sigma: Tensor | None = None,
     noise: Tensor | None = None,
+    **labels: Tensor,
 ) -> Tensor:
     """EDM loss of each batch item (batch,): mean over pixels of |F - target|^2 in preconditioned units.
 
@@ -31,7 +32,8 @@ def edm_loss(
     Eqs. (2, 8) of Karras et al. 2022. Draws one normal number per item for sigma (batch,), then the noise
     (shape of x0); either may be supplied instead. A learned variance adds variance_weight times the Gaussian
     negative log likelihood e^2 exp(-u) + u per pixel; its error e is detached, so this term teaches u and not
-    the mean. x0: (batch, channel, *space), complex for a ComplexDenoiser.
+    the mean. x0: (batch, channel, *space), complex for a ComplexDenoiser. labels: what else the network takes by
+    name, such as y= and augment= of an EDMUNet.
     """
     D, x0, cond, noise = in_channels(D, x0, cond, noise)
     if sigma is None:
@@ -39,7 +41,7 @@ def edm_loss(
     if noise is None:
         noise = randn(x0.shape, x0.dtype, generator, x0.device)
     x = x0 + column(sigma, x0) * noise
-    F, u = D.raw(x, sigma, cond)
+    F, u = D.raw(x, sigma, cond, **labels)
     c_skip, c_out, _, _ = D.preconditioning(x, sigma)
     e = F - (x0 - c_skip * x) / c_out
     loss = per_sample(e**2)

@@ -65,7 +65,10 @@ class UNet(nn.Module):
     halve_depth: in 3D resample all three axes; False keeps the size of the first, as the published code does.
     entry_width: the first block of each encoder level takes this many times the channels, for a subclass that
         concatenates features there.
+    emb_mult: width of the time embedding over model_channels.
     """
+
+    norm = GroupNorm32  # makes every normalisation; a subclass may have another
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class UNet(nn.Module):
         patch: int = 1,
         halve_depth: bool = True,
         entry_width: int = 1,
+        emb_mult: int = 4,
     ):
         super().__init__()
         if dims not in (1, 2, 3):
@@ -99,13 +103,14 @@ class UNet(nn.Module):
         self.widths = [int(mult * model_channels) for mult in channel_mult]
         self.stride = (2,) * dims if halve_depth or dims < 3 else (1, 2, 2)
         self.total_stride = tuple(patch * s ** (len(self.widths) - 1) for s in self.stride)
-        emb = 4 * model_channels
+        emb, norm = emb_mult * model_channels, type(self).norm
 
         def res_block(in_width: int, width: int, resample: nn.Module | None = None) -> ResBlock:
-            return ResBlock(in_width, emb, width, dims, dropout, use_scale_shift_norm, resample)
+            return ResBlock(in_width, emb, width, dims, dropout, use_scale_shift_norm, resample, norm)
 
-        def attention(width: int, heads: int = num_heads) -> AttentionBlock:
-            return AttentionBlock(width, heads, num_head_channels, use_new_attention_order)
+        def attention(width: int, heads: int = num_heads) -> list[nn.Module]:
+            options = self.heads(width, heads, num_head_channels)
+            return [AttentionBlock(width, *options, use_new_attention_order, norm)] if options else []
 
         def resampler(kind: type, width: int) -> nn.Module:
             if resblock_updown:
@@ -126,14 +131,14 @@ class UNet(nn.Module):
                 layers = [res_block(width * (entry_width if i == 0 else 1), level_width)]
                 width = level_width
                 if 2**level in attention_resolutions:
-                    layers.append(attention(width))
+                    layers += attention(width)
                 self.input_blocks.append(Stage(*layers))
                 skips.append(width)
             if level < len(self.widths) - 1:
                 self.input_blocks.append(Stage(resampler(Downsample, width)))
                 skips.append(width)
 
-        self.middle_block = Stage(res_block(width, width), attention(width), res_block(width, width))
+        self.middle_block = Stage(res_block(width, width), *attention(width), res_block(width, width))
 
         heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.output_blocks = nn.ModuleList()
@@ -142,13 +147,17 @@ class UNet(nn.Module):
                 layers = [res_block(width + skips.pop(), level_width)]
                 width = level_width
                 if 2**level in attention_resolutions:
-                    layers.append(attention(width, heads))
+                    layers += attention(width, heads)
                 if level and i == num_res_blocks:
                     layers.append(resampler(Upsample, width))
                 self.output_blocks.append(Stage(*layers))
 
         last = zero(conv(dims, width, out_channels * patch**dims))
-        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), last)
+        self.out = nn.Sequential(norm(width), nn.SiLU(), last)
+
+    def heads(self, width: int, num_heads: int, num_head_channels: int) -> tuple[int, int] | None:
+        """Returns (num_heads, num_head_channels) of attention over `width` channels; None: no attention."""
+        return num_heads, num_head_channels
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Returns (batch, out_channels, *space) for images x (batch, channel, *space) at times t (batch,).
@@ -162,7 +171,7 @@ class UNet(nn.Module):
         return self.run(x, self.embed(t.expand(x.shape[0]), y))
 
     def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Returns embeddings (batch, 4 * model_channels) of times t (batch,) and class labels y (batch,)."""
+        """Returns embeddings (batch, emb_mult * model_channels) of times t (batch,) and class labels y (batch,)."""
         if (y is None) != (self.num_classes is None):
             raise ValueError(
                 f"this network was built with num_classes={self.num_classes}; class labels y were "

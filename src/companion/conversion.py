@@ -1,0 +1,585 @@
+"""Published checkpoints, read without running anything in them, and their tensors under our names.
+
+The published PET code (an EDM network, Karras et al. 2022, conditioned on the low-dose image) keeps its
+weights in two kinds of pickle: network-snapshot-*.pkl, the averaged network, and training-state-*.pt, the raw
+network with the state of Adam. Unpickling is running a program. Here the opcodes of that program are read one
+by one and only build numbers, text, containers and tensors. A class is a name, never looked up or called.
+
+    from companion import conversion
+    from companion.weights import load, save_checkpoint
+
+    published = conversion.read("network-snapshot-000600.pkl")
+    save_checkpoint("checkpoints/pet/mine", published.network(), published.config, published.record)
+    D = load("checkpoints/pet/mine")                  # an EDMDenoiser; D(x, sigma, low_dose)
+
+The names of the published parameters contain the image size (`enc.64x64_block0`). Ours do not, so that one
+set of weights serves every size.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickletools
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from companion.networks.edm_unet import EDMUNet
+from companion.runs import sha256
+
+HEAD_CHANNELS = 64  # of the published attention
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint. `tensors` have the published names; all the rest is in our terms.
+
+    attributes: what the file says of the network besides: see ATTRIBUTES.
+    optimiser: state of Adam {parameter: {"step", "exp_avg", "exp_avg_sq"}}, laid out as our parameters;
+    empty for a snapshot. learning_rate: the one in use when a training state was written.
+    """
+
+    kind: str  # "network-snapshot" (averaged weights) or "training-state" (raw weights)
+    tensors: dict[str, Tensor] = field(repr=False)
+    attributes: dict[str, Any]
+    optimiser: dict[str, dict[str, Tensor]] = field(repr=False)
+    learning_rate: float | None
+    record: dict[str, str]
+
+    @property
+    def config(self) -> dict:
+        """What `companion.weights` builds from: network, denoiser, data."""
+        network = describe(self.tensors, self.attributes)
+        sigma_data = float(self.attributes.get("sigma_data", 0.5))
+        denoiser = {"name": "EDMDenoiser", "sigma_data": sigma_data}
+        if network["in_channels"] > network["out_channels"]:
+            denoiser["cond_scale"] = 1 / sigma_data
+        data = {"source": f"published weights, {self.record['file']}"}
+        data["scale"] = "each image divided by half its own maximum, minus 1"
+        return {"network": network, "denoiser": denoiser, "data": data}
+
+    def network(self) -> EDMUNet:
+        """The network with these weights, in evaluation mode."""
+        options = {name: value for name, value in self.config["network"].items() if name != "name"}
+        network = EDMUNet(**options)
+        network.load_state_dict(translate(self.tensors))
+        return network.eval()
+
+
+def read(path: str | os.PathLike) -> Published:
+    """The checkpoint in a network-snapshot-*.pkl or training-state-*.pt; nothing in the file is executed.
+
+    Raises ValueError for a file that asks for anything but a published network, its tensors and the state of
+    its optimiser, that unpacks to more than its own size, or that is damaged; FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give a network-snapshot-*.pkl or training-state-*.pt")
+    try:
+        return _published(path)
+    except Refused as problem:
+        raise ValueError(f"{path} is refused and nothing in it was run: {problem}") from None
+    except Exception as problem:  # whatever libraries say of bytes that are not what they claim to be
+        reason = f"{type(problem).__name__}: {problem}"[:300]
+        raise ValueError(f"{path} is damaged, or no published checkpoint: {reason}") from problem
+
+
+def _published(path: Path) -> Published:
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if path.stat().st_size > MAX_BYTES:
+        raise Refused(f"it is larger than {MAX_BYTES / 2**30:g} GiB; the published ones have less than 1 GiB")
+    content = _read_zip(path) if is_zip else _read_pickle(path)
+    kinds = {"ema": "network-snapshot", "net": "training-state"}
+    found = [key for key in kinds if isinstance(content, dict) and isinstance(content.get(key), Module)]
+    if len(found) != 1:
+        raise Refused("it has no network as its entry 'ema' (network-snapshot) or 'net' (training-state)")
+    kind = kinds[found[0]]
+    parameters, buffers, attributes = content[found[0]].collect()
+    optimiser, rate = _optimiser(content.get("optimizer_state"), list(parameters))
+    record = {"file": path.name, "file_sha256": sha256(path), "kind": kind}
+    return Published(kind, parameters | buffers, attributes, optimiser, rate, record)
+
+
+def _optimiser(state: dict | None, names: list[str]) -> tuple[dict, float | None]:
+    """The state of Adam by our names, and the learning rate. Its tensors are numbered like the parameters."""
+    if state is None:
+        return {}, None
+    (group,) = state["param_groups"]
+    if list(group["params"]) != list(range(len(names))):
+        raise Refused(f"an optimiser of {len(group['params'])} parameters, for a network of {len(names)}")
+    moments: dict[str, dict[str, Tensor]] = {}
+    for quantity in ("step", "exp_avg", "exp_avg_sq"):
+        tensors = {names[i]: torch.as_tensor(of[quantity]) for i, of in state["state"].items()}
+        if quantity == "step":
+            ours = {new: tensors[old] for old, new in rename(names).items() if old in tensors}
+        else:
+            ours = translate(tensors, names)
+        for name, tensor in ours.items():
+            moments.setdefault(name, {})[quantity] = tensor
+    return moments, float(group["lr"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Their names -> ours
+
+PLACE = re.compile(r"(enc|dec)\.(\d+)x(\d+)_(conv|down|up|in0|in1|block(\d+))\.(?:(\w+)\.)?(\w+)")
+TOP = {
+    "map_layer0": "time_embed.0",
+    "map_layer1": "time_embed.2",
+    "map_augment": "map_augment",
+    "map_label": "label_emb",
+    "out_norm": "out.0",
+    "out_conv": "out.2",
+}
+RESIDUAL = {
+    "norm0": "in_layers.0",
+    "conv0": "in_layers.2",
+    "affine": "emb_layers.1",
+    "norm1": "out_layers.0",
+    "conv1": "out_layers.3",
+    "skip": "skip_connection",
+}
+ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "proj_out"}
+
+
+def rename(names) -> dict[str, str]:
+    """Our name of each published one (`resample_filter` buffers, constants there, have none).
+
+    Blocks are known by stage and role: the sizes in the names, in falling order, are the stages. Raises
+    ValueError for a name that is not of the published network.
+    """
+    places = {name: PLACE.fullmatch(name.removeprefix("model.")) for name in names}
+    found = [place for place in places.values() if place]
+    sizes = sorted({(int(p[2]), int(p[3])) for p in found}, reverse=True)
+    blocks = 1 + max((int(p[5]) for p in found if p[1] == "enc" and p[5]), default=-1)
+    attending = {(p[1], sizes.index((int(p[2]), int(p[3]))), p[4]) for p in found if p[6] == "qkv"}
+    ours = {}
+    for name, p in places.items():
+        if name.endswith(".resample_filter"):
+            continue
+        if p is None:
+            layer, _, kind = name.removeprefix("model.").partition(".")
+            if layer not in TOP or kind not in ("weight", "bias"):
+                raise ValueError(f"{name} is not a parameter of the published network")
+            ours[name] = f"{TOP[layer]}.{kind}"
+            continue
+        stage, layer = sizes.index((int(p[2]), int(p[3]))), p[6]
+        block, i = _block(p[1], stage, p[4], len(sizes), blocks, attending)
+        if p[4] == "conv" and layer is None:
+            inside = ""
+        elif layer in RESIDUAL:
+            inside = RESIDUAL[layer] + "."
+        elif layer in ATTENTION:
+            inside, i = ATTENTION[layer] + ".", i + 1
+        else:
+            raise ValueError(f"{name} is not a parameter of the published network")
+        ours[name] = f"{block}.{i}.{inside}{p[7]}"
+    return ours
+
+
+def _block(side: str, stage: int, role: str, stages: int, blocks: int, attending: set) -> tuple[str, int]:
+    """Our block that holds a published one, and its index there; attention follows the block it belongs to."""
+    if role.startswith("in"):
+        return "middle_block", 0 if role == "in0" else 1 + ((side, stage, "in0") in attending)
+    number = int(role.removeprefix("block")) if role.startswith("block") else None
+    if side == "enc":  # each stage begins with a convolution or a block that halves the image
+        return f"input_blocks.{stage * (blocks + 1) + (0 if number is None else 1 + number)}", 0
+    first = (stages - 1 - stage) * (blocks + 1)
+    if number is not None:
+        return f"output_blocks.{first + number}", 0
+    # the block that doubles the image is the last part of the stage below
+    return f"output_blocks.{first - 1}", 1 + ((side, stage + 1, f"block{blocks}") in attending)
+
+
+def translate(tensors: Mapping[str, Tensor], names=None) -> dict[str, Tensor]:
+    """Published tensors (or moments of them) under our names, in our layout. names: all of the network's."""
+    ours = rename(tensors if names is None else names)
+    return {ours[name]: _layout(name, tensor) for name, tensor in tensors.items() if name in ours}
+
+
+def _layout(name: str, tensor: Tensor) -> Tensor:
+    if name.endswith("map_label.weight"):
+        return tensor.T.contiguous()
+    if ".proj." in name and tensor.ndim == 4:
+        return tensor.flatten(2)
+    if ".qkv." in name:  # (head, channel, q k v) there, (head, q k v, channel) here
+        heads = len(tensor) // 3 // HEAD_CHANNELS
+        tensor = tensor.unflatten(0, (heads, -1, 3)).transpose(1, 2).flatten(0, 2)
+        return (tensor.flatten(2) if tensor.ndim == 4 else tensor).contiguous()
+    return tensor
+
+
+def describe(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any] | None = None) -> dict:
+    """The config of the EDMUNet that holds these published tensors, read off names and shapes.
+
+    attributes: for what shapes do not say, dropout and label_dropout. Raises ValueError when `tensors` are
+    not those of a published network.
+    """
+    attributes, ours = attributes or {}, translate(tensors)
+    try:
+        depth = 1 + max(int(name.split(".")[1]) for name in ours if name.startswith("input_blocks."))
+        halving = [i for i in range(1, depth) if f"input_blocks.{i}.0.in_layers.2.weight" in ours]
+        first = ours["input_blocks.0.0.weight"]
+        embedding, width = ours["time_embed.0.weight"].shape
+        places = [PLACE.fullmatch(name.removeprefix("model.")) for name in tensors]
+        stages = len({(p[2], p[3]) for p in places if p})
+    except (KeyError, ValueError):
+        raise ValueError("these tensors are not those of a published network") from None
+    blocks = depth // stages - 1
+    if not halving or blocks < 1 or depth != stages * (blocks + 1):
+        raise ValueError(f"{depth} blocks in {stages} stages are not those of a published network")
+    ends = [s * (blocks + 1) + blocks for s in range(stages)]
+    mult = [ours[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] / width for i in ends]
+    config = {
+        "name": "EDMUNet",
+        "in_channels": first.shape[1],
+        "model_channels": width,
+        "out_channels": ours["out.2.weight"].shape[0],
+        "num_res_blocks": blocks,
+        "attention_resolutions": [2**s for s, i in enumerate(ends) if f"input_blocks.{i}.1.qkv.weight" in ours],
+        "channel_mult": [int(m) if m == int(m) else m for m in mult],
+        "dropout": float(attributes.get("dropout", 0.0)),
+        "emb_mult": embedding // width,
+    }
+    if "label_emb.weight" in ours:
+        config["num_classes"] = ours["label_emb.weight"].shape[0]
+        config["label_dropout"] = float(attributes.get("label_dropout", 0.0))
+    if "map_augment.weight" in ours:
+        config["augment_dim"] = ours["map_augment.weight"].shape[1]
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------
+# Reading a pickle as data
+
+
+class Refused(Exception):
+    """A pickle wants more than to be data."""
+
+
+NETWORK_CLASSES = {
+    *(
+        f"training.networks.{name}"
+        for name in "EDMPrecond DhariwalUNet UNetBlock Conv2d Linear GroupNorm PositionalEmbedding".split()
+    ),
+    "torch.nn.modules.container.ModuleDict",
+}
+DTYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+}
+ATTRIBUTES = {"img_resolution", "img_channels", "label_dim", "label_dropout", "sigma_data", "dropout"}
+MAX_BYTES = 8 * 2**30
+MAX_OPCODES = 2_000_000  # the published network needs 60,000
+MAX_DEPTH = 32  # of modules inside modules; the published network needs 5
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that a pickle names. It stays a name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    dtype: torch.dtype
+    data: bytes
+
+
+@dataclass(eq=False)
+class Module:
+    """What a pickle says of a network module: its attributes, and which class it claims to be."""
+
+    name: str
+    state: dict = field(default_factory=dict)
+
+    def collect(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """Parameters, buffers and ATTRIBUTES of this module and all below, in order of registration."""
+        parameters, buffers, attributes, seen = {}, {}, {}, set()
+
+        def visit(module: Module, prefix: str, depth: int) -> None:
+            if not isinstance(module, Module) or id(module) in seen or depth > MAX_DEPTH:
+                raise Refused(f"{prefix or 'the network'} is not a tree of modules")
+            seen.add(id(module))
+            for key, found in (("_parameters", parameters), ("_buffers", buffers)):
+                for name, tensor in module.state.get(key, {}).items():
+                    if tensor is not None and not isinstance(tensor, Tensor):
+                        raise Refused(f"{prefix}{name} is no tensor")
+                    if tensor is not None:
+                        found[f"{prefix}{name}"] = tensor
+            for name in ATTRIBUTES & module.state.keys():
+                if _plain(module.state[name]):
+                    attributes.setdefault(name, module.state[name])
+            for name, child in module.state.get("_modules", {}).items():
+                visit(child, f"{prefix}{name}.", depth + 1)
+
+        visit(self, "", 0)
+        return parameters, buffers, attributes
+
+
+def _plain(value) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 8 and all(isinstance(v, (int, float, str)) for v in value)
+    return isinstance(value, (bool, int, float, str))
+
+
+class Reader:
+    """Evaluates the opcodes of pickles from bytes, with a fixed list of what they may build.
+
+    size: bytes of the file; storages and tensors, each in all, may not be larger, so that a small file cannot
+    fill the memory. persistent: answers the references to storages that lie outside the pickle.
+    """
+
+    def __init__(self, size: int, persistent: Callable[[tuple], Any] | None = None):
+        self.budget, self.persistent, self.opcodes = {"storages": size, "tensors": size}, persistent, 0
+        self.functions: dict[str, Callable] = {
+            "collections.OrderedDict": self.ordered_dict,
+            "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch.storage._load_from_bytes": self.storage_in_bytes,
+            "__builtin__.set": lambda items=(): (),
+            "builtins.set": lambda items=(): (),
+            "numpy.dtype": self.float64_type,
+            "numpy._core.multiarray.scalar": self.float64,
+            "numpy.core.multiarray.scalar": self.float64,
+            "_codecs.encode": self.encode,
+        }
+
+    # --- the machine
+
+    def load(self, stream: io.BytesIO):
+        """The value of the next pickle in `stream`, which is left at its end."""
+        stack, marks, memo = [], [], {}
+
+        def since_mark() -> list:
+            start = marks.pop()
+            items = stack[start:]
+            del stack[start:]
+            return items
+
+        for opcode, argument, _ in pickletools.genops(stream):
+            self.opcodes += 1
+            if self.opcodes > MAX_OPCODES:
+                raise Refused(f"its pickle has more than {MAX_OPCODES:,} opcodes")
+            match opcode.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case "STOP":
+                    return stack.pop()
+                case "MARK":
+                    marks.append(len(stack))
+                case "NONE":
+                    stack.append(None)
+                case "NEWTRUE" | "NEWFALSE":
+                    stack.append(opcode.name == "NEWTRUE")
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                    stack.append(argument)
+                case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
+                    stack.append(argument)
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_TUPLE" | "EMPTY_SET":
+                    stack.append(())
+                case "TUPLE":
+                    stack.append(tuple(since_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    marks.append(len(stack) - int(opcode.name[-1]))
+                    stack.append(tuple(since_mark()))
+                case "APPEND":
+                    item = stack.pop()
+                    self.extend(stack[-1], [item])
+                case "APPENDS":
+                    items = since_mark()
+                    self.extend(stack[-1], items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    self.update(stack[-1], [key, value])
+                case "SETITEMS":
+                    items = since_mark()
+                    self.update(stack[-1], items)
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "GLOBAL":
+                    stack.append(self.name(*argument.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    name, module = stack.pop(), stack.pop()
+                    stack.append(self.name(module, name))
+                case "NEWOBJ" | "REDUCE":
+                    arguments, function = stack.pop(), stack.pop()
+                    stack.append(self.call(function, arguments))
+                case "BUILD":
+                    state = stack.pop()
+                    self.build(stack[-1], state)
+                case "BINPERSID":
+                    stack.append(self.reference(stack.pop()))
+                case other:
+                    raise Refused(f"the opcode {other} is not needed for weights")
+        raise Refused("its pickle has no end")
+
+    def name(self, module, name) -> Name:
+        """The Name of a class or function, if it is one of those that published files need."""
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise Refused("it asks for something without a name")
+        full = f"{module}.{name}"
+        if full not in self.functions and full not in NETWORK_CLASSES and full not in DTYPES:
+            raise Refused(f"it asks for {full[:100]!r}, which is no part of a published network")
+        return Name(full)
+
+    def call(self, function, arguments):
+        if not isinstance(function, Name) or not isinstance(arguments, tuple):
+            raise Refused("it calls something that is no function")
+        if function.name in NETWORK_CLASSES:
+            return Module(function.name)
+        if function.name in DTYPES:
+            raise Refused(f"it makes a {function.name} by itself")
+        return self.functions[function.name](*arguments)
+
+    def build(self, thing, state) -> None:
+        if isinstance(thing, Module):
+            self.update(thing.state, [part for item in state.items() for part in item])
+        # what else carries state (dtypes, ordered dictionaries) is complete without it
+
+    def extend(self, thing, items: list) -> None:
+        if not isinstance(thing, list):
+            raise Refused("it appends to something that is no list")
+        thing.extend(items)
+
+    def update(self, thing, items: list) -> None:
+        """Adds [key, value, key, value, ...]. Other keys than these can be made to take years to hash."""
+        for key in items[::2]:
+            if not (type(key) is str or (type(key) is int and 0 <= key < 2**31)):
+                raise Refused("it has a dictionary whose keys are neither text nor counts")
+        if not isinstance(thing, dict):
+            raise Refused("it sets items of something that is no dictionary")
+        thing.update(zip(items[::2], items[1::2], strict=True))
+
+    def reference(self, key):
+        if self.persistent is None:
+            raise Refused("it refers to data outside")
+        return self.persistent(key)
+
+    def spend(self, kind: str, count: int) -> None:
+        self.budget[kind] -= count
+        if self.budget[kind] < 0:
+            raise Refused(f"its {kind} are larger than the file")
+
+    # --- what published pickles call
+
+    def ordered_dict(self, items=()) -> dict:
+        made: dict = {}
+        self.update(made, [part for key, value in items for part in (key, value)])
+        return made
+
+    def tensor(self, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> Tensor:
+        """A tensor with memory of its own, from a view of a storage that lies wholly inside it."""
+        if not isinstance(storage, Storage) or len(size) != len(stride) or len(size) > 8:
+            raise Refused("it makes a tensor of something that is no storage")
+        if any(type(n) is not int or not 0 <= n < 2**40 for n in (offset, *size, *stride)) or 0 in size:
+            raise Refused("it makes a tensor of an impossible size")
+        stored = len(storage.data) // storage.dtype.itemsize
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if last >= stored or math.prod(size) > stored:
+            raise Refused(f"it makes a tensor of size {tuple(size)} of {stored} stored numbers")
+        self.spend("tensors", len(storage.data))
+        # a copy, for torch wants memory that it may write to
+        flat = torch.frombuffer(bytearray(storage.data), dtype=storage.dtype)
+        return flat.as_strided(size, stride, offset).contiguous()
+
+    def storage_in_bytes(self, data: bytes) -> Storage:
+        """The one storage in bytes as torch wrote them before zip files: five pickles, a length, the data."""
+        self.spend("storages", len(data))
+        stream, outer = io.BytesIO(data), self.persistent
+        self.persistent = _storage_type
+        try:
+            for _ in range(3):  # magic number, version, sizes of C types
+                self.load(stream)
+            dtype, count = self.load(stream)
+            self.load(stream)  # its key
+        finally:
+            self.persistent = outer
+        stored = int.from_bytes(stream.read(8), "little")
+        if stored != count:
+            raise Refused("the length of a storage is not what its reference says")
+        return _storage(dtype, stream.read(), count)
+
+    def float64_type(self, name, align=False, copy=True) -> np.dtype:
+        if name != "f8":
+            raise Refused("it makes numbers of another type than float64")
+        return np.dtype("<f8")
+
+    def float64(self, dtype, data: bytes) -> float:
+        if not isinstance(dtype, np.dtype) or len(data) != 8:
+            raise Refused("it makes a number of something else")
+        return float(np.frombuffer(data, dtype)[0])
+
+    def encode(self, text: str, encoding: str = "") -> bytes:
+        if encoding != "latin1" or len(text) > 64:
+            raise Refused("it encodes text that is not a number")
+        return text.encode("latin1")
+
+
+def _storage_type(reference) -> tuple[torch.dtype, int]:
+    """The type and the length of the storage that a pickle refers to."""
+    kind, name, key, _, count, *_ = reference
+    if kind != "storage" or not isinstance(name, Name) or name.name not in DTYPES:
+        raise Refused("it refers to something that is no storage")
+    if not isinstance(key, str) or type(count) is not int:
+        raise Refused("it refers to something that is no storage")
+    return DTYPES[name.name], count
+
+
+def _storage(dtype: torch.dtype, data: bytes, count: int) -> Storage:
+    if len(data) != count * dtype.itemsize:
+        raise Refused(f"a storage of {count} numbers has {len(data)} bytes")
+    return Storage(dtype, data)
+
+
+def _read_pickle(path: Path):
+    data = path.read_bytes()
+    return Reader(len(data)).load(io.BytesIO(data))
+
+
+def _read_zip(path: Path):
+    """The pickle in a file of torch.save, whose storages are other members of the zip file."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(info.compress_type != zipfile.ZIP_STORED for info in members):
+            raise Refused("it is compressed, which files of torch.save are not")
+        if sum(info.file_size for info in members) > size:
+            raise Refused("it unpacks to more than its size")
+        (program,) = (i.filename for i in members if re.fullmatch(r"[^/]+/data\.pkl", i.filename))
+        folder = program.removesuffix("data.pkl")
+        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+            raise Refused("it was written on a big-endian machine")
+
+        @cache
+        def stored(key: str) -> bytes:
+            return archive.read(f"{folder}data/{key}")
+
+        def storage(reference) -> Storage:
+            dtype, count = _storage_type(reference)
+            return _storage(dtype, stored(reference[2]), count)
+
+        return Reader(size, storage).load(io.BytesIO(archive.read(program)))
