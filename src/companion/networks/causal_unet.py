@@ -569,6 +569,8 @@ class CausalUNet(UNet):
             )
         positions = positional_embedding(frames, emb.shape[-1], emb.device).to(emb.dtype)[:, skip:]
         h = pixel_unshuffle(context[:, skip:].flatten(0, 1), self.patch)
+        if self.dims == 2:  # then pixels are rows for the transformer blocks without a copy
+            h = h.contiguous(memory_format=torch.channels_last)
         stem, *groups = self.x0_blocks
         h = self.call(stem, h, emb)
         features = []
