@@ -33,11 +33,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser
+from companion.diffusion.denoisers import AnySize, ComplexDenoiser, DiscreteDenoiser, EDMDenoiser
 from companion.diffusion.noise import DiscreteSchedule
+from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
+from companion.networks.diffusion_unet import DiffusionUNet
 from companion.networks.edm_unet import EDMUNet
 from companion.networks.unet import UNet
+from companion.networks.vqvae import VQVAE, PlainVQVAE
 from companion.runs import atomic_write, sha256
 
 MODEL, CONFIG, RECORD, CARD, SUMS = (
@@ -45,7 +48,16 @@ MODEL, CONFIG, RECORD, CARD, SUMS = (
 )  # fmt: skip
 
 # What a config may name. Nothing outside these tables is ever built.
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"UNet": UNet, "CausalUNet": CausalUNet, "EDMUNet": EDMUNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "UNet": UNet,
+    "CausalUNet": CausalUNet,
+    "EDMUNet": EDMUNet,
+    "DiffusionUNet": DiffusionUNet,
+    "AutoencoderKL": AutoencoderKL,  # autoencoders: no "denoiser" in the config
+    "VQModel": VQModel,
+    "VQVAE": VQVAE,
+    "PlainVQVAE": PlainVQVAE,
+}
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "EDMDenoiser": EDMDenoiser,
     "DiscreteDenoiser": DiscreteDenoiser,  # its "schedule" is {"name": "linear", "steps": 1000, ...}
@@ -106,8 +118,8 @@ def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args):
 
 def network_of(model: nn.Module) -> nn.Module:
     """The network inside a denoiser, under any number of wrappers; a bare network is returned as it is."""
-    while isinstance(model, (ComplexDenoiser, EDMDenoiser, DiscreteDenoiser)):
-        model = model.D if isinstance(model, ComplexDenoiser) else model.network
+    while isinstance(model, (AnySize, ComplexDenoiser, EDMDenoiser, DiscreteDenoiser)):
+        model = model.D if isinstance(model, (AnySize, ComplexDenoiser)) else model.network
     return model
 
 

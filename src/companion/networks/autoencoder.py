@@ -400,3 +400,21 @@ def from_monai(model: AutoencoderKL, tensors: Mapping[str, Tensor]) -> dict[str,
         parts = [tensors[f"quant_conv_{which}.conv.{kind}"] for which in ("mu", "log_sigma")]
         renamed[f"quant_conv.{kind}"] = torch.cat(parts)
     return renamed
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Scores (batch, 1, *coarser space) of overlapping patches of images: 1 for real ones (Isola et al. 2017).
+
+    `levels` strided convolutions of 4, widths channels, 2 channels, ..., then two of stride 1. Instance norms
+    in place of batch norms, which small batches of volumes do not feed.
+    """
+
+    def __init__(self, dims: int = 3, in_channels: int = 1, channels: int = 32, levels: int = 3):
+        widths = [in_channels, *(channels * min(2**i, 8) for i in range(levels + 1))]
+        layers = []
+        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers.append(CONV[dims](before, after, 4, stride=2 if i < levels else 1, padding=1))
+            if i:
+                layers.append(nn.GroupNorm(after, after))
+            layers.append(nn.LeakyReLU(0.2))
+        super().__init__(*layers, CONV[dims](widths[-1], 1, 4, padding=1))

@@ -103,7 +103,7 @@ class UNet(nn.Module):
         self.widths = [int(mult * model_channels) for mult in channel_mult]
         self.stride = (2,) * dims if halve_depth or dims < 3 else (1, 2, 2)
         self.total_stride = tuple(patch * s ** (len(self.widths) - 1) for s in self.stride)
-        emb, norm = emb_mult * model_channels, type(self).norm
+        emb, norm = emb_mult * model_channels, self.norm
 
         def res_block(in_width: int, width: int, resample: nn.Module | None = None) -> ResBlock:
             return ResBlock(in_width, emb, width, dims, dropout, use_scale_shift_norm, resample, norm)
