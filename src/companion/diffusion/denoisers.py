@@ -263,6 +263,49 @@ class ComplexDenoiser(nn.Module):
         return self._moments
 
 
+class AnySize(nn.Module):
+    """D for images of any size, around a denoiser that needs multiples of `multiple` (y, x) pixels.
+
+    Images and condition images are extended at their ends by reflection, noise and all, and the result is cropped:
+    E[x0 | x] of a slightly larger field of view. Changes nothing for sizes that fit.
+    """
+
+    def __init__(self, D: Denoiser, multiple: Sequence[int]):
+        super().__init__()
+        self.D, self.multiple = D, tuple(multiple)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x0_hat, the shape and dtype of x."""
+        return self.crop(self.D(self.extend(x), sigma, once(self.extend, cond)), x)
+
+    def extend(self, x: Tensor) -> Tensor:
+        """x with each of its last axes reflected at its end up to a multiple."""
+        for axis, m in zip(range(-len(self.multiple), 0), self.multiple, strict=True):
+            n = x.shape[axis]
+            if n % m:
+                period = torch.cat([torch.arange(n), torch.arange(n - 2, 0, -1)]) if n > 2 else torch.arange(n)
+                index = period[torch.arange(n + m - n % m) % len(period)]
+                x = x.index_select(axis, index.to(x.device))
+        return x
+
+    def crop(self, values: Tensor, x: Tensor) -> Tensor:
+        """The part of values (batch, channel, *space) that belongs to x."""
+        for axis in range(-len(self.multiple), 0):
+            values = values.narrow(axis, 0, x.shape[axis])
+        return values
+
+    def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x0_hat, variance = self.D.moments(self.extend(x), sigma, once(self.extend, cond))
+        return self.crop(x0_hat, x), self.crop(variance, x)
+
+    @property
+    def moments(self) -> Callable:
+        """moments(x, sigma, cond) -> (x0_hat, variance); exists if D has it."""
+        if not hasattr(self.D, "moments"):
+            raise AttributeError("the wrapped denoiser has no moments")
+        return self._moments
+
+
 class FourierBasis:
     """The orthonormal Fourier transform over the last `ndim` axes: the basis of stationary Gaussians."""
 

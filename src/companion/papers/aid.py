@@ -258,11 +258,24 @@ def context_errors(D: Denoiser, x: Tensor, sigmas: list[float], window: int, sta
     return rows
 
 
+def brightness(prepared: Prepared, count: int = 64) -> float:
+    """Return the magnitude that 99 % of a training volume's pixels do not exceed, mean over the first volumes.
+
+    Reconstruction brings data of unknown units to the prior's by it.
+    """
+    name, shape = next(iter(prepared.shapes.items()))
+    whole = prepared.sequences(name, "train", shape[1])
+    levels = [torch.quantile(whole[i].abs().flatten(), 0.99).item() for i in range(min(count, len(whole)))]
+    return round(sum(levels) / len(levels), 4)
+
+
 def save_sequence(result: TrainResult, p: TrainSequence, errors: list[dict]) -> Path:
     """Return the folder <out>/checkpoint with the averaged weights in half precision, their config, record and card."""
     record = {"parameters": asdict(p), "steps": result.step, "sequences": result.step * p.batch_size,
               "seconds": round(result.seconds), "loss": result.loss, "validation": errors, "code": code_version()}
-    config = sequence_config(p, open_dataset(project_root() / p.data))
+    prepared = open_dataset(project_root() / p.data)
+    config = sequence_config(p, prepared)
+    config["data"]["magnitude_q99"] = brightness(prepared)
     return save_checkpoint(project_root() / p.out / "checkpoint", result.ema.half(), config, record)
 
 

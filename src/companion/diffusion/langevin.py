@@ -1,0 +1,55 @@
+"""Annealed Langevin dynamics with data, the sampler of score-based compressed sensing (CSGM-Langevin)."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from .denoisers import Denoiser, column
+from .gibbs import chain, check_levels
+from .guidance import posterior_mean
+from .noise import randn
+from .sampling import Samples
+
+
+def langevin(
+    D: Denoiser,
+    G: posterior_mean,
+    sigmas: Tensor | Sequence[float],
+    *,
+    seeds: str | int | Iterable[int] | Sequence[Generator],
+    steps: int = 5,
+    step_size: float = 0.3,
+    dtype: torch.dtype = torch.complex64,
+    device: torch.device | str = "cpu",
+    cond: Tensor | None = None,
+    batch_size: int | None = None,
+    callback: Callable[[dict], None] | None = None,
+    progress: bool = False,
+) -> Samples:
+    """Draws from p(x0 | y), x (draw, *A.domain_shape), by `steps` Langevin steps at each noise level sigma:
+
+        x <- x + e (score + A^H (y - A x) / (noise_std^2 + sigma^2)) + sqrt(2 e) n,    e = step_size sigma^2,
+
+    with score = (D(x) - x) / sigma^2 and n fresh noise; at the last level the result is D(x). G: holds the data,
+    G = posterior_mean(A, y, noise_std); its covariance is not used. sigmas: decreasing; a last 0 is ignored.
+    step_size below 1 is stable for |A| <= 1. Many small steps are exact in the limit; with few the draws are too noisy
+    and then too narrow. Raises ValueError as `annealed_gibbs` does. Song & Ermon 2019, Algorithm 1; Jalal et al. 2021,
+    Eq. (3), where the likelihood is widened by sigma^2 as here.
+    """
+    levels = torch.as_tensor(sigmas, dtype=torch.float64)
+    levels = check_levels(levels[:-1] if levels[-1] == 0 else levels)
+    if steps < 1 or not 0 < step_size < 1:
+        raise ValueError(f"got steps={steps}, step_size={step_size}; expected at least 1 step, of a size within (0, 1)")
+
+    def sweep(data: posterior_mean, x: Tensor, sigma: float, draws, cond) -> Tensor:
+        level = torch.full((len(x),), sigma, dtype=x.real.dtype, device=x.device)
+        if sigma == levels[0]:
+            x = sigma * randn(x.shape[1:], x.dtype, draws, x.device)
+        pull = step_size / (1 + (data.noise_std / sigma) ** 2)
+        for _ in range(steps):
+            drift = step_size * (D(x, level, cond) - x) + pull * data.A.H(data.y - data.A(x))
+            x = x + drift + (2 * step_size) ** 0.5 * column(level, x) * randn(x.shape[1:], x.dtype, draws, x.device)
+        return D(x, level, cond) if sigma == levels[-1] else x
+
+    return chain(sweep, D, levels, G, steps, seeds, dtype, device, cond, batch_size, callback, progress)

@@ -1,0 +1,47 @@
+"""What a measurement says and what it leaves open: the parts of an image that data fix, and that a prior fills in.
+
+For y = A x0 + noise_std n and prior standard deviation p, the measured part of x is P x with
+
+    P = (A^H A + w)^-1 A^H A,      w = (noise_std / prior_std)^2,
+
+the projection onto the range of A^H as w goes to 0; a direction that the data determine worse than the prior counts as
+not measured. The rest, x - P x, is inferred.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from companion.diffusion.noise import randn
+from companion.operators.linear import LinearOperator, conjugate_gradient
+
+
+def measured_part(A: LinearOperator, x: Tensor, weight: float, iterations: int = 40) -> Tensor:
+    """P x for images x (batch, *A.domain_shape); weight = (noise_std / prior_std)^2, positive."""
+    if not weight > 0:
+        raise ValueError(f"weight is {weight}; expected (noise_std / prior_std)^2 > 0")
+    return conjugate_gradient(lambda u: A.normal(u) + weight * u, A.normal(x), iterations=iterations, tol=1e-5)
+
+
+def measured_fraction(A: LinearOperator, weight: float, probes: int = 32, seed: int = 0) -> Tensor:
+    """How much of each pixel was measured, (*A.domain_shape) between 0 and 1: the diagonal of P.
+
+    Its mean is the number of measured directions per pixel, at most 1 / acceleration times the number of coils.
+    Estimated with random signs (Hutchinson 1990; Bekas et al. 2007): the error falls as 1 / sqrt(probes).
+    """
+    z = randn((probes, *A.domain_shape), A.domain_dtype, torch.Generator().manual_seed(seed)).real.sign()
+    return (z * measured_part(A, z.to(A.domain_dtype), weight).real).mean(0).clamp(0, 1)
+
+
+def agreement(draws: Tensor) -> Tensor:
+    """How far draws (draw, *shape) agree, (*shape) between 0 and 1: |mean|^2 / (|mean|^2 + variance), unbiased parts.
+
+    Of the inferred parts of posterior draws: 1 where the prior is sure of what it fills in, 0 where it guesses.
+    """
+    if len(draws) < 2:
+        raise ValueError("agreement needs at least two draws, got one")
+    mean = draws.mean(0)
+    variance = (draws - mean).abs().square().sum(0) / (len(draws) - 1)
+    common = (mean.abs().square() - variance / len(draws)).clamp_min(0)
+    return common / (common + variance).clamp_min(torch.finfo(variance.dtype).tiny)

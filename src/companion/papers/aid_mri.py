@@ -1,0 +1,415 @@
+"""AID for MRI: multi-coil volumes reconstructed slice by slice, each given the slices before it.
+
+Protocol, honest unless a parameter says otherwise: coil maps come from a calibration scan or the centre lines, never
+from fully sampled data; the intensity scale is found, not set; no slice is known beforehand; classical methods are
+tuned on other people.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from companion import baselines, metrics
+from companion.data import anatomy, fastmri
+from companion.diffusion.denoisers import AnySize, Denoiser
+from companion.diffusion.guidance import Guidance, Measured, ddnm, dds, diffpir, dps, landweber, pigdm, posterior_mean
+from companion.diffusion.langevin import langevin
+from companion.diffusion.noise import karras, randn
+from companion.diffusion.sampling import Bill, Samples
+from companion.diffusion.sequence import SequenceSamples, draw_sequence, reconstruct_sequence
+from companion.diffusion.solvers import ddim
+from companion.networks.causal_unet import CausalUNet
+from companion.operators.mri import (
+    CartesianMask,
+    Sense,
+    birdcage_maps,
+    cartesian_mask,
+    estimate_maps,
+    fft,
+    ifft,
+    sense,
+)
+from companion.papers.aid import volume, volumes
+from companion.parameters import Parameters, param
+from companion.runs import project_root
+from companion.weights import describe, load_denoiser, network_of
+
+FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
+FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
+METHODS = ("annealed_gibbs", "published", "dds", "ddnm", "diffpir", "pigdm", "dps")
+MODELS = {"AID": "full", "AID, newest slice only": "last", "single image": None}  # name -> context
+REFERENCE_ACS = 24  # centre of fully sampled data from which the maps of the reference image come
+
+
+@dataclass(frozen=True)
+class Reconstruct(Parameters):
+    """Parameters of aid/4_reconstruct.ipynb."""
+
+    source: str = param("brain", "brain: held-out virtual people; else a fastMRI HDF5 file or a folder of them")
+    weights: str = param("aid/brain", "sequence prior: an embedded name or a folder")
+    single: str = param("brain/t1w", "single-image prior to compare with")
+    models: tuple[str, ...] = param(tuple(MODELS), "priors to use", choices=tuple(MODELS))
+    image_size: int = param(64, "pixels along y and x of virtual people", minimum=16)
+    frames: int = param(10, "slices of a volume, at most", minimum=1)
+    spacing_mm: float = param(5.0, "distance of neighbouring slices of virtual people", minimum=0.1)
+    subjects: int = param(2, "volumes to reconstruct", minimum=1)
+    validation_subjects: int = param(2, "other volumes, to tune the classical methods", minimum=1)
+    coils: int = param(8, "receive coils of virtual people", minimum=1)
+    noise_std: float = param(0.01, "k-space noise per real component of virtual people, in image units", minimum=0)
+    acceleration: float = param(8, "nominal acceleration R", minimum=1)
+    mask: str = param("equispaced", "which lines are measured", choices=("equispaced", "random", "variable_density"))
+    acs: int = param(0, "fully sampled centre lines", minimum=0)
+    maps: str = param("calibration", "coil maps from: a low-resolution calibration scan; the acs lines; oracle, the true "
+                                     "maps (the paper's protocol)", choices=("calibration", "acs", "oracle"))
+    calibration: int = param(16, "width of the calibration scan, samples", minimum=12)
+    scale: float | None = param(None, "peak of the zero-filled image in units of the prior, as the paper sets it by hand; "
+                                      "none: found from the data", minimum=1e-6)
+    start: str = param("nothing", "what the first slice is given: nothing, or truth, the fully sampled slice (paper's "
+                                  "protocol)", choices=("nothing", "truth"))
+    method: str = param("annealed_gibbs", "posterior sampler; published: gradient steps, stochastic rule",
+                        choices=METHODS)
+    draws: int = param(4, "posterior draws of a volume", minimum=2)
+    evaluations: int = param(24, "network evaluations a draw and slice", minimum=2)
+    last_sigma: float = param(0.04, "noise level of the last evaluation; about 4 noise_std", minimum=1e-4)
+    langevin_steps: int = param(3, "Langevin steps a level of the CSGM baseline; 0 leaves it out", minimum=0)
+    classical: bool = param(True, "compare with tuned classical methods too")
+    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+
+
+# ------------------------------------------------------------------------------------------------------------- scans
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeScan:
+    """The data of one volume, in the intensity units of the prior: y = A x + noise, slice by slice."""
+
+    name: str
+    y: Tensor  # (frame, coil, y, x), zero where not measured
+    maps: Tensor  # (frame, coil, y, x)
+    mask: CartesianMask
+    noise_std: float  # per real component
+    scale: float  # multiplied raw data
+    x: Tensor | None = None  # truth (frame, 1, y, x), if known, in the units of y
+    voxel_mm: tuple[float, ...] | None = None  # (z, y, x)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one slice: (1, y, x)."""
+        return (1, *self.y.shape[-2:])
+
+    def operator(self, frame: int) -> Sense:
+        """Return A of one slice."""
+        return sense(self.maps[frame], self.mask)
+
+
+def simulate(p: Reconstruct, split: str, index: int, reference: float) -> VolumeScan:
+    """Return the scan of a virtual person in raw units nobody knows, prepared as measured data would be.
+
+    reference: magnitude that 99 % of a training volume's pixels do not exceed, see `intensity_scale`.
+    """
+    x = volume("brain", split, index, p.frames, p.image_size, p.spacing_mm)
+    S = birdcage_maps(x.shape[-2:], p.coils)
+    generator = torch.Generator().manual_seed(p.seed + 7919 * index + {"validation": 1, "test": 2}[split])
+    gain = 10 ** (-3 - 3 * torch.rand((), generator=generator).item())
+    mask = cartesian_mask(x.shape[-1], p.acceleration, p.mask, acs=p.acs, seed=p.seed)
+    scan, calibration = (gain * (fft(S * x) + p.noise_std * randn((len(x), *S.shape), x.dtype, generator))
+                         for _ in range(2))
+    oracle = S.expand(len(x), *S.shape) if p.maps == "oracle" else None
+    voxel_mm = (p.spacing_mm, *2 * (anatomy.FIELD_OF_VIEW_MM / p.image_size,))
+    return prepare(f"{split} {index}", scan, mask, calibration, gain * p.noise_std, p, reference, gain * x, oracle,
+                   voxel_mm)
+
+
+def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor, noise_std: float, p: Reconstruct,
+            reference: float, x: Tensor | None = None, oracle: Tensor | None = None,
+            voxel_mm: tuple[float, ...] | None = None) -> VolumeScan:
+    """Return raw k-space (frame, coil, y, x) undersampled by `mask`, with coil maps and in the units of the prior.
+
+    calibration: k-space of the calibration scan, of which only the centre is read. oracle: maps to use as they are.
+    """
+    y = kspace * mask.mask
+    centre, width = (y, p.acs) if p.maps == "acs" else (calibration, p.calibration)
+    width = min(width, *kspace.shape[-2:])
+    maps = coil_maps(centre, width) if oracle is None else oracle
+    found = p.maps != "oracle" or p.acs >= p.calibration
+    scale = intensity_scale(combine(low_pass(centre, width), maps) if found else
+                            baselines.cg_sense(y / peak(y), maps, mask) * peak(y), reference)
+    if p.scale is not None:
+        scale = p.scale / peak(baselines.zero_filled(y, maps, mask))
+    return VolumeScan(name, scale * y, maps, mask, scale * noise_std, scale, None if x is None else scale * x, voxel_mm)
+
+
+def coil_maps(kspace: Tensor, width: int) -> Tensor:
+    """Return coil maps (frame, coil, y, x) by ESPIRiT from the centre of k-space; ones for a single coil."""
+    return torch.ones_like(kspace) if kspace.shape[1] == 1 else estimate_maps(kspace, width)
+
+
+def low_pass(kspace: Tensor, width: int) -> Tensor:
+    """Return k-space (..., y, x) with all but its `width` x `width` centre zero, under cosines against ringing."""
+    distance = [(torch.arange(n) - n // 2).abs() * 2 / (width + 1) for n in kspace.shape[-2:]]
+    rows, columns = (torch.where(d < 1, torch.cos(torch.pi / 2 * d), 0.0) for d in distance)
+    return kspace * rows[:, None] * columns
+
+
+def combine(kspace: Tensor, maps: Tensor) -> Tensor:
+    """Return coil-combined images (frame, 1, y, x) of fully sampled k-space."""
+    return (maps.conj() * ifft(kspace)).sum(-3, keepdim=True)
+
+
+def peak(x: Tensor) -> float:
+    """Return the largest magnitude of a volume."""
+    return x.abs().max().item()
+
+
+def intensity_scale(x: Tensor, reference: float) -> float:
+    """Return the factor that brings a volume x to the prior's units: 99 % of its pixels stay below `reference` then.
+
+    A low-resolution image will do: the quantile is that of large bright areas.
+    """
+    level = torch.quantile(x.abs().flatten(), 0.99).item()
+    if not level > 0:
+        raise ValueError("the calibration image is empty, so its intensity scale cannot be found; give scale")
+    return reference / level
+
+
+def estimate_noise(kspace: Tensor) -> float:
+    """Return the noise per real component of raw k-space (..., y, x), from its corners, where signal is least.
+
+    Median absolute deviation of the measured samples among the tenth that lies furthest from the centre.
+    """
+    grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in kspace.shape[-2:]], indexing="ij")
+    radius = sum(g.square() for g in grids)
+    corner = kspace[..., radius >= torch.quantile(radius.flatten(), 0.9)]
+    values = torch.view_as_real(corner[corner != 0]).flatten()
+    if values.numel() < 100:
+        raise ValueError(f"only {values.numel() // 2} samples lie in the corners of k-space; give noise_std")
+    return (1.4826 * values.abs().median()).item()
+
+
+def read_scan(path: Path, p: Reconstruct, reference: float) -> VolumeScan:
+    """Return the scan of a fastMRI file: fully sampled files are undersampled here, others taken as they are.
+
+    The truth of a fully sampled file is its coil combination with maps from the centre of all the data.
+    """
+    file = fastmri.open_volume(path)
+    raw = file.read(slice(0, p.frames))
+    noise_std = estimate_noise(raw)
+    kspace = file.crop(raw)
+    width = kspace.shape[-1]
+    if file.mask is not None:
+        columns, acs = file.mask, centre_lines(file.mask)
+        mask = CartesianMask(columns, width / columns.sum().item(), width / columns.sum().item(), int(columns.sum()), acs,
+                             "as measured", p.seed)
+        return prepare(path.stem, kspace, mask, kspace, noise_std, replace(p, maps="acs", acs=acs), reference,
+                       voxel_mm=file.voxel_mm)
+    mask = cartesian_mask(width, p.acceleration, p.mask, acs=p.acs, seed=p.seed)
+    best = coil_maps(kspace, min(REFERENCE_ACS, *kspace.shape[-2:]))
+    return prepare(path.stem, kspace, mask, kspace, noise_std, p, reference, combine(kspace, best),
+                   best if p.maps == "oracle" else None, file.voxel_mm)
+
+
+def centre_lines(columns: Tensor) -> int:
+    """Return how many lines around the centre of a mask (x,) are measured without a gap."""
+    centre = len(columns) // 2
+    left, right = (int((part == 0).float().argmax()) if (part == 0).any() else len(part)
+                   for part in (columns[:centre].flip(0), columns[centre:]))
+    return 2 * min(left, right)
+
+
+def open_scans(p: Reconstruct) -> tuple[list[VolumeScan], list[VolumeScan]]:
+    """Return the scans to reconstruct, and others to tune the classical methods on."""
+    reference = describe(p.weights)["data"].get("magnitude_q99")
+    if reference is None:
+        raise ValueError(f"{p.weights} does not say how bright its training data are (data.magnitude_q99 in "
+                         "config.json); train it with aid/2_train, or add that number")
+    validation = [simulate(p, "validation", 100 + i, reference) for i in range(p.validation_subjects)]
+    if p.source == "brain":
+        return [simulate(p, "test", i, reference) for i in range(p.subjects)], validation
+    path = project_root() / p.source
+    if not path.is_dir():
+        return [read_scan(path, p, reference)], validation
+    found = fastmri.scan(path)
+    print(found)
+    if not found.volumes:
+        raise ValueError(f"{path} holds no fastMRI volume that can be read; see the reasons above")
+    return [read_scan(v.path, p, reference) for v in found.volumes[: p.subjects]], validation
+
+
+# ----------------------------------------------------------------------------------------------------- reconstruction
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """A denoiser with what its errors look like: `alone` without context, `given` with a window of it."""
+
+    D: Denoiser
+    alone: Measured
+    given: Measured | None
+    window: int = 0
+
+    @classmethod
+    def load(cls, name: str, p: Reconstruct, people: int = 12) -> Prior:
+        """Return a checkpoint's prior, its error measured on validation people; any image size will do."""
+        D = load_denoiser(name, p.device, p.autocast)
+        network = network_of(D)
+        window = getattr(network, "seq_len", 0)
+        x = volumes("brain", "validation", people, max(window, 3) + 1, p.image_size, p.spacing_mm).to(p.device)
+        alone = Measured.fit(AnySize(D, network.total_stride), x[:, ::3].flatten(0, 1), FIT_SIGMAS, seed=p.seed)
+        given = Measured.fit(D, x[:, -1], FIT_SIGMAS, seed=p.seed, cond=x[:, -1 - window : -1]) if window else None
+        return cls(AnySize(D, network.total_stride), alone, given, window)
+
+
+def guidance(scan: VolumeScan, frame: int, p: Reconstruct, error: Measured) -> Guidance:
+    """Return what data of one slice do to the prior, by the method of `p`."""
+    A, y, s = scan.operator(frame), scan.y[frame : frame + 1], scan.noise_std
+    if p.method == "annealed_gibbs":
+        return posterior_mean(A, y, s, error)
+    return {"published": lambda: landweber(A, y, s, scale=p.scale), "dds": lambda: dds(A, y, s),
+            "ddnm": lambda: ddnm(A, y, s), "diffpir": lambda: diffpir(A, y, s), "pigdm": lambda: pigdm(A, y, s),
+            "dps": lambda: dps(A, y, s)}[p.method]()
+
+
+SOLVERS = {"annealed_gibbs": "annealed_gibbs", "published": "aid_stochastic"}  # the others: "ddim", stochastic
+
+
+def reconstruct(prior: Prior, scan: VolumeScan, p: Reconstruct, context: str | None, seed: int,
+                progress: bool = False) -> SequenceSamples:
+    """Return posterior draws (draw, frame, 1, y, x) of a volume, slice n given the draws of the slices before it.
+
+    context: "full" or "last", see `CausalUNet`; None gives no slice any context, as a single-image prior works.
+    """
+    network = network_of(prior.D)
+    sequence = isinstance(network, CausalUNet)
+    given = scan.x[:1] if p.start == "truth" and scan.x is not None else None
+    frames = range(0 if given is None else 1, len(scan.y))
+    errors = [prior.alone if context is None or (n == 0 and given is None) else prior.given for n in frames]
+    data = [guidance(scan, n, p, error) for n, error in zip(frames, errors, strict=True)]
+    levels = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
+    if sequence:
+        network.context = context or "full"
+    with network.caching() if sequence else contextlib.nullcontext():
+        samples = reconstruct_sequence(
+            prior.D, data, levels, seeds=range(seed, seed + p.draws), solver=SOLVERS.get(p.method, ddim(eta=1.0)),
+            window=prior.window or None, context=None if given is None else given[None], start=None,
+            first_stage=context is None, device=p.device, progress=progress)
+    if given is None:
+        return samples
+    known = given[None].expand(p.draws, *[-1] * given.ndim)
+    return SequenceSamples(torch.cat([known, samples.x], 1), samples.bill)
+
+
+def csgm(prior: Prior, scan: VolumeScan, p: Reconstruct, seed: int) -> SequenceSamples:
+    """Return draws (draw, frame, 1, y, x) by annealed Langevin dynamics, each slice by itself."""
+    levels = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
+
+    def draw_frame(n: int, cond: None, draws: list) -> Samples:
+        G = posterior_mean(scan.operator(n), scan.y[n : n + 1], scan.noise_std)
+        return langevin(prior.D, G, levels, seeds=draws, steps=p.langevin_steps, device=p.device)
+
+    return draw_sequence(draw_frame, len(scan.y), shape=scan.shape, seeds=range(seed, seed + p.draws),
+                         first_stage=True, dtype=scan.y.dtype, device=p.device)
+
+
+GRIDS = {  # searched on validation volumes
+    "CG-SENSE": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "L1-wavelet": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "TV": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+}
+
+
+def tune_classical(validation: list[VolumeScan]) -> dict[str, float | None]:
+    """Return the regularisation of each classical method: best mean PSNR on every third slice of other volumes."""
+    cases = [(s.y[1::3], s.maps[1::3], s.mask, s.x[1::3]) for s in validation]
+    tuned = {name: baselines.tune(baselines.METHODS[name], cases, grid).regularisation for name, grid in GRIDS.items()}
+    return {"zero-filled": None} | tuned
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+
+def score(x: Tensor, scan: VolumeScan, skip_first: bool) -> dict[str, float]:
+    """Return PSNR (dB), SSIM and NRMSE of a volume x (frame, 1, y, x), of magnitudes after a least-squares scale.
+
+    One scale and one peak for the volume; SSIM is the mean over slices.
+    """
+    first = int(skip_first)
+    x, truth = x[first:].abs().double().cpu(), scan.x[first:].abs().double().cpu()
+    x = x * ((x * truth).sum() / x.square().sum().clamp_min(1e-30))
+    whole = [v.movedim(0, 1)[None] for v in (x, truth)]
+    return {"PSNR": metrics.psnr(*whole).item(), "SSIM": metrics.ssim(x, truth, data_range=truth.max()).mean().item(),
+            "NRMSE": metrics.nrmse(*whole).item()}
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Every estimate of every volume: `rows` is a tidy table, `images` and `draws` hold the first volume's."""
+
+    rows: list[dict]
+    images: dict[str, Tensor]  # method -> (frame, 1, y, x)
+    draws: dict[str, Tensor]  # model -> (draw, frame, 1, y, x)
+    bills: dict[str, Bill]  # of one draw of a volume
+    calibration: dict[str, float]  # variance of the draws over squared error of their mean, all volumes
+
+
+def study(p: Reconstruct, scans: list[VolumeScan], validation: list[VolumeScan], progress: bool = True) -> Study:
+    """Return the scores of all methods on all scans; a scan without truth is reconstructed and not scored."""
+    single = Prior.load(p.single, p)
+    priors = {name: single if context is None else None for name, context in MODELS.items() if name in p.models}
+    if None in priors.values():
+        aid = Prior.load(p.weights, p)
+        priors = {name: prior or aid for name, prior in priors.items()}
+    tuned = tune_classical(validation) if p.classical else {}
+    rows, images, draws, bills, spread = [], {}, {}, {}, {}
+    for i, scan in enumerate(tqdm(scans, desc="volumes", disable=not progress)):
+        case = scan.y, scan.maps, scan.mask
+        estimates = {name: baselines.METHODS[name](*case, value) for name, value in tuned.items()}
+        seed = p.seed + i * p.draws
+        runs = {name: reconstruct(prior, scan, p, MODELS[name], seed) for name, prior in priors.items()}
+        if p.langevin_steps:
+            runs["CSGM-Langevin"] = csgm(single, scan, p, seed)
+        for name, samples in runs.items():
+            estimates[name] = samples.x.mean(0)
+            estimates[f"{name}, one draw"] = samples.x[0]
+            bills[name] = samples.bill
+            if scan.x is not None:
+                spread.setdefault(name, []).append(calibration_terms(samples.x, scan))
+        if i == 0:
+            images, draws = estimates, {name: samples.x for name, samples in runs.items()}
+        if scan.x is not None:
+            setting = {"mask": p.mask, "ACS": p.acs, "R": p.acceleration, "exact R": round(scan.mask.acceleration, 3)}
+            rows += [{"volume": scan.name, **setting, "method": name} | score(x, scan, p.start == "truth")
+                     for name, x in estimates.items()]
+    calibration = {name: (sum(a for a, _ in pairs) / sum(b for _, b in pairs)) for name, pairs in spread.items()}
+    return Study(rows, images, draws, bills, calibration)
+
+
+def calibration_terms(draws: Tensor, scan: VolumeScan) -> tuple[float, float]:
+    """Return the sums whose ratio over volumes is `metrics.calibration_ratio`, of magnitudes."""
+    m, truth = draws.abs(), scan.x.abs()
+    n = len(m)
+    return ((1 + 1 / n) * m.var(0).sum()).item(), (m.mean(0) - truth).square().sum().item()
+
+
+def summary(rows: list[dict], versus: str = "AID") -> list[dict]:
+    """Return a table row for each method: mean and standard error over volumes, and the paired gain of `versus`."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    values = {m: {k: torch.tensor([row[k] for row in rows if row["method"] == m]) for k in ("PSNR", "SSIM", "NRMSE")}
+              for m in methods}
+    several = len(next(iter(values.values()))["PSNR"]) > 1
+    table = []
+    for method in methods:
+        row = {"method": method}
+        for name, unit in (("PSNR", " (dB)"), ("SSIM", ""), ("NRMSE", "")):
+            v = values[method][name]
+            row[name + unit] = metrics.mean_and_error(v) if several else v.item()
+        if versus in values:
+            gain = values[versus]["PSNR"], values[method]["PSNR"]
+            row[f"{versus} gains (dB)"] = metrics.mean_and_error(*gain) if several else (gain[0] - gain[1]).item()
+        table.append(row)
+    return table
