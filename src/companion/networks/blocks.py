@@ -70,8 +70,8 @@ class GroupNorm32(nn.GroupNorm):
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5):
         if channels % groups:
             raise ValueError(
-                f"{channels} channels cannot be normalised in {groups} groups; choose widths (model_channels, "
-                f"channels, channel_mult) that are multiples of {groups}, or another number of groups"
+                f"{channels} channels cannot be normalised in {groups} groups; choose model_channels and "
+                f"channel_mult so that every width is a multiple of {groups}"
             )
         super().__init__(groups, channels, eps)
 
