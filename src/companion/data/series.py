@@ -1,0 +1,155 @@
+"""Cine series and volumes as sequences (frame, channel, y, x), the form that sequence models learn from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..operators.mri import normalise
+from .cfl import read_cfl
+from .nifti import load_nifti
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """`frames` (frame, 1, y, x), complex64 or float32, of largest magnitude 1; times `scale` they are as in the file.
+
+    `pixel_mm` (y, x) and `step_mm` between frames, or None where the file does not say or frames are times.
+    """
+
+    name: str
+    frames: Tensor
+    scale: float
+    pixel_mm: tuple[float, float] | None = None
+    step_mm: float | None = None
+
+    def resized(self, shape: tuple[int, int]) -> Series:
+        """The series at matrix size (y, x), with the same aspect ratio: zeros fill what the other shape leaves free.
+
+        The field of view grows to the new shape, then frames are resampled (bilinear, anti-aliased); pixels become
+        square where `pixel_mm` is known, and keep their ratio where it is not. The scale stays, so the maximum may
+        fall below 1.
+        """
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"shape must be two positive sizes (y, x), got {shape}")
+        height, width = self.frames.shape[-2:]
+        mm = self.pixel_mm or (1.0, 1.0)
+        pixel = max(height * mm[0] / shape[0], width * mm[1] / shape[1])
+        inner = [min(m, max(1, round(n * d / pixel))) for n, m, d in zip((height, width), shape, mm, strict=True)]
+        frames = _resample(self.frames, inner)
+        before = [m // 2 - n // 2 for m, n in zip(shape, inner, strict=True)]
+        after = [m - n - b for m, n, b in zip(shape, inner, before, strict=True)]
+        frames = F.pad(frames, (before[1], after[1], before[0], after[0]))
+        return Series(self.name, frames, self.scale, (pixel, pixel) if self.pixel_mm else None, self.step_mm)
+
+
+def load_series(
+    path: str | os.PathLike,
+    *,
+    axis: int | None = None,
+    position: int | None = None,
+    frames: slice = slice(None),
+    shape: tuple[int, int] | None = None,
+    magnitude: bool = False,
+) -> Series:
+    """A series from NIfTI (.nii, .nii.gz), NumPy (.npy) or BART (.cfl), divided by its largest magnitude.
+
+    The phase stays as it is (dividing by the complex maximum would turn it).
+    axis       of the stored array that counts the frames: NIfTI volumes are (z, y, x), by default z; NumPy (frame, y,
+               x) or (frame, 1, y, x), by default the first; cfl without its axes of length 1, by default the last
+    position   for a 4D NIfTI, a cine of several slices: which z to take; its frames are the times
+    frames     which of them to keep, as in slice(50, -30), before the scale is taken
+    shape      (y, x) to resize to; see `Series.resized`
+    magnitude  drop the phase, or the sign
+    Raises FileNotFoundError, or ValueError for damaged or foreign files, NaN, or other than three axes.
+    """
+    path = Path(path)
+    if not path.is_file() and path.suffix not in (".cfl", ".hdr"):
+        raise FileNotFoundError(f"{path} does not exist; check the path")
+    if path.name.endswith((".nii", ".nii.gz")):
+        array, mm = _nifti(path, position)
+        array, mm = _frames_first(array, 0 if axis is None else axis, mm, path)
+    elif path.suffix == ".npy":
+        array, mm = _frames_first(_npy(path), 0 if axis is None else axis, None, path)
+    elif path.suffix in (".cfl", ".hdr"):
+        array, mm = _frames_first(read_cfl(path, squeeze=True).numpy(), -1 if axis is None else axis, None, path)
+    else:
+        raise ValueError(f"{path.name}: expected .nii, .nii.gz, .npy or .cfl; convert it to one of these")
+    array = array[frames]
+    if not array.size:
+        raise ValueError(f"{path}: {frames} leaves no frames; choose a part of what there is")
+    kind = np.complex64 if array.dtype.kind == "c" else np.float32
+    values = torch.from_numpy(np.ascontiguousarray(array, dtype=kind))
+    values = values.abs() if magnitude else values
+    values, scale = normalise(values[:, None])  # checks for NaN
+    step, pixel = (mm[0], mm[1:]) if mm else (None, None)
+    name = path.name.removesuffix(".gz").removesuffix(path.suffix if path.suffix != ".gz" else ".nii")
+    series = Series(name, values, float(scale), pixel, step)
+    return series if shape is None else series.resized(shape)
+
+
+def windows(frames: int, length: int) -> tuple[list[slice], int]:
+    """The consecutive windows of `length` frames in one volume of `frames`, none overlapping, and the frames left over.
+
+    Cut each volume by itself: then no window holds two patients. A volume shorter than a window gives none, and all
+    its frames are left over. For every start there is, see `store.SequenceDataset`.
+    """
+    if frames < 0 or length < 1:
+        raise ValueError(f"cannot cut {frames} frames into windows of {length}; give a length of at least 1")
+    count = frames // length
+    return [slice(i * length, (i + 1) * length) for i in range(count)], frames - count * length
+
+
+def _nifti(path: Path, position: int | None):
+    """The array (z, y, x), or (time, y, x) at one z of a 4D file, and the sizes of its voxels in mm (None for time)."""
+    if position is None:
+        volume = load_nifti(path)
+        return volume.array, volume.voxel_mm
+    first = load_nifti(path, frame=0)
+    depth = first.array.shape[0]
+    if not 0 <= position < depth:
+        raise ValueError(f"{path}: position {position} of a series with {depth} slices")
+    stored = nibabel.load(path)
+    if len(stored.shape) != 4:
+        raise ValueError(f"{path}: position is for series of volumes, 4D; this has shape {stored.shape}")
+    try:
+        array = np.asarray(stored.dataobj[:, :, position]).transpose(2, 1, 0)
+    except (EOFError, OSError) as error:
+        raise ValueError(f"{path}: damaged ({error}); download or export it again") from error
+    return array, (None, *first.voxel_mm[1:])
+
+
+def _npy(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a readable array of numbers ({error})") from error
+    return array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array
+
+
+def _frames_first(array: np.ndarray, axis: int, mm, path: Path):
+    if array.ndim != 3 or array.dtype.kind not in "fciub":
+        raise ValueError(
+            f"{path}: {array.dtype} {array.shape}; expected numbers with three axes, frames and two of space"
+        )
+    if not -3 <= axis < 3:
+        raise ValueError(f"{path}: axis {axis} of an array with three; choose 0, 1 or 2")
+    axis %= 3
+    if mm is not None:
+        mm = (mm[axis], *(size for i, size in enumerate(mm) if i != axis))
+    return np.moveaxis(array, axis, 0), mm
+
+
+def _resample(frames: Tensor, shape: list[int]) -> Tensor:
+    parts = torch.view_as_real(frames).movedim(-1, 1).squeeze(2) if frames.is_complex() else frames
+    parts = F.interpolate(parts, size=shape, mode="bilinear", align_corners=False, antialias=True)
+    if not frames.is_complex():
+        return parts
+    return torch.view_as_complex(parts.movedim(1, -1).contiguous())[:, None]
