@@ -181,7 +181,7 @@ class _ConvCodec(Codec):
         final_activation=True,
     ):  # fmt: skip
         super().__init__(dims, in_channels, latent_channels, 2 ** (len(channel_mult) - 1), use_checkpoint)
-        widths = [channels * mult for mult in channel_mult]
+        widths = [int(channels * mult) for mult in channel_mult]
         attention = list(attention) or [False] * len(widths)
         if len(attention) != len(widths):
             raise ValueError(f"attention has {len(attention)} entries for {len(widths)} levels; give one each")
@@ -218,7 +218,7 @@ class AutoencoderKL(_ConvCodec):
         in_channels: int = 3,
         out_channels: int = 3,
         channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        channel_mult: Sequence[float] = (1, 2, 4, 4),
         num_res_blocks: int = 2,
         latent_channels: int = 4,
         *,
@@ -275,7 +275,7 @@ class VQModel(_ConvCodec):
         in_channels: int = 3,
         out_channels: int = 3,
         channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 4),
+        channel_mult: Sequence[float] = (1, 2, 4),
         num_res_blocks: int = 2,
         num_embeddings: int = 8192,
         embedding_dim: int = 3,
