@@ -2,8 +2,8 @@
 
 Heart *i* has its own build, ventricles, slice level, volume curve, breathing, tissue parameters, phase and bias field.
 Images are (frame, y, x) as a reader hangs them: anterior wall up, right ventricle on the left, diaphragm and liver
-below, left lung on the right. Everything is defined in mm with edges as soft as a voxel, so one heart is the same at
-every matrix size. The magnitude is relative to the signal of blood, which is 1.
+below, left lung on the right. Everything is defined in mm with edges as soft as the voxels, so one heart is the same
+at every matrix size. The magnitude is relative to the signal of blood, which is 1.
 
 The left ventricle contracts in polar coordinates about its centre: the cavity's area follows the volume curve, and
 r_epi^2 - r_endo^2 stays constant at every angle, so the myocardium thickens and its area is conserved. The slice moves
@@ -41,6 +41,7 @@ FLIP_DEG = 55.0
 LUNG = 0.035  # relative to blood: little water, short T2*
 
 DENSITY = {"fat": 0.85, "marrow": 0.7}  # of protons, relative to soft tissue, where it matters
+POINT_SPREAD = 1.2  # voxels: full width at half maximum of an image from a limited k-space
 RESOLUTION_MM = 1.8  # edges are at least this soft, as through the thickness of a slice
 
 FIELD_OF_VIEW_MM = 280.0
@@ -186,7 +187,7 @@ def render(subject: Heart, frames: int = 12, shape: tuple[int, int] = (64, 64), 
     times_ms = cycle * subject.build.cycle_ms
     y, x = ((torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * voxel_mm for n in shape)
     down = breathing * subject.diaphragm_mm(times_ms)
-    canvas = Canvas(y, x, y[:, None], x, edge=math.hypot(voxel_mm, RESOLUTION_MM))
+    canvas = Canvas(y, x, y[:, None], x, edge=math.hypot(POINT_SPREAD * voxel_mm, RESOLUTION_MM))
     chest, inside = _chest(subject, canvas, down, level)
     signal, labels = _ventricles(subject, canvas, chest, inside, cycle, down, level)
     magnitude = signal.abs() * (bias * canvas.field(subject.generator("bias"), FIELD_MM)).exp()
@@ -465,7 +466,7 @@ def _contours(b: Build, theta: Tensor, volume: Tensor, squeeze: Tensor, level: f
     """Return the radii (frame, angle), mm about the left ventricle, of endocardium, epicardium, right ventricular
     cavity, outer myocardium and the fat around it."""
     radius = _lv_radius(b, level) * b.size
-    shape = 1 + 0.03 * _wave(theta, g, range(2, 5))
+    shape = 1 + 0.04 * _wave(theta, g, range(2, 5))
     start = radius * shape / shape.square().mean().sqrt()
     endo = start * volume ** ((1 - LENGTH_SHARE) / 2)  # area ~ V^0.82
     wall = b.wall * b.size * (1 + 0.06 * _wave(theta, g, range(1, 5)) + 0.06 * torch.cos(theta - math.pi))
