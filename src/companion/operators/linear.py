@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Number
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -453,8 +454,8 @@ def _check(A: LinearOperator, x: Tensor) -> None:
         raise TypeError(f"{_name(A)} got {x.dtype} but its input is {wanted}")
     lead = x.shape[: x.ndim - n]
     try:
-        fits = torch.broadcast_shapes(lead, A.batch_shape) == lead
-    except RuntimeError:
+        fits = np.broadcast_shapes(lead, A.batch_shape) == lead
+    except ValueError:
         fits = False
     if not fits:
         raise ValueError(
@@ -467,8 +468,8 @@ def _broadcasts(tensor: Tensor, shape: Shape, name: str) -> None:
     """Check that `tensor`, with or without batch axes, broadcasts to `(..., *shape)`."""
     trailing = tensor.shape[-len(shape) :] if shape else ()
     try:
-        fits = torch.broadcast_shapes(trailing, shape) == torch.Size(shape)
-    except RuntimeError:
+        fits = np.broadcast_shapes(trailing, shape) == tuple(shape)
+    except ValueError:
         fits = False
     if not fits:
         raise ValueError(
@@ -478,8 +479,8 @@ def _broadcasts(tensor: Tensor, shape: Shape, name: str) -> None:
 
 def _join(*operators: LinearOperator) -> Shape:
     try:
-        return tuple(torch.broadcast_shapes(*(op.batch_shape for op in operators)))
-    except RuntimeError as error:
+        return np.broadcast_shapes(*(op.batch_shape for op in operators))  # torch's imports sympy: 2 s
+    except ValueError as error:
         shapes = ", ".join(f"{_name(op)} {op.batch_shape}" for op in operators)
         raise ValueError(f"operators for different batches: {shapes}") from error
 

@@ -119,7 +119,7 @@ class Sense(_Complex):
     domain_shape = property(lambda self: self.coils.domain_shape)
     range_shape = property(lambda self: self.coils.range_shape)
     batch_shape = property(
-        lambda self: tuple(torch.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape))
+        lambda self: np.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape)
     )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Sense(_Complex):
         """|mask|^2 with the zero frequency first, one element long along constant axes, and the axes that
         change."""
         power = self.mask.mask.square()
-        power = power.expand(*torch.broadcast_shapes(power.shape, (1,) * (self.coils.ndim + 1)))
+        power = power.expand(*np.broadcast_shapes(power.shape, (1,) * (self.coils.ndim + 1)))
         axes = []
         for axis in range(-self.coils.ndim, 0):
             if torch.equal(power, power.narrow(axis, 0, 1).expand_as(power)):
