@@ -3,6 +3,7 @@
 The published code is TensorFlow that rewrote MONAI; MONAI's own layers are the reference.
 """
 
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -37,7 +38,25 @@ def opened(case: Case) -> Tensors:
 
 
 def weights(case: Case) -> dict[str, Tensor]:
+    """The reference's state_dict: from its file, or by formula for shapes in the manifest."""
+    if "shapes" in case.spec:
+        return filled(case.spec["shapes"])
     return {name: x.float() for name, x in case.strip("").items()}
+
+
+def filled(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Weights by formula, the same anywhere: sines of the position, counted through the sorted names."""
+    start, out = 0, {}
+    for name, shape in sorted(shapes.items()):
+        k = torch.arange(start, start + math.prod(shape), dtype=torch.float64)
+        start += len(k)
+        values = torch.sin(0.7 * k + 0.3 * torch.sin(1.9 * k))
+        if "embedding" not in name and "ema" not in name:
+            values = values * (1.5 / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 else 0.3)
+        if len(shape) == 1 and name.endswith("weight") or "cluster_size" in name:
+            values = values + 1  # of norms, and counts
+        out[name] = values.reshape(shape).float()
+    return out
 
 
 def one(values, name: str):
@@ -159,26 +178,14 @@ def diffusion_model_unet(case: Case) -> Iterator[tuple]:
     yield "y", network(io["x"], io["t"]), io["y"], tolerance(case)
 
 
-# --- the autoencoders of cine, against diffusers, with weights that a formula gives
-
-
-def filled(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a state_dict by formula, the same anywhere: sines of the position, in the order of the names."""
-    start, out = 0, {}
-    for name, x in sorted(state.items()):
-        k = torch.arange(start, start + x.numel(), dtype=torch.float64)
-        values = torch.sin(0.7 * k + 0.3 * torch.sin(1.9 * k)) * 1.5
-        fan_in = x[0].numel() if x.ndim > 1 else 25
-        values = values if "embedding" in name else values / fan_in**0.5 + (x.ndim == 1 and name.endswith("weight"))
-        start, out[name] = start + x.numel(), values.reshape(x.shape).float()
-    return out
+# --- the autoencoders of cine, against diffusers
 
 
 @handles(lambda case: case.spec.get("codec") in ("AutoencoderKL", "VQModel"))
 def cine_codec(case: Case) -> Iterator[tuple]:
-    io, close = case.io, tolerance(case)
+    io, close = opened(case), tolerance(case)
     codec = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}[case.spec["codec"]](**case.spec["options"]).eval()
-    codec.load_state_dict(filled(codec.state_dict()))
+    codec.load_state_dict(autoencoder.published(weights(case)))
     if case.spec["codec"] == "AutoencoderKL":
         z, std = codec.posterior(io["x"])
         yield "std", std, io["std"], close
