@@ -7,7 +7,7 @@ A step is one evaluation of the network for a new frame (or several draws of it)
     last          CausalUNet(context="last"): the same numbers, from the one frame that they depend on
     full          CausalUNet(context="full"): all frames of the window count, as in training
     full, cached  the same numbers again, by `CausalUNet.caching`, when all but the newest frame were seen before
-Operations are counted (multiply-add = 2) at the published configurations, without memory for them. Times are
+Operations are counted (multiply-add = 2) at the published configurations, without memory for them. CPU times are
 taken at a small fastMRI-like size and at the published cardiac layout: one process, one thread, same weights,
 the ways in turn; the ratios are medians over rounds of published / ours. Before anything is timed `last` must
 equal the published computation, and the cache must change nothing.
@@ -214,7 +214,7 @@ def markdown(counts: list[dict], times: list[dict]) -> str:
         rows = counts[i : i + len(WAYS)]
         cells = " | ".join(f"{r['gflop']:.1f}" for r in rows)
         lines.append(f"| {rows[0]['size']} | {rows[0]['draws']} | {cells} |")
-    lines += ["\nTime of one step, one CPU thread; how many times faster than the published computation.\n"]
+    lines += ["\nCPU time of one step, one thread; how many times faster than the published computation.\n"]
     lines += ["| configuration | draws | way | seconds | faster (least to most of the rounds) |", "|---" * 5 + "|"]
     for r in times:
         ratio = f"{r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f})"
