@@ -241,6 +241,11 @@ def describe(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any] | None
         raise ValueError(f"{depth} blocks in {stages} stages are not those of a published network")
     ends = [s * (blocks + 1) + blocks for s in range(stages)]
     mult = [ours[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] / width for i in ends]
+    if first.shape[0] != mult[0] * width:
+        raise ValueError(
+            f"the first convolution has {first.shape[0]} channels and the first level {mult[0] * width:g}; "
+            "an EDMUNet has as many in both"
+        )
     config = {
         "name": "EDMUNet",
         "in_channels": first.shape[1],
@@ -284,7 +289,7 @@ DTYPES = {
 }
 ATTRIBUTES = {"img_resolution", "img_channels", "label_dim", "label_dropout", "sigma_data", "dropout"}
 MAX_BYTES = 8 * 2**30
-MAX_OPCODES = 2_000_000  # the published network needs 60,000
+MAX_OPCODES = 1_000_000  # a published training state needs about 100,000
 MAX_DEPTH = 32  # of modules inside modules; the published network needs 5
 
 

@@ -291,7 +291,8 @@ def resolve(name: str | os.PathLike) -> Path:
     if path.suffix.lower() in PICKLES:
         raise ValueError(
             f"{path} is a pickle: loading one can run any program hidden in it, so this package never does. "
-            "Convert it to safetensors where you trust it (safetensors.torch.save_file) and load that"
+            "Convert it to safetensors where you trust it (safetensors.torch.save_file) and load that; "
+            "companion.conversion.read reads the published PET checkpoints without running them"
         )
     if path.name == MODEL:
         path = path.parent
