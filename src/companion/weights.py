@@ -37,6 +37,7 @@ from companion.diffusion.denoisers import AnySize, ComplexDenoiser, DiscreteDeno
 from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
+from companion.networks.ddim_unet import DDIMUNet
 from companion.networks.diffusion_unet import DiffusionUNet
 from companion.networks.edm_unet import EDMUNet
 from companion.networks.unet import UNet
@@ -51,6 +52,7 @@ MODEL, CONFIG, RECORD, CARD, SUMS = (
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "UNet": UNet,
     "CausalUNet": CausalUNet,
+    "DDIMUNet": DDIMUNet,
     "EDMUNet": EDMUNet,
     "DiffusionUNet": DiffusionUNet,
     "AutoencoderKL": AutoencoderKL,  # autoencoders: no "denoiser" in the config

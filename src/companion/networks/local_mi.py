@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-10  # of the published code, in normalisers and logarithms
+TINY = 1e-18  # kernels below are 0, far below what the EPS let through
 MODES = ("shifts", "centre", "published")
 AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -37,7 +39,7 @@ MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 REACH = 6.0  # a kernel is nothing, exp(-18), so many widths away from its centre
 CROP = 4  # cropped histograms have a multiple of so many bins, so that few sizes occur
 MASS = 0.05  # with this much mass in range the EPS do not show
-JOINT = {"cpu": 2**18, "cuda": 2**27}  # elements of the joint histograms in flight: a core's cache, or half a GB
+JOINT = {"cpu": 2**19, "cuda": 2**27}  # elements of the joint histograms in flight: a core's cache, or half a GB
 TABLE = 2**22  # elements of a kernel table
 
 
@@ -61,7 +63,8 @@ def grey_levels(image: Tensor, clamp: bool = True, quantise: bool = False) -> Te
 def kernels(levels: Tensor, bins: int, width: float) -> Tensor:
     """Gaussians (..., bins) of grey levels (...) at centres evenly spaced from 0 to 255, not normalised."""
     centres = torch.linspace(0, 255, bins, dtype=levels.dtype, device=levels.device)
-    return torch.exp(-0.5 * ((levels[..., None] - centres) / width) ** 2)
+    k = torch.exp((-0.5 * ((levels[..., None] - centres) / width) ** 2).clamp(min=-80))
+    return F.threshold(k, TINY, 0.0)  # products of smaller numbers are denormal, which are slow on a CPU
 
 
 def marginal(k: Tensor) -> Tensor:
@@ -78,14 +81,16 @@ def joint(k1: Tensor, k2: Tensor) -> Tensor:
 
 def entropy(p: Tensor, dims: int = 1) -> Tensor:
     """Entropy in bits of histograms p over the last `dims` axes."""
-    return -p_log_p(p).sum(tuple(range(-dims, 0)))
+    return p_log_p(p).sum(tuple(range(-dims, 0))) / -math.log(2)
 
 
-def p_log_p(p: Tensor) -> Tensor:
-    """p log2(p + EPS), in one buffer where nothing has to be differentiated."""
-    if torch.is_grad_enabled() and p.requires_grad:
-        return p * torch.log2(p + EPS)
-    return torch.add(p, EPS).log2_().mul_(p)
+def p_log_p(p: Tensor, out: Tensor | None = None) -> Tensor:
+    """p ln(p + EPS); `out` is memory for it where nothing has to be differentiated."""
+    if p.device.type != "cpu" or (torch.is_grad_enabled() and p.requires_grad):
+        return p * torch.log(p + EPS)
+    out = torch.add(p, EPS, out=out)
+    np.log(out.numpy(), out=out.numpy())  # several times faster than torch.log on a CPU
+    return out.mul_(p)
 
 
 def normalised(information: Tensor, h1: Tensor, h2: Tensor) -> Tensor:
@@ -221,7 +226,7 @@ class LocalMI:
         at1, at2 = (grid.positions(x, len(levels2)) for x in (levels1, levels2))
         border, h1 = every(grid.border), every(source.entropy)
         differentiable = torch.is_grad_enabled() and (k1.requires_grad or k2.requires_grad)
-        budget = JOINT[h1.device.type]
+        budget, histograms = JOINT[h1.device.type], self.bins**2 * grid.candidates.shape[-1]
 
         def candidates(pixels: Tensor) -> Tensor:
             return at2[pixels, None, None] + grid.candidates[border[pixels]]
@@ -240,10 +245,12 @@ class LocalMI:
             start2, size2 = window(*(x.flatten() for x in extremes(levels2, 2 * grid.pad + 1)), self.bins, self.width)
             groups = by_size(pixels, size1, size2)
 
+        joint_entropy = fused_joint_entropy() if self.compiled else JointEntropy(h1, max(budget, histograms))
+
         def information(p: Tensor, size1: int, size2: int) -> Tensor:
             near1 = pick(k1, at1[p, None] + grid.patch, start1[p], size1)
             near2 = pick(k2, candidates(p), start2[p], size2)
-            return patch_information(near1, near2, h1[p], self.normalise, self.compiled)
+            return patch_information(near1, near2, h1[p], self.normalise, joint_entropy)
 
         score, winner = [h1[:0]], [pixels[:0]]
         order = [pixels[:0]]
@@ -317,7 +324,7 @@ class Source:
         for images, rows in lmi._slabs(image.shape):
             k = kernels(inner[images, 0, rows.start : rows.stop + lmi.patch - 1], lmi.bins, lmi.width).movedim(-1, 1)
             m = AVERAGE_POOL[n](k, lmi.patch, 1)
-            parts.append(-p_log_p(m / (m.sum(1, keepdim=True) + EPS)).sum(1).flatten())
+            parts.append(entropy((m / (m.sum(1, keepdim=True) + EPS)).movedim(1, -1)).flatten())
         low, high = extremes(inner.detach(), lmi.patch)
         return cls(lmi, image, levels, torch.cat(parts).view_as(image), low == high, low, high)
 
@@ -369,24 +376,34 @@ class SelfMaps:
 # ------------------------------------------------------------------------------- information of many patches
 
 
-def patch_information(k1: Tensor, k2: Tensor, h1: Tensor, normalise: bool, compiled: bool = False) -> Tensor:
+def patch_information(k1: Tensor, k2: Tensor, h1: Tensor, normalise: bool, joint_entropy: Callable) -> Tensor:
     """Information (pixel, candidate) of source patches with kernels k1 (pixel, sample, bin) and entropy h1
     (pixel,), and of candidates with kernels k2 (pixel, sample, candidate, bin)."""
     m, total = k2.sum(1), k2.sum(-1)
     h2 = entropy(m / (total.sum(1) + k2.shape[1] * EPS)[..., None])
     # The joint histogram is normalised before it is made, by what it will sum to.
     mass = (k1.sum(-1)[..., None] * total).sum(1)
-    k2 = k2 / (mass + EPS)[:, None, :, None]
-    h12 = (fused_joint_entropy() if compiled else joint_entropy)(k1, k2)
+    h12 = joint_entropy(k1, k2 / (mass + EPS)[:, None, :, None])
     information = h1[:, None] + h2 - h12
     return normalised(information, h1[:, None], h2) if normalise else information
 
 
-def joint_entropy(k1: Tensor, k2: Tensor) -> Tensor:
+class JointEntropy:
     """Entropy (pixel, candidate) of the joint histograms sum_n k1[:, n, b] k2[:, n, :, c]: one product of
-    matrices for all candidates of a pixel."""
-    p = torch.bmm(k1.mT, k2.flatten(2))  # (pixel, bin, candidate * bin)
-    return -p_log_p(p).sum(1).unflatten(-1, k2.shape[2:]).sum(-1)
+    matrices for all candidates of a pixel. Reuses its memory where nothing has to be differentiated."""
+
+    def __init__(self, like: Tensor, size: int):
+        self.memory = like.new_empty(2, size)
+
+    def __call__(self, k1: Tensor, k2: Tensor) -> Tensor:
+        k2, shape = k2.flatten(2), k2.shape[2:]
+        size = (len(k1), k1.shape[2], k2.shape[2])  # (pixel, bin, candidate * bin)
+        if torch.is_grad_enabled() and (k1.requires_grad or k2.requires_grad):
+            p_log = p_log_p(torch.bmm(k1.mT, k2))
+        else:
+            p, p_log = (x[: math.prod(size)].view(size) for x in self.memory)
+            p_log = p_log_p(torch.bmm(k1.mT, k2, out=p), p_log)
+        return p_log.sum(1).unflatten(-1, shape).sum(-1) / -math.log(2)
 
 
 def unrolled_joint_entropy(k1: Tensor, k2: Tensor) -> Tensor:
@@ -423,10 +440,11 @@ def window(low: Tensor, high: Tensor, bins: int, width: float) -> tuple[Tensor, 
 
 def by_size(pixels: Tensor, size1: Tensor, size2: Tensor) -> Iterator[tuple[Tensor, int, int]]:
     """The pixels, in groups for which size1 and size2 (of every pixel of the slab) are the same."""
-    sizes = torch.stack([size1[pixels], size2[pixels]])
-    (sizes1, sizes2), group, counts = torch.unique(sizes, dim=1, return_inverse=True, return_counts=True)
-    parts = pixels[group.argsort(stable=True)].split(counts.tolist())
-    yield from zip(parts, sizes1.tolist(), sizes2.tolist(), strict=True)
+    radix = int(size2.max()) + 1
+    both, order = (size1 * radix + size2)[pixels].sort(stable=True)
+    sizes, counts = both.unique_consecutive(return_counts=True)
+    for size, part in zip(sizes.tolist(), pixels[order].split(counts.tolist()), strict=True):
+        yield part, *divmod(size, radix)
 
 
 def extremes(levels: Tensor, side: int) -> tuple[Tensor, Tensor]:
