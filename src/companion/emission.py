@@ -164,7 +164,8 @@ def map_rdp(
         y, A, background, iterations=10, noise_free=noise_free).x
     ndim = len(A.domain_shape) - 1
     seen = total > 0
-    weight = strength * total.sum(tuple(range(-ndim - 1, 0)), keepdim=True) / seen.sum().clamp(min=1)
+    axes = tuple(range(-ndim - 1, 0))
+    weight = strength * total.sum(axes, keepdim=True) / seen.sum(axes, keepdim=True).clamp(min=1)
     floor = 1e-6 * _mean(x) + 1e-30
 
     def objective(x, expected):

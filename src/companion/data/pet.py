@@ -1,0 +1,341 @@
+"""Activity to scan: an FDG-like cohort of virtual people, and loaders for BrainWeb and NIfTI activity maps.
+
+Subject i of `data.anatomy` gets a tracer uptake of their own: grey to white matter about 4 to 1, little in CSF, smooth
+regional differences, and lesions of known place and contrast if asked for. Activity is in kBq/mL everywhere, the
+attenuation coefficient at 511 keV in 1/mm; arrays are (z, y, x) like there. How many counts a scan of it has is not
+decided here: see `operators.pet.with_counts`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+from . import anatomy
+from .anatomy import FIELD_OF_VIEW_MM, SLAB_MM, TISSUES, Subject, grid_mm
+from .nifti import Volume, centred_affine, load_nifti
+
+# FDG 45 minutes after injection, about 200 MBq in 70 kg: kBq/mL.
+UPTAKE = {"csf": 1.0, "grey": 22.0, "white": 5.5}
+UPTAKE_SPREAD = {"all": 0.15, "tissue": 0.08, "regional": 0.08}  # relative standard deviations: person, tissue, place
+LESION_RADIUS_MM = (5.0, 10.0)
+LESION_CONTRAST = (1.5, 2.5)  # times the subject's grey matter
+MU_WATER, MU_SKULL = 0.0096, 0.0151  # 1/mm at 511 keV
+SKULL_MM, SKIN_MM = (3.0, 9.0), 12.0  # outside the brain's surface
+
+# Classes of the BrainWeb anatomical models, in the order of their labels, and what they mean here.
+BRAINWEB = ("background", "csf", "grey", "white", "fat", "muscle", "skin", "skull", "vessels", "around fat", "dura",
+            "marrow")
+BRAINWEB_SHAPE, BRAINWEB_MM = (362, 434, 362), 0.5
+BRAINWEB_UPTAKE = UPTAKE | {"skin": 2.75, "muscle": 2.75, "vessels": 4.0, "fat": 1.0, "around fat": 1.0, "marrow": 2.0}
+PHANTOM_SLICES = 281  # of each subject in the published file
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A sphere: centre in MNI mm (x, y, z), radius, and activity as a multiple of the subject's grey matter."""
+
+    position_mm: tuple[float, float, float]
+    radius_mm: float
+    contrast: float
+
+
+@dataclass(frozen=True)
+class Activity:
+    """One subject on a grid, (z, y, x): `image` in kBq/mL and what it was made from, where that is known.
+
+    labels: 0 background, then `anatomy.LABELS`. lesions: 0, or the number of the lesion from 1. mu: 1/mm.
+    """
+
+    image: Tensor
+    pixel_mm: float
+    affine: np.ndarray
+    labels: Tensor | None = None
+    lesions: Tensor | None = None
+    mu: Tensor | None = None
+
+    def slices(self, name: str = "image") -> Tensor:
+        """The array `name` as a batch of slices (z, 1, y, x)."""
+        array = getattr(self, name)
+        if array is None:
+            raise ValueError(f"this activity map has no {name}; it came without")
+        return array[:, None]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Slices of many subjects, (slice, 1, y, x): `image` in kBq/mL, `labels`, `lesions`, `mu` as in `Activity`.
+
+    subject (slice,) the subject's seed, height_mm (slice,) its MNI height.
+    """
+
+    image: Tensor
+    labels: Tensor
+    lesions: Tensor
+    mu: Tensor
+    subject: Tensor
+    height_mm: Tensor
+    pixel_mm: float
+
+
+# ------------------------------------------------------------------------------------------------- virtual people
+def uptake(subject: Subject) -> dict[str, float]:
+    """This subject's activity in each pure tissue, kBq/mL."""
+    draws = torch.randn(1 + len(TISSUES), generator=subject.generator("uptake")).clamp(-2, 2).tolist()
+    person = UPTAKE_SPREAD["all"] * draws[0]
+    return {tissue: UPTAKE[tissue] * math.exp(person + UPTAKE_SPREAD["tissue"] * draw)
+            for tissue, draw in zip(TISSUES, draws[1:], strict=True)}
+
+
+def place_lesions(subject: Subject, count: int, slices_mm: Tensor | None = None) -> list[Lesion]:
+    """`count` seeded lesions inside the brain, apart from each other, fewer where they do not fit.
+
+    slices_mm: MNI heights; the centres then lie in these slices. By default anywhere in `anatomy.SLAB_MM`.
+    """
+    heights = torch.arange(SLAB_MM[0], SLAB_MM[1] + 1, 4.0) if slices_mm is None else slices_mm
+    generator = subject.generator("lesions")
+    coarse = 4.0
+    side = round(FIELD_OF_VIEW_MM / coarse)
+    points = grid_mm((len(heights), side, side), coarse, heights)
+    brain = anatomy.tissue_maps(subject, points, coarse)[:3].sum(0) > 0.9
+    depth = torch.from_numpy(np.stack([distance_transform_edt(plane, sampling=coarse) for plane in brain.numpy()]))
+    lesions: list[Lesion] = []
+    for _ in range(50 * count):
+        if len(lesions) == count:
+            break
+        size, strength = torch.rand(2, generator=generator).tolist()
+        radius = LESION_RADIUS_MM[0] + size * (LESION_RADIUS_MM[1] - LESION_RADIUS_MM[0])
+        fits = torch.nonzero(depth > radius)
+        if not len(fits):
+            continue
+        at = fits[int(torch.randint(len(fits), (), generator=generator))]
+        position = tuple(points[tuple(at)].tolist())
+        if all(math.dist(position, other.position_mm) > radius + other.radius_mm + 8 for other in lesions):
+            contrast = LESION_CONTRAST[0] + strength * (LESION_CONTRAST[1] - LESION_CONTRAST[0])
+            lesions.append(Lesion(position, radius, contrast))
+    return lesions
+
+
+def render(
+    subject: Subject,
+    shape: tuple[int, int, int] = (64, 64, 64),
+    pixel_mm: float | None = None,
+    slices_mm: Tensor | None = None,
+    lesions: Sequence[Lesion] = (),
+) -> Activity:
+    """The activity of a subject on a grid (z, y, x), with labels, lesions and attenuation.
+
+    pixel_mm: by default the field of view filled by the larger of y and x. slices_mm: MNI heights of single slices
+    (then the affine only describes y and x). Every voxel holds the mean over itself, so edges have partial volume.
+    """
+    pixel_mm = FIELD_OF_VIEW_MM / max(shape[1:]) if pixel_mm is None else pixel_mm
+    if slices_mm is not None and len(slices_mm) != shape[0]:
+        raise ValueError(f"shape asks for {shape[0]} slices but slices_mm has {len(slices_mm)}; make them agree")
+    points = grid_mm(shape, pixel_mm, slices_mm)
+    tissue = anatomy.tissue_maps(subject, points, pixel_mm)[:3].clamp(min=0)
+    values = uptake(subject)
+    regional = UPTAKE_SPREAD["regional"] * anatomy.smooth_field(points, subject.generator("regional"))
+    image = torch.tensordot(torch.tensor([values[name] for name in TISSUES]), tissue, 1) * regional.exp()
+    numbers = torch.zeros(shape, dtype=torch.uint8)
+    for number, lesion in enumerate(lesions, start=1):
+        distance = (points - torch.tensor(lesion.position_mm)).norm(dim=-1)
+        share = ((lesion.radius_mm - distance) / pixel_mm + 0.5).clamp(0, 1)
+        image = torch.lerp(image, torch.full_like(image, lesion.contrast * values["grey"]), share)
+        numbers[share > 0.5] = number
+    mu = _attenuation(tissue.sum(0) > 0.5, pixel_mm)
+    return Activity(image, pixel_mm, anatomy.affine(shape, pixel_mm), anatomy.labels_from_tissue(tissue), numbers, mu)
+
+
+def _attenuation(brain: Tensor, pixel_mm: float) -> Tensor:
+    """Brain and skin as water, and a skull around each slice of the brain."""
+    away = torch.from_numpy(np.stack([
+        distance_transform_edt(~plane, sampling=pixel_mm) if plane.any() else np.full(plane.shape, np.inf)
+        for plane in brain.numpy()
+    ])).to(torch.float32)
+    skull = (away > SKULL_MM[0]) & (away <= SKULL_MM[1])
+    return torch.where(skull, MU_SKULL, torch.where(away <= SKIN_MM, MU_WATER, 0.0))
+
+
+def cohort_slices(split: str, subjects: int, size: int = 64, per_subject: int = 8, lesions: int = 0) -> Slices:
+    """`per_subject` axial slices of each of the first `subjects` people of a split ("train", "validation", "test").
+
+    lesions: how many each person has, centred in some of the slices. No slice is empty: they lie in `anatomy.SLAB_MM`.
+    """
+    parts = []
+    for subject in anatomy.cohort(split, subjects):
+        heights = anatomy.slice_heights(subject, per_subject)
+        found = place_lesions(subject, lesions, heights) if lesions else []
+        one = render(subject, (per_subject, size, size), slices_mm=heights, lesions=found)
+        parts.append((one.slices(), one.slices("labels"), one.slices("lesions"), one.slices("mu"),
+                      torch.full((per_subject,), subject.seed), heights))
+    return Slices(*(torch.cat(column) for column in zip(*parts, strict=True)), pixel_mm=FIELD_OF_VIEW_MM / size)
+
+
+# -------------------------------------------------------------------------------------------------------- loaders
+def load_phantoms(path: str | os.PathLike, slices: int = PHANTOM_SLICES, order: str = "lexicographic") -> Tensor:
+    """The published phantoms, (subject, slice, 1, y, x) float32, slices in anatomical order.
+
+    The file holds `phantoms` (subjects * slices, pixels), rows as their files sort by name: slice 0, 1, 10, 100, ...
+    Values are small relative activities (0 to 12, no units), each slice with a contrast of its own. order: "numeric"
+    for a file whose rows are in anatomical order already; which of the two is checked, since neighbouring slices
+    resemble each other. Raises ValueError for a file of another kind.
+    """
+    path = Path(path)
+    rows = _phantom_rows(path)
+    side = math.isqrt(rows.shape[1])
+    if side**2 != rows.shape[1] or len(rows) % slices:
+        raise ValueError(
+            f"{path}: phantoms of shape {rows.shape}; expected (subjects * {slices}, side * side), so square images "
+            f"and {slices} slices each; give slices=..."
+        )
+    if order not in ("lexicographic", "numeric"):
+        raise ValueError(f"order {order!r} is unknown; use 'lexicographic' (as published) or 'numeric'")
+    stored = torch.from_numpy(rows.astype(np.float32)).reshape(-1, slices, 1, side, side)
+    place = torch.tensor(sorted(range(slices), key=str))
+    sorted_back = torch.empty_like(stored)
+    sorted_back[:, place] = stored
+    steps = {"lexicographic": _roughness(sorted_back), "numeric": _roughness(stored)}
+    if slices > 10 and steps[order] > min(steps.values()):
+        other = next(name for name in steps if name != order)
+        raise ValueError(
+            f"{path}: the rows are not in {order} order: neighbouring slices would differ by {steps[order]:.3g} on "
+            f"average, in {other} order by {steps[other]:.3g}; give order={other!r}, or slices=... if not {slices}"
+        )
+    return sorted_back if order == "lexicographic" else stored
+
+
+def _phantom_rows(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; check the path")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = list(file)
+            rows = file["phantoms"] if "phantoms" in names else None
+    except (ValueError, OSError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable npz of plain arrays ({error})") from error
+    if rows is None:
+        raise ValueError(f"{path}: holds {', '.join(names) or 'nothing'} but not 'phantoms': a foreign file")
+    if rows.ndim != 2 or rows.dtype.kind not in "uif" or not len(rows):
+        raise ValueError(f"{path}: phantoms of shape {rows.shape}, {rows.dtype}; expected numbers (slice, pixel)")
+    _check_activity(rows, path)
+    return rows
+
+
+def _roughness(volumes: Tensor) -> float:
+    return (volumes[:, 1:] - volumes[:, :-1]).abs().mean().item()
+
+
+def load_brainweb(path: str | os.PathLike) -> Volume:
+    """Labels of a BrainWeb anatomical model, uint8 (z, y, x), numbered as `BRAINWEB`, anterior rows first.
+
+    Discrete volumes: MINC (.mnc, .mnc.gz) or raw shorts or bytes (.raws, .rawb, .bin, with or without .gz) of the 20
+    normal models, 362 x 434 x 362 at 0.5 mm. Raises ValueError for fuzzy models, other shapes or unknown labels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; download it from brainweb.bic.mni.mcgill.ca")
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".mnc"):
+        values, affine = _read_minc(path)
+    elif name.endswith((".raws", ".rawb", ".bin")):
+        values, affine = _read_raw(path), centred_affine(BRAINWEB_SHAPE, BRAINWEB_MM)
+    else:
+        raise ValueError(f"{path.name}: expected .mnc, .raws, .rawb or .bin, with or without .gz")
+    labels = np.rint(values)
+    if np.abs(values - labels).max() > 1e-3:
+        raise ValueError(f"{path}: values between the labels, so a fuzzy model; use the discrete ('crisp') one")
+    if labels.max() >= len(BRAINWEB):  # raw shorts hold 16 times the label, and sometimes lower bits
+        labels = labels // 16
+    if labels.min() < 0 or labels.max() >= len(BRAINWEB) or labels.max() < 3:
+        raise ValueError(f"{path}: labels {labels.min():g} to {labels.max():g}; expected 0 to {len(BRAINWEB) - 1}")
+    flipped = affine @ np.array([[1, 0, 0, 0], [0, -1, 0, labels.shape[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    return Volume(np.ascontiguousarray(labels[:, ::-1]).astype(np.uint8), flipped)
+
+
+def _read_minc(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Values (z, y, x) in the directions right, anterior, superior, and the affine."""
+    try:
+        image = nibabel.as_closest_canonical(nibabel.load(path))
+        values = np.asarray(image.dataobj, dtype=np.float32)
+    except Exception as error:  # nibabel, h5py and scipy raise many kinds for damaged files
+        raise ValueError(f"{path}: not a readable MINC volume ({error})") from error
+    if values.ndim != 3:
+        raise ValueError(f"{path}: expected a volume of three axes, got shape {values.shape}")
+    return values.transpose(2, 1, 0), image.affine
+
+
+def _read_raw(path: Path) -> np.ndarray:
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    voxels = math.prod(BRAINWEB_SHAPE)
+    kinds = {voxels: np.uint8, 2 * voxels: np.dtype("<u2")}
+    if len(content) not in kinds:
+        raise ValueError(f"{path}: {len(content)} bytes; expected {voxels} bytes or shorts, {BRAINWEB_SHAPE} (z, y, x)")
+    return np.frombuffer(content, kinds[len(content)]).reshape(BRAINWEB_SHAPE).astype(np.float32)
+
+
+def activity_from_labels(volume: Volume, size: int = 64, values: dict[str, float] = BRAINWEB_UPTAKE) -> Activity:
+    """FDG activity and attenuation of a BrainWeb model, averaged to cubic voxels, `size` along the longer of y and x.
+
+    values: kBq/mL of each class of `BRAINWEB`, 0 if not named.
+    """
+    labels = torch.from_numpy(np.asarray(volume.array)).long()
+    step = volume.voxel_mm
+    if max(step) > 1.001 * min(step):
+        raise ValueError(f"voxels of {step} mm are not cubes; resample the labels first")
+    side = max(labels.shape[1:])
+    pixel_mm = step[0] * side / size
+    depth = max(1, round(labels.shape[0] * step[0] / pixel_mm))
+
+    def averaged(of_label: Sequence[float]) -> Tensor:
+        full = torch.tensor(of_label, dtype=torch.float32)[labels]
+        pad = [v for n in (labels.shape[2], labels.shape[1]) for v in ((side - n) // 2, side - n - (side - n) // 2)]
+        return F.interpolate(F.pad(full, pad)[None, None], (depth, size, size), mode="area")[0, 0]
+
+    bone = ("skull", "marrow", "dura")
+    mu = averaged([0.0, *(MU_SKULL if name in bone else MU_WATER for name in BRAINWEB[1:])])
+    tissue = torch.stack([averaged([float(name == wanted) for name in BRAINWEB]) for wanted in TISSUES])
+    image = averaged([values.get(name, 0.0) for name in BRAINWEB])
+    affine = centred_affine((depth, size, size), pixel_mm)
+    return Activity(image, pixel_mm, affine, anatomy.labels_from_tissue(tissue), torch.zeros_like(image).byte(), mu)
+
+
+def load_activity(path: str | os.PathLike, units: str = "kBq/mL", frame: int | None = None) -> Activity:
+    """The activity map of a NIfTI file, (z, y, x), converted to kBq/mL; only the image, without labels.
+
+    units: those of the file, "kBq/mL", "Bq/mL", "MBq/mL" or "relative" (kept as they are). frame: of a dynamic scan.
+    Raises ValueError for negative activity and for pixels that are not square.
+    """
+    factors = {"kBq/mL": 1.0, "Bq/mL": 1e-3, "MBq/mL": 1e3, "relative": 1.0}
+    if units not in factors:
+        raise ValueError(f"units {units!r} are unknown; use one of {', '.join(factors)}")
+    volume = load_nifti(path, frame=frame)
+    array = volume.array.astype(np.float32) * factors[units]
+    _check_activity(array, Path(path))
+    _, y, x = volume.voxel_mm
+    if abs(y - x) > 1e-3 * x:
+        raise ValueError(f"{path}: pixels of {y:.4g} x {x:.4g} mm are not square; resample to square pixels first")
+    return Activity(torch.from_numpy(array), x, volume.affine)
+
+
+def _check_activity(array: np.ndarray, path: Path) -> None:
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path}: {(~np.isfinite(array)).sum()} NaN or infinite values; repair them first")
+    if (array < 0).any():
+        raise ValueError(
+            f"{path}: negative activity, down to {array.min():.4g}; activity cannot be negative: clip a reconstruction "
+            "that is (filtered back projection), knowing that this biases low regions"
+        )
+    if not array.any():
+        raise ValueError(f"{path}: no activity at all: an empty scan")
