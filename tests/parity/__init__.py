@@ -5,7 +5,7 @@ description asks for, and prints what was compared. A case without a handler and
 compared count as failed. A paper is one module of handlers, imported here.
 """
 
-from . import aid, latent3d, pet, pet_networks  # noqa: F401  (register their handlers)
+from . import aid, latent3d, lmi, pet, pet_networks  # noqa: F401  (register their handlers)
 from .ledger import Check, Folder, run, table
 
 __all__ = ["Check", "Folder", "run", "table"]

@@ -23,7 +23,8 @@ ROUNDED = 3e-4  # what rounding of MONAI's tables to float32 does to a step, at 
 
 def kind(case: Case) -> str:
     """The class that the manifest names."""
-    return str(case.spec.get("constructor", {}).get("cls", "")).rsplit(".", 1)[-1]
+    made = case.spec.get("constructor")
+    return str(made.get("cls", "")).rsplit(".", 1)[-1] if isinstance(made, dict) else ""
 
 
 def tolerance(case: Case) -> float:
