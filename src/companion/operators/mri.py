@@ -324,6 +324,56 @@ def estimate_maps(
     return torch.from_numpy(np.stack(maps)).to(torch.complex64).reshape(kspace.shape).to(kspace.device)
 
 
+def coil_maps(kspace: Tensor, width: int) -> Tensor:
+    """Coil maps `(..., coil, y, x)` from the centre of k-space, `width` wide, by `estimate_maps`; ones for a single
+    coil.
+    """
+    return torch.ones_like(kspace) if kspace.shape[-3] == 1 else estimate_maps(kspace, width)
+
+
+def combine(kspace: Tensor, maps: Tensor) -> Tensor:
+    """The image `(..., 1, y, x)` of fully sampled k-space `(..., coil, y, x)`: least squares for maps of unit sum of
+    squares.
+    """
+    return (maps.conj() * ifft(kspace)).sum(-3, keepdim=True)
+
+
+def low_pass(kspace: Tensor, width: int) -> Tensor:
+    """k-space `(..., y, x)` with all but its `width` x `width` centre zero, under cosines against ringing.
+
+    An odd width is centred on the zero frequency; an even one loses its first row and column, as |k| < width / 2.
+    """
+    distance = [(torch.arange(n, device=kspace.device) - n // 2).abs() * 2 / width for n in kspace.shape[-2:]]
+    rows, columns = (torch.where(d < 1, torch.cos(torch.pi / 2 * d), 0.0) for d in distance)
+    return kspace * rows[:, None] * columns
+
+
+def estimate_noise(kspace: Tensor) -> float:
+    """The noise per real component of raw k-space `(..., y, x)`, from its corners, where signal is least.
+
+    Median absolute deviation of the measured samples among the tenth that lies furthest from the centre; samples that
+    are exactly zero count as not measured. Raises ValueError for NaN, infinity and fewer than 50 such samples.
+    """
+    check_finite(kspace, "kspace")
+    grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in kspace.shape[-2:]], indexing="ij")
+    radius = sum(g.square() for g in grids).flatten()
+    corner = kspace.flatten(-2)[..., (radius >= torch.quantile(radius, 0.9)).to(kspace.device)]
+    values = torch.view_as_real(corner[corner != 0]).flatten()
+    if values.numel() < 100:
+        raise ValueError(f"only {values.numel() // 2} samples lie in the corners of k-space; give noise_std")
+    return (1.4826 * values.abs().median()).item()
+
+
+def centre_lines(columns: Tensor) -> int:
+    """How many lines around the centre of a mask (x,) are measured without a gap: its `acs`, as `cartesian_mask` has
+    it.
+    """
+    measured, centre = columns != 0, len(columns) // 2
+    left = int(measured[:centre].flip(0).cumprod(0).sum())
+    right = int(measured[centre:].cumprod(0).sum())
+    return min(2 * left + 1, 2 * right)
+
+
 def compress_coils(kspace: Tensor, coils: int, ndim: int = 2) -> tuple[Tensor, Tensor]:
     """k-space `(..., virtual coil, *space)` of the strongest virtual coils, and the matrix (virtual coil,
     coil).

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion import baselines, metrics
+from companion import baselines, metrics, nullspace
 from companion.data import anatomy, fastmri
 from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.guidance import Guidance, Measured, ddnm, dds, diffpir, dps, landweber, pigdm, posterior_mean
@@ -30,9 +30,12 @@ from companion.operators.mri import (
     Sense,
     birdcage_maps,
     cartesian_mask,
-    estimate_maps,
+    centre_lines,
+    coil_maps,
+    combine,
+    estimate_noise,
     fft,
-    ifft,
+    low_pass,
     sense,
 )
 from companion.papers.aid import volume, volumes
@@ -63,10 +66,10 @@ class Reconstruct(Parameters):
     coils: int = param(8, "receive coils of virtual people", minimum=1)
     noise_std: float = param(0.01, "k-space noise per real component of virtual people, in image units", minimum=0)
     acceleration: float = param(8, "nominal acceleration R", minimum=1)
-    mask: str = param("equispaced", "which lines are measured", choices=("equispaced", "random", "variable_density"))
+    mask: str = param("equispaced", "lines that are measured", choices=("equispaced", "random", "variable_density"))
     acs: int = param(0, "fully sampled centre lines", minimum=0)
-    maps: str = param("calibration", "coil maps from: a low-resolution calibration scan; the acs lines; oracle, the true "
-                                     "maps (the paper's protocol)", choices=("calibration", "acs", "oracle"))
+    maps: str = param("calibration", "coil maps from: a low-resolution calibration scan; the acs lines; oracle, the "
+                                     "true maps (the paper's protocol)", choices=("calibration", "acs", "oracle"))
     calibration: int = param(16, "width of the calibration scan, samples", minimum=12)
     scale: float | None = param(None, "peak of the zero-filled image in units of the prior, as the paper sets it by hand; "
                                       "none: found from the data", minimum=1e-6)
@@ -145,23 +148,6 @@ def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor,
     return VolumeScan(name, scale * y, maps, mask, scale * noise_std, scale, None if x is None else scale * x, voxel_mm)
 
 
-def coil_maps(kspace: Tensor, width: int) -> Tensor:
-    """Return coil maps (frame, coil, y, x) by ESPIRiT from the centre of k-space; ones for a single coil."""
-    return torch.ones_like(kspace) if kspace.shape[1] == 1 else estimate_maps(kspace, width)
-
-
-def low_pass(kspace: Tensor, width: int) -> Tensor:
-    """Return k-space (..., y, x) with all but its `width` x `width` centre zero, under cosines against ringing."""
-    distance = [(torch.arange(n) - n // 2).abs() * 2 / (width + 1) for n in kspace.shape[-2:]]
-    rows, columns = (torch.where(d < 1, torch.cos(torch.pi / 2 * d), 0.0) for d in distance)
-    return kspace * rows[:, None] * columns
-
-
-def combine(kspace: Tensor, maps: Tensor) -> Tensor:
-    """Return coil-combined images (frame, 1, y, x) of fully sampled k-space."""
-    return (maps.conj() * ifft(kspace)).sum(-3, keepdim=True)
-
-
 def peak(x: Tensor) -> float:
     """Return the largest magnitude of a volume."""
     return x.abs().max().item()
@@ -178,20 +164,6 @@ def intensity_scale(x: Tensor, reference: float) -> float:
     return reference / level
 
 
-def estimate_noise(kspace: Tensor) -> float:
-    """Return the noise per real component of raw k-space (..., y, x), from its corners, where signal is least.
-
-    Median absolute deviation of the measured samples among the tenth that lies furthest from the centre.
-    """
-    grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in kspace.shape[-2:]], indexing="ij")
-    radius = sum(g.square() for g in grids)
-    corner = kspace[..., radius >= torch.quantile(radius.flatten(), 0.9)]
-    values = torch.view_as_real(corner[corner != 0]).flatten()
-    if values.numel() < 100:
-        raise ValueError(f"only {values.numel() // 2} samples lie in the corners of k-space; give noise_std")
-    return (1.4826 * values.abs().median()).item()
-
-
 def read_scan(path: Path, p: Reconstruct, reference: float) -> VolumeScan:
     """Return the scan of a fastMRI file: fully sampled files are undersampled here, others taken as they are.
 
@@ -203,23 +175,14 @@ def read_scan(path: Path, p: Reconstruct, reference: float) -> VolumeScan:
     kspace = file.crop(raw)
     width = kspace.shape[-1]
     if file.mask is not None:
-        columns, acs = file.mask, centre_lines(file.mask)
-        mask = CartesianMask(columns, width / columns.sum().item(), width / columns.sum().item(), int(columns.sum()), acs,
-                             "as measured", p.seed)
+        columns, acs, lines = file.mask, centre_lines(file.mask), int(file.mask.sum())
+        mask = CartesianMask(columns, width / lines, width / lines, lines, acs, "as measured", p.seed)
         return prepare(path.stem, kspace, mask, kspace, noise_std, replace(p, maps="acs", acs=acs), reference,
                        voxel_mm=file.voxel_mm)
     mask = cartesian_mask(width, p.acceleration, p.mask, acs=p.acs, seed=p.seed)
     best = coil_maps(kspace, min(REFERENCE_ACS, *kspace.shape[-2:]))
     return prepare(path.stem, kspace, mask, kspace, noise_std, p, reference, combine(kspace, best),
                    best if p.maps == "oracle" else None, file.voxel_mm)
-
-
-def centre_lines(columns: Tensor) -> int:
-    """Return how many lines around the centre of a mask (x,) are measured without a gap."""
-    centre = len(columns) // 2
-    left, right = (int((part == 0).float().argmax()) if (part == 0).any() else len(part)
-                   for part in (columns[:centre].flip(0), columns[centre:]))
-    return 2 * min(left, right)
 
 
 def open_scans(p: Reconstruct) -> tuple[list[VolumeScan], list[VolumeScan]]:
@@ -413,3 +376,39 @@ def summary(rows: list[dict], versus: str = "AID") -> list[dict]:
             row[f"{versus} gains (dB)"] = metrics.mean_and_error(*gain) if several else (gain[0] - gain[1]).item()
         table.append(row)
     return table
+
+
+# ------------------------------------------------------------------------------------------- measured and inferred
+
+
+def measured_and_inferred(scan: VolumeScan, draws: Tensor, frame: int, prior_std: float = 0.34) -> dict[str, Tensor]:
+    """Return maps of one slice, (1, y, x): what its data say and what the prior filled in.
+
+    "measured": how much of each pixel the data determine, 0 to 1; "measured part" and "inferred part" of the mean of
+    the draws (draw, frame, 1, y, x); "agreement" of the inferred part over the draws, 0 to 1; see `nullspace`.
+    """
+    A, weight = scan.operator(frame), (scan.noise_std / prior_std) ** 2
+    x = draws[:, frame]
+    inferred = x - nullspace.measured_part(A, x, weight)
+    return {"measured": nullspace.measured_fraction(A, weight), "measured part": (x - inferred).mean(0),
+            "inferred part": inferred.mean(0), "agreement": nullspace.agreement(inferred)}
+
+
+def unfold(p: Reconstruct, frame: int = 4, acceleration: int = 2) -> dict[str, Tensor]:
+    """Return the paper's single-coil unfolding: slice `frame` from every second line, the slice before it known.
+
+    Keys "before", "truth", "zero-filled" (1, y, x) and "with", "without" context, p.draws draws (draw, 1, y, x) each.
+    """
+    prior, reference = Prior.load(p.weights, p), describe(p.weights)["data"]["magnitude_q99"]
+    one = replace(p, acceleration=acceleration, acs=0, mask="equispaced", coils=1, frames=frame + 1, maps="oracle",
+                  scale=None)
+    full = simulate(one, "test", 0, reference)
+    before, y, truth = full.x[frame - 1 : frame], full.y[frame:], full.x[frame]
+    levels = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
+    result = {"before": before[0], "truth": truth, "zero-filled": full.operator(frame).H(y)[0]}
+    network_of(prior.D).context = "full"
+    for name, context, error in (("with", before[None], prior.given), ("without", None, prior.alone)):
+        G = posterior_mean(full.operator(frame), y, full.noise_std, error)
+        result[name] = reconstruct_sequence(prior.D, [G], levels, seeds=range(p.seed, p.seed + p.draws), start=None,
+                                            solver="annealed_gibbs", context=context, device=p.device).x[:, 0]
+    return result
