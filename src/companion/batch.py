@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,6 +50,26 @@ def run_batch(profile: str, config: Path | None, folder: Path | None, options: S
     return code
 
 
+def all_runs(config: Mapping) -> dict[str, dict]:
+    """Return the runs of a configuration by name, grids written out: one run a combination, and the gathering one.
+
+    Raises ValueError when two runs have the same name.
+    """
+    runs = list(config.get("runs") or [])
+    for grid in config.get("grids") or []:
+        common = {k: v for k, v in grid.items() if k not in ("name", "vary", "gather", "out")}
+        members = []
+        for values in itertools.product(*grid["vary"].values()):
+            set_ = [f"{name}={value}" for name, value in zip(grid["vary"], values, strict=True)]
+            name = "_".join([grid["name"], *map(str, values)]).replace(".", "p").replace("-", "m")
+            members.append(common | {"name": name, "out": "/".join([grid["out"], ",".join(set_)]), "set": set_})
+        runs += [*members, grid["gather"] | {"name": grid["name"], "needs": [run["name"] for run in members]}]
+    named = {run["name"]: run for run in runs}
+    if len(named) < len(runs):
+        raise ValueError("the workflow's configuration names two runs alike")
+    return named
+
+
 def _written(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
@@ -68,7 +89,7 @@ def _only_driver(folder: Path) -> Iterator[int]:
 
 def _forget_corrupt(folder: Path, config: Path) -> None:
     """Take the done mark from runs whose results are not what they were, so that they are run again."""
-    for run in (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("runs", []):
+    for run in all_runs(yaml.safe_load(config.read_text(encoding="utf-8")) or {}).values():
         state = read_run(folder / run["out"])
         if state.state == "corrupt":
             print(f"{run['out']} will be run again: {state.reason}", flush=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from companion.runs import atomic_write
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: safe for the colour-blind
 MARKERS = "osD^vP"
@@ -83,19 +88,78 @@ def _bar(fig: Figure, cax, shown, unit: str, hidden: bool) -> None:
         label.set_ha(side)
 
 
-def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str,
+def animation(path: str | os.PathLike, sequences: Mapping[str, Tensor], *, window: tuple[float, float] = (0.0, 1.0),
+              frame_ms: int = 200, zoom: int = 3) -> Path:
+    """Return the path of a GIF that plays sequences (frame, 1, y, x) beside one another, for ever, on one grey window.
+
+    Magnitudes, every pixel `zoom` pixels wide, under the names of the sequences and the number of the frame. A longer
+    name is cut where its picture ends. Raises ValueError for sequences of different numbers of frames.
+    """
+    counts = {len(x) for x in sequences.values()}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"sequences must have equally many frames, got {[len(x) for x in sequences.values()]}")
+    font, top, gap = ImageFont.load_default(11), 16, 4
+    frames, (count,) = [], counts
+    for n in range(count):
+        panels = [_grey(picture(x[n]), window, zoom) for x in sequences.values()]
+        height = max(panel.height for panel in panels)
+        sheet = Image.new("L", (sum(panel.width + gap for panel in panels) - gap, height + 2 * top), 255)
+        draw, left = ImageDraw.Draw(sheet), 0
+        for name, panel in zip(sequences, panels, strict=True):
+            while name and draw.textlength(name, font) > panel.width:
+                name = name[:-1]
+            draw.text((left, 1), name, fill=0, font=font)
+            sheet.paste(panel, (left, top))
+            left += panel.width + gap
+        draw.text((0, height + top + 1), f"frame {n + 1} of {count}", fill=0, font=font)
+        frames.append(sheet)
+    with atomic_write(path) as aside:
+        frames[0].save(aside, format="GIF", save_all=True, append_images=frames[1:], duration=frame_ms, loop=0)
+    return Path(path)
+
+
+def _grey(x: np.ndarray, window: tuple[float, float], zoom: int) -> Image.Image:
+    low, high = window
+    levels = np.clip((np.nan_to_num(x) - low) / (high - low), 0, 1) * 255
+    return Image.fromarray(levels.round().astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1))
+
+
+def curves(lines: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str, ylabel: str,
            diagonal: str | None = None, logx: bool = False, logy: bool = False,
            size: tuple[float, float] = (3.4, 3.2)) -> Figure:
-    """Return a figure of named (x, y) lines, told apart by colour and marker; `diagonal` labels the line y = x."""
+    """Return a figure of named lines (x, y) or (x, y, error of y), told apart by colour and marker.
+
+    `diagonal` labels the line y = x. Errors are drawn as bands of plus and minus one.
+    """
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=size)
         if diagonal:
             ax.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label=diagonal)
-        for marker, (name, (x, y)) in zip(MARKERS * len(lines), lines.items(), strict=False):
-            ax.plot(x, y, marker=marker, ms=4, lw=1.2, label=name)
+        for marker, (name, (x, y, *error)) in zip(MARKERS * len(lines), lines.items(), strict=False):
+            (line,) = ax.plot(x, y, marker=marker, ms=4, lw=1.2, label=name)
+            if error:
+                low, high = np.asarray(y) - error[0], np.asarray(y) + error[0]
+                ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
         ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
         if len(lines) + bool(diagonal) > 1:
             ax.legend(frameon=False, fontsize=8)
+        fig.tight_layout()
+    plt.close(fig)
+    return fig
+
+
+def panels(groups: Mapping[str, Mapping[str, tuple]], *, xlabel: str, ylabel: str,
+           size: tuple[float, float] = (2.6, 2.8)) -> Figure:
+    """Return a row of axes that share their scales, one for each key; inside, named lines (x, y, error bar)."""
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True,
+                                 figsize=(size[0] * len(groups), size[1]))
+        for ax, (title, lines) in zip(axes[0], groups.items(), strict=True):
+            for marker, (name, (x, y, error)) in zip(MARKERS, lines.items(), strict=False):
+                ax.errorbar(x, y, error, marker=marker, ms=4, lw=1.2, capsize=2, label=name)
+            ax.set(title=title, xlabel=xlabel, xticks=sorted({v for x, _, _ in lines.values() for v in x}))
+        axes[0, 0].set_ylabel(ylabel)
+        axes[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         fig.tight_layout()
     plt.close(fig)
     return fig

@@ -8,6 +8,8 @@ tuned on other people.
 from __future__ import annotations
 
 import contextlib
+import csv
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +42,7 @@ from companion.operators.mri import (
 )
 from companion.papers.aid import volume, volumes
 from companion.parameters import Parameters, param
-from companion.runs import project_root
+from companion.runs import atomic_write, project_root
 from companion.weights import describe, load_denoiser, network_of
 
 FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
@@ -71,7 +73,7 @@ class Reconstruct(Parameters):
     maps: str = param("calibration", "coil maps from: a low-resolution calibration scan; the acs lines; oracle, the "
                                      "true maps (the paper's protocol)", choices=("calibration", "acs", "oracle"))
     calibration: int = param(16, "width of the calibration scan, samples", minimum=12)
-    scale: float | None = param(None, "peak of the zero-filled image in units of the prior, as the paper sets it by hand; "
+    scale: float | None = param(None, "peak of the zero-filled image in units of the prior, by hand as in the paper; "
                                       "none: found from the data", minimum=1e-6)
     start: str = param("nothing", "what the first slice is given: nothing, or truth, the fully sampled slice (paper's "
                                   "protocol)", choices=("nothing", "truth"))
@@ -106,6 +108,10 @@ class VolumeScan:
         """Of one slice: (1, y, x)."""
         return (1, *self.y.shape[-2:])
 
+    def to(self, device: str) -> VolumeScan:
+        """Return the same with its tensors on another device."""
+        return replace(self, y=self.y.to(device), maps=self.maps.to(device), x=None if self.x is None else self.x.to(device))
+
     def operator(self, frame: int) -> Sense:
         """Return A of one slice."""
         return sense(self.maps[frame], self.mask)
@@ -125,8 +131,18 @@ def simulate(p: Reconstruct, split: str, index: int, reference: float) -> Volume
                          for _ in range(2))
     oracle = S.expand(len(x), *S.shape) if p.maps == "oracle" else None
     voxel_mm = (p.spacing_mm, *2 * (anatomy.FIELD_OF_VIEW_MM / p.image_size,))
-    return prepare(f"{split} {index}", scan, mask, calibration, gain * p.noise_std, p, reference, gain * x, oracle,
-                   voxel_mm)
+    found = prepare(f"{split} {index}", scan, mask, calibration, gain * p.noise_std, p, reference, gain * x, oracle,
+                    voxel_mm)
+    return replace(found, x=found.x * turn(S, found.maps))
+
+
+def turn(true: Tensor, found: Tensor) -> Tensor:
+    """Return the phase factor, magnitude 1, by which images that belong to found maps differ from those of true maps.
+
+    The phase of an image and that of its maps are exchangeable; ESPIRiT gives the first coil none.
+    """
+    common = (found.conj() * true).sum(-3, keepdim=True)
+    return torch.where(common == 0, 1, common.sgn())
 
 
 def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor, noise_std: float, p: Reconstruct,
@@ -215,6 +231,7 @@ class Prior:
     alone: Measured
     given: Measured | None
     window: int = 0
+    start: str | None = None  # what the first slice sees, see `draw_sequence`
 
     @classmethod
     def load(cls, name: str, p: Reconstruct, people: int = 12) -> Prior:
@@ -222,10 +239,13 @@ class Prior:
         D = load_denoiser(name, p.device, p.autocast)
         network = network_of(D)
         window = getattr(network, "seq_len", 0)
+        D = AnySize(D, network.total_stride)
         x = volumes("brain", "validation", people, max(window, 3) + 1, p.image_size, p.spacing_mm).to(p.device)
-        alone = Measured.fit(AnySize(D, network.total_stride), x[:, ::3].flatten(0, 1), FIT_SIGMAS, seed=p.seed)
+        images = x[:, ::3].flatten(0, 1)
+        blank = torch.zeros_like(images[:1, None]) if getattr(network, "concat_cond", False) else None
+        alone = Measured.fit(D, images, FIT_SIGMAS, seed=p.seed, cond=blank)
         given = Measured.fit(D, x[:, -1], FIT_SIGMAS, seed=p.seed, cond=x[:, -1 - window : -1]) if window else None
-        return cls(AnySize(D, network.total_stride), alone, given, window)
+        return cls(D, alone, given, window, "blank" if blank is not None else None)
 
 
 def guidance(scan: VolumeScan, frame: int, p: Reconstruct, error: Measured) -> Guidance:
@@ -247,7 +267,7 @@ def reconstruct(prior: Prior, scan: VolumeScan, p: Reconstruct, context: str | N
 
     context: "full" or "last", see `CausalUNet`; None gives no slice any context, as a single-image prior works.
     """
-    network = network_of(prior.D)
+    network, scan = network_of(prior.D), scan.to(p.device)
     sequence = isinstance(network, CausalUNet)
     given = scan.x[:1] if p.start == "truth" and scan.x is not None else None
     frames = range(0 if given is None else 1, len(scan.y))
@@ -259,24 +279,23 @@ def reconstruct(prior: Prior, scan: VolumeScan, p: Reconstruct, context: str | N
     with network.caching() if sequence else contextlib.nullcontext():
         samples = reconstruct_sequence(
             prior.D, data, levels, seeds=range(seed, seed + p.draws), solver=SOLVERS.get(p.method, ddim(eta=1.0)),
-            window=prior.window or None, context=None if given is None else given[None], start=None,
+            window=prior.window or None, context=None if given is None else given[None], start=prior.start,
             first_stage=context is None, device=p.device, progress=progress)
-    if given is None:
-        return samples
-    known = given[None].expand(p.draws, *[-1] * given.ndim)
-    return SequenceSamples(torch.cat([known, samples.x], 1), samples.bill)
+    known = [] if given is None else [given[None].expand(p.draws, *[-1] * given.ndim)]
+    return SequenceSamples(torch.cat([*known, samples.x], 1).cpu(), samples.bill)
 
 
 def csgm(prior: Prior, scan: VolumeScan, p: Reconstruct, seed: int) -> SequenceSamples:
     """Return draws (draw, frame, 1, y, x) by annealed Langevin dynamics, each slice by itself."""
-    levels = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
+    levels, scan = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA), scan.to(p.device)
 
     def draw_frame(n: int, cond: None, draws: list) -> Samples:
         G = posterior_mean(scan.operator(n), scan.y[n : n + 1], scan.noise_std)
         return langevin(prior.D, G, levels, seeds=draws, steps=p.langevin_steps, device=p.device)
 
-    return draw_sequence(draw_frame, len(scan.y), shape=scan.shape, seeds=range(seed, seed + p.draws),
-                         first_stage=True, dtype=scan.y.dtype, device=p.device)
+    samples = draw_sequence(draw_frame, len(scan.y), shape=scan.shape, seeds=range(seed, seed + p.draws),
+                            first_stage=True, dtype=scan.y.dtype, device=p.device)
+    return SequenceSamples(samples.x.cpu(), samples.bill)
 
 
 GRIDS = {  # searched on validation volumes
@@ -360,7 +379,12 @@ def calibration_terms(draws: Tensor, scan: VolumeScan) -> tuple[float, float]:
 
 
 def summary(rows: list[dict], versus: str = "AID") -> list[dict]:
-    """Return a table row for each method: mean and standard error over volumes, and the paired gain of `versus`."""
+    """Return a table row for each method: mean and standard error over volumes, and the paired gain of `versus`.
+
+    Of one volume there is no error, of none (no truth) no row.
+    """
+    if not rows:
+        return []
     methods = list(dict.fromkeys(row["method"] for row in rows))
     values = {m: {k: torch.tensor([row[k] for row in rows if row["method"] == m]) for k in ("PSNR", "SSIM", "NRMSE")}
               for m in methods}
@@ -372,8 +396,9 @@ def summary(rows: list[dict], versus: str = "AID") -> list[dict]:
             v = values[method][name]
             row[name + unit] = metrics.mean_and_error(v) if several else v.item()
         if versus in values:
-            gain = values[versus]["PSNR"], values[method]["PSNR"]
-            row[f"{versus} gains (dB)"] = metrics.mean_and_error(*gain) if several else (gain[0] - gain[1]).item()
+            for name, column in (("PSNR", f"{versus} gains (dB)"), ("SSIM", f"{versus} gains SSIM")):
+                gain = values[versus][name], values[method][name]
+                row[column] = metrics.mean_and_error(*gain) if several else (gain[0] - gain[1]).item()
         table.append(row)
     return table
 
@@ -412,3 +437,51 @@ def unfold(p: Reconstruct, frame: int = 4, acceleration: int = 2) -> dict[str, T
         result[name] = reconstruct_sequence(prior.D, [G], levels, seeds=range(p.seed, p.seed + p.draws), start=None,
                                             solver="annealed_gibbs", context=context, device=p.device).x[:, 0]
     return result
+
+
+# ------------------------------------------------------------------------------------------------------------- grids
+
+
+@dataclass(frozen=True)
+class Grid(Parameters):
+    """Parameters of aid/5_grid.ipynb."""
+
+    runs: str = param("runs/aid/grid", "folder with a run of 4_reconstruct for each setting")
+    methods: tuple[str, ...] = param(("L1-wavelet", "TV", "single image", "AID, newest slice only", "AID"),
+                                     "methods that the figure shows; the table has all")
+
+
+def average(value: float | tuple[float, float]) -> float:
+    """Return the mean of a table cell, with or without its standard error."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+SETTING = ("mask", "ACS", "R")
+
+
+def gather(folder: Path) -> list[dict]:
+    """Return the rows of all finished runs of 4_reconstruct below a folder: one tidy table, in the order of settings.
+
+    Raises FileNotFoundError when there is none.
+    """
+    rows = [row for path in sorted(folder.glob("*/metrics.json")) for row in json.loads(path.read_text())["rows"]]
+    if not rows:
+        raise FileNotFoundError(f"{folder} holds no finished run of 4_reconstruct; do `companion batch aid_grid` first")
+    return sorted(rows, key=lambda row: [row[name] for name in SETTING])
+
+
+def settings(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Return the rows of each setting (mask, ACS, R)."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SETTING), []).append(row)
+    return groups
+
+
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    """Return the path of a CSV file of the rows, written whole."""
+    with atomic_write(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
