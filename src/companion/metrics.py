@@ -179,3 +179,80 @@ def _range(reference: Tensor, mask: Tensor, data_range) -> Tensor:
             f"data_range must be positive, got {peak.tolist()}; give data_range=... for this reference"
         )
     return peak
+
+
+# ------------------------------------------------------------------------------------------- emission tomography
+
+
+def region_bias(x: Tensor, reference: Tensor, labels: Tensor, values: Sequence[int] = (1, 2, 3)) -> Tensor:
+    """(mean of x - mean of reference) / mean of reference in each region, (batch, region); NaN where there is none.
+
+    labels broadcast to the images; a region is where they equal one of `values`. Over repeated scans, the mean of
+    this is the bias of a method and its standard deviation the spread of regional values.
+    """
+    x, reference, _ = _prepare(x, reference, None, False)
+    columns = []
+    for mask in _regions(labels, values, x.shape):
+        truth = _mean(reference, mask)
+        columns.append((_mean(x, mask) - truth) / truth)
+    return torch.stack(columns, -1)
+
+
+def region_noise(x: Tensor, reference: Tensor, labels: Tensor, values: Sequence[int] = (1, 2, 3)) -> Tensor:
+    """Standard deviation of (x - reference) inside each region / mean of reference, (batch, region).
+
+    What is left of the error once the region's bias is taken out: noise, and blur of the region's texture.
+    """
+    x, reference, _ = _prepare(x, reference, None, False)
+    columns = []
+    for mask in _regions(labels, values, x.shape):
+        error = x - reference
+        centred = error - _mean(error, mask).reshape(-1, *[1] * (x.ndim - 1))
+        columns.append(_mean(centred**2, mask).sqrt() / _mean(reference, mask))
+    return torch.stack(columns, -1)
+
+
+def lesion_recovery(x: Tensor, reference: Tensor, lesions: Tensor, background: Tensor) -> Tensor:
+    """Contrast recovery: (lesion / background - 1) of x over that of the reference, (batch,); 1 is perfect.
+
+    lesions, background: masks that broadcast to the images; means over each are compared. NaN for an image without
+    lesion or background. Raises ValueError for a lesion that has no contrast in the reference.
+    """
+    x, reference, _ = _prepare(x, reference, None, False)
+    (inside,), (outside,) = _regions(lesions > 0, (1,), x.shape), _regions(background > 0, (1,), x.shape)
+    found = _mean(x, inside) / _mean(x, outside) - 1
+    true = _mean(reference, inside) / _mean(reference, outside) - 1
+    if (true.abs() < 1e-6).any():
+        raise ValueError("a lesion has the activity of its background in the reference, so no contrast to recover")
+    return found / true
+
+
+def linearity(measured: Tensor, true: Tensor) -> tuple[float, float, float]:
+    """Slope, intercept and R^2 of the least-squares line measured = slope * true + intercept.
+
+    Of activities at several doses or of several regions: a quantitative method has slope 1 and intercept 0.
+    """
+    measured, true = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in (measured, true))
+    if measured.shape != true.shape or len(true) < 3 or true.std() == 0:
+        raise ValueError(f"a line needs at least 3 pairs of differing values, got {len(measured)} and {len(true)}")
+    deviation = true - true.mean()
+    slope = (deviation * measured).sum() / (deviation**2).sum()
+    intercept = measured.mean() - slope * true.mean()
+    residual = ((measured - slope * true - intercept) ** 2).sum()
+    total = ((measured - measured.mean()) ** 2).sum()
+    return slope.item(), intercept.item(), (1 - residual / total).item()
+
+
+def _regions(labels: Tensor, values: Sequence[int], shape) -> list[Tensor]:
+    """A mask (batch, ...) of 0 and 1 for each value; NaN for all of an item where the region is empty."""
+    labels = torch.as_tensor(labels).detach().cpu()
+    try:
+        labels = labels.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"labels {tuple(labels.shape)} do not broadcast to the images {tuple(shape)}") from error
+    masks = []
+    for value in values:
+        mask = (labels == value).to(torch.float64)
+        empty = mask.flatten(1).sum(1) == 0
+        masks.append(torch.where(empty.reshape(-1, *[1] * (len(shape) - 1)), torch.nan, mask))
+    return masks

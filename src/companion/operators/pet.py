@@ -252,10 +252,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient):
         return _Linear.apply(gradient, ctx.adjoint_map, ctx.forward_map), None, None
 
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return ctx.forward_map(tangent)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Projector(LinearOperator):
