@@ -289,9 +289,9 @@ class AnySize(nn.Module):
         return x
 
     def crop(self, values: Tensor, x: Tensor) -> Tensor:
-        """The part of values (batch, channel, *space) that belongs to x."""
+        """The part of values (batch, channel, *space) that belongs to x; axes to broadcast stay 1 long."""
         for axis in range(-len(self.multiple), 0):
-            values = values.narrow(axis, 0, x.shape[axis])
+            values = values.narrow(axis, 0, min(x.shape[axis], values.shape[axis]))
         return values
 
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:

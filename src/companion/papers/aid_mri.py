@@ -49,6 +49,7 @@ FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is inv
 FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
 METHODS = ("annealed_gibbs", "published", "dds", "ddnm", "diffpir", "pigdm", "dps")
 MODELS = {"AID": "full", "AID, newest slice only": "last", "single image": None}  # name -> context
+LEAST_CENTRE = 12  # lines of a k-space centre whose low-resolution image tells the brightness
 REFERENCE_ACS = 24  # centre of fully sampled data from which the maps of the reference image come
 
 
@@ -110,7 +111,8 @@ class VolumeScan:
 
     def to(self, device: str) -> VolumeScan:
         """Return the same with its tensors on another device."""
-        return replace(self, y=self.y.to(device), maps=self.maps.to(device), x=None if self.x is None else self.x.to(device))
+        x = None if self.x is None else self.x.to(device)
+        return replace(self, y=self.y.to(device), maps=self.maps.to(device), x=x)
 
     def operator(self, frame: int) -> Sense:
         """Return A of one slice."""
@@ -153,12 +155,12 @@ def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor,
     calibration: k-space of the calibration scan, of which only the centre is read. oracle: maps to use as they are.
     """
     y = kspace * mask.mask
-    centre, width = (y, p.acs) if p.maps == "acs" else (calibration, p.calibration)
+    centre, width = (calibration, p.calibration) if p.maps == "calibration" else (y, p.acs)
     width = min(width, *kspace.shape[-2:])
     maps = coil_maps(centre, width) if oracle is None else oracle
-    found = p.maps != "oracle" or p.acs >= p.calibration
-    scale = intensity_scale(combine(low_pass(centre, width), maps) if found else
-                            baselines.cg_sense(y / peak(y), maps, mask) * peak(y), reference)
+    image = (combine(low_pass(centre, width), maps) if width >= LEAST_CENTRE else
+             baselines.cg_sense(y / peak(y), maps, mask) * peak(y))
+    scale = intensity_scale(image, reference)
     if p.scale is not None:
         scale = p.scale / peak(baselines.zero_filled(y, maps, mask))
     return VolumeScan(name, scale * y, maps, mask, scale * noise_std, scale, None if x is None else scale * x, voxel_mm)
@@ -302,13 +304,16 @@ GRIDS = {  # searched on validation volumes
     "CG-SENSE": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "L1-wavelet": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     "TV": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "BART l1-wavelet": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),  # where `bart` is installed
 }
 
 
 def tune_classical(validation: list[VolumeScan]) -> dict[str, float | None]:
     """Return the regularisation of each classical method: best mean PSNR on every third slice of other volumes."""
     cases = [(s.y[1::3], s.maps[1::3], s.mask, s.x[1::3]) for s in validation]
-    tuned = {name: baselines.tune(baselines.METHODS[name], cases, grid).regularisation for name, grid in GRIDS.items()}
+    methods = baselines.available_methods()
+    tuned = {name: baselines.tune(methods[name], cases, grid).regularisation for name, grid in GRIDS.items()
+             if name in methods}
     return {"zero-filled": None} | tuned
 
 
@@ -347,10 +352,11 @@ def study(p: Reconstruct, scans: list[VolumeScan], validation: list[VolumeScan],
         aid = Prior.load(p.weights, p)
         priors = {name: prior or aid for name, prior in priors.items()}
     tuned = tune_classical(validation) if p.classical else {}
+    methods = baselines.available_methods()
     rows, images, draws, bills, spread = [], {}, {}, {}, {}
     for i, scan in enumerate(tqdm(scans, desc="volumes", disable=not progress)):
         case = scan.y, scan.maps, scan.mask
-        estimates = {name: baselines.METHODS[name](*case, value) for name, value in tuned.items()}
+        estimates = {name: methods[name](*case, value) for name, value in tuned.items()}
         seed = p.seed + i * p.draws
         runs = {name: reconstruct(prior, scan, p, MODELS[name], seed) for name, prior in priors.items()}
         if p.langevin_steps:
