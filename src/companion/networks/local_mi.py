@@ -38,7 +38,7 @@ MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 REACH = 6.0  # a kernel is nothing, exp(-18), so many widths away from its centre
 CROP = 4  # cropped histograms have a multiple of so many bins, so that few sizes occur
-MASS = 0.05  # with this much mass in range the EPS do not show
+ENOUGH = 1e-2  # with this much mass in a joint histogram the EPS do not show
 JOINT = {"cpu": 2**19, "cuda": 2**27}  # elements of the joint histograms in flight: a core's cache, or half a GB
 TABLE = 2**22  # elements of a kernel table
 
@@ -84,13 +84,13 @@ def entropy(p: Tensor, dims: int = 1) -> Tensor:
     return p_log_p(p).sum(tuple(range(-dims, 0))) / -math.log(2)
 
 
-def p_log_p(p: Tensor, out: Tensor | None = None) -> Tensor:
-    """p ln(p + EPS); `out` is memory for it where nothing has to be differentiated."""
+def p_log_p(p: Tensor) -> Tensor:
+    """p ln(p + EPS)."""
     if p.device.type != "cpu" or (torch.is_grad_enabled() and p.requires_grad):
         return p * torch.log(p + EPS)
-    out = torch.add(p, EPS, out=out)
-    np.log(out.numpy(), out=out.numpy())  # several times faster than torch.log on a CPU
-    return out.mul_(p)
+    log = p + EPS
+    np.log(log.numpy(), out=log.numpy())  # several times faster than torch.log on a CPU
+    return log.mul_(p)
 
 
 def normalised(information: Tensor, h1: Tensor, h2: Tensor) -> Tensor:
@@ -213,57 +213,12 @@ class LocalMI:
 
     def _slab(self, source: Source, levels: Tensor, images: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """_best for some rows of some images, flattened; levels (batch, 1, *padded) are those of the target."""
-        grid = self._grid(source.image)
-        halo = slice(rows.start, rows.stop + 2 * grid.pad)
-        ours = images if len(source.image) > 1 else slice(0, 1)
-        levels1, levels2 = source.levels[ours, :, halo], levels[images, :, halo]
-
-        def every(x: Tensor) -> Tensor:
-            """The pixels of this slab, (pixel,), of a map (batch or 1, 1, *space)."""
-            return x[ours if len(x) > 1 else slice(0, 1), :, rows].flatten(1).expand(len(levels2), -1).flatten()
-
-        k1, k2 = (kernels(x.flatten(), self.bins, self.width) for x in (levels1, levels2))
-        at1, at2 = (grid.positions(x, len(levels2)) for x in (levels1, levels2))
-        border, h1 = every(grid.border), every(source.entropy)
-        differentiable = torch.is_grad_enabled() and (k1.requires_grad or k2.requires_grad)
-        budget, histograms = JOINT[h1.device.type], self.bins**2 * grid.candidates.shape[-1]
-
-        def candidates(pixels: Tensor) -> Tensor:
-            return at2[pixels, None, None] + grid.candidates[border[pixels]]
-
-        # A flat source patch knows nothing: the joint histogram is the product of the marginals, the map 0.
-        # Only where there is hardly any mass the published EPS say something else.
-        known, mass1, mass2 = ~every(source.flat), k1.sum(-1), k2.sum(-1)
-        for p in (~known).nonzero().flatten().split(budget // grid.candidates[0].numel()):
-            known[p] = (mass1[at1[p]] < MASS) | (mass2[candidates(p)].sum(1).amin(1) < MASS)
-        pixels = known.nonzero().flatten()
-
-        start1 = start2 = torch.zeros_like(at1)
-        groups = [(pixels, self.bins, self.bins)]
-        if h1.device.type == "cpu" and not (self.compiled or differentiable):
-            start1, size1 = window(every(source.low), every(source.high), self.bins, self.width)
-            start2, size2 = window(*(x.flatten() for x in extremes(levels2, 2 * grid.pad + 1)), self.bins, self.width)
-            groups = by_size(pixels, size1, size2)
-
-        joint_entropy = fused_joint_entropy() if self.compiled else JointEntropy(h1, max(budget, histograms))
-
-        def information(p: Tensor, size1: int, size2: int) -> Tensor:
-            near1 = pick(k1, at1[p, None] + grid.patch, start1[p], size1)
-            near2 = pick(k2, candidates(p), start2[p], size2)
-            return patch_information(near1, near2, h1[p], self.normalise, joint_entropy)
-
-        score, winner = [h1[:0]], [pixels[:0]]
-        order = [pixels[:0]]
-        for group, size1, size2 in groups:
-            for p in group.split(max(1, budget // (size1 * size2 * grid.candidates.shape[-1]))):
-                args = information, p, size1, size2
-                values = checkpoint(*args, use_reentrant=False) if differentiable else information(*args[1:])
-                best, which = values.max(1)
-                order, score, winner = [*order, p], [*score, best], [*winner, which]
-        order = torch.cat(order)
-        centre = torch.full_like(at1, grid.candidates.shape[-1] // 2)
-        score, winner = (torch.cat(part) for part in (score, winner))
-        return h1.new_zeros(h1.shape).index_copy(0, order, score), centre.index_copy(0, order, winner)
+        pairs = Pairs.of(source, levels, images, rows)
+        differentiable = torch.is_grad_enabled() and (pairs.k1.requires_grad or pairs.k2.requires_grad)
+        with torch.no_grad():
+            score, winner = pairs.search()
+        # Only the best candidate has a gradient, so only that one is computed again.
+        return (pairs.score_of(winner) if differentiable else score), winner
 
     def _slabs(self, shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
         """(images, rows), in order, of which the kernel tables are small."""
@@ -376,57 +331,168 @@ class SelfMaps:
 # ------------------------------------------------------------------------------- information of many patches
 
 
-def patch_information(k1: Tensor, k2: Tensor, h1: Tensor, normalise: bool, joint_entropy: Callable) -> Tensor:
-    """Information (pixel, candidate) of source patches with kernels k1 (pixel, sample, bin) and entropy h1
-    (pixel,), and of candidates with kernels k2 (pixel, sample, candidate, bin)."""
-    m, total = k2.sum(1), k2.sum(-1)
-    h2 = entropy(m / (total.sum(1) + k2.shape[1] * EPS)[..., None])
-    # The joint histogram is normalised before it is made, by what it will sum to.
-    mass = (k1.sum(-1)[..., None] * total).sum(1)
-    h12 = joint_entropy(k1, k2 / (mass + EPS)[:, None, :, None])
-    information = h1[:, None] + h2 - h12
-    return normalised(information, h1[:, None], h2) if normalise else information
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The pixels of some rows of some images, and what is compared there; as many tensors as pixels.
+
+    k1, k2 (place, bin): kernels of all padded pixels of source and target; mass1, mass2 (place, 1): their sums.
+    at1, at2: places of the pixels.
+    border: see Grid. flat, h1: of the source patches, whether they are flat and their entropy in bits.
+    range1, range2: lowest and highest levels of source patch and candidates.
+    """
+
+    lmi: LocalMI
+    grid: Grid
+    k1: Tensor
+    k2: Tensor
+    mass1: Tensor
+    mass2: Tensor
+    at1: Tensor
+    at2: Tensor
+    border: Tensor
+    flat: Tensor
+    h1: Tensor
+    range1: tuple[Tensor, Tensor]
+    range2: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, source: Source, levels: Tensor, images: slice, rows: slice) -> Pairs:
+        lmi, grid = source.lmi, source.lmi._grid(source.image)
+        halo = slice(rows.start, rows.stop + 2 * grid.pad)
+        ours = images if len(source.image) > 1 else slice(0, 1)
+        levels1, levels2 = source.levels[ours, :, halo], levels[images, :, halo]
+
+        def here(x: Tensor) -> Tensor:
+            x = x[ours if len(x) > 1 else slice(0, 1), :, rows]
+            return x.flatten(1).expand(len(levels2), -1).flatten()
+
+        k1, k2 = (kernels(x.flatten(), lmi.bins, lmi.width) for x in (levels1, levels2))
+        mass1, mass2 = (k.sum(-1, keepdim=True) for k in (k1, k2))
+        at1, at2 = (grid.positions(x, len(levels2)) for x in (levels1, levels2))
+        maps = (here(x) for x in (grid.border, source.flat, source.entropy))
+        low, high = extremes(levels2.detach(), 2 * grid.pad + 1)
+        range1, range2 = (here(source.low), here(source.high)), (low.flatten(), high.flatten())
+        return cls(lmi, grid, k1, k2, mass1, mass2, at1, at2, *maps, range1, range2)
+
+    def search(self) -> tuple[Tensor, Tensor]:
+        """Information (pixel,) with the best candidate, and which one that is; without gradient."""
+        bins, count, device = self.lmi.bins, self.grid.candidates.shape[-1], self.h1.device
+        budget, pixels = JOINT[device.type], self.structured()
+        economical = device.type == "cpu" and not self.lmi.compiled
+        if economical:
+            (start1, size1), (start2, size2) = (window(*r, bins, self.lmi.width) for r in (self.range1, self.range2))
+            groups = by_size(pixels, size1, size2)
+            entropies = Economical(self.h1, max(budget, bins**2 * count))
+        else:
+            start1 = start2 = torch.zeros_like(self.at1)
+            groups, entropies = [(pixels, bins, bins)], self.exact_entropies
+        floor1, floor2 = (k.clamp(min=TINY) for k in (self.k1, self.k2))
+        score, winner = torch.zeros_like(self.h1), torch.full_like(self.at1, count // 2)
+        for group, size1, size2 in groups:
+            for p in group.split(max(1, budget // (size1 * size2 * count))):
+                near1, near2 = self.places(p)
+                total, mass = self.masses(near1, near2)
+                enough = economical and mass.amin() > ENOUGH
+                k1, k2 = (floor1, floor2) if enough else (self.k1, self.k2)
+                k1, k2 = pick(k1, near1, start1[p], size1), pick(k2, near2, start2[p], size2)
+                h2, h12 = (entropies if enough else self.exact_entropies)(k1, k2, total, mass)
+                score[p], winner[p] = self.information(h2, h12, p).max(1)
+        return score, winner
+
+    def score_of(self, winner: Tensor) -> Tensor:
+        """Information (pixel,) with the candidates `winner`, with gradients, which are made chunk by chunk."""
+
+        def score(p: Tensor) -> Tensor:
+            near1, near2 = self.places(p)
+            near2 = near2.gather(2, winner[p, None, None].expand(-1, near2.shape[1], 1))
+            k1, k2 = (pick(k, near) for k, near in ((self.k1, near1), (self.k2, near2)))
+            h2, h12 = self.exact_entropies(k1, k2, *self.masses(near1, near2))
+            return self.information(h2, h12, p)[:, 0]
+
+        pixels = self.structured()
+        chunks = pixels.split(max(1, JOINT[pixels.device.type] // self.lmi.bins**2))
+        scores = [self.h1[:0], *(checkpoint(score, p, use_reentrant=False) for p in chunks)]
+        return torch.zeros_like(self.h1).index_copy(0, pixels, torch.cat(scores))
+
+    def structured(self) -> Tensor:
+        """The pixels where the map may be other than 0.
+
+        A flat source patch knows nothing: the joint histogram is the product of the marginals. Only where
+        there is hardly any mass the published EPS say something else.
+        """
+        flat = self.flat.nonzero().flatten()
+        few = JOINT[flat.device.type] // self.grid.candidates[0].numel()
+        odd = [p[self.masses(*self.places(p))[1].amin(1) < ENOUGH] for p in flat.split(max(1, few))]
+        return torch.cat([(~self.flat).nonzero().flatten(), *odd])
+
+    def places(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """The places of the samples of pixels p, (pixel, sample) and (pixel, sample, candidate)."""
+        return self.at1[p, None] + self.grid.patch, self.at2[p, None, None] + self.grid.candidates[self.border[p]]
+
+    def masses(self, near1: Tensor, near2: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums (pixel, candidate) of the histograms of the candidates, and of the joint ones."""
+        mass1, mass2 = (pick(m, near)[..., 0] for m, near in ((self.mass1, near1), (self.mass2, near2)))
+        return mass2.sum(1), (mass1[..., None] * mass2).sum(1)
+
+    def exact_entropies(self, k1: Tensor, k2: Tensor, total: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Entropies (pixel, candidate) in bits, of the candidates and joint with the source, as published."""
+        h2 = entropy(k2.sum(1) / (total + k2.shape[1] * EPS)[..., None])
+        k2 = k2 / (mass + EPS)[:, None, :, None]  # what the joint histogram will sum to
+        if self.lmi.compiled:
+            return h2, fused_joint_entropy()(k1, k2)
+        p = torch.bmm(k1.mT, k2.flatten(2))  # (pixel, bin, candidate * bin): one product for all candidates
+        return h2, -p_log_p(p).sum(1).unflatten(-1, k2.shape[2:]).sum(-1) / math.log(2)
+
+    def information(self, h2: Tensor, h12: Tensor, p: Tensor) -> Tensor:
+        h1 = self.h1[p, None]
+        return normalised(h1 + h2 - h12, h1, h2) if self.lmi.normalise else h1 + h2 - h12
 
 
-class JointEntropy:
-    """Entropy (pixel, candidate) of the joint histograms sum_n k1[:, n, b] k2[:, n, :, c]: one product of
-    matrices for all candidates of a pixel. Reuses its memory where nothing has to be differentiated."""
+class Economical:
+    """The same entropies from kernels that are nowhere 0, with few passes over memory that is used again.
+
+    Of counts c with sum S: H = log S - sum(c log c) / S. Without the EPS, for histograms with enough mass.
+    """
 
     def __init__(self, like: Tensor, size: int):
         self.memory = like.new_empty(2, size)
 
-    def __call__(self, k1: Tensor, k2: Tensor) -> Tensor:
-        k2, shape = k2.flatten(2), k2.shape[2:]
-        size = (len(k1), k1.shape[2], k2.shape[2])  # (pixel, bin, candidate * bin)
-        if torch.is_grad_enabled() and (k1.requires_grad or k2.requires_grad):
-            p_log = p_log_p(torch.bmm(k1.mT, k2))
-        else:
-            p, p_log = (x[: math.prod(size)].view(size) for x in self.memory)
-            p_log = p_log_p(torch.bmm(k1.mT, k2, out=p), p_log)
-        return p_log.sum(1).unflatten(-1, shape).sum(-1) / -math.log(2)
+    def __call__(self, k1: Tensor, k2: Tensor, total: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        size, shape = (len(k1), k1.shape[2], k2[0, 0].numel()), k2.shape[2:]
+        counts, work = (x[: math.prod(size)].view(size) for x in self.memory)
+        torch.bmm(k1.mT, k2.flatten(2), out=counts)
+        logs = c_log_c(counts, work).sum(1).unflatten(-1, shape).sum(-1)
+        h12 = mass.log() - logs / mass
+        counts = k2.sum(1)
+        h2 = total.log() - c_log_c(counts, torch.empty_like(counts)).sum(-1) / total
+        return h2 / math.log(2), h12 / math.log(2)
+
+
+def c_log_c(c: Tensor, out: Tensor) -> Tensor:
+    """c ln c of positive numbers."""
+    np.log(c.numpy(), out=out.numpy())
+    return out.mul_(c)
 
 
 def unrolled_joint_entropy(k1: Tensor, k2: Tensor) -> Tensor:
-    """The same as a pointwise expression, which a compiler keeps in registers on its way into the sum."""
+    """The joint entropy as a pointwise expression, which a compiler keeps in registers on its way into the sum."""
     p = sum(k1[:, n, None, :, None] * k2[:, n, :, None, :] for n in range(k1.shape[1]))
     return -(p * torch.log2(p + EPS)).sum((-2, -1))
 
 
 @lru_cache
-def fused_joint_entropy():
+def fused_joint_entropy() -> Callable:
     return torch.compile(unrolled_joint_entropy)
 
 
-def pick(table: Tensor, at: Tensor, start: Tensor, size: int) -> Tensor:
-    """Of a table (row, bins) the rows `at` (pixel, ...), from bin `start` (pixel,) on, `size` bins each."""
+def pick(table: Tensor, at: Tensor, start: Tensor | None = None, size: int | None = None) -> Tensor:
+    """Of a table (row, bins) the rows `at` (pixel, ...), whole, or `size` bins from `start` (pixel,) on."""
     bins = table.shape[1]
-    if size == bins:
-        found = table.index_select(0, at.flatten())
-    else:
-        start = start.view(-1, *[1] * (at.ndim - 1))
-        pieces = table.as_strided((table.numel() - size + 1, size), (1, 1))
-        found = pieces.index_select(0, (at * bins + start).flatten())
-    return found.view(*at.shape, size)
+    if size in (None, bins):
+        return table.index_select(0, at.flatten()).view(*at.shape, bins)
+    start = start.view(-1, *[1] * (at.ndim - 1))
+    pieces = table.as_strided((table.numel() - size + 1, size), (1, 1))
+    return pieces.index_select(0, (at * bins + start).flatten()).view(*at.shape, size)
 
 
 def window(low: Tensor, high: Tensor, bins: int, width: float) -> tuple[Tensor, Tensor]:
