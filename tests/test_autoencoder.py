@@ -160,7 +160,7 @@ def test_published_names_load_strictly(make, names):
     given = {
         "original": tensors,
         "first_stage": {f"first_stage_model.{k}": v for k, v in tensors.items()} | {"model.x": torch.ones(1)},
-        "checkpoint": tensors | {"loss.perceptual_loss.lin0.weight": torch.ones(1), "model_ema.decay": torch.ones(1)},
+        "checkpoint": {"state_dict": tensors | {"loss.lin0.weight": torch.ones(1), "model_ema.decay": torch.ones(1)}},
         "diffusers": as_diffusers(tensors, len(codec.encoder.down)),
         "old diffusers": as_diffusers(tensors, len(codec.encoder.down), old=True),
     }[names]
@@ -295,6 +295,14 @@ def test_latent_spaces_refuse_what_is_not_theirs():
         LatentSpace(codec, latents="quantised")
     with pytest.raises(ValueError, match="above 0"):
         LatentSpace(codec, 0.0, 0.0)
+
+
+def test_encoding_never_trains_the_codebook():
+    codec = VQVAE(dims=2, channels=(4,), num_res_layers=0, num_embeddings=4, embedding_dim=2, restart=5.0).train()
+    prior = LatentDenoiser(None, LatentSpace(codec, latents="quantised")).train()
+    before = fingerprint(codec)
+    prior.space.encode(draws(2, 1, 8, 8))
+    assert fingerprint(codec) == before and not codec.training
 
 
 def test_decoding_has_a_gradient_on_request_only():

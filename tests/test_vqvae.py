@@ -111,6 +111,27 @@ def test_dead_codes_are_revived(kind):
     assert torch.equal(q.embedding.weight, again.embedding.weight)  # drawn from the global seed, as dropout is
 
 
+def test_processes_that_train_together_share_the_counts(monkeypatch):
+    """As if another process had the same images: counts and sums are twice as large, the codes are the same."""
+    alone, together, (z, _) = EMAQuantizer(4, 2, decay=0.0), EMAQuantizer(4, 2, decay=0.0), clusters()
+    together.load_state_dict(alone.state_dict())
+    alone(z)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda x: x.mul_(2))
+    together(z)
+    torch.testing.assert_close(together.ema_cluster_size, 2 * alone.ema_cluster_size)
+    torch.testing.assert_close(together.embedding.weight, alone.embedding.weight)
+
+
+def test_reviving_codes_leaves_the_gradient_of_the_step_alone():
+    z, q = clusters()[0].requires_grad_(), Quantizer(16, 2, restart=50.0, decay=0.1)
+    expected = torch.autograd.grad(q.eval()(z).loss.sum(), q.embedding.weight)[0]
+    before = q.embedding.weight.clone()
+    grad = torch.autograd.grad(q.train()(z).loss.sum(), q.embedding.weight)[0]
+    torch.testing.assert_close(grad, expected)
+    assert not torch.equal(before, q.embedding.weight)
+
+
 def test_codebooks_work_in_float32_under_autocast():
     q = EMAQuantizer(6, 3)
     with torch.autocast("cpu", torch.bfloat16):

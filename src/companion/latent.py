@@ -44,7 +44,8 @@ class LatentSpace(nn.Module):
     mean, std: (latent_channels,) or one number. latents: "continuous", what the encoder gives (for a
     variational autoencoder the mean); "quantised", their codes; "sample", a draw around the mean. intensity:
     what 0 and 1 of an image are for the autoencoder, e.g. (-1, 1). Decoding never quantises. Images and latents
-    may have further leading axes, such as frames: (batch, frame, channel, y, x).
+    may have further leading axes, such as frames: (batch, frame, channel, y, x). The autoencoder is finished: it
+    is put, and stays, in evaluation mode.
     """
 
     def __init__(
@@ -65,6 +66,11 @@ class LatentSpace(nn.Module):
         self.codec, self.latents, self.intensity = codec, latents, (float(intensity[0]), float(intensity[1]))
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
+        self.eval()
+
+    def train(self, mode: bool = True) -> "LatentSpace":
+        """Stays in evaluation mode: in training an autoencoder's codebook would move with every image."""
+        return super().train(False)
 
     @classmethod
     def fit(cls, codec: Codec, batches: Iterable[Tensor], **options) -> "LatentSpace":
@@ -238,8 +244,7 @@ def load_prior(name: str | os.PathLike, codec: Codec, device="cpu", autocast: st
     description = weights.describe(name).get("latent")
     if description is None:
         raise ValueError(f'{name} is no prior on latents: its config has no "latent"; use weights.load')
-    # the autoencoder is finished: from here on it is in evaluation mode and has no gradients
-    space = LatentSpace.described(codec, description).to(device).eval().requires_grad_(False)
+    space = LatentSpace.described(codec, description).to(device).requires_grad_(False)
     return LatentDenoiser(weights.load_denoiser(name, device, autocast), space)
 
 

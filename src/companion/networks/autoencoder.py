@@ -354,6 +354,7 @@ def published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names, old and new. Tensors keep their values; attention weights that diffusers keeps as matrices become
     1x1 convolutions.
     """
+    tensors = tensors.get("state_dict", tensors)
     prefix = "first_stage_model."
     if any(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
