@@ -4,8 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from companion.figures import curves, image_grid, markdown_table, picture
+from companion.figures import animation, curves, image_grid, markdown_table, picture
 
 
 def test_picture_shows_magnitudes_and_drops_singletons():
@@ -35,6 +36,31 @@ def test_curves_draws_every_line_and_the_diagonal():
     (ax,) = fig.axes
     assert [line.get_label() for line in ax.lines] == ["perfect", "a"] and ax.get_xscale() == "log"
     assert list(ax.lines[1].get_ydata()) == [0.2, 1]
+
+
+def test_curves_draws_errors_as_bands_and_counts_in_whole_numbers():
+    fig = curves({"a": ([1, 2, 3], [0.2, 0.5, 0.4], [0.1, 0.2, 0.1])}, xlabel="frame", ylabel="y")
+    (ax,) = fig.axes
+    low, high = ax.collections[0].get_datalim(ax.transData).intervaly
+    assert (low, high) == pytest.approx((0.1, 0.7))
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+def test_animation_plays_every_frame_of_every_sequence(tmp_path):
+    one, two = torch.rand(4, 1, 6, 5), torch.polar(torch.rand(4, 1, 6, 5), torch.rand(4, 1, 6, 5))
+    path = animation(tmp_path / "a.gif", {"one": one, "two": two}, window=(0, 0.5), frame_ms=120, zoom=10)
+    gif = Image.open(path)
+    assert gif.n_frames == 4 and gif.info["loop"] == 0 and gif.info["duration"] == 120
+    for n in range(4):
+        gif.seek(n)
+        shown = np.asarray(gif.convert("L"))[16:-16].astype(float)
+        for left, x in ((5, one[n, 0]), (50 + 4 + 5, two[n, 0].abs())):
+            wanted = (x / 0.5).clamp(max=1) * 255
+            assert np.abs(shown[5::10, left : left + 50 : 10] - wanted.numpy()).max() <= 1
+    again = animation(tmp_path / "b.gif", {"one": one, "two": two}, window=(0, 0.5), frame_ms=120, zoom=10)
+    assert again.read_bytes() == path.read_bytes()
+    with pytest.raises(ValueError, match=r"\[4, 3\]"):
+        animation(tmp_path / "c.gif", {"one": one, "two": two[:3]})
 
 
 def test_markdown_table_writes_means_with_their_errors():

@@ -141,6 +141,8 @@ def curves(lines: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str, ylabe
                 low, high = np.asarray(y) - error[0], np.asarray(y) + error[0]
                 ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
         ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+        if all(isinstance(value, int) for x, *_ in lines.values() for value in x) and not logx:
+            ax.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) + bool(diagonal) > 1:
             ax.legend(frameon=False, fontsize=8)
         fig.tight_layout()
