@@ -7,12 +7,14 @@ from torch import nn
 
 from companion.complexify import to_channels
 from companion.diffusion.denoisers import (
+    AnySize,
     ComplexDenoiser,
     DiscreteDenoiser,
     EDMDenoiser,
     FourierBasis,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    once,
 )
 from companion.diffusion.noise import DiscreteSchedule, randn
 
@@ -313,3 +315,108 @@ def test_priors_refuse_what_they_cannot_mean():
         GaussianDenoiser(mean, -torch.ones(1, 2, 2))
     with pytest.raises(ValueError, match="weights"):
         GaussianMixtureDenoiser([1.0], [GaussianDenoiser(mean, torch.ones(1, 2, 2))] * 2)
+
+
+# --- any size
+
+
+class Blur(nn.Module):
+    """A denoiser that knows multiples of 4 only: a local mean of x and of the newest cond; one variance channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conds = []
+
+    def forward(self, x, sigma, cond=None):
+        assert x.shape[-1] % 4 == 0 and x.shape[-2] % 4 == 0
+        self.conds.append(cond)
+        if cond is not None:
+            x = x + 0.5 * (cond if cond.ndim == x.ndim else cond[:, -1])
+        return (x + x.roll(1, -1) + x.roll(-1, -1) + x.roll(1, -2) + x.roll(-1, -2)) / 5
+
+    def moments(self, x, sigma, cond=None):
+        x0_hat = self(x, sigma, cond)
+        return x0_hat, x.abs().square().mean(1, keepdim=True)
+
+
+SIZES = [(8, 8), (4, 12), (7, 9), (5, 8), (8, 13), (2, 6), (1, 3), (3, 1)]
+DTYPES = [torch.float32, torch.complex64]
+
+
+def conditions(x, batch):
+    """None, an image and a window of frames."""
+    shape = (batch, *x.shape[1:])
+    return None, normal(*shape, dtype=x.dtype, seed=2), normal(batch, 3, *x.shape[1:], dtype=x.dtype, seed=3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_size_gives_images_of_the_same_size(size, dtype):
+    x, D = normal(2, 1, *size, dtype=dtype), Blur()
+    for cond in conditions(x, 2):
+        before = None if cond is None else cond.clone()
+        wrapped = AnySize(D, (4, 4))
+        x0_hat, variance = wrapped.moments(x, SIGMA[:2], cond)
+        assert x0_hat.shape == x.shape and x0_hat.dtype == x.dtype
+        assert variance.shape == (2, 1, *size) and not variance.is_complex()
+        assert torch.equal(x0_hat, wrapped(x, SIGMA[:2], cond))
+        torch.testing.assert_close(variance, x.abs().square())
+        assert torch.equal(x, normal(2, 1, *size, dtype=dtype)) and (cond is None or torch.equal(cond, before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_size_changes_nothing_where_the_size_fits(dtype):
+    x, D = normal(2, 1, 8, 12, dtype=dtype), Blur()
+    for cond in conditions(x, 2):
+        assert torch.equal(AnySize(D, (4, 4))(x, SIGMA[:2], cond), D(x, SIGMA[:2], cond))
+        assert AnySize(D, (4, 4)).extend(x) is x
+        assert D.conds[-1] is D.conds[-2]
+
+
+def test_any_size_reflects_at_the_far_ends():
+    x = torch.arange(5.0).reshape(1, 1, 1, 5)
+    assert AnySize(Blur(), (1, 8)).extend(x).flatten().tolist() == [0, 1, 2, 3, 4, 3, 2, 1]
+    short = torch.arange(2.0).reshape(1, 1, 2, 1)
+    assert AnySize(Blur(), (5, 1)).extend(short).flatten().tolist() == [0, 1, 0, 1, 0]
+    inner = normal(1, 1, 7, 9)  # where no end is near, the local mean is that of the image itself
+    own = (inner + sum(inner.roll(s, a) for s in (1, -1) for a in (-1, -2))) / 5
+    torch.testing.assert_close(AnySize(Blur(), (4, 4))(inner, SIGMA[:1])[..., 1:-1, 1:-1], own[..., 1:-1, 1:-1])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+def test_a_shared_condition_stays_shared(size):
+    """Networks tell by its stride of 0 that all draws share it, and work it out once."""
+    x, D = normal(3, 1, *size, dtype=torch.complex64), Blur()
+    for one in conditions(x, 1)[1:]:
+        shared = one.expand(3, *one.shape[1:])
+        result = AnySize(D, (4, 4))(x, SIGMA, shared)
+        assert D.conds[-1].stride(0) == 0 and len(D.conds[-1]) == 3
+        torch.testing.assert_close(result, AnySize(D, (4, 4))(x, SIGMA, shared.clone()))
+        assert D.conds[-1].stride(0) != 0
+
+
+def test_once_works_a_shared_condition_out_once():
+    seen = []
+
+    def double(c):
+        seen.append(len(c))
+        return 2 * c
+
+    cond = normal(1, 2, 3).expand(4, 2, 3)
+    result = once(double, cond)
+    assert seen == [1] and result.stride(0) == 0 and torch.equal(result, 2 * cond)
+    assert once(double, cond.clone()).stride(0) != 0 and seen == [1, 4]
+    assert once(double, cond[:1]).shape == (1, 2, 3) and once(double, None) is None
+
+
+def test_any_size_has_moments_only_where_the_denoiser_has():
+    bare = AnySize(nn.Identity(), (4, 4))
+    assert not hasattr(bare, "moments")
+
+    class Scalar(nn.Module):  # a variance to broadcast, without space
+        def moments(self, x, sigma, cond=None):
+            return x, column(sigma, x)
+
+    x = normal(2, 1, 5, 6)
+    x0_hat, variance = AnySize(Scalar(), (4, 4)).moments(x, SIGMA[:2])
+    assert torch.equal(x0_hat, x) and variance.shape == (2, 1, 1, 1)

@@ -14,11 +14,16 @@ from companion.operators.mri import (
     birdcage_maps,
     cartesian_mask,
     centre_crop,
+    centre_lines,
+    coil_maps,
+    combine,
     compress_coils,
     crop_kspace,
     estimate_maps,
+    estimate_noise,
     fft,
     ifft,
+    low_pass,
     normalise,
     sense,
 )
@@ -241,3 +246,60 @@ def test_errors_say_what_to_do():
         cartesian_mask(8, 2, acs=9)
     with pytest.raises(ValueError, match="two axes"):
         cartesian_mask(8, 2, "poisson_disc")
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (25, 31)])
+@pytest.mark.parametrize("noise_std", [0.003, 0.05])
+def test_the_noise_of_a_scan_is_found_in_its_corners(shape, noise_std):
+    """Within 10 %, in any units, of whole scans and of those with half of the lines."""
+    maps, soft = birdcage_maps(shape, 6), ifft(low_pass(fft(phantom(shape)), 16))
+    kspace = fft(maps * soft) + noise_std * 2**0.5 * draw(3, 6, *shape)
+    for gain in (1e-6, 1.0, 1e4):
+        assert estimate_noise(gain * kspace) == pytest.approx(gain * noise_std, rel=0.1)
+    half = kspace * cartesian_mask(shape[-1], 2).mask
+    assert estimate_noise(half) == pytest.approx(noise_std, rel=0.1)
+    with pytest.raises(ValueError, match="0 samples lie in the corners"):
+        estimate_noise(torch.zeros_like(kspace))
+    with pytest.raises(ValueError, match="NaN"):
+        estimate_noise(kspace * float("nan"))
+
+
+@pytest.mark.parametrize("shape, width", [((24, 24), 12), ((25, 31), 12), ((24, 25), 13)])
+def test_low_pass_reads_the_centre_alone(shape, width):
+    kspace = draw(2, 3, *shape)
+    low = low_pass(kspace, width)
+    outside = torch.ones(shape, dtype=torch.bool)
+    centre_crop(outside, (width, width))[:] = False
+    assert low.shape == kspace.shape and low[..., outside].abs().max() == 0
+    middle = (..., shape[0] // 2, shape[1] // 2)
+    assert torch.equal(low[middle], kspace[middle])
+    ratio = (low / kspace).real  # symmetric weights, so that a real image stays real
+    wide = centre_crop(ratio, (width // 2, width // 2) if width % 2 else (width - 1, width - 1))[0, 0]
+    odd = centre_crop(wide, tuple(n - 1 + n % 2 for n in wide.shape))
+    torch.testing.assert_close(odd, odd.flip(0, 1))
+    assert 0 < odd.min() and odd.max() <= 1.0001
+
+
+def test_coil_combination_is_the_least_squares_image():
+    maps, x = birdcage_maps((12, 15), 4), draw(3, 1, 12, 15)
+    kspace = fft(maps * x)
+    assert torch.allclose(combine(kspace, maps), x, atol=1e-5)
+    assert torch.allclose(combine(kspace, maps), sense(maps, torch.ones(15)).H(kspace), atol=1e-6)
+
+
+def test_maps_of_one_coil_are_ones_and_of_several_those_of_espirit():
+    kspace = fft(birdcage_maps((24, 24), 3) * phantom((24, 24)))
+    assert torch.equal(coil_maps(kspace, 12), estimate_maps(kspace, 12))
+    assert torch.equal(coil_maps(kspace[:, :1], 0), torch.ones(1, 1, 24, 24, dtype=kspace.dtype))
+
+
+@pytest.mark.parametrize("width", [15, 16, 37])
+@pytest.mark.parametrize("acs", [0, 1, 4, 5, 12, 15])
+def test_centre_lines_are_the_acs_of_the_mask(width, acs):
+    mask = torch.zeros(width)
+    centre_crop(mask, (acs,))[:] = 1
+    assert centre_lines(mask) == acs
+    more = cartesian_mask(width, 5, acs=acs).mask
+    found = centre_lines(more)
+    assert found >= acs and bool((centre_crop(more, (found,)) == 1).all())
+    assert found == width or not bool((centre_crop(more, (found + 1,)) == 1).all())
