@@ -39,12 +39,23 @@ def test_notebook_defines_nothing(notebook):
     assert not [line for line in lines if line.lstrip().startswith(("def ", "class ", "lambda "))]
 
 
+def smoke(notebook: Path, **others) -> dict:
+    return read_yaml(profiles(notebook)["smoke"]) | {"device": "cpu"} | others
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(notebook, tmp_path):
-    values = read_yaml(profiles(notebook)["smoke"]) | {"device": "cpu"}
+    values = smoke(notebook)
     if "data" in values:
         values["data"] = str(tmp_path / "data.h5")
+    if notebook.stem == "2_train":  # what it learns from is made by the notebook before
+        first = notebook.with_name("1_data.ipynb")
+        run_notebook(first, smoke(first, data=values["data"]), out=str(tmp_path / "prepared"))
+    if notebook.stem == "5_grid":
+        one = notebook.with_name("4_reconstruct.ipynb")
+        run_notebook(one, smoke(one), out=str(tmp_path / "grid" / "one"))
+        values["runs"] = str(tmp_path / "grid")
     folder = run_notebook(notebook, values, out=str(tmp_path / "run"))
     run = read_run(folder)
     assert run.state == "done", run.reason

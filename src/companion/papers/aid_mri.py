@@ -209,7 +209,8 @@ def open_scans(p: Reconstruct) -> tuple[list[VolumeScan], list[VolumeScan]]:
     if reference is None:
         raise ValueError(f"{p.weights} does not say how bright its training data are (data.magnitude_q99 in "
                          "config.json); train it with aid/2_train, or add that number")
-    validation = [simulate(p, "validation", 100 + i, reference) for i in range(p.validation_subjects)]
+    few = replace(p, frames=min(p.frames, 3))  # slices enough to tune on
+    validation = [simulate(few, "validation", 100 + i, reference) for i in range(p.validation_subjects)]
     if p.source == "brain":
         return [simulate(p, "test", i, reference) for i in range(p.subjects)], validation
     path = project_root() / p.source
@@ -309,8 +310,8 @@ GRIDS = {  # searched on validation volumes
 
 
 def tune_classical(validation: list[VolumeScan]) -> dict[str, float | None]:
-    """Return the regularisation of each classical method: best mean PSNR on every third slice of other volumes."""
-    cases = [(s.y[1::3], s.maps[1::3], s.mask, s.x[1::3]) for s in validation]
+    """Return the regularisation of each classical method with the best mean PSNR on other people's slices."""
+    cases = [(s.y, s.maps, s.mask, s.x) for s in validation]
     methods = baselines.available_methods()
     tuned = {name: baselines.tune(methods[name], cases, grid).regularisation for name, grid in GRIDS.items()
              if name in methods}
