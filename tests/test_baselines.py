@@ -1,10 +1,23 @@
 """Baselines minimise what they say they minimise, in any batch, in 2D and 3D."""
 
+import json
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from companion.baselines import METHODS, cg_sense, l1_wavelet, total_variation, tune, zero_filled
+from companion.baselines import (
+    METHODS,
+    available_methods,
+    bart_pics,
+    cg_sense,
+    l1_wavelet,
+    total_variation,
+    tune,
+    zero_filled,
+)
 from companion.metrics import psnr
 from companion.operators.mri import birdcage_maps, cartesian_mask, sense
 
@@ -119,3 +132,111 @@ def test_errors_say_what_to_do(scan):
         total_variation(y, maps, mask, 0.0)
     with pytest.raises(ValueError, match="cases"):
         tune(cg_sense, [], [1.0])
+
+
+BART = """#!{python}
+# A stand-in for `bart pics`: answers with A^H y from its files, as the real program would at no iterations.
+import json, os, sys, time
+import numpy as np
+
+def read(name):
+    dims = [int(n) for n in open(name + ".hdr").read().splitlines()[1].split()]
+    return np.fromfile(name + ".cfl", "<c8").reshape(dims, order="F")
+
+arguments = sys.argv[1:]
+options = dict(zip(arguments[2:-3:2], arguments[3:-3:2]))
+kspace, maps = (read(name) for name in arguments[-3:-1])
+pattern = read(options["-p"])
+with open({log!r}, "a") as file:
+    dims = dict(kspace=kspace.shape, maps=maps.shape, pattern=pattern.shape)
+    file.write(json.dumps(dict(arguments=arguments, dims=dims, folder=os.getcwd())) + "\\n")
+{behaviour}
+axes = (0, 1, 2)
+images = np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(kspace * pattern, axes), axes=axes, norm="ortho"), axes)
+image = (maps.conj() * images).sum(3, keepdims=True).astype("<c8")
+open(arguments[-1] + ".hdr", "w").write("# Dimensions\\n" + " ".join(map(str, image.shape)) + "\\n")
+open(arguments[-1] + ".cfl", "wb").write(image.tobytes(order="F"))
+"""
+
+
+@pytest.fixture
+def bart(tmp_path, monkeypatch):
+    """bart(behaviour) puts the stand-in on PATH; returns what it was called with, a list that grows."""
+    log, folder = tmp_path / "calls", tmp_path / "a folder; with $(odd) characters"
+
+    def install(behaviour=""):
+        folder.mkdir(exist_ok=True)
+        program = folder / "bart"
+        program.write_text(BART.format(python=sys.executable, log=str(log), behaviour=behaviour))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        return lambda: [json.loads(line) for line in log.read_text().splitlines()]
+
+    return install
+
+
+def test_bart_pics_is_called_as_documented_and_its_image_comes_back(scan, bart):
+    _, maps, mask, A, y = scan
+    calls = bart()
+    both, own_maps = torch.cat([y, 2 * y.flip(1)]), torch.stack([maps, maps.flip(0)])
+    found = bart_pics(both, own_maps, mask, 0.004, 30)
+    torch.testing.assert_close(found, torch.cat([A.H(y), 2 * A.H(y)]), rtol=1e-4, atol=1e-5)
+    assert found.dtype == y.dtype and len(calls()) == 2
+    for call in calls():
+        assert call["arguments"] == ["pics", "-l1", "-r", "0.004", "-i", "30", "-w", "1", "-s", "0.95",
+                                     "-p", "pattern", "kspace", "maps", "image"]  # fmt: skip
+        dims = {name: (n + [1] * 16)[:5] for name, n in call["dims"].items()}
+        assert dims == {"kspace": [32, 32, 1, 4, 1], "maps": [32, 32, 1, 4, 1], "pattern": [32, 32, 1, 1, 1]}
+        assert not Path(call["folder"]).exists()
+
+
+def test_bart_pics_takes_odd_sizes_volumes_and_larger_maps(bart):
+    calls = bart()
+    for shape in ((9, 14), (6, 9, 5)):
+        x, maps = boxes(*shape), 2 * birdcage_maps(shape, 3)
+        mask = cartesian_mask(shape[-1], 2, acs=3)
+        y = sense(maps, mask, ndim=len(shape))(x)
+        expected = sense(maps, mask, ndim=len(shape)).H(y)
+        torch.testing.assert_close(bart_pics(y, maps, mask), expected, rtol=1e-4, atol=1e-5)
+        arguments = calls()[-1]["arguments"]
+        step = float(arguments[arguments.index("-s") + 1])
+        assert step == pytest.approx(0.95 / 4, rel=1e-3)  # |A|^2 is 4
+    assert calls()[-1]["dims"]["kspace"][:4] == [9, 5, 6, 3]  # readout y, phase encoding x and z, coil
+
+
+def test_bart_is_a_method_only_where_it_is_installed(scan, bart, monkeypatch, tmp_path):
+    x, maps, mask, _, y = scan
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert available_methods() == METHODS
+    with pytest.raises(FileNotFoundError, match="not on PATH; install BART"):
+        bart_pics(y, maps, mask)
+    bart()
+    assert available_methods() == METHODS | {"BART l1-wavelet": bart_pics}
+    assert "BART l1-wavelet" not in METHODS
+    with pytest.warns(UserWarning, match="end of the grid"):
+        tune(available_methods()["BART l1-wavelet"], [(y, maps, mask, x)], [0.001, 0.01])
+
+
+FAILURES = {
+    "status": ('sys.exit("out of memory")', RuntimeError, "status 1; it said: out of memory"),
+    "killed": ("os.kill(os.getpid(), 9)", RuntimeError, "status -9; it said: nothing"),
+    "no image": ("sys.exit(0)", RuntimeError, "no usable image: .* does not exist"),
+    "NaN": ("kspace[0] = np.nan", RuntimeError, "no usable image: .*NaN"),
+    "wrong size": ("kspace, maps, pattern = kspace[:8], maps[:8], pattern[:8]", RuntimeError, "expected .32, 32, 1."),
+    "too slow": ("time.sleep(60)", TimeoutError, "did not finish within 1.5 s"),
+}
+
+
+@pytest.mark.parametrize("behaviour, error, message", FAILURES.values(), ids=FAILURES)
+def test_failures_of_bart_are_told(scan, bart, behaviour, error, message):
+    _, maps, mask, _, y = scan
+    bart(behaviour)
+    with pytest.raises(error, match=message):
+        bart_pics(y, maps, mask, timeout=1.5 if error is TimeoutError else 60)
+
+
+def test_bart_is_not_even_called_with_bad_data(scan, bart):
+    _, maps, mask, _, y = scan
+    bart("sys.exit(3)")
+    with pytest.raises(ValueError, match="NaN"):
+        bart_pics(y * float("nan"), maps, mask)

@@ -353,7 +353,8 @@ def estimate_noise(kspace: Tensor) -> float:
 
     Median absolute deviation of the measured samples among the tenth that lies furthest from the centre; samples that
     are exactly zero count as not measured. Signal in the corners adds to it: brains of 64 pixels with a noise of 1 % of
-    their peak give 2 % too much, of 0.3 % 20 % too much, of 128 pixels 3 %. Raises ValueError for NaN, infinity and fewer than 50 such samples.
+    their peak give 2 % too much, of 0.3 % 20 % too much, of 128 pixels 3 %. Raises ValueError for NaN, infinity and
+    fewer than 50 such samples.
     """
     check_finite(kspace, "kspace")
     grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in kspace.shape[-2:]], indexing="ij")
