@@ -26,6 +26,7 @@ from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.autoencoder import SCALE_FACTOR, AutoencoderKL, VQModel, vq_cardiac_d4
 from companion.networks.vqvae import Codec
 
+
 def fingerprint(codec: nn.Module) -> str:
     """SHA-256 of an autoencoder's names, shapes and float32 values: which latents can be exchanged with it."""
     digest = hashlib.sha256()
