@@ -1,4 +1,4 @@
-"""The `companion` command: run a notebook, run the workflow, write the index of results."""
+"""The `companion` command: notebooks, the workflow, the index of results, weights, and a look at this machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import typer
 import companion
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+weights = typer.Typer(no_args_is_help=True, help="List, fetch, check, convert and publish weights.")
+app.add_typer(weights, name="weights")
+
+Name = Annotated[str, typer.Argument(help="as in `companion weights list`, or hf:owner/name@revision:folder")]
 
 
 @app.command()
@@ -45,6 +49,90 @@ def batch(
     from companion.batch import run_batch
 
     raise typer.Exit(run_batch(profile, config, folder, context.args))
+
+
+@weights.command("list")
+def list_weights():
+    """Show all weights and sample data by name, and whether they are here."""
+    from companion.doctor import slots, weights_table
+
+    print(weights_table(), slots(), sep="\n\n")
+
+
+@weights.command()
+def pull(
+    name: Name,
+    accept_change: Annotated[bool, typer.Option(help="take the hub's file though it is not the recorded one")] = False,
+):
+    """Download NAME, check it, convert it; print where it is."""
+    from companion import registry
+    from companion.weights import describe_source
+    from companion.weights import pull as pull_weights
+
+    path = pull_weights(name, accept_change)
+    print(describe_source(name) if path.is_dir() else path)
+    entry = registry.find(name)
+    if entry and (note := registry.moved(entry)):
+        print(f"note: {note}", file=sys.stderr)
+
+
+@weights.command()
+def verify():
+    """Hash everything that is here; exit code 1 if anything is damaged."""
+    from companion.doctor import verified
+
+    damaged = 0
+    for name, problem in verified():
+        print(f"{name}: {problem or 'whole'}")
+        damaged += problem is not None
+    raise typer.Exit(min(damaged, 1))
+
+
+@weights.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="a published file: .pt, .pth, .ckpt, .pkl or .safetensors")],
+    kind: Annotated[str, typer.Option(help="aid, taming, lmi, monai, pet, or a name of `companion weights list`")],
+    out: Annotated[Path, typer.Option(help="folder of the checkpoint")],
+    config: Annotated[Path | None, typer.Option(help="JSON or YAML with network, denoiser, data")] = None,
+    golden: Annotated[Path | None, typer.Option(help="safetensors with inputs and output to be repeated")] = None,
+):
+    """Make a checkpoint of a published FILE without running anything in it."""
+    import yaml
+
+    from companion.weights import convert as convert_file
+
+    options = yaml.safe_load(config.read_text()) if config else None
+    print(convert_file(file, kind, out, options, golden))
+
+
+@weights.command()
+def push(
+    name: Annotated[str, typer.Argument(help="a checkpoint: name or folder")],
+    repo: Annotated[str, typer.Option(help="owner/name on the Hugging Face Hub; made if need be")],
+    private: Annotated[bool, typer.Option(help="make it visible to you only")] = False,
+):
+    """Publish a checkpoint, with its card and hash, on the Hugging Face Hub."""
+    from companion.hub import push as push_weights
+
+    print(push_weights(name, repo, private))
+
+
+@weights.command()
+def where(name: Name):
+    """Print where NAME is on this machine, without fetching it; exit code 1 if it is not here."""
+    from companion.doctor import place
+
+    path = place(name)
+    print(path or f"{name} is not here: companion weights pull {name}")
+    raise typer.Exit(0 if path else 1)
+
+
+@app.command()
+def doctor():
+    """One page: this machine, its weights and data, and what each paper can run now."""
+    from companion.doctor import report
+
+    print(report())
 
 
 @app.command()

@@ -14,26 +14,36 @@ by one and only build numbers, text, containers and tensors. A class is a name, 
 
 The names of the published parameters contain the image size (`enc.64x64_block0`). Ours do not, so that one
 set of weights serves every size.
+
+The files of the other papers are simpler: dictionaries of tensors, alone or inside a training checkpoint. `KINDS`
+are all that `companion weights convert` reads, each through the same reader; safetensors files are read too.
+The tensors of large files are not copied: they are views of the file, mapped into memory.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import mmap
 import os
 import pickletools
 import re
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from companion.networks import autoencoder, ddim_unet, diffusion_unet
 from companion.networks.edm_unet import EDMUNet
 from companion.runs import sha256
 
@@ -85,8 +95,14 @@ def read(path: str | os.PathLike) -> Published:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a network-snapshot-*.pkl or training-state-*.pt")
-    try:
+    with _refusals(path):
         return _published(path)
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    try:
+        yield
     except Refused as problem:
         raise ValueError(f"{path} is refused and nothing in it was run: {problem}") from None
     except Exception as problem:  # whatever libraries say of bytes that are not what they claim to be
@@ -94,12 +110,17 @@ def read(path: str | os.PathLike) -> Published:
         raise ValueError(f"{path} is damaged, or no published checkpoint: {reason}") from problem
 
 
-def _published(path: Path) -> Published:
+def _content(path: Path):
+    """What the pickle in a file says: a bare one, or the one in a file of torch.save."""
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     if path.stat().st_size > MAX_BYTES:
         raise Refused(f"it is larger than {MAX_BYTES / 2**30:g} GiB; the published ones have less than 1 GiB")
-    content = _read_zip(path) if is_zip else _read_pickle(path)
+    return _read_zip(path) if is_zip else _read_pickle(path)
+
+
+def _published(path: Path) -> Published:
+    content = _content(path)
     kinds = {"ema": "network-snapshot", "net": "training-state"}
     found = [key for key in kinds if isinstance(content, dict) and isinstance(content.get(key), Module)]
     if len(found) != 1:
@@ -266,6 +287,106 @@ def describe(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any] | None
 
 
 # ----------------------------------------------------------------------------------------------------
+# The files of all papers
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of published files.
+
+    unpack: the content of a file -> its tensors under their names. rename: those tensors and the network that they
+    are for -> the same under our names. config: what the tensors themselves say of the network, if they do.
+    """
+
+    title: str
+    unpack: Callable[[Any], Mapping[str, Tensor]]
+    rename: Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]
+    config: Callable[[Mapping[str, Tensor]], dict] | None = None
+
+
+def state_dict(content) -> Mapping[str, Tensor]:
+    """The tensors of a state_dict, bare or as the "state_dict" of a training checkpoint."""
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise Refused(f"it holds a {type(content).__name__}; expected a dictionary of tensors")
+    strange = next((name for name, x in content.items() if not (type(name) is str and isinstance(x, Tensor))), None)
+    if strange is not None:
+        raise Refused(f"its entry {str(strange)[:100]!r} is no tensor; expected a dictionary of tensors")
+    return content
+
+
+def _lmi_weights(content) -> Mapping[str, Tensor]:
+    """Averaged weights, else raw ones, of [weights, Adam, epoch, step, averaged weights]."""
+    if isinstance(content, list) and content:
+        content = content[4] if len(content) > 4 else content[0]
+    return {name.removeprefix("module."): x for name, x in state_dict(content).items()}
+
+
+def _lmi_config(tensors: Mapping[str, Tensor]) -> dict:
+    schedule = {"name": "linear", "steps": 1000}
+    denoiser = {"name": "DiscreteDenoiser", "schedule": schedule, "prediction": "epsilon"}
+    return {"network": ddim_unet.describe(tensors), "denoiser": denoiser}
+
+
+def _from_monai(tensors: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    if isinstance(network, autoencoder.AutoencoderKL):
+        return autoencoder.from_monai(network, tensors)
+    if isinstance(network, diffusion_unet.DiffusionUNet):
+        return diffusion_unet.from_monai(network, tensors)
+    return tensors  # a VQVAE has MONAI's own names
+
+
+KINDS = {
+    "aid": Kind("AID: sequence and single-image U-Nets (.pt)", state_dict, lambda tensors, _: tensors),
+    "taming": Kind(
+        "VQModel or KL autoencoder under the names of taming, latent diffusion or diffusers (.ckpt)",
+        state_dict,
+        lambda tensors, _: autoencoder.published(tensors),
+    ),
+    "lmi": Kind(
+        "LMI translation: DDIM or guided-diffusion U-Net (.pth)",
+        _lmi_weights,
+        lambda tensors, _: ddim_unet.translate(tensors),
+        _lmi_config,
+    ),
+    "monai": Kind("latent3d: MONAI's VQVAE, AutoencoderKL or DiffusionModelUNet (.pt)", state_dict, _from_monai),
+    "pet": Kind("PET: network-snapshot-*.pkl, training-state-*.pt", lambda content: content, lambda t, _: translate(t)),
+}
+
+
+def read_kind(path: str | os.PathLike, kind: str) -> tuple[Mapping[str, Tensor], dict | None]:
+    """The tensors of a published file under their own names, and the config that the file tells, if it does.
+
+    kind: one of KINDS. Nothing in the file is executed. Tensors of torch.save files are views of the mapped file.
+    Raises ValueError for a file that is more than tensors, or damaged, or of another kind; FileNotFoundError.
+    """
+    path = Path(path)
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r} of published file; choose one of {', '.join(KINDS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    if kind == "pet":
+        published = read(path)
+        return published.tensors, published.config
+    with _refusals(path):
+        tensors = KINDS[kind].unpack(_safetensors(path) if path.suffix == ".safetensors" else _content(path))
+    if KINDS[kind].config is None:
+        return tensors, None
+    try:
+        return tensors, KINDS[kind].config(tensors)
+    except (KeyError, IndexError) as problem:
+        raise ValueError(f"{path} is not of kind {kind!r}: its tensors have other names ({problem})") from problem
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise Refused(f"its header does not fit its {path.stat().st_size} bytes: {error}") from None
+
+
+# ----------------------------------------------------------------------------------------------------
 # Reading a pickle as data
 
 
@@ -280,6 +401,8 @@ NETWORK_CLASSES = {
     ),
     "torch.nn.modules.container.ModuleDict",
 }
+# Lightning keeps settings under the classes of its callbacks: names that may be keys, and nothing else
+CALLBACKS = re.compile(r"(pytorch_lightning|lightning\.pytorch)\.callbacks\.[\w.]+")
 DTYPES = {
     "torch.FloatStorage": torch.float32,
     "torch.DoubleStorage": torch.float64,
@@ -300,10 +423,19 @@ class Name:
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Storage:
+    """The numbers that tensors are views of: a part of a mapped file (memoryview), or bytes."""
+
     dtype: torch.dtype
-    data: bytes
+    data: bytes | memoryview
+    used: bool = False
+
+    def numbers(self) -> Tensor:
+        """All of them, in one dimension. The first caller gets a mapped file itself, others copies."""
+        view = self.data if isinstance(self.data, memoryview) and not self.used else bytearray(self.data)
+        self.used = True
+        return torch.frombuffer(view, dtype=self.dtype)  # of memory that it may write to, as torch wants
 
 
 @dataclass(eq=False)
@@ -447,7 +579,8 @@ class Reader:
         if not isinstance(module, str) or not isinstance(name, str):
             raise Refused("it asks for something without a name")
         full = f"{module}.{name}"
-        if full not in self.functions and full not in NETWORK_CLASSES and full not in DTYPES:
+        known = full in self.functions or full in NETWORK_CLASSES or full in DTYPES
+        if not known and not CALLBACKS.fullmatch(full):
             raise Refused(f"it asks for {full[:100]!r}, which is no part of a published network")
         return Name(full)
 
@@ -456,7 +589,7 @@ class Reader:
             raise Refused("it calls something that is no function")
         if function.name in NETWORK_CLASSES:
             return Module(function.name)
-        if function.name in DTYPES:
+        if function.name not in self.functions:
             raise Refused(f"it makes a {function.name} by itself")
         return self.functions[function.name](*arguments)
 
@@ -473,7 +606,7 @@ class Reader:
     def update(self, thing, items: list) -> None:
         """Adds [key, value, key, value, ...]. Other keys than these can be made to take years to hash."""
         for key in items[::2]:
-            if not (type(key) is str or (type(key) is int and 0 <= key < 2**31)):
+            if not (type(key) in (str, Name) or (type(key) is int and 0 <= key < 2**31)):
                 raise Refused("it has a dictionary whose keys are neither text nor counts")
         if not isinstance(thing, dict):
             raise Refused("it sets items of something that is no dictionary")
@@ -507,9 +640,7 @@ class Reader:
         if last >= stored or math.prod(size) > stored:
             raise Refused(f"it makes a tensor of size {tuple(size)} of {stored} stored numbers")
         self.spend("tensors", len(storage.data))
-        # a copy, for torch wants memory that it may write to
-        flat = torch.frombuffer(bytearray(storage.data), dtype=storage.dtype)
-        return flat.as_strided(size, stride, offset).contiguous()
+        return storage.numbers().as_strided(size, stride, offset).contiguous()
 
     def storage_in_bytes(self, data: bytes) -> Storage:
         """The one storage in bytes as torch wrote them before zip files: five pickles, a length, the data."""
@@ -554,7 +685,7 @@ def _storage_type(reference) -> tuple[torch.dtype, int]:
     return DTYPES[name.name], count
 
 
-def _storage(dtype: torch.dtype, data: bytes, count: int) -> Storage:
+def _storage(dtype: torch.dtype, data: bytes | memoryview, count: int) -> Storage:
     if len(data) != count * dtype.itemsize:
         raise Refused(f"a storage of {count} numbers has {len(data)} bytes")
     return Storage(dtype, data)
@@ -579,12 +710,30 @@ def _read_zip(path: Path):
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise Refused("it was written on a big-endian machine")
 
-        @cache
-        def stored(key: str) -> bytes:
-            return archive.read(f"{folder}data/{key}")
+        with open(path, "rb") as file:
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+        storages: dict[str, Storage] = {}
 
         def storage(reference) -> Storage:
             dtype, count = _storage_type(reference)
-            return _storage(dtype, stored(reference[2]), count)
+            key = reference[2]
+            if key not in storages:
+                data = _member(mapped, archive.getinfo(f"{folder}data/{key}"))
+                storages[key] = _storage(dtype, data, count)
+            if storages[key].dtype != dtype:
+                raise Refused("it reads the same numbers as two types")
+            return storages[key]
 
         return Reader(size, storage).load(io.BytesIO(archive.read(program)))
+
+
+def _member(mapped: memoryview, info: zipfile.ZipInfo) -> memoryview:
+    """The bytes of an uncompressed member of a mapped zip file, after a look at its checksum."""
+    # the member's own header, of 30 bytes, may have other extra fields than the directory's
+    name, extra = struct.unpack_from("<HH", mapped, info.header_offset + 26)
+    start = info.header_offset + 30 + name + extra
+    data = mapped[start : start + info.file_size]
+    if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+        raise Refused(f"its part {info.filename[:100]!r} is damaged: the checksum differs")
+    return data

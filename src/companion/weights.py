@@ -15,24 +15,36 @@ One dict describes a model from training to loading:
     D = build(config)                                         # random weights, to be trained
     save_checkpoint("runs/prior", ema, config, record)        # `ema`: the trained D, or its averaged weights
     D = load("runs/prior")                                    # or an embedded one: load("brain/t1w")
+
+What `load` and all functions here take as a name:
+
+    brain/t1w                       an embedded checkpoint, of the repository
+    embedded                        the one that the caller suggests as `default`, or the only one
+    aid/fastmri-320-cplx            a published one (companion.registry): downloaded, checked and converted once
+    hf:owner/name@revision:folder   a checkpoint on the Hugging Face Hub; revision and folder may be left out
+    runs/prior                      a folder, or its model.safetensors
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from companion import conversion, registry
 from companion.diffusion.denoisers import AnySize, ComplexDenoiser, DiscreteDenoiser, EDMDenoiser
 from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.autoencoder import AutoencoderKL, VQModel
@@ -223,17 +235,20 @@ def write_sums(folder: Path | None = None) -> Path:
 
 
 def load(
-    name: str | os.PathLike, device: str | torch.device = "cpu", autocast: str | None = None
+    name: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    autocast: str | None = None,
+    default: str | None = None,
 ) -> nn.Module:
     """The model of a checkpoint, ready to use: in evaluation mode, without gradients, in float32.
 
-    name: an embedded checkpoint ("brain/t1w") or the path of a checkpoint folder or of its model.safetensors.
-    autocast: "bfloat16" lets the network compute in it.
+    name: see the head of this module. A published or hub checkpoint that is not here is downloaded.
+    autocast: "bfloat16" lets the network compute in it. default: what the name "embedded" stands for.
 
     Raises FileNotFoundError when there is no such checkpoint, ValueError when it is damaged, is not what its
-    hash says, does not fit its config, or is a pickle.
+    hash says, does not fit its config, or is a pickle; the errors of `registry.fetch` for downloads.
     """
-    folder = resolve(name)
+    folder = resolve(name, default)
     config = describe(folder)
     path = folder / MODEL
     _verify(path, config.get("sha256"), f"{folder / CONFIG}")
@@ -249,16 +264,18 @@ def load(
     return model
 
 
-def load_denoiser(name: str | os.PathLike, device="cpu", autocast: str | None = None) -> nn.Module:
+def load_denoiser(
+    name: str | os.PathLike, device="cpu", autocast: str | None = None, default: str | None = None
+) -> nn.Module:
     """`load`, for checkpoints that are denoisers; raises ValueError for others."""
-    if describe(name).get("denoiser") is None:
+    if describe(name, default).get("denoiser") is None:
         raise ValueError(f'{name} holds a bare network: its {CONFIG} has no "denoiser"; use load')
-    return load(name, device, autocast)
+    return load(name, device, autocast, default)
 
 
-def describe(name: str | os.PathLike) -> dict:
-    """The config.json of a checkpoint: network, denoiser, data, sha256."""
-    path = resolve(name) / CONFIG
+def describe(name: str | os.PathLike, default: str | None = None) -> dict:
+    """The config.json of a checkpoint: network, denoiser, data, sha256; "origin" if it was converted."""
+    path = resolve(name, default) / CONFIG
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
@@ -272,35 +289,106 @@ def describe(name: str | os.PathLike) -> dict:
     return config
 
 
-def resolve(name: str | os.PathLike) -> Path:
-    """The folder of a checkpoint, given its embedded name or a path. Other sources of weights join here.
+@dataclass(frozen=True)
+class Source:
+    """What a name stands for: print it beside results."""
 
-    An embedded checkpoint is first compared with SHA256SUMS.
+    name: str
+    origin: str  # where it comes from, in words
+    path: Path
+    sha256: str  # of the weights that are loaded
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.origin}; {self.path}, SHA-256 {self.sha256}"
+
+
+def describe_source(name: str | os.PathLike, default: str | None = None) -> Source:
+    """What `load(name)` loads, from where, with which hash (computed now, not quoted)."""
+    name = _named(name, default)
+    folder = resolve(name)
+    origin, hub = describe(folder).get("origin"), HUB_ID.fullmatch(str(name))
+    if origin:
+        place = f"{origin['repo']} at {origin['revision'][:12]}, " if origin.get("repo") else ""
+        words = f"converted from {place}{origin['file']} (SHA-256 {origin['sha256']})"
+    elif hub:
+        words = f"Hugging Face Hub, {hub['repo']} at {_commit(folder)[:12]}"
+    else:
+        words = "embedded in the repository" if str(name) in embedded() else "a checkpoint on this machine"
+    return Source(str(name), words, folder / MODEL, sha256(folder / MODEL))
+
+
+HUB_ID = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./ -]+))?")
+
+
+def resolve(name: str | os.PathLike, default: str | None = None) -> Path:
+    """The folder of a checkpoint, given its name (see the head of this module).
+
+    An embedded checkpoint is first compared with SHA256SUMS; a published or hub one is downloaded if need be.
     """
+    name = _named(name, default)
     if re.fullmatch(r"\w[\w-]*(/\w[\w-]*)+", str(name)) and (root() / str(name) / CONFIG).exists():
-        folder = root() / str(name)
-        sums = _sums()
-        for file in (CONFIG, MODEL):
-            key = f"{name}/{file}"
-            if key not in sums:
-                raise ValueError(
-                    f"{key} is not in {root() / SUMS}; add it with companion.weights.write_sums()"
-                )
-            _verify(folder / file, sums[key], str(root() / SUMS))
-        return folder
-
+        return _embedded_folder(str(name))
+    if str(name).startswith("hf:"):
+        return _hub_folder(str(name))
     path = Path(name)
+    entry = None if path.exists() else registry.find(str(name))
+    if entry:
+        return obtain(entry)
     if path.suffix.lower() in PICKLES:
         raise ValueError(
-            f"{path} is a pickle: loading one can run any program hidden in it, so this package never does. "
-            "Convert it to safetensors where you trust it (safetensors.torch.save_file) and load that; "
-            "companion.conversion.read reads the published PET checkpoints without running them"
+            f"{path} is a pickle: loading one can run any program hidden in it, so this package never does. Convert it "
+            "once, without running it: companion weights convert FILE --kind KIND --out FOLDER, and give that folder"
         )
     if path.name == MODEL:
         path = path.parent
     if path.is_dir():
         return path
     raise FileNotFoundError(_not_found(str(name)))
+
+
+def _named(name: str | os.PathLike, default: str | None) -> str | os.PathLike:
+    if str(name) != "embedded":
+        return name
+    names = [default] if default else embedded()
+    if len(names) != 1:
+        raise ValueError(f"which embedded checkpoint? Give its name: {', '.join(names) or 'there are none'}")
+    return names[0]
+
+
+def _embedded_folder(name: str) -> Path:
+    folder, sums = root() / name, _sums()
+    for file in (CONFIG, MODEL):
+        key = f"{name}/{file}"
+        if key not in sums:
+            raise ValueError(f"{key} is not in {root() / SUMS}; add it with companion.weights.write_sums()")
+        _verify(folder / file, sums[key], str(root() / SUMS))
+    return folder
+
+
+def _hub_folder(name: str) -> Path:
+    """The checkpoint of a hub id, in the hub client's cache; a published file of the registry is converted."""
+    found = HUB_ID.fullmatch(name)
+    if not found:
+        raise ValueError(f"{name} is no hub id; expected hf:owner/name, hf:owner/name@revision or hf:owner/name:folder")
+    repo, revision, file = found["repo"], found["revision"], found["file"] or ""
+    for entry in registry.entries().values():
+        if (entry.repo, entry.file) == (repo, file) and entry.kind != "data":
+            return obtain(entry if revision is None else dataclasses.replace(entry, revision=revision))
+    if Path(file).suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{name} is a pickle that the registry does not know, so its config is not known either. Fetch it (hf "
+            f"download {repo} {file}), then: companion weights convert FILE --kind KIND --config CONFIG --out FOLDER"
+        )
+    at = file.removesuffix(MODEL).strip("/")
+    names = [f"{at}/{part}" if at else part for part in (CONFIG, MODEL)]
+    with registry.explained(name, repo, revision or "main"):
+        config = registry.take(repo, names[0], revision or "main", name)
+        model = registry.take(repo, names[1], config.revision, name)
+    return model.path.parent
+
+
+def _commit(folder: Path) -> str:
+    return next((part for part in folder.parts[::-1] if registry.COMMIT.fullmatch(part)), "an unknown commit")
 
 
 def _not_found(name: str) -> str:
@@ -310,9 +398,12 @@ def _not_found(name: str) -> str:
             f"no checkpoint {name!r}: it is no folder, and the embedded checkpoints ({root()}) are absent. "
             "They come with the repository: clone it and `pip install -e .`, or give the path of a checkpoint"
         )
-    close = difflib.get_close_matches(name, names, 1)
+    close = difflib.get_close_matches(name, [*names, *registry.entries()], 1)
     hint = f"did you mean {close[0]!r}?" if close else f"embedded: {', '.join(names)}"
-    return f"no checkpoint {name!r}: neither an embedded name nor a folder with {MODEL} and {CONFIG}; {hint}"
+    return (
+        f"no checkpoint {name!r}: neither an embedded nor a published name (companion weights list), nor a folder with "
+        f"{MODEL} and {CONFIG}; a Hugging Face repository is written hf:owner/name; {hint}"
+    )
 
 
 def _sums() -> dict[str, str]:
@@ -353,7 +444,11 @@ def _check_match(expected: dict[str, tuple], given: dict[str, tuple], source: st
     """Raises ValueError naming tensors that are missing, extra (with the nearest missing) or misshaped."""
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
     shared = [name for name in expected if name in given]
-    lines = [f"  {k} {given[k]}: expected {expected[k]}" for k in shared if given[k] != expected[k]]
+    lines = []
+    for k in shared:
+        if given[k] != expected[k]:
+            turned = " (is it transposed?)" if given[k] == expected[k][::-1] else ""
+            lines.append(f"  {k} {given[k]}: expected {expected[k]}{turned}")
     for name in sorted(extra):
         near = difflib.get_close_matches(name, missing, 1)
         hint = f"; is it {near[0]}?" if near else ""
@@ -368,3 +463,151 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"tensor {name} of {source} holds NaN or infinity")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Published weights: converted once, then checkpoints like all others
+
+
+def obtain(entry: registry.Entry, accept_change: bool = False) -> Path:
+    """The folder of a published checkpoint: downloaded, checked and converted if it is not there already.
+
+    A converted checkpoint stays usable when the hub client's cache is emptied. Raises the errors of
+    `registry.fetch` and `convert`.
+    """
+    if entry.kind == "data":
+        raise ValueError(f"{entry.name} is sample data, no model: companion weights where {entry.name}")
+    folder = converted(entry)
+    if folder is None or accept_change:
+        found = registry.fetch(entry, accept_change)
+        origin = {"name": entry.name, "repo": entry.repo, "revision": found.revision, "file": entry.file}
+        with registry.one_at_a_time(f"{entry.key}, converted"):
+            folder = _converted_folder(entry, found.sha256)
+            if not (folder / CONFIG).exists():
+                for aside in folder.parent.glob(".*"):  # left by a process that was killed here
+                    shutil.rmtree(aside, ignore_errors=True)
+                registry.check_space(registry.home(), found.path.stat().st_size, f"{entry.name}, converted,")
+                convert(found.path, entry.kind, folder, entry.config, origin=origin, about=entry)
+    return folder
+
+
+def pull(name: str, accept_change: bool = False) -> Path:
+    """The folder of a published checkpoint, or the first file of sample data, here and whole after this call.
+
+    Mends what is damaged. Raises the errors of `obtain`, and FileNotFoundError for names not in the registry.
+    """
+    entry = registry.find(name)
+    if entry is None:
+        if name.startswith("hf:") or name in embedded():
+            return resolve(name)
+        raise FileNotFoundError(_not_found(name))
+    if entry.kind == "data":
+        return registry.fetch(entry, accept_change).path
+    folder = converted(entry)
+    if folder is not None and damage(folder):
+        shutil.rmtree(folder)
+    return obtain(entry, accept_change)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint folder, or None."""
+    try:
+        _verify(folder / MODEL, describe(folder).get("sha256"), str(folder / CONFIG))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def converted(entry: registry.Entry) -> Path | None:
+    """The folder of a published checkpoint if it is there, else None; no network, nothing hashed."""
+    known = registry.recorded(entry) if entry.repo else None
+    folder = _converted_folder(entry, known["files"][entry.file]["sha256"]) if known else None
+    return folder if folder and (folder / CONFIG).exists() else None
+
+
+def _converted_folder(entry: registry.Entry, source: str) -> Path:
+    # another file, or another reading of it, is another checkpoint
+    key = hashlib.sha256(f"{source} {entry.kind} {json.dumps(entry.config, sort_keys=True)}".encode())
+    return registry.home() / "converted" / entry.name / key.hexdigest()[:16]
+
+
+def convert(
+    file: str | os.PathLike,
+    kind: str,
+    folder: str | os.PathLike,
+    config: Mapping | None = None,
+    golden: str | os.PathLike | None = None,
+    *,
+    origin: Mapping | None = None,
+    about: registry.Entry | None = None,
+) -> Path:
+    """The folder of the checkpoint made of a published file: the same numbers under our names.
+
+    kind: one of conversion.KINDS, or the name of a registry entry, which also gives the config. config: as for
+    `build`; can be left out where the file tells it, and for "aid" where names and shapes are those of a published
+    model. golden: a safetensors file with inputs x, t (cond, y) of the network and its published output `out`, which
+    must come out again. origin, about: where the file comes from, for config.json and the model card.
+
+    Raises ValueError for files that are not what `kind` says or hold more than data, tensors that are missing, extra
+    or of another shape, and a wrong output; FileNotFoundError.
+    """
+    entry = about or registry.find(kind)
+    if entry and entry.kind != "data":
+        kind, config = entry.kind, config or entry.config or None
+    tensors, told = conversion.read_kind(file, kind)
+    if told or config:
+        config = (told or {}) | dict(config or {})
+    else:
+        config = _config_for(tensors, kind, str(file))
+    data = {"source": f"published weights, {Path(file).name}", "scale": "not stated in the file"}
+    given = {"file": Path(file).name} | dict(origin or {}) | {"sha256": sha256(file)}
+    config = config | {"data": data | dict(config.get("data") or {}), "origin": given}
+    network = _blank(config)
+    tensors = conversion.KINDS[kind].rename(tensors, network)
+    _check_match(_shapes(network), {k: tuple(t.shape) for k, t in tensors.items()}, str(file))
+    network.load_state_dict(tensors, assign=True)
+    record = {"converted from": given, "kind": kind}
+    if golden is not None:
+        record["parity"] = _parity(network, Path(golden))
+    card = registry_card(entry, config, record) if entry else None
+    return save_checkpoint(folder, network, config, record, card)
+
+
+def _config_for(tensors: Mapping[str, torch.Tensor], kind: str, source: str) -> dict:
+    """The config of the registry's one model of a kind that has tensors of these names and shapes."""
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    for entry in registry.entries().values():
+        if entry.kind == kind == "aid" and _shapes(_blank(entry.config)) == given:
+            return dict(entry.config)
+    names = [name for name, entry in registry.entries().items() if entry.kind == kind and entry.config.get("network")]
+    raise ValueError(
+        f"{source} does not say which network it is for. Give a config (--config FILE, JSON or YAML with network, "
+        f"denoiser and data), or as kind the published model that it is: {', '.join(names) or 'none is known'}"
+    )
+
+
+@torch.no_grad()
+def _parity(network: nn.Module, golden: Path) -> dict:
+    """How well the network repeats a published output; raises ValueError if it does not."""
+    given = load_file(golden)
+    out = given.pop("out")
+    ours = network.eval().float()(**given)
+    error = ((ours - out).norm() / out.norm()).item()
+    if not error < 1e-4:
+        raise ValueError(
+            f"the network does not repeat the output in {golden} (relative error {error:.2g}): wrong kind or config"
+        )
+    return {"file": golden.name, "relative_error": error}
+
+
+def registry_card(entry: registry.Entry, config: Mapping, record: Mapping) -> str:
+    """The README.md of a converted checkpoint: paper, licence, training data, metrics, intended use, origin."""
+    facts = {
+        "What": entry.title, "Paper": entry.citation, "Licence": entry.licence, "Training data": entry.training,
+        "Metrics": entry.metrics, "Intended use": entry.use, "Scale": config["data"]["scale"],
+    }  # fmt: skip
+    lines = [f"- **{key}**: {value}" for key, value in facts.items()]
+    lines += [f"- **{key}**: {json.dumps(value)}" for key, value in record.items()]
+    head = "---\nlibrary_name: companion\nlicense: other\n---\n"
+    note = "Converted by renaming tensors; no number was changed."
+    return f"{head}# {entry.name}\n\n{note}\n\n{chr(10).join(lines)}\n"
