@@ -27,7 +27,6 @@ class Hub:
         self.cuts: dict[str, int] = {}  # file -> how many more times its connection breaks in the middle
         self.slow: dict[str, float] = {}  # file -> seconds to wait in the middle of it
         self.requests: list[tuple[str, str]] = []
-        self.uploads: dict[str, bytes] = {}
         handler = type("Bound", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -150,11 +149,6 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- uploads
 
-    def do_PUT(self):
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        self.hub.uploads[hashlib.sha256(data).hexdigest()] = data
-        self.answer(200)
-
     def do_POST(self):
         self.hub.requests.append(("POST", self.path))
         length = int(self.headers.get("Content-Length") or 0)
@@ -170,22 +164,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":
             return self.reply({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
-            files = [{"path": f["path"], "uploadMode": "lfs" if f["size"] >= LARGE else "regular",
-                      "shouldIgnore": False} for f in json.loads(body)["files"]]  # fmt: skip
-            return self.reply({"files": files})
-        if self.path.endswith("/info/lfs/objects/batch"):
-            objects = [o | {"actions": {"upload": {"href": f"{self.hub.url}/put/{o['oid']}"}}}
-                       for o in json.loads(body)["objects"]]  # fmt: skip
-            return self.reply({"transfer": "basic", "objects": objects})
+            # "regular": inside the commit. The true hub takes large files through its Xet service.
+            paths = [f["path"] for f in json.loads(body)["files"]]
+            return self.reply({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
         if found := re.fullmatch(r"/api/models/(.+?)/commit/main.*", self.path):
-            files = {}
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    files[value["path"]] = base64.b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    files[value["path"]] = self.hub.uploads[value["oid"]]
-            commit = self.hub.commit(found[1], files)
+            added = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
+            commit = self.hub.commit(found[1], {f["path"]: base64.b64decode(f["content"]) for f in added})
             url = f"{self.hub.url}/{found[1]}/commit/{commit}"
             return self.reply({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
         self.fail(404, "EntryNotFound")
