@@ -69,7 +69,8 @@ def mlem(
         expected = expected_counts(A, x, background)
         if discrepancy:
             active &= poisson_deviance(y, expected) > expected_deviance(expected)
-        new = _faded(em_update(x, y, A, gain, background, expected))
+        new = em_update(x, y, A, gain, background, expected)
+        new = _faded(new) if k % 8 == 0 else new
         if tol > 0 or discrepancy:
             taken += active
             new = torch.where(_like(active, x), new, x)

@@ -171,6 +171,8 @@ class _Symmetries:
     def of(cls, beam: ParallelBeam) -> _Symmetries:
         pixels, rays = (torch.stack(maps) for maps in zip(*_elements(beam), strict=True))  # (g, pixel), (g, ray)
         kept = rays.amin(0).unique()
+        # Neighbours in angle meet nearly the same pixels: side by side, they find them in the cache.
+        kept = kept[torch.argsort(kept % beam.bins, stable=True)]
         source = torch.full((beam.rays,), -1)
         for g in reversed(range(len(rays))):
             source[rays[g, kept]] = torch.arange(len(kept)) * len(rays) + g
@@ -696,8 +698,8 @@ def expected_counts(A: LinearOperator, x: Tensor, background: Tensor | None = No
 
 
 def counts_ratio(y: Tensor, expected: Tensor) -> Tensor:
-    """y / expected, 0 where y is 0; finite even where nothing is expected."""
-    return torch.where(y > 0, y / expected.clamp(min=1e-20), 0.0)
+    """y / expected, 0 where y is 0, even where nothing is expected."""
+    return y / expected.clamp(min=1e-20)
 
 
 def poisson_deviance(y: Tensor, expected: Tensor) -> Tensor:
