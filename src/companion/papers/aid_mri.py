@@ -155,9 +155,14 @@ def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor,
     calibration: k-space of the calibration scan, of which only the centre is read. oracle: maps to use as they are.
     """
     y = kspace * mask.mask
+    if not y.any():
+        raise ValueError(f"{name}: all measured samples are zero; check the file and its mask")
     centre, width = (calibration, p.calibration) if p.maps == "calibration" else (y, p.acs)
     width = min(width, *kspace.shape[-2:])
-    maps = coil_maps(centre, width) if oracle is None else oracle
+    try:
+        maps = coil_maps(centre, width) if oracle is None else oracle
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     image = (combine(low_pass(centre, width), maps) if width >= LEAST_CENTRE else
              baselines.cg_sense(y / peak(y), maps, mask) * peak(y))
     scale = intensity_scale(image, reference)
