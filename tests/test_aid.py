@@ -255,6 +255,9 @@ def test_tables_and_lines_hold_every_mode(tiny_run):
     rows = sampling.strips(true, drawn)
     assert list(rows["truth"]) == [str(n + 1) for n in range(8)] and rows["warm\nfull"]["3"].isnan().all()
     assert torch.equal(rows["warm\nfull"]["4"], drawn[1].x[0, 0])
+    played = sampling.played(true, drawn, 1)
+    assert {len(x) for x in played.values()} == {8} and torch.equal(played["warm, full"][:3], true[1, :3] / 2)
+    assert torch.equal(played["warm, full"][3:], drawn[1].x[1]) and not played["first stage"][5:].any()
     lines = sampling.signal_by_frame(true, drawn)
     assert lines["warm, full"][0] == [4, 5, 6, 7, 8] and lines["warm, full"][1][0] == pytest.approx(
         drawn[1].x[:, 0].abs().mean().item(), rel=1e-5)

@@ -316,6 +316,19 @@ def strips(true: Tensor, drawn: list[Drawn], i: int = 0) -> dict[str, dict[str, 
     return rows
 
 
+def played(true: Tensor, drawn: list[Drawn], i: int = 0) -> dict[str, Tensor]:
+    """Return sequence i of each mode for `figures.animation`, all as long as the truth and in step with it.
+
+    The frames that a mode was given come first, at half their brightness; where it has no more frames it is black.
+    """
+    def whole(d: Drawn) -> Tensor:
+        x = torch.cat([true[i, : d.first] / 2, d.x[i]])[:count]
+        return torch.cat([x, x.new_zeros(count - len(x), *x.shape[1:])])
+
+    count = true.shape[1]
+    return {"truth": true[i]} | {d.name: whole(d) for d in drawn}
+
+
 @torch.no_grad()
 def bill_table(prior: SequencePrior, drawn: list[Drawn], true: Tensor, p: SampleSequence) -> list[dict[str, object]]:
     """Return what a frame of each mode cost: network evaluations, operations, seconds.
