@@ -1,21 +1,26 @@
 """Published checkpoints: read to the bit, translated by place; hostile files are refused and run nothing."""
 
 import io
+import json
 import os
 import pickle
+import struct
 import sys
 import time
 import types
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
+import published
 import pytest
 import torch
 from published_edm import PublishedNetwork
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from companion import conversion
+from companion import conversion, weights
 from companion.diffusion import EDMDenoiser
 from companion.weights import load, save_checkpoint
 
@@ -359,3 +364,175 @@ def test_other_files_are_refused(tmp_path):
     refused(tmp_path / "other.pt", "no network as its entry|refused")
     with pytest.raises(FileNotFoundError, match="give a network-snapshot"):
         conversion.read(tmp_path / "none.pkl")
+
+
+# --- the files of all papers, through weights.convert
+
+GOLDEN = Path(__file__).parent / "golden" / "aid"
+
+
+@pytest.fixture(scope="module")
+def aid():
+    return published.network()
+
+
+@pytest.fixture
+def pt(aid, tmp_path):
+    """A published AID file."""
+    return published.aid_file(tmp_path / "model.pt", aid)
+
+
+def converted(folder):
+    return weights.network_of(load(folder)).state_dict()
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_aid_file_is_renamed_and_nothing_else(aid, pt, tmp_path):
+    folder = weights.convert(pt, "aid", tmp_path / "ours", published.CONFIG)
+    assert equal(converted(folder), aid.state_dict())
+    config = weights.describe(folder)
+    assert config["origin"] == {"file": "model.pt", "sha256": weights.sha256(pt)}
+    names = {"model.safetensors", "config.json", "training.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == names
+    save_file(aid.state_dict(), tmp_path / "model.safetensors")
+    again = weights.convert(tmp_path / "model.safetensors", "aid", tmp_path / "again", published.CONFIG)
+    assert equal(converted(again), aid.state_dict())
+    with pytest.raises(ValueError, match="does not say which network .* aid/fastmri-320-cplx"):
+        weights.convert(pt, "aid", tmp_path / "c")
+
+
+def test_a_conversion_repeats_published_outputs(tmp_path):
+    """The golden network of the published single-image layout, with its recorded input and output."""
+    case = json.loads((GOLDEN / "manifest.json").read_text())["cases"]["unet_plain"]
+    tensors = load_file(GOLDEN / case["file"])
+    torch.save(OrderedDict((k.removeprefix("param."), nn.Parameter(x.float())) for k, x in tensors.items()
+                           if k.startswith("param.")), tmp_path / "model.pt")  # fmt: skip
+    golden = {name: tensors[f"io.{name}"] for name in ("x", "t", "out")}
+    save_file(golden, tmp_path / "golden.safetensors")
+    network = {"name": "UNet"} | {k: v for k, v in case["constructor"].items() if k != "image_size"}
+    folder = weights.convert(tmp_path / "model.pt", "aid", tmp_path / "ours", {"network": network},
+                             tmp_path / "golden.safetensors")  # fmt: skip
+    assert json.loads((folder / "training.json").read_text())["parity"]["relative_error"] < 1e-5
+    save_file(golden | {"out": golden["out"] * 1.01}, tmp_path / "golden.safetensors")
+    with pytest.raises(ValueError, match="does not repeat the output .*relative error 0.0099"):
+        weights.convert(tmp_path / "model.pt", "aid", tmp_path / "no", {"network": network},
+                        tmp_path / "golden.safetensors")  # fmt: skip
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_lightning_checkpoint_gives_its_autoencoder(tmp_path, monkeypatch):
+    """Settings under the class of a callback, a loss network and an optimiser are looked past."""
+    config = {"network": dict(name="VQModel", channels=32, channel_mult=[1, 2], num_res_blocks=1, num_embeddings=16)}
+    net = weights.build(config)
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"):
+        place = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, place)
+    callback = place.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": place.__name__})
+    content = {"epoch": 3, "callbacks": {callback: {"best": torch.ones(1)}}, "optimizer_states": [{"state": {0: 1}}]}
+    content["state_dict"] = dict(net.state_dict()) | {"loss.perceptual.weight": torch.ones(3)}
+    torch.save(content, tmp_path / "vq.ckpt")
+    folder = weights.convert(tmp_path / "vq.ckpt", "taming", tmp_path / "ours", config)
+    assert equal(load(folder).state_dict(), net.state_dict())
+    torch.save(content | {"state_dict": Call(callback)}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="it makes a pytorch_lightning.* by itself"):
+        weights.convert(tmp_path / "evil.ckpt", "taming", tmp_path / "no", config)
+
+
+def test_lmi_files_give_their_averaged_weights(tmp_path):
+    options = dict(in_channels=3, model_channels=32, out_channels=1, num_res_blocks=1, channel_mult=[1.0, 1.0],
+                   attention_resolutions=[2], conv_resample=True, use_scale_shift_norm=False)  # fmt: skip
+    raw, averaged = (published.network({"network": {"name": "UNet"} | options}, seed) for seed in (0, 1))
+    content = [{f"module.{k}": x for k, x in raw.state_dict().items()}, {"state": {}}, 1, 10]
+    torch.save([*content, dict(averaged.state_dict())], tmp_path / "ckpt.pth")
+    folder = weights.convert(tmp_path / "ckpt.pth", "lmi", tmp_path / "ema")
+    assert equal(converted(folder), averaged.state_dict())
+    assert weights.load_denoiser(folder).process.prediction == "epsilon"
+    torch.save(content, tmp_path / "ckpt.pth")
+    assert equal(converted(weights.convert(tmp_path / "ckpt.pth", "lmi", tmp_path / "raw")), raw.state_dict())
+    with pytest.raises(ValueError, match="is not of kind 'lmi'"):
+        torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
+        weights.convert(tmp_path / "a.pth", "lmi", tmp_path / "no")
+
+
+def test_pet_snapshots_convert_by_the_same_command(snapshot, network, tmp_path):
+    D = load(weights.convert(snapshot, "pet", tmp_path / "ours"))
+    x, t, augment, out = network[1]
+    torch.testing.assert_close(D.network(x, t, augment=augment), out, rtol=1e-4, atol=1e-4)
+
+
+def test_monai_files_convert(tmp_path):
+    config = {"network": dict(name="VQVAE", dims=2, channels=[32, 32], num_embeddings=8, embedding_dim=4)}
+    net = weights.build(config)
+    torch.save(net.state_dict(), tmp_path / "vqvae.pt")
+    folder = weights.convert(tmp_path / "vqvae.pt", "monai", tmp_path / "ours", config)
+    assert equal(load(folder).state_dict(), net.state_dict())
+
+
+# --- and what is refused, each with its own message
+
+
+def refuse(file, folder, message):
+    with pytest.raises(ValueError, match=message):
+        weights.convert(file, "aid", folder, published.CONFIG)
+    assert not folder.exists()
+
+
+def test_wrong_tensors_are_named(aid, tmp_path):
+    whole = OrderedDict(aid.named_parameters())
+    width, turned = "time_embed.0.weight", torch.zeros(32, 128)
+
+    def spoilt(**changes):
+        tensors = {k: x for k, x in (whole | changes).items() if x is not None}
+        torch.save(OrderedDict(tensors), tmp_path / "spoilt.pt")
+        return tmp_path / "spoilt.pt"
+
+    out = tmp_path / "out"
+    refuse(spoilt(**{width: None}), out, r"time_embed.0.weight \(128, 32\) is missing")
+    refuse(spoilt(extra=torch.ones(2)), out, r"extra \(2,\) is not part of the network")
+    refuse(spoilt(**{width: turned}), out, r"\(32, 128\): expected \(128, 32\) \(is it transposed\?\)")
+    refuse(spoilt(**{width: torch.full((128, 32), torch.nan)}), out, "time_embed.0.weight of .* holds NaN")
+    refuse(spoilt(**{width: "text"}), out, "its entry 'time_embed.0.weight' is no tensor")
+    torch.save([1, 2], tmp_path / "list.pt")
+    refuse(tmp_path / "list.pt", out, "holds a list; expected a dictionary of tensors")
+    with pytest.raises(ValueError, match="no kind 'unet' of published file; choose one of aid, taming"):
+        weights.convert(tmp_path / "list.pt", "unet", out)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hostile_state_dict_runs_nothing(way, tmp_path, canary, aid):
+    torch.save(OrderedDict(aid.named_parameters()) | {"x": attacks(canary)[way]}, tmp_path / "evil.pt")
+    refuse(tmp_path / "evil.pt", tmp_path / "out", "is refused and nothing in it was run|is damaged")
+    assert not canary.exists()
+
+
+def test_bombs_and_lies_are_refused(pt, tmp_path, aid):
+    with zipfile.ZipFile(pt) as archive, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for info in archive.infolist():
+            bomb.writestr(info.filename, bytes(30_000_000) if "/data/" in info.filename else archive.read(info))
+            if "/data/" in info.filename:
+                break
+    refuse(tmp_path / "bomb.pt", tmp_path / "out", "refused .* it is compressed, which files of torch.save are not")
+
+    spoilt = bytearray(pt.read_bytes())
+    spoilt[len(spoilt) // 2] ^= 1  # in the numbers of some tensor
+    (tmp_path / "flipped.pt").write_bytes(spoilt)
+    refuse(tmp_path / "flipped.pt", tmp_path / "out", "its part .* is damaged: the checksum differs")
+
+    save_file(aid.state_dict(), tmp_path / "lie.safetensors")
+    data = (tmp_path / "lie.safetensors").read_bytes()
+    for lie in (struct.pack("<Q", 2**40) + data[8:], data.replace(b'"shape":[128,32]', b'"shape":[128,33]'), data[:-9]):
+        (tmp_path / "lie.safetensors").write_bytes(lie)
+        refuse(tmp_path / "lie.safetensors", tmp_path / "out", "refused .* its header does not fit its .* bytes")
+
+
+def test_tensors_that_share_numbers_become_independent(tmp_path):
+    x = torch.arange(6.0)
+    torch.save({"a": x, "b": x.view(2, 3).T, "c": x[2:]}, tmp_path / "shared.pt")
+    tensors, _ = conversion.read_kind(tmp_path / "shared.pt", "aid")
+    assert torch.equal(tensors["b"], x.view(2, 3).T) and torch.equal(tensors["c"], x[2:])
+    tensors["a"].zero_()
+    assert torch.equal(tensors["c"], x[2:])
+    assert torch.equal(conversion.read_kind(tmp_path / "shared.pt", "aid")[0]["a"], x)  # the file is untouched

@@ -19,6 +19,7 @@ from hub_server import Hub
 
 from companion import cli, registry, weights
 from companion.hub import HubModel, push
+from companion.papers import brain
 from companion.registry import Entry, fetch, moved
 
 REPO, FILE, NAME = "authors/priors", "AID/model.pt", "test/model"
@@ -343,6 +344,24 @@ def test_hub_ids_of_published_files_are_converted_and_others_refused(model, hub,
         weights.load("hf:pickles")
     with pytest.raises(FileNotFoundError, match="does not hold config.json"):
         weights.load("hf:me/pickles")
+
+
+def test_fine_tuning_is_the_same_from_embedded_converted_and_hub_checkpoints(hub, tmp_path):
+    """The same weights from three places: the same training, to the bit."""
+    start = weights.load("brain/t1w")
+    config = {key: weights.describe("brain/t1w")[key] for key in ("network", "denoiser", "data")}
+    published.aid_file(tmp_path / "prior.pt", weights.network_of(start))
+    folder = weights.convert(tmp_path / "prior.pt", "aid", tmp_path / "converted", config)
+    hub.commit("me/prior", {path.name: path.read_bytes() for path in folder.iterdir()})
+
+    trained = []
+    for name in ("brain/t1w", str(folder), "hf:me/prior"):
+        p = brain.TrainPrior(
+            out=str(tmp_path / f"run{len(trained)}"), data=str(tmp_path / "slices.h5"), image_size=16, subjects=1,
+            slices_per_subject=2, steps=2, batch_size=2, grad_accumulation=1, warmup=0, autocast=None, start_from=name,
+        )  # fmt: skip
+        trained.append(brain.train_prior(p, progress=False))
+    assert all(same(trained[0].ema, other.ema) for other in trained[1:]) and not same(trained[0].ema, start)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -375,8 +375,8 @@ def read_kind(path: str | os.PathLike, kind: str) -> tuple[Mapping[str, Tensor],
         return tensors, None
     try:
         return tensors, KINDS[kind].config(tensors)
-    except (KeyError, IndexError) as problem:
-        raise ValueError(f"{path} is not of kind {kind!r}: its tensors have other names ({problem})") from problem
+    except (KeyError, IndexError, ValueError) as problem:
+        raise ValueError(f"{path} is not of kind {kind!r}: {problem}") from problem
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

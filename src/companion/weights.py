@@ -551,7 +551,7 @@ def convert(
     Raises ValueError for files that are not what `kind` says or hold more than data, tensors that are missing, extra
     or of another shape, and a wrong output; FileNotFoundError.
     """
-    entry = about or registry.find(kind)
+    entry = about or (None if kind in conversion.KINDS else registry.find(kind))
     if entry and entry.kind != "data":
         kind, config = entry.kind, config or entry.config or None
     tensors, told = conversion.read_kind(file, kind)
