@@ -14,26 +14,13 @@ import math
 from pathlib import Path
 
 import torch
-from pet_projector import DENSE_MIB, alternate, dense_matrix, read_speed, table_mib, write
+from pet_projector import DENSE_MIB, alternate, dense_matrix, phantom, read_speed, table_mib, write
 
 from companion.emission import mlem
 from companion.operators.pet import ParallelBeam, Projector, poisson_counts, poisson_log_likelihood, thin
 
 ITERATIONS = 20
 COUNTS = 1e6  # per slice, the published high dose
-
-
-def phantom(size: int, batch: int) -> torch.Tensor:
-    """Ellipses of activity, (batch, 1, size, size), a little different in each item."""
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    row, column = axis[:, None], axis[None, :]
-    items = []
-    for k in range(batch):
-        body = ((row / 0.9) ** 2 + (column / (0.7 + 0.01 * k)) ** 2 < 1).float()
-        cold = ((row + 0.1) ** 2 / 0.1 + column**2 / 0.03 < 1).float()
-        hot = (row - 0.4) ** 2 + (column - 0.2) ** 2 < 0.01
-        items.append(4 * body - 3 * cold * body + 6 * hot)
-    return torch.stack(items)[:, None]
 
 
 def scan(A: Projector, batch: int) -> torch.Tensor:

@@ -50,6 +50,19 @@ def read_speed() -> float:
     return block.numel() * 4 / best
 
 
+def phantom(size: int, batch: int) -> torch.Tensor:
+    """Ellipses of activity, (batch, 1, size, size), a little different in each item."""
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    row, column = axis[:, None], axis[None, :]
+    items = []
+    for k in range(batch):
+        body = ((row / 0.9) ** 2 + (column / (0.7 + 0.01 * k)) ** 2 < 1).float()
+        cold = ((row + 0.1) ** 2 / 0.1 + column**2 / 0.03 < 1).float()
+        hot = (row - 0.4) ** 2 + (column - 0.2) ** 2 < 0.01
+        items.append(4 * body - 3 * cold * body + 6 * hot)
+    return torch.stack(items)[:, None]
+
+
 def dense_matrix(beam: ParallelBeam) -> torch.Tensor:
     """The whole matrix (ray, pixel) in float32."""
     rays, pixels, lengths = Projector(beam).triplets()
@@ -58,10 +71,10 @@ def dense_matrix(beam: ParallelBeam) -> torch.Tensor:
     return matrix
 
 
-def methods(beam: ParallelBeam, batch: int) -> dict[str, tuple]:
-    """name -> (forward, adjoint or None, MiB kept, MiB read at least): forward returns (batch, angle * bin)."""
+def methods(beam: ParallelBeam, batch: int) -> tuple[torch.Tensor, dict[str, tuple]]:
+    """The images, and by name (forward to (batch, angle * bin), adjoint, MiB kept, MiB read at least)."""
     n = beam.slice_shape[0]
-    x = torch.rand(batch, 1, n, n, generator=torch.Generator().manual_seed(0))
+    x = phantom(n, batch)
     y = torch.rand(batch, *beam.sinogram_shape, generator=torch.Generator().manual_seed(1))
     stored, free = Projector(beam, "sparse"), Projector(beam, "matrix-free")
     vectors = batch * (n * n + beam.rays) * 4 / 2**20
@@ -122,8 +135,6 @@ def rows_of(size: int, batch: int, repeats: int, speed: float) -> list[dict]:
     """One dict per method at one size and batch."""
     beam = ParallelBeam.published(size)
     x, found = methods(beam, batch)
-    inside = torch.from_numpy(np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2)) < size / 2 - 1)
-    x *= inside  # scikit-image and deepinv know the disc only
     exact = Projector(beam, "matrix-free")(x.double()).flatten(1)
     errors = {name: torch.linalg.norm(m[0]().double() - exact).item() for name, m in found.items()}
     forward = alternate({name: m[0] for name, m in found.items()}, repeats)
