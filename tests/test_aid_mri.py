@@ -156,7 +156,8 @@ def test_with_all_lines_every_method_returns_the_image(tiny, priors, method):
     assert score(x.mean(0), scan, False)["PSNR"] > (20 if method == "dps" else 30)
 
 
-def test_classical_methods_are_tuned_on_others_and_scored(tiny, fewer_people, recwarn):
+@pytest.mark.filterwarnings("ignore:.*end of the grid")
+def test_classical_methods_are_tuned_on_others_and_scored(tiny, fewer_people):
     p = tiny(classical=True, langevin_steps=0, models=("single image",), acceleration=2, frames=2)
     scans, validation = open_scans(p)
     assert not torch.equal(scans[0].x, validation[0].x)
@@ -171,31 +172,39 @@ def test_classical_methods_are_tuned_on_others_and_scored(tiny, fewer_people, re
 
 @pytest.mark.parametrize("maps, acs", [("calibration", 0), ("acs", 12), ("oracle", 0), ("oracle", 12)])
 def test_the_gain_of_the_scanner_leaves_no_trace(tiny, priors, maps, acs):
-    """Gains of 1e-3 and 1e3 agree to rounding, which conjugate gradients that stop on a tolerance enlarge."""
+    """Gains of 1e-3 and 1e3 agree to rounding, which conjugate gradients that stop on a tolerance enlarge.
+
+    Powers of two are not rounded: the same to the last bit.
+    """
     p = tiny(maps=maps, acs=acs)
     x, S = person("", "test", 0, 2, 24, 5.0), birdcage_maps((24, 24), 3)
     kspace = fft(S * x) + 0.01 * randn((2, 3, 24, 24), x.dtype, torch.Generator().manual_seed(0))
     mask, oracle = cartesian_mask(24, 3, acs=acs), S.expand(2, 3, 24, 24) if maps == "oracle" else None
-    small, large = (prepare("", g * kspace, mask, g * kspace, g * 0.01, p, REFERENCE, g * x, oracle)
-                    for g in (1e-3, 1e3))  # fmt: skip
+    small, large, half, double = (prepare("", g * kspace, mask, g * kspace, g * 0.01, p, REFERENCE, g * x, oracle)
+                                  for g in (1e-3, 1e3, 2**-9, 2**9))  # fmt: skip
     assert small.scale / large.scale == pytest.approx(1e6, rel=1e-4)
     assert small.noise_std == pytest.approx(large.noise_std, rel=1e-4)
     for name in ("y", "maps", "x"):
         torch.testing.assert_close(getattr(small, name), getattr(large, name), rtol=1e-3, atol=1e-4)
+        assert torch.equal(getattr(half, name), getattr(double, name))
     one, other = (reconstruct(priors["sequence"], scan, p, "full", 0).x for scan in (small, large))
-    assert (one - other).norm() < 0.01 * one.norm()
+    assert (one - other).norm() < 0.03 * one.norm()
+    one, other = (reconstruct(priors["sequence"], scan, p, "full", 0).x for scan in (half, double))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("options", [dict(maps="calibration"), dict(maps="acs", acs=12), dict(maps="oracle", acs=12),
-                                     dict(maps="oracle", acceleration=2)])  # fmt: skip
+                                     dict(maps="oracle", acs=6), dict(maps="oracle", acceleration=2),
+                                     dict(maps="oracle", acceleration=8, coils=1)])  # fmt: skip
 @pytest.mark.parametrize("kind", ["equispaced", "random", "variable_density"])
 def test_the_scale_that_is_found_is_nearly_the_right_one(tiny, options, kind):
-    p = tiny(mask=kind, image_size=32, coils=6, **options)
+    """Also where no centre is measured, and a random mask misses it: CG-SENSE alone is then wrong by up to 20."""
+    p = tiny(**dict(mask=kind, image_size=32, coils=6) | options)
     truth = person("", "test", 0, 3, 32, 5.0)
     right = REFERENCE / torch.quantile(truth.abs().flatten(), 0.99)
     scan = simulate(p, "test", 0, REFERENCE)
     ratio = peak(scan.x) / (right * peak(truth))
-    assert 0.85 < ratio < 1.2
+    assert 0.8 < ratio < 1.25
     assert scan.noise_std == pytest.approx(0.01 * (right * ratio).item(), rel=1e-3)
 
 
@@ -373,10 +382,14 @@ def files(tmp_path_factory):
     return {coils: (folder / f"head_{coils}.h5", write(folder / f"head_{coils}.h5", coils)) for coils in (1, 12)}
 
 
+@pytest.mark.filterwarnings("ignore:.*end of the grid")
 @pytest.mark.parametrize("coils", [1, 12])
-def test_a_file_of_odd_size_goes_to_metrics_without_a_constant_set_by_hand(tiny, fewer_people, files, coils, recwarn):
+def test_a_file_of_odd_size_goes_to_metrics_without_a_constant_set_by_hand(
+    tiny, fewer_people, files, coils, monkeypatch
+):
+    monkeypatch.setattr(aid_mri, "GRIDS", {name: grid[1:3] for name, grid in aid_mri.GRIDS.items()})  # saves time
     path, rss = files[coils]
-    p = tiny(source=str(path), classical=True, acceleration=2, frames=10, evaluations=6)
+    p = tiny(source=str(path), classical=True, acceleration=2, frames=10)
     scans, validation = open_scans(p)
     (scan,) = scans
     assert scan.y.shape == (SLICES, coils, ROWS, COLUMNS) and scan.x.shape == (SLICES, 1, ROWS, COLUMNS)

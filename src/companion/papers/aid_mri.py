@@ -163,9 +163,10 @@ def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor,
         maps = coil_maps(centre, width) if oracle is None else oracle
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    image = (combine(low_pass(centre, width), maps) if width >= LEAST_CENTRE else
-             baselines.cg_sense(y / peak(y), maps, mask) * peak(y))
-    scale = intensity_scale(image, reference)
+    if width >= LEAST_CENTRE:
+        scale = intensity_scale(combine(low_pass(centre, width), maps), reference)
+    else:
+        scale = scale_by_example(y[::3], maps[::3], mask, p, reference)
     if p.scale is not None:
         scale = p.scale / peak(baselines.zero_filled(y, maps, mask))
     return VolumeScan(name, scale * y, maps, mask, scale * noise_std, scale, None if x is None else scale * x, voxel_mm)
@@ -185,6 +186,23 @@ def intensity_scale(x: Tensor, reference: float) -> float:
     if not level > 0:
         raise ValueError("the calibration image is empty, so its intensity scale cannot be found; give scale")
     return reference / level
+
+
+def scale_by_example(y: Tensor, maps: Tensor, mask: CartesianMask, p: Reconstruct, reference: float,
+                     people: int = 3) -> float:
+    """Return `intensity_scale` where no centre is measured: without it CG-SENSE shows too little of the brightness.
+
+    How much it shows, it shows of validation people too, brought to `reference` and seen through the same coils and
+    lines.
+    """
+    shown = []
+    for x in volumes("brain", "validation", people, len(y), p.image_size, p.spacing_mm):
+        parts = torch.view_as_real(x[:, 0]).movedim(-1, 1)
+        parts = torch.nn.functional.interpolate(parts, y.shape[-2:], mode="bilinear", antialias=True)
+        x = torch.view_as_complex(parts.movedim(1, -1).contiguous())[:, None]
+        x = intensity_scale(x, reference) * x
+        shown.append(1 / intensity_scale(baselines.cg_sense(fft(maps * x) * mask.mask, maps, mask), 1.0))
+    return intensity_scale(baselines.cg_sense(y / peak(y), maps, mask), sum(shown) / len(shown)) / peak(y)
 
 
 def read_scan(path: Path, p: Reconstruct, reference: float) -> VolumeScan:
