@@ -377,26 +377,26 @@ class Pairs:
     def search(self) -> tuple[Tensor, Tensor]:
         """Information (pixel,) with the best candidate, and which one that is; without gradient."""
         bins, count, device = self.lmi.bins, self.grid.candidates.shape[-1], self.h1.device
-        budget, pixels = JOINT[device.type], self.structured()
-        economical = device.type == "cpu" and not self.lmi.compiled
-        if economical:
-            (start1, size1), (start2, size2) = (window(*r, bins, self.lmi.width) for r in (self.range1, self.range2))
-            groups = by_size(pixels, size1, size2)
-            entropies = Economical(self.h1, max(budget, bins**2 * count))
-        else:
-            start1 = start2 = torch.zeros_like(self.at1)
-            groups, entropies = [(pixels, bins, bins)], self.exact_entropies
-        floor1, floor2 = (k.clamp(min=TINY) for k in (self.k1, self.k2))
         score, winner = torch.zeros_like(self.h1), torch.full_like(self.at1, count // 2)
-        for group, size1, size2 in groups:
-            for p in group.split(max(1, budget // (size1 * size2 * count))):
-                near1, near2 = self.places(p)
-                total, mass = self.masses(near1, near2)
-                enough = economical and mass.amin() > ENOUGH
-                k1, k2 = (floor1, floor2) if enough else (self.k1, self.k2)
-                k1, k2 = pick(k1, near1, start1[p], size1), pick(k2, near2, start2[p], size2)
-                h2, h12 = (entropies if enough else self.exact_entropies)(k1, k2, total, mass)
-                score[p], winner[p] = self.information(h2, h12, p).max(1)
+        budget, left = JOINT[device.type], [self.structured()]
+        if device.type == "cpu" and not self.lmi.compiled:
+            (start1, sizes1), (start2, sizes2) = (window(*r, bins, self.lmi.width) for r in (self.range1, self.range2))
+            floor1, floor2 = (k.clamp(min=TINY) for k in (self.k1, self.k2))
+            entropies = Economical(self.h1, max(budget, bins**2 * count))
+            for group, size1, size2 in by_size(left.pop(), sizes1, sizes2):
+                for p in group.split(max(1, budget // (size1 * size2 * count))):
+                    near1, near2 = self.places(p)
+                    total, mass = self.masses(near1, near2)
+                    enough = mass.amin(1) > ENOUGH
+                    if not enough.all():
+                        left.append(p[~enough])
+                        p, near1, near2, total, mass = (x[enough] for x in (p, near1, near2, total, mass))
+                    k1, k2 = pick(floor1, near1, start1[p], size1), pick(floor2, near2, start2[p], size2)
+                    score[p], winner[p] = self.information(*entropies(k1, k2, total, mass), p).max(1)
+        for p in torch.cat([winner[:0], *left]).split(max(1, budget // (bins**2 * count))):
+            near1, near2 = self.places(p)
+            k1, k2 = pick(self.k1, near1), pick(self.k2, near2)
+            score[p], winner[p] = self.information(*self.exact_entropies(k1, k2, *self.masses(near1, near2)), p).max(1)
         return score, winner
 
     def score_of(self, winner: Tensor) -> Tensor:
@@ -458,7 +458,7 @@ class Economical:
         self.memory = like.new_empty(2, size)
 
     def __call__(self, k1: Tensor, k2: Tensor, total: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-        size, shape = (len(k1), k1.shape[2], k2[0, 0].numel()), k2.shape[2:]
+        size, shape = (len(k1), k1.shape[2], math.prod(k2.shape[2:])), k2.shape[2:]
         counts, work = (x[: math.prod(size)].view(size) for x in self.memory)
         torch.bmm(k1.mT, k2.flatten(2), out=counts)
         logs = c_log_c(counts, work).sum(1).unflatten(-1, shape).sum(-1)
