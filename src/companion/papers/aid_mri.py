@@ -11,6 +11,7 @@ import contextlib
 import csv
 import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from companion.operators.mri import (
     combine,
     estimate_noise,
     fft,
+    ifft,
     low_pass,
     sense,
 )
@@ -122,7 +124,7 @@ class VolumeScan:
 def simulate(p: Reconstruct, split: str, index: int, reference: float) -> VolumeScan:
     """Return the scan of a virtual person in raw units nobody knows, prepared as measured data would be.
 
-    reference: magnitude that 99 % of a training volume's pixels do not exceed, see `intensity_scale`.
+    reference: magnitude that 99 % of a training volume's pixels do not exceed, see `examples`.
     """
     x = volume("brain", split, index, p.frames, p.image_size, p.spacing_mm)
     S = birdcage_maps(x.shape[-2:], p.coils)
@@ -163,10 +165,12 @@ def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor,
         maps = coil_maps(centre, width) if oracle is None else oracle
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    people = examples(y[::3].shape, p, reference)
     if width >= LEAST_CENTRE:
-        scale = intensity_scale(combine(low_pass(centre, width), maps), reference)
+        scale = intensity_scale(combine(low_pass(centre, width), maps), ifft(low_pass(fft(people), width)))
     else:
-        scale = scale_by_example(y[::3], maps[::3], mask, p, reference)
+        seen = torch.cat([baselines.cg_sense(fft(maps[::3] * x) * mask.mask, maps[::3], mask) for x in people])
+        scale = intensity_scale(baselines.cg_sense(y[::3] / peak(y), maps[::3], mask), seen) / peak(y)
     if p.scale is not None:
         scale = p.scale / peak(baselines.zero_filled(y, maps, mask))
     return VolumeScan(name, scale * y, maps, mask, scale * noise_std, scale, None if x is None else scale * x, voxel_mm)
@@ -177,32 +181,33 @@ def peak(x: Tensor) -> float:
     return x.abs().max().item()
 
 
-def intensity_scale(x: Tensor, reference: float) -> float:
-    """Return the factor that brings a volume x to the prior's units: 99 % of its pixels stay below `reference` then.
+def intensity_scale(x: Tensor, like: Tensor) -> float:
+    """Return the factor that makes images x as bright as images `like`: 99 % of the pixels are below the same value.
 
-    A low-resolution image will do: the quantile is that of large bright areas.
+    `like` are other people in the units of the prior, seen with the same blur or folding as x, which cost brightness.
     """
-    level = torch.quantile(x.abs().flatten(), 0.99).item()
+    level, wanted = (torch.quantile(images.abs().flatten()[:2**24], 0.99).item() for images in (x, like))
     if not level > 0:
-        raise ValueError("the calibration image is empty, so its intensity scale cannot be found; give scale")
-    return reference / level
+        raise ValueError("the image that the intensity scale is found from is empty; give scale")
+    return wanted / level
 
 
-def scale_by_example(y: Tensor, maps: Tensor, mask: CartesianMask, p: Reconstruct, reference: float,
-                     people: int = 3) -> float:
-    """Return `intensity_scale` where no centre is measured: without it CG-SENSE shows too little of the brightness.
+@lru_cache(maxsize=4)
+def people_like(frames: int, p: Reconstruct, count: int = 3) -> Tensor:
+    """Return validation people (person, frame, 1, y, x)."""
+    return volumes("brain", "validation", count, frames, p.image_size, p.spacing_mm)
 
-    How much it shows, it shows of validation people too, brought to `reference` and seen through the same coils and
-    lines.
+
+def examples(shape: tuple[int, ...], p: Reconstruct, reference: float) -> Tensor:
+    """Return validation people (person, frame, 1, y, x) as large as k-space of `shape` (frame, coil, y, x).
+
+    99 % of their pixels stay below `reference`, as in the training volumes.
     """
-    shown = []
-    for x in volumes("brain", "validation", people, len(y), p.image_size, p.spacing_mm):
-        parts = torch.view_as_real(x[:, 0]).movedim(-1, 1)
-        parts = torch.nn.functional.interpolate(parts, y.shape[-2:], mode="bilinear", antialias=True)
-        x = torch.view_as_complex(parts.movedim(1, -1).contiguous())[:, None]
-        x = intensity_scale(x, reference) * x
-        shown.append(1 / intensity_scale(baselines.cg_sense(fft(maps * x) * mask.mask, maps, mask), 1.0))
-    return intensity_scale(baselines.cg_sense(y / peak(y), maps, mask), sum(shown) / len(shown)) / peak(y)
+    x = people_like(shape[0], replace(p, out="", seed=0))
+    parts = torch.view_as_real(x[:, :, 0]).movedim(-1, 2).flatten(0, 1)
+    parts = torch.nn.functional.interpolate(parts, shape[-2:], mode="bilinear", antialias=True)
+    x = torch.view_as_complex(parts.movedim(1, -1).contiguous()).unflatten(0, x.shape[:2])[:, :, None]
+    return reference / torch.quantile(x.abs().flatten(), 0.99).item() * x
 
 
 def read_scan(path: Path, p: Reconstruct, reference: float) -> VolumeScan:
