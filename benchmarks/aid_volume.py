@@ -21,7 +21,6 @@ from companion import figures, metrics
 from companion.papers import aid_mri
 from companion.papers.aid_mri import Prior, Reconstruct, VolumeScan
 from companion.runs import atomic_write, code_version
-from companion.weights import describe
 
 GRADIENT = ("pigdm", "dps")  # guidances that differentiate the network
 
@@ -44,7 +43,7 @@ def run(args) -> list[dict]:
     p = Reconstruct(weights=args.weights, device=args.device, frames=args.frames, draws=args.draws, acs=args.acs,
                     acceleration=args.acceleration, mask=args.mask, autocast=args.autocast)
     prior = Prior.load(p.weights, p)
-    reference = describe(p.weights)["data"]["magnitude_q99"]
+    reference = aid_mri.brightness_of(p)
     scans = [aid_mri.simulate(p, "test", i, reference) for i in range(args.volumes)]
     rows = []
     for method in args.methods:

@@ -42,7 +42,7 @@ class PrepareData(Parameters):
     data: str = param("data/aid_brain_64.h5", "where the prepared sequences go; kept when it is there already")
     image_size: int = param(64, "pixels along y and x", minimum=16)
     frames: int = param(16, "slices of a volume or frames of a cine; longer files are cut", minimum=2)
-    spacing_mm: float = param(5.0, "distance of neighbouring slices of virtual people", minimum=0.1)
+    spacing_mm: float = param(3.25, "distance of neighbouring slices of virtual people", minimum=0.1)
     subjects: int = param(2400, "virtual people, or at most so many files", minimum=1)
     window: int = param(8, "frames of context, to count the windows that training will see", minimum=1)
     axis: int | None = param(None, "of NIfTI, .npy, .cfl: the axis that counts frames; none: the format's usual one")
@@ -327,8 +327,10 @@ class TrainSequence(Parameters):
     P_std: float = param(1.4, "standard deviation of ln sigma in training (edm)", minimum=0)
     start_dropout: float = param(0.0, "share of windows that begin with a blank frame, for cold starts",
                                  minimum=0, maximum=1)
-    phase_spacing_mm: float | None = param(5.0, "magnitudes get a new smooth phase with frames so far apart; none: the "
-                                                "data are used as they are")
+    context_noise: float = param(0.0, "noise of random deviation up to this on context frames: drawn ones have errors",
+                                 minimum=0)
+    phase_spacing_mm: float | None = param(3.25, "magnitudes get a new smooth phase, of frames so far apart; none: "
+                                                 "data are used as they are")
     mirror: bool = param(True, "mirror sequences left to right at random")
     steps: int = param(2000, "optimiser steps", minimum=1)
     batch_size: int = param(8, "sequences a step", minimum=1)
@@ -391,8 +393,8 @@ def train_sequence(p: TrainSequence, progress: bool = True) -> TrainResult:
     def loss(D: Denoiser, sequence: Tensor, generator: Generator) -> Tensor:
         return sequence_loss(D, sequence, generator, p)
 
-    losses = ("stage", "diffusion", "P_mean", "P_std", "variance_weight", "start_dropout", "phase_spacing_mm", "mirror",
-              "start_from")
+    losses = ("stage", "diffusion", "P_mean", "P_std", "variance_weight", "start_dropout", "context_noise",
+              "phase_spacing_mm", "mirror", "start_from")
     about = config | {name: getattr(p, name) for name in losses}
     return train(D, loss, windows, options, project_root() / p.out, about=about, progress=progress)
 
@@ -423,6 +425,9 @@ def sequence_loss(D: Denoiser, sequence: Tensor, generator: Generator, p: TrainS
         begins = torch.rand(batch, 1, 1, 1, 1, **options) < p.start_dropout
         shifted = torch.cat([torch.zeros_like(context[:, :1]), context[:, :-1]], 1)
         context, x0 = torch.where(begins, shifted, context), torch.where(begins, context, x0)
+    if context is not None and p.context_noise:
+        std = p.context_noise * torch.rand(batch, 1, 1, 1, 1, **options)
+        context = context + std.to(x0.device) * randn(context.shape, context.dtype, generator, x0.device)
     if p.diffusion == "ddpm":
         return discrete_loss(D, x0, generator, cond=context)
     return edm_loss(D, x0, generator, p.P_mean, p.P_std, context, variance_weight=p.variance_weight)
@@ -459,7 +464,7 @@ def validation_errors(D: Denoiser, p: TrainSequence, sigmas: list[float], people
         return []
     prepared = open_dataset(project_root() / p.data)
     side = next(iter(prepared.shapes.values()))[-1]
-    x = volumes(p.validation, "validation", people, p.window + 1, side, float(prepared.attrs.get("spacing_mm", 5.0)))
+    x = volumes(p.validation, "validation", people, p.window + 1, side, float(prepared.attrs.get("spacing_mm", 3.25)))
     return context_errors(D, x.to(p.device), sigmas, p.window, "blank" if p.concat_cond else None, p.seed)
 
 

@@ -43,14 +43,17 @@ from companion.operators.mri import (
     sense,
 )
 from companion.papers.aid import volume, volumes
+from companion.papers.aid_sample import EMBEDDED
 from companion.parameters import Parameters, param
 from companion.runs import atomic_write, project_root
 from companion.weights import describe, load_denoiser, network_of
 
 FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
 FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
+EMBEDDED_SINGLE = "brain/t1w"
 METHODS = ("annealed_gibbs", "published", "dds", "ddnm", "diffpir", "pigdm", "dps")
 MODELS = {"AID": "full", "AID, newest slice only": "last", "single image": None}  # name -> context
+CONTEXT_ERROR = 0.05  # deviation of drawn slices from the truth, roughly
 LEAST_CENTRE = 12  # lines of a k-space centre whose low-resolution image tells the brightness
 REFERENCE_ACS = 24  # centre of fully sampled data from which the maps of the reference image come
 
@@ -60,12 +63,12 @@ class Reconstruct(Parameters):
     """Parameters of aid/4_reconstruct.ipynb."""
 
     source: str = param("brain", "brain: held-out virtual people; else a fastMRI HDF5 file or a folder of them")
-    weights: str = param("aid/brain", "sequence prior: an embedded name or a folder")
-    single: str = param("brain/t1w", "single-image prior to compare with")
+    weights: str = param(EMBEDDED, "sequence prior: an embedded or published name, a folder, hf:owner/name")
+    single: str = param(EMBEDDED_SINGLE, "single-image prior to compare with")
     models: tuple[str, ...] = param(tuple(MODELS), "priors to use", choices=tuple(MODELS))
     image_size: int = param(64, "pixels along y and x of virtual people", minimum=16)
     frames: int = param(10, "slices of a volume, at most", minimum=1)
-    spacing_mm: float = param(5.0, "distance of neighbouring slices of virtual people", minimum=0.1)
+    spacing_mm: float = param(3.25, "distance of neighbouring slices of virtual people", minimum=0.1)
     subjects: int = param(2, "volumes to reconstruct", minimum=1)
     validation_subjects: int = param(2, "other volumes, to tune the classical methods", minimum=1)
     coils: int = param(8, "receive coils of virtual people", minimum=1)
@@ -166,13 +169,13 @@ def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor,
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     people = examples(y[::3].shape, p, reference)
-    if width >= LEAST_CENTRE:
+    if p.scale is not None:
+        scale = p.scale / peak(baselines.zero_filled(y, maps, mask))
+    elif width >= LEAST_CENTRE:
         scale = intensity_scale(combine(low_pass(centre, width), maps), ifft(low_pass(fft(people), width)))
     else:
         seen = torch.cat([baselines.cg_sense(fft(maps[::3] * x) * mask.mask, maps[::3], mask) for x in people])
         scale = intensity_scale(baselines.cg_sense(y[::3] / peak(y), maps[::3], mask), seen) / peak(y)
-    if p.scale is not None:
-        scale = p.scale / peak(baselines.zero_filled(y, maps, mask))
     return VolumeScan(name, scale * y, maps, mask, scale * noise_std, scale, None if x is None else scale * x, voxel_mm)
 
 
@@ -231,12 +234,21 @@ def read_scan(path: Path, p: Reconstruct, reference: float) -> VolumeScan:
                    best if p.maps == "oracle" else None, file.voxel_mm)
 
 
+def brightness_of(p: Reconstruct) -> float:
+    """Return the magnitude that 99 % of the pixels of the prior's training volumes do not exceed; 1 if `p.scale` rules.
+
+    Raises ValueError when the checkpoint does not say so, as published ones do not, and no scale is given.
+    """
+    reference = describe(p.weights, EMBEDDED)["data"].get("magnitude_q99")
+    if reference is None and p.scale is None:
+        raise ValueError(f"{p.weights} does not say how bright its training data are (data.magnitude_q99 in "
+                         "config.json), so no intensity scale can be found; give scale, or train with aid/2_train")
+    return reference or 1.0
+
+
 def open_scans(p: Reconstruct) -> tuple[list[VolumeScan], list[VolumeScan]]:
     """Return the scans to reconstruct, and others to tune the classical methods on."""
-    reference = describe(p.weights)["data"].get("magnitude_q99")
-    if reference is None:
-        raise ValueError(f"{p.weights} does not say how bright its training data are (data.magnitude_q99 in "
-                         "config.json); train it with aid/2_train, or add that number")
+    reference = brightness_of(p)
     few = replace(p, frames=min(p.frames, 3))  # slices enough to tune on
     validation = [simulate(few, "validation", 100 + i, reference) for i in range(p.validation_subjects)]
     if p.source == "brain":
@@ -265,9 +277,12 @@ class Prior:
     start: str | None = None  # what the first slice sees, see `draw_sequence`
 
     @classmethod
-    def load(cls, name: str, p: Reconstruct, people: int = 12) -> Prior:
-        """Return a checkpoint's prior, its error measured on validation people; any image size will do."""
-        D = load_denoiser(name, p.device, p.autocast)
+    def load(cls, name: str, p: Reconstruct, people: int = 12, default: str = EMBEDDED) -> Prior:
+        """Return a checkpoint's prior, its error measured on validation people; any image size will do.
+
+        The context that it is measured with has errors, as draws have. default: what the name "embedded" means.
+        """
+        D = load_denoiser(name, p.device, p.autocast, default=default)
         network = network_of(D)
         window = getattr(network, "seq_len", 0)
         D = AnySize(D, network.total_stride)
@@ -275,7 +290,11 @@ class Prior:
         images = x[:, ::3].flatten(0, 1)
         blank = torch.zeros_like(images[:1, None]) if getattr(network, "concat_cond", False) else None
         alone = Measured.fit(D, images, FIT_SIGMAS, seed=p.seed, cond=blank)
-        given = Measured.fit(D, x[:, -1], FIT_SIGMAS, seed=p.seed, cond=x[:, -1 - window : -1]) if window else None
+        given = None
+        if window:
+            error = CONTEXT_ERROR * randn(x.shape, x.dtype, torch.Generator().manual_seed(p.seed), x.device)
+            context = (x + error)[:, -1 - window : -1]
+            given = Measured.fit(D, x[:, -1], FIT_SIGMAS, seed=p.seed, cond=context)
         return cls(D, alone, given, window, "blank" if blank is not None else None)
 
 
@@ -375,7 +394,7 @@ class Study:
 
 def study(p: Reconstruct, scans: list[VolumeScan], validation: list[VolumeScan], progress: bool = True) -> Study:
     """Return the scores of all methods on all scans; a scan without truth is reconstructed and not scored."""
-    single = Prior.load(p.single, p)
+    single = Prior.load(p.single, p, default=EMBEDDED_SINGLE)
     priors = {name: single if context is None else None for name, context in MODELS.items() if name in p.models}
     if None in priors.values():
         aid = Prior.load(p.weights, p)
@@ -459,7 +478,7 @@ def unfold(p: Reconstruct, frame: int = 4, acceleration: int = 2) -> dict[str, T
 
     Keys "before", "truth", "zero-filled" (1, y, x) and "with", "without" context, p.draws draws (draw, 1, y, x) each.
     """
-    prior, reference = Prior.load(p.weights, p), describe(p.weights)["data"]["magnitude_q99"]
+    prior, reference = Prior.load(p.weights, p), brightness_of(p)
     one = replace(p, acceleration=acceleration, acs=0, mask="equispaced", coils=1, frames=frame + 1, maps="oracle",
                   scale=None)
     full = simulate(one, "test", 0, reference)

@@ -30,13 +30,14 @@ from companion.weights import describe, load, load_denoiser, network_of
 MODES = ("retrospective", "warm", "cold", "first stage", "noised start")
 CHOOSE = ("warm", "cold")  # modes that are drawn with every context asked for
 CONTINUE = ("retrospective", "warm", "noised start")  # modes that go on from a person's frames
+EMBEDDED = "aid/brain"
 
 
 @dataclass(frozen=True)
 class SampleSequence(Parameters):
     """Parameters of aid/3_sample.ipynb."""
 
-    weights: str = param("aid/brain", "sequence prior: an embedded name or a folder")
+    weights: str = param(EMBEDDED, "sequence prior: an embedded or published name, a folder, hf:owner/name")
     codec: str | None = param(None, "autoencoder whose latents the prior works on: a folder; none: it works on images")
     source: str = param("brain", "held-out sequences: brain or heart, the embedded cohorts; else a prepared file")
     modes: tuple[str, ...] = param(MODES, "how to sample; first stage needs a network without concat_cond",
@@ -70,9 +71,9 @@ class SequencePrior:
     @classmethod
     def load(cls, p: SampleSequence) -> SequencePrior:
         """Return the prior of a checkpoint. Raises ValueError if it is none of sequences."""
-        about = describe(p.weights)
+        about = describe(p.weights, EMBEDDED)
         if p.codec is None:
-            D, space = load_denoiser(p.weights, p.device, p.autocast), None
+            D, space = load_denoiser(p.weights, p.device, p.autocast, EMBEDDED), None
         elif "latent" in about:
             prior = load_prior(p.weights, load(p.codec), p.device, p.autocast)
             D, space = prior.D, prior.space
@@ -128,7 +129,7 @@ def true_sequences(prior: SequencePrior, p: SampleSequence) -> Tensor:
         frames, size = prior.data["frames"], prior.data["image_size"][-1]
         size *= prior.space.codec.factor if prior.space else 1
         beyond = max(0, 2 * prior.window + p.extra_frames - frames)
-        x = volumes(p.source, "test", p.subjects, frames, size, prior.data.get("spacing_mm", 5.0), beyond=beyond)
+        x = volumes(p.source, "test", p.subjects, frames, size, prior.data.get("spacing_mm", 3.25), beyond=beyond)
     else:
         prepared = open_dataset(project_root() / p.source)
         split = next((name for name in ("test", "validation") if prepared.split.get(name)), None)
