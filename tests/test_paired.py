@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, rotate
 
 from companion.data.nifti import Volume, centred_affine, load_nifti, save_nifti
 from companion.data.paired import (
@@ -203,6 +203,18 @@ def test_alignment_measures_the_shift_between_contrasts(shift):
     # The second image must move back by what it was moved.
     assert np.allclose(fit.shift, [-s for s in shift], atol=0.5)
     assert (fit.distance > 0.75) == any(shift) and (fit.best > fit.information) == any(shift)
+
+
+def test_alignment_sees_rotations_and_neighbouring_slices():
+    rng = np.random.default_rng(0)
+    a = head((6, 110, 100), seed=2)
+    b = other_contrast(a)
+    noisy = [np.hypot(x + 0.05 * x.max() * rng.standard_normal(x.shape), 0.05 * x.max()) for x in (a, b)]
+    assert alignment(*noisy).distance < 0.5
+    turned = alignment(a, rotate(b, 4, axes=(1, 2), reshape=False, order=1))
+    assert turned.local > 1 and max(map(abs, turned.shift)) < 0.5
+    # With reach for one slice only, a whole slice is the end of the reach.
+    assert alignment(a[1:], b[:-1]).distance == np.inf
 
 
 def test_alignment_flags_the_far_and_the_unrelated():

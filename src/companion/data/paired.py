@@ -47,6 +47,8 @@ LAYOUTS = {
 # Directions in which slices, rows and columns run: axial slices as in `anatomy`, the nose up.
 PLANES = {"axial": "SPR", "coronal": "AIR", "sagittal": "RIP"}
 FOREGROUND = 0.1  # scaled values above this are foreground when slices are chosen
+MAX_SHIFT = 0.75  # pixels that a pair may seem apart: noise makes half of one, a neighbouring slice a whole
+QUARTER = 2000  # pixels from which a quarter of an image has enough of a joint histogram to say how it fits
 GREY, COLOUR = ("L", "I", "I;16", "I;16B", "I;16L", "F"), ("RGB",)  # modes of Pillow
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 SLICE_NUMBER = r"(?P<subject>.+?)[-_. ]*(?:slice|z)?[-_. ]*\d+"  # case ignored, of a file's stem
@@ -332,58 +334,72 @@ def resample(volume: Volume, reference: Volume, nearest: bool = False) -> Volume
 class Alignment:
     """How two images fit: the shift of the second that would fit best, along each axis, in pixels.
 
-    `information` is their normalised mutual information as they are, `best` the largest that was found nearby;
-    `reach` the largest shifts tried. A shift as long as the reach may be longer, or the images have nothing in common.
+    `information` is their normalised mutual information as they are, `best` the largest that was found nearby; `reach`
+    the largest shifts tried. A shift as long as the reach may be longer, or the images have nothing in common. `local`
+    is the longest in-plane shift of any quarter by itself, which tells rotations and stretches; 0 for small images.
     """
 
     shift: tuple[float, ...]
     information: float
     best: float
     reach: tuple[int, ...]
+    local: float = 0.0
 
     @property
     def distance(self) -> float:
-        """The longest shift along any axis, pixels."""
-        return max(abs(s) for s in self.shift)
+        """The longest shift along any axis, of the whole or of a quarter, pixels; infinite at the end of the reach."""
+        return float("inf") if self._far else max(self.local, *(abs(s) for s in self.shift))
+
+    @property
+    def _far(self) -> bool:
+        return any(abs(s) >= r > 0 for s, r in zip(self.shift, self.reach, strict=True))
 
     def __str__(self) -> str:
-        far = any(abs(s) >= r > 0 for s, r in zip(self.shift, self.reach, strict=True))
-        where = f"shifted by {' x '.join(f'{s:+.1f}' for s in self.shift)} pixels"
+        shift = " x ".join(f"{s:+.1f}" for s in self.shift)
+        shift += " pixels or more, or unrelated" if self._far else " pixels"
         told = f"mutual information {self.information:.3f}, {self.best:.3f} nearby"
-        return f"{where}{' or more, or unrelated' if far else ''} ({told})"
+        return f"shifted by {shift}, a quarter by {self.local:.1f} ({told})"
 
 
 def alignment(a: np.ndarray, b: np.ndarray, reach: int = 3, bins: int = 32) -> Alignment:
     """How two images or volumes of the same shape, (y, x) or (z, y, x), of any contrasts, fit each other.
 
     Compares the mutual information where they are with that after shifts of up to `reach` pixels along each axis by
-    itself (less along axes too short for it); a parabola through the maximum gives fractions. An in-plane shift of
-    about half a pixel is seen. Raises ValueError for different shapes, NaN or constant images.
+    itself (less along axes too short for it); a parabola through the maximum gives fractions. Quarters are compared
+    likewise if they have `QUARTER` pixels. It sees displacements of about a pixel; two people whose heads are alike
+    may pass. Raises ValueError for different shapes, NaN or constant images.
     """
     a, b = (np.asarray(x) for x in (a, b))
     if a.shape != b.shape or a.ndim not in (2, 3):
         raise ValueError(f"pairs must have one shape, (y, x) or (z, y, x), got {a.shape} and {b.shape}")
-    levels = [np.rint(scaled(x, name=name)[0] * (bins - 1)).astype(np.int64)
-              for x, name in ((a, "the first image"), (b, "the second image"))]
+    values = [scaled(x, name=name)[0] for x, name in ((a, "the first image"), (b, "the second image"))]
     reaches = tuple(min(reach, (n - 1) // 4) for n in a.shape)
     middle = [slice(r, n - r) for r, n in zip(reaches, a.shape, strict=True)]  # so that every shift counts as many
-    fixed = levels[0][tuple(middle)].ravel() * bins
+    shift, here, best = _best_shift(*values, middle, reaches, bins)
+    halves = [(slice(s.start, (s.start + s.stop) // 2), slice((s.start + s.stop) // 2, s.stop)) for s in middle[-2:]]
+    quarters = [(*middle[:-2], rows, columns) for rows in halves[0] for columns in halves[1]]
+    quarters = [q for q in quarters if a[q].size >= QUARTER and all(np.ptp(v[q]) > FOREGROUND for v in values)]
+    in_plane = (*(0 for _ in middle[:-2]), *reaches[-2:])
+    local = [max(map(abs, _best_shift(*values, q, in_plane, bins // 2)[0])) for q in quarters]
+    return Alignment(shift, here, best, reaches, max(local, default=0.0))
+
+
+def _best_shift(a: np.ndarray, b: np.ndarray, region: Sequence[slice], reaches: Sequence[int], bins: int):
+    """The shift of `b` along each axis at which it tells most about `a` in `region`; what it tells now, and at best."""
+    fixed, moving = (np.rint(x * (bins - 1)).astype(np.int64) for x in (a, b))
+    fixed = fixed[tuple(region)].ravel() * bins
 
     def information(axis: int, by: int) -> float:
-        window = [slice(s.start + by, s.stop + by) if i == axis else s for i, s in enumerate(middle)]
-        counts = np.bincount(fixed + levels[1][tuple(window)].ravel(), minlength=bins * bins)
+        window = [slice(s.start + by, s.stop + by) if i == axis else s for i, s in enumerate(region)]
+        counts = np.bincount(fixed + moving[tuple(window)].ravel(), minlength=bins * bins)
         p = torch.from_numpy(counts.reshape(bins, bins) / counts.sum())
         h1, h2 = entropy(p.sum(1)), entropy(p.sum(0))
         return float(normalised(h1 + h2 - entropy(p, dims=2), h1, h2))
 
     here = information(0, 0)
-    shift, best = [], here
-    for axis, r in enumerate(reaches):
-        curve = [here if by == 0 else information(axis, by) for by in range(-r, r + 1)]
-        # The second image taken from `by` further on fits the first: it lies `by` too far along the axis.
-        shift.append(-_peak(curve))
-        best = max(best, *curve)
-    return Alignment(tuple(shift), here, best, reaches)
+    curves = [[here if by == 0 else information(axis, by) for by in range(-r, r + 1)] for axis, r in enumerate(reaches)]
+    # Where the second image, read `by` further on, fits the first, it lies `by` too far along the axis.
+    return tuple(-_peak(curve) for curve in curves), here, max(map(max, curves))
 
 
 def _peak(curve: Sequence[float]) -> float:
@@ -511,7 +527,7 @@ def prepare(
     scales: Mapping[str, Scale] | None = None,
     reference: str | None = None,
     labels: str | None = None,
-    max_shift: float = 1.0,
+    max_shift: float = MAX_SHIFT,
     source: str = "",
 ) -> Prepared:
     """The prepared file written: an array (subject, slice, 1, y, x) for each contrast, values in [0, 1].
@@ -672,7 +688,7 @@ class SlicePairs(Dataset):
         return {part: Subset(self, [i for i, s in enumerate(self.subjects) if s in set(names)])
                 for part, names in members.items()}
 
-    def misaligned(self, max_shift: float = 1.0, reach: int = 3) -> dict[str, Alignment]:
+    def misaligned(self, max_shift: float = MAX_SHIFT, reach: int = 3) -> dict[str, Alignment]:
         """The names of pairs that seem shifted by more than `max_shift` pixels against their first image, and how."""
         found = {}
         for name, images in zip(self.names, self, strict=True):
