@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from companion.batch import WORKFLOW, run_batch
+from companion.batch import WORKFLOW, all_runs, run_batch
 from companion.runs import read_run
 
 pytestmark = pytest.mark.slow
@@ -106,10 +106,28 @@ def test_a_failure_is_reported_and_indexed(project):
     assert "Incomplete" in (project / "runs/index.html").read_text()
 
 
+def test_a_grid_is_one_target(project):
+    grid = {"name": "grid", "notebook": "tiny.ipynb", "out": "runs/grid", "threads": 1,
+            "vary": {"scale": [2.0, 3.0], "mode": ["none", "other"]},
+            "gather": {"notebook": "tiny.ipynb", "out": "runs/gathered", "set": ["scale=5.0"]}}
+    config = yaml.safe_load(Path("config.yaml").read_text()) | {"grids": [grid]}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    runs = all_runs(config)
+    assert runs["grid"]["needs"] == ["grid_2p0_none", "grid_2p0_other", "grid_3p0_none", "grid_3p0_other"]
+    assert runs["grid_3p0_other"]["out"] == "runs/grid/scale=3.0,mode=other"
+
+    said = finish(batch(project, "--dry-run"))
+    assert "gathered" not in said and "runs/first" in said  # the demo does not do grids
+    said = finish(batch(project, "grid", "--dry-run"))
+    assert said.count("rule grid_") == 4 and "runs/first" not in said
+    with pytest.raises(ValueError, match="two runs alike"):
+        all_runs({"runs": [{"name": "a", "out": "x"}, {"name": "a", "out": "y"}]})
+
+
 def test_slurm_profile_and_config_are_understood(project, capfd):
     assert run_batch("slurm", project / "config.yaml", project, ["--dry-run"]) == 0
     assert "first" in capfd.readouterr().out
-    for run in yaml.safe_load((WORKFLOW / "config.yaml").read_text())["runs"]:
+    for run in all_runs(yaml.safe_load((WORKFLOW / "config.yaml").read_text())).values():
         assert {"name", "notebook", "out"} <= set(run), run
         assert (WORKFLOW.parent / run["notebook"]).is_file(), run
         assert (WORKFLOW.parent / run.get("params", run["notebook"])).is_file(), run

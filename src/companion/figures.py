@@ -150,17 +150,21 @@ def curves(lines: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str, ylabe
     return fig
 
 
-def panels(groups: Mapping[str, Mapping[str, tuple]], *, xlabel: str, ylabel: str,
-           size: tuple[float, float] = (2.6, 2.8)) -> Figure:
-    """Return a row of axes that share their scales, one for each key; inside, named lines (x, y, error bar)."""
+def panels(groups: Mapping[str, Mapping[str, tuple]], *, xlabel: str, ylabel: str, columns: int = 4,
+           size: tuple[float, float] = (2.5, 2.4)) -> Figure:
+    """Return axes that share their scales, one for each key, `columns` a row; inside, named lines (x, y, error bar)."""
+    columns = min(columns, len(groups))
+    rows = -(-len(groups) // columns)
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(groups), squeeze=False, sharex=True, sharey=True,
-                                 figsize=(size[0] * len(groups), size[1]))
-        for ax, (title, lines) in zip(axes[0], groups.items(), strict=True):
+        fig, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True,
+                                 figsize=(size[0] * columns, size[1] * rows))
+        for ax in axes.flat[len(groups) :]:
+            ax.set_axis_off()
+        for i, (ax, (title, lines)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
             for marker, (name, (x, y, error)) in zip(MARKERS, lines.items(), strict=False):
                 ax.errorbar(x, y, error, marker=marker, ms=4, lw=1.2, capsize=2, label=name)
-            ax.set(title=title, xlabel=xlabel, xticks=sorted({v for x, _, _ in lines.values() for v in x}))
-        axes[0, 0].set_ylabel(ylabel)
+            ax.set(title=title, xticks=sorted({v for x, _, _ in lines.values() for v in x}),
+                   xlabel=xlabel if i >= len(groups) - columns else "", ylabel=ylabel if i % columns == 0 else "")
         axes[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         fig.tight_layout()
     plt.close(fig)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -75,6 +76,7 @@ class Reconstruct(Parameters):
     noise_std: float = param(0.01, "k-space noise per real component of virtual people, in image units", minimum=0)
     acceleration: float = param(8, "nominal acceleration R", minimum=1)
     mask: str = param("equispaced", "lines that are measured", choices=("equispaced", "random", "variable_density"))
+    interleave: bool = param(True, "neighbouring slices measure different lines: context brings what is missing")
     acs: int = param(0, "fully sampled centre lines", minimum=0)
     maps: str = param("calibration", "coil maps from: a low-resolution calibration scan; the acs lines; oracle, the "
                                      "true maps (the paper's protocol)", choices=("calibration", "acs", "oracle"))
@@ -121,7 +123,8 @@ class VolumeScan:
 
     def operator(self, frame: int) -> Sense:
         """Return A of one slice."""
-        return sense(self.maps[frame], self.mask)
+        lines = self.mask.mask
+        return sense(self.maps[frame], lines if lines.ndim == 1 else lines[frame, 0, 0])
 
 
 def simulate(p: Reconstruct, split: str, index: int, reference: float) -> VolumeScan:
@@ -133,7 +136,7 @@ def simulate(p: Reconstruct, split: str, index: int, reference: float) -> Volume
     S = birdcage_maps(x.shape[-2:], p.coils)
     generator = torch.Generator().manual_seed(p.seed + 7919 * index + {"validation": 1, "test": 2}[split])
     gain = 10 ** (-3 - 3 * torch.rand((), generator=generator).item())
-    mask = cartesian_mask(x.shape[-1], p.acceleration, p.mask, acs=p.acs, seed=p.seed)
+    mask = line_masks(p, x.shape[-1], len(x), p.seed + 1000 * index)
     scan, calibration = (gain * (fft(S * x) + p.noise_std * randn((len(x), *S.shape), x.dtype, generator))
                          for _ in range(2))
     oracle = S.expand(len(x), *S.shape) if p.maps == "oracle" else None
@@ -141,6 +144,28 @@ def simulate(p: Reconstruct, split: str, index: int, reference: float) -> Volume
     found = prepare(f"{split} {index}", scan, mask, calibration, gain * p.noise_std, p, reference, gain * x, oracle,
                     voxel_mm)
     return replace(found, x=found.x * turn(S, found.maps))
+
+
+def line_masks(p: Reconstruct, width: int, frames: int, seed: int) -> CartesianMask:
+    """Return which lines are measured: (x,) for all slices, or with `p.interleave` (frame, 1, 1, x), others in each.
+
+    Equispaced lines move on by about 0.38 R from slice to slice, so that neighbours share none and a few slices
+    together measure all; random ones are drawn anew. The centre lines stay.
+    """
+    one = cartesian_mask(width, p.acceleration, p.mask, acs=p.acs, seed=seed)
+    if not p.interleave or frames == 1:
+        return one
+    period = max(1, round(p.acceleration))
+    step = next(s for s in range(round(0.38 * period) or 1, period + 1) if math.gcd(s, period) == 1)
+    centre = slice(width // 2 - p.acs // 2, width // 2 - p.acs // 2 + p.acs)
+    rows = []
+    for n in range(frames):
+        row = cartesian_mask(width, p.acceleration, p.mask, seed=seed + n).mask
+        row = row.roll(n * step % period) if p.mask == "equispaced" else row
+        row[centre] = 1
+        rows.append(row)
+    masks = torch.stack(rows)[:, None, None]
+    return replace(one, mask=masks, acceleration=masks.numel() / masks.sum().item(), lines=int(rows[0].sum()))
 
 
 def turn(true: Tensor, found: Tensor) -> Tensor:
@@ -174,8 +199,9 @@ def prepare(name: str, kspace: Tensor, mask: CartesianMask, calibration: Tensor,
     elif width >= LEAST_CENTRE:
         scale = intensity_scale(combine(low_pass(centre, width), maps), ifft(low_pass(fft(people), width)))
     else:
-        seen = torch.cat([baselines.cg_sense(fft(maps[::3] * x) * mask.mask, maps[::3], mask) for x in people])
-        scale = intensity_scale(baselines.cg_sense(y[::3] / peak(y), maps[::3], mask), seen) / peak(y)
+        some = mask.mask if mask.mask.ndim == 1 else mask.mask[::3]
+        seen = torch.cat([baselines.cg_sense(fft(maps[::3] * x) * some, maps[::3], some) for x in people])
+        scale = intensity_scale(baselines.cg_sense(y[::3] / peak(y), maps[::3], some), seen) / peak(y)
     return VolumeScan(name, scale * y, maps, mask, scale * noise_std, scale, None if x is None else scale * x, voxel_mm)
 
 
@@ -228,7 +254,7 @@ def read_scan(path: Path, p: Reconstruct, reference: float) -> VolumeScan:
         mask = CartesianMask(columns, width / lines, width / lines, lines, acs, "as measured", p.seed)
         return prepare(path.stem, kspace, mask, kspace, noise_std, replace(p, maps="acs", acs=acs), reference,
                        voxel_mm=file.voxel_mm)
-    mask = cartesian_mask(width, p.acceleration, p.mask, acs=p.acs, seed=p.seed)
+    mask = line_masks(p, width, len(kspace), p.seed)
     best = coil_maps(kspace, min(REFERENCE_ACS, *kspace.shape[-2:]))
     return prepare(path.stem, kspace, mask, kspace, noise_std, p, reference, combine(kspace, best),
                    best if p.maps == "oracle" else None, file.voxel_mm)
@@ -323,7 +349,7 @@ def reconstruct(prior: Prior, scan: VolumeScan, p: Reconstruct, context: str | N
     frames = range(0 if given is None else 1, len(scan.y))
     errors = [prior.alone if context is None or (n == 0 and given is None) else prior.given for n in frames]
     data = [guidance(scan, n, p, error) for n, error in zip(frames, errors, strict=True)]
-    levels = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
+    levels = noise_levels(prior, p)
     if sequence:
         network.context = context or "full"
     with network.caching() if sequence else contextlib.nullcontext():
@@ -333,6 +359,17 @@ def reconstruct(prior: Prior, scan: VolumeScan, p: Reconstruct, context: str | N
             first_stage=context is None, device=p.device, progress=progress)
     known = [] if given is None else [given[None].expand(p.draws, *[-1] * given.ndim)]
     return SequenceSamples(torch.cat([*known, samples.x], 1).cpu(), samples.bill)
+
+
+def noise_levels(prior: Prior, p: Reconstruct) -> Tensor:
+    """Return `p.evaluations` noise levels; for the published method those of the prior's schedule, if it has one."""
+    inner = prior.D
+    while hasattr(inner, "D"):
+        inner = inner.D
+    schedule = getattr(inner, "schedule", None)
+    if p.method != "published" or schedule is None:
+        return karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
+    return (schedule if p.evaluations == len(schedule) else schedule.respace(str(p.evaluations))).levels()
 
 
 def csgm(prior: Prior, scan: VolumeScan, p: Reconstruct, seed: int) -> SequenceSamples:
@@ -418,7 +455,8 @@ def study(p: Reconstruct, scans: list[VolumeScan], validation: list[VolumeScan],
         if i == 0:
             images, draws = estimates, {name: samples.x for name, samples in runs.items()}
         if scan.x is not None:
-            setting = {"mask": p.mask, "ACS": p.acs, "R": p.acceleration, "exact R": round(scan.mask.acceleration, 3)}
+            setting = {"mask": f"{p.mask}, interleaved" if p.interleave else p.mask, "ACS": p.acs,
+                       "R": p.acceleration, "exact R": round(scan.mask.acceleration, 3)}
             rows += [{"volume": scan.name, **setting, "method": name} | score(x, scan, p.start == "truth")
                      for name, x in estimates.items()]
     calibration = {name: (sum(a for a, _ in pairs) / sum(b for _, b in pairs)) for name, pairs in spread.items()}
@@ -480,7 +518,7 @@ def unfold(p: Reconstruct, frame: int = 4, acceleration: int = 2) -> dict[str, T
     """
     prior, reference = Prior.load(p.weights, p), brightness_of(p)
     one = replace(p, acceleration=acceleration, acs=0, mask="equispaced", coils=1, frames=frame + 1, maps="oracle",
-                  scale=None)
+                  scale=None, interleave=False)
     full = simulate(one, "test", 0, reference)
     before, y, truth = full.x[frame - 1 : frame], full.y[frame:], full.x[frame]
     levels = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
