@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from companion import baselines
 from companion.diffusion.noise import randn
 from companion.operators.mri import birdcage_maps, cartesian_mask, combine, fft, ifft
 from companion.papers import aid_mri
@@ -19,6 +20,7 @@ from companion.papers.aid_mri import (
     Prior,
     Reconstruct,
     csgm,
+    line_masks,
     measured_and_inferred,
     open_scans,
     prepare,
@@ -87,7 +89,7 @@ def tiny(tmp_path_factory):
     single = save(folder / "single", config("UNet"), seed=1)
     defaults = dict(weights=weights, single=single, image_size=24, frames=3, coils=3, subjects=1, validation_subjects=1,
                     draws=2, evaluations=4, langevin_steps=1, classical=False, autocast=None, device="cpu",
-                    acceleration=3)  # fmt: skip
+                    acceleration=3, interleave=False)  # fmt: skip
     return lambda **options: Reconstruct(**defaults | options)
 
 
@@ -100,12 +102,14 @@ def priors(tiny):
 @pytest.fixture
 def fewer_people(monkeypatch, priors):
     """`study` takes the priors that are loaded already."""
-    monkeypatch.setattr(Prior, "load", lambda name, p: priors["sequence" if "sequence" in name else "single"])
+    monkeypatch.setattr(Prior, "load", lambda name, p, **_: priors["sequence" if "sequence" in name else "single"])
 
 
 # --- every choice
 
 CHOICES = [
+    *[dict(mask=kind, interleave=True) for kind in ("equispaced", "random")],
+    dict(interleave=True, maps="oracle"),
     *[dict(mask=kind) for kind in ("equispaced", "random", "variable_density")],
     *[dict(maps=kind, acs=acs) for kind, acs in (("acs", 12), ("oracle", 0), ("oracle", 12), ("calibration", 6))],
     *[dict(method=name) for name in METHODS],
@@ -210,6 +214,29 @@ def test_the_scale_that_is_found_is_nearly_the_right_one(tiny, options, kind):
 
 def peak(x):
     return x.abs().max()
+
+
+@pytest.mark.parametrize(("acceleration", "width"), [(2, 24), (4, 32), (8, 64), (12, 60)])
+def test_interleaved_slices_together_measure_all_lines(tiny, acceleration, width):
+    mask = line_masks(tiny(acceleration=acceleration, interleave=True, acs=4), width, acceleration, seed=0)
+    lines = mask.mask[:, 0, 0]
+    assert lines.shape == (acceleration, width) and set(lines.unique().tolist()) == {0, 1}
+    centre = slice(width // 2 - 2, width // 2 + 2)
+    assert lines[:, centre].all()
+    lines[:, centre] = 0
+    assert (lines.sum(0) <= 1).all()  # nobody measures what another slice measured
+    assert lines.sum() == width - 4
+    assert mask.acceleration == pytest.approx(width * acceleration / (width - 4 + 4 * acceleration))
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_classical_methods_take_other_lines_in_each_slice(tiny, method):
+    scan = simulate(tiny(interleave=True, maps="oracle", acs=4), "test", 0, REFERENCE)
+    options = {"regularisation": 1e-3, "iterations": 3}
+    together = baselines.METHODS[method](scan.y, scan.maps, scan.mask, **options)
+    alone = [baselines.METHODS[method](scan.y[n : n + 1], scan.maps[n], scan.mask.mask[n, 0, 0], **options)
+             for n in range(len(scan.y))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
 
 
 def test_by_hand_the_scale_is_the_peak_of_the_zero_filled_image(tiny):

@@ -217,7 +217,7 @@ def intensity_scale(x: Tensor, like: Tensor) -> float:
     """
     level, wanted = (torch.quantile(images.abs().flatten()[:2**24], 0.99).item() for images in (x, like))
     if not level > 0:
-        raise ValueError("the image that the intensity scale is found from is empty; give scale")
+        raise ValueError("the calibration image is empty, so the intensity scale cannot be found; give scale")
     return wanted / level
 
 
