@@ -150,7 +150,8 @@ def line_masks(p: Reconstruct, width: int, frames: int, seed: int) -> CartesianM
     """Return which lines are measured: (x,) for all slices, or with `p.interleave` (frame, 1, 1, x), others in each.
 
     Equispaced lines move on by about 0.38 R from slice to slice, so that neighbours share none and a few slices
-    together measure all; random ones are drawn anew. The centre lines stay.
+    together measure all; those of the first slice hold the centre of k-space, without which contrast is anybody's
+    guess. Random ones are drawn anew. The centre lines stay.
     """
     one = cartesian_mask(width, p.acceleration, p.mask, acs=p.acs, seed=seed)
     if not p.interleave or frames == 1:
@@ -161,7 +162,7 @@ def line_masks(p: Reconstruct, width: int, frames: int, seed: int) -> CartesianM
     rows = []
     for n in range(frames):
         row = cartesian_mask(width, p.acceleration, p.mask, seed=seed + n).mask
-        row = row.roll(n * step % period) if p.mask == "equispaced" else row
+        row = row.roll((width // 2 + n * step) % period) if p.mask == "equispaced" else row
         row[centre] = 1
         rows.append(row)
     masks = torch.stack(rows)[:, None, None]
@@ -308,20 +309,27 @@ class Prior:
 
         The context that it is measured with has errors, as draws have. default: what the name "embedded" means.
         """
-        D = load_denoiser(name, p.device, p.autocast, default=default)
-        network = network_of(D)
-        window = getattr(network, "seq_len", 0)
-        D = AnySize(D, network.total_stride)
-        x = volumes("brain", "validation", people, max(window, 3) + 1, p.image_size, p.spacing_mm).to(p.device)
-        images = x[:, ::3].flatten(0, 1)
-        blank = torch.zeros_like(images[:1, None]) if getattr(network, "concat_cond", False) else None
-        alone = Measured.fit(D, images, FIT_SIGMAS, seed=p.seed, cond=blank)
-        given = None
-        if window:
-            error = CONTEXT_ERROR * randn(x.shape, x.dtype, torch.Generator().manual_seed(p.seed), x.device)
-            context = (x + error)[:, -1 - window : -1]
-            given = Measured.fit(D, x[:, -1], FIT_SIGMAS, seed=p.seed, cond=context)
-        return cls(D, alone, given, window, "blank" if blank is not None else None)
+        return measured_prior(name, default, p.device, p.autocast, p.image_size, p.spacing_mm, p.seed, people)
+
+
+@lru_cache(maxsize=2)
+def measured_prior(name: str, default: str, device: str, autocast: str | None, image_size: int, spacing_mm: float,
+                   seed: int, people: int) -> Prior:
+    """Return what `Prior.load` does; the measurement takes longer than the loading, so the last two are kept."""
+    D = load_denoiser(name, device, autocast, default=default)
+    network = network_of(D)
+    window = getattr(network, "seq_len", 0)
+    D = AnySize(D, network.total_stride)
+    x = volumes("brain", "validation", people, max(window, 3) + 1, image_size, spacing_mm).to(device)
+    images = x[:, ::3].flatten(0, 1)
+    blank = torch.zeros_like(images[:1, None]) if getattr(network, "concat_cond", False) else None
+    alone = Measured.fit(D, images, FIT_SIGMAS, seed=seed, cond=blank)
+    given = None
+    if window:
+        error = CONTEXT_ERROR * randn(x.shape, x.dtype, torch.Generator().manual_seed(seed), x.device)
+        context = (x + error)[:, -1 - window : -1]
+        given = Measured.fit(D, x[:, -1], FIT_SIGMAS, seed=seed, cond=context)
+    return Prior(D, alone, given, window, "blank" if blank is not None else None)
 
 
 def guidance(scan: VolumeScan, frame: int, p: Reconstruct, error: Measured) -> Guidance:
