@@ -30,7 +30,7 @@ def prepare(folder, **values):
 def test_cohort_is_stored_once_as_its_magnitudes(tmp_path):
     p = prepare(tmp_path)
     prepared = aid.prepare(p, progress=False)
-    people = aid.volumes("brain", "train", 3, FRAMES, SIZE, 5.0)
+    people = aid.volumes("brain", "train", 3, FRAMES, SIZE, p.spacing_mm)
     assert np.array_equal(prepared.read("magnitude"), people.abs().numpy())
     assert aid.windows_table(prepared, p.window) == [{"split": "train", "sequences": 3, "frames of each": FRAMES,
                                                       "windows": 3 * 4, "frames in no window": 0}]

@@ -77,11 +77,10 @@ def test_projector_is_the_matrix_of_its_triplets(beam, storage):
     assert torch.allclose(A(x.float()).double(), A(x), rtol=1e-5)
 
 
-@pytest.mark.parametrize("beam", BEAMS.values(), ids=BEAMS)
-def test_chords_of_a_ray_add_up_to_its_chord_in_the_square(beam):
-    height, width = beam.slice_shape
-    if height != width:
-        pytest.skip("the reference is for squares")
+@pytest.mark.parametrize("name", [name for name, beam in BEAMS.items() if len(set(beam.slice_shape)) == 1])
+def test_chords_of_a_ray_add_up_to_its_chord_in_the_square(name):
+    beam = BEAMS[name]
+    width = beam.slice_shape[1]
     shifts = (np.arange(beam.bins) - (beam.bins - 1) / 2) * beam.bin_mm
     size = width * beam.pixel_mm
     exact = [[square_chord(theta, shift, size) for shift in shifts] for theta in beam.angles]

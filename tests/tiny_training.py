@@ -5,7 +5,6 @@ tiny_training.py kills FOLDER    FOLDER/quiet undisturbed, FOLDER/killed with te
 """
 
 import multiprocessing
-import os
 import random
 import signal
 import sys
@@ -56,7 +55,7 @@ def plain(folder: Path, config: TrainConfig = CONFIG) -> None:
 def kills(folder: Path) -> None:
     """Each attempt is a process of its own, killed after one to five more lines of the log and up to 5 ms."""
     torch.set_num_threads(1)
-    config = TrainConfig(**vars(CONFIG) | {"steps": 60, "checkpoint_every": 3, "log_every": 2})
+    config = TrainConfig(**vars(CONFIG) | {"steps": 120, "checkpoint_every": 3, "log_every": 2})
     plain(folder / "quiet", config)  # first, so that the forks find everything imported
     fork = multiprocessing.get_context("fork")
     stats = folder / "killed" / "stats.jsonl"
@@ -68,9 +67,11 @@ def kills(folder: Path) -> None:
         while child.is_alive() and lines(stats) < until:
             time.sleep(1e-3)
         time.sleep(random.uniform(0, 0.005))
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()  # no error if it has just ended
         child.join()
         killed += child.exitcode == -signal.SIGKILL
+        if child.exitcode == 0:
+            break
     plain(stats.parent, config)
     print("kills:", killed)
 
