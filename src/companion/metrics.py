@@ -256,3 +256,94 @@ def _regions(labels: Tensor, values: Sequence[int], shape) -> list[Tensor]:
         empty = mask.flatten(1).sum(1) == 0
         masks.append(torch.where(empty.reshape(-1, *[1] * (len(shape) - 1)), torch.nan, mask))
     return masks
+
+
+# ------------------------------------------------------------------------------------------- images of two kinds
+
+
+def mae(x: Tensor, reference: Tensor, mask=None) -> Tensor:
+    """Mean absolute difference inside the mask, (batch,), in units of the images."""
+    x, reference, mask = _prepare(x, reference, mask, False)
+    return _mean((x - reference).abs(), mask)
+
+
+def nmi(x: Tensor, reference: Tensor, mask=None, bins: int = 64) -> Tensor:
+    """Normalised mutual information inside the mask, (batch,): 2 I / (H1 + H2), 0 for unrelated images, 1 for equal.
+
+    From a joint histogram of `bins` equal bins between the extremes of each image inside the mask. Both images are
+    told apart by how they depend on each other, not by how they look: a recoloured image keeps a high value.
+    """
+    x, reference, mask = _prepare(x, reference, mask, False)
+    values = []
+    for a, b, inside in zip(x, reference, mask > 0, strict=True):
+        counts, _, _ = np.histogram2d(a[inside].numpy(), b[inside].numpy(), bins=bins)
+        p = counts / counts.sum()
+        h1, h2, h12 = (-(q[q > 0] * np.log(q[q > 0])).sum() for q in (p.sum(1), p.sum(0), p))
+        values.append(2 * (h1 + h2 - h12) / (h1 + h2) if h1 + h2 > 0 else 1.0)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def dice(labels: Tensor, reference: Tensor, values: Sequence[int] = (1, 2, 3)) -> Tensor:
+    """2 |A and B| / (|A| + |B|) of each label, (batch, value); NaN where neither image has it.
+
+    labels, reference: integers of one shape (batch, ...).
+    """
+    labels, reference = (torch.as_tensor(v).detach().cpu() for v in (labels, reference))
+    if labels.shape != reference.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} and reference {tuple(reference.shape)} differ in shape")
+    columns = []
+    for value in values:
+        a, b = ((v == value).flatten(1).double() for v in (labels, reference))
+        columns.append(2 * (a * b).sum(1) / (a.sum(1) + b.sum(1)))  # 0 / 0 is NaN
+    return torch.stack(columns, -1)
+
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, finest first: Wang et al. 2003
+
+
+def ms_ssim(a: Tensor, b: Tensor, data_range: float) -> Tensor:
+    """Multi-scale structural similarity, (batch,), 2D or 3D: Wang et al. 2003, computed by torchmetrics.
+
+    a, b: real (batch, channel, *space). Gaussian window of 11 pixels. Five scales need 176 pixels along each axis;
+    smaller images take as many scales as fit (64 pixels: three), their weights normalised to the sum 1, so compare
+    values of one image size only. data_range: the peak signal, one for all images. Raises ValueError for images
+    smaller than the window.
+    """
+    a, b, _ = _prepare(a, b, None, False)
+    side = min(a.shape[2:])
+    scales = next((n for n in range(5, 0, -1) if side // 2 ** (n - 1) >= 11), 0)
+    if not scales:
+        raise ValueError(f"MS-SSIM needs at least 11 pixels along each axis, got {tuple(a.shape[2:])}")
+    weights = torch.tensor(MS_SSIM_WEIGHTS[:scales])
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    return multiscale_structural_similarity_index_measure(
+        a, b, data_range=float(data_range), betas=tuple((weights / weights.sum()).tolist()), reduction="none",
+        normalize="relu",
+    )
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
+    """Squared Frechet distance of the Gaussians fitted to two sets of features, (n, d) and (m, d).
+
+    |mean difference|^2 + tr(Ca + Cb - 2 (Ca Cb)^(1/2)), in float64. This is a FID only for features of the Inception
+    network that FID is defined with; say which network the features come from and how many there are. Finite samples
+    bias it upwards, the more the fewer there are: compare sets of one size. Raises ValueError for fewer than two
+    samples, other shapes, or NaN.
+    """
+    a, b = (torch.as_tensor(v).detach().cpu().to(torch.float64) for v in (features_a, features_b))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features must be (n, d), (m, d) with n, m >= 2, got {tuple(a.shape)}, {tuple(b.shape)}")
+    check_finite(a, "features_a")
+    check_finite(b, "features_b")
+    (centre_a, spread_a), (centre_b, spread_b) = _root_of_covariance(a), _root_of_covariance(b)
+    # tr (Ca Cb)^(1/2) is the sum of the singular values of a product of any square roots of Ca and Cb.
+    overlap = torch.linalg.svdvals(spread_a @ spread_b.T).sum()
+    distance = (centre_a - centre_b).square().sum() + spread_a.square().sum() + spread_b.square().sum() - 2 * overlap
+    return max(distance.item(), 0.0)
+
+
+def _root_of_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean, and R (at most n or d, d) with R^T R the unbiased covariance."""
+    mean = x.mean(0)
+    return mean, torch.linalg.qr((x - mean) / (len(x) - 1) ** 0.5, mode="r").R
