@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.stats import t as student_t
 from skimage.metrics import structural_similarity
 from torch import Tensor
@@ -302,25 +303,45 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, fin
 
 
 def ms_ssim(a: Tensor, b: Tensor, data_range: float) -> Tensor:
-    """Multi-scale structural similarity, (batch,), 2D or 3D: Wang et al. 2003, computed by torchmetrics.
+    """Multi-scale structural similarity, (batch,), 2D or 3D: Wang et al. 2003.
 
-    a, b: real (batch, channel, *space). Gaussian window of 11 pixels. Five scales need 176 pixels along each axis;
-    smaller images take as many scales as fit (64 pixels: three), their weights normalised to the sum 1, so compare
-    values of one image size only. data_range: the peak signal, one for all images. Raises ValueError for images
-    smaller than the window.
+    a, b: real (batch, channel, *space). Gaussian window of 11 pixels and standard deviation 1.5, K = 0.01, 0.03; pixels
+    nearer to the border than half a window do not count. Five scales need 176 pixels along each axis; smaller images
+    take as many scales as fit (64 pixels: three), their weights normalised to the sum 1, so compare values of one image
+    size only. data_range: the peak signal, one for all images. Raises ValueError for images smaller than the window.
     """
     a, b, _ = _prepare(a, b, None, False)
     side = min(a.shape[2:])
     scales = next((n for n in range(5, 0, -1) if side // 2 ** (n - 1) >= 11), 0)
     if not scales:
         raise ValueError(f"MS-SSIM needs at least 11 pixels along each axis, got {tuple(a.shape[2:])}")
-    weights = torch.tensor(MS_SSIM_WEIGHTS[:scales])
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+    weights = torch.tensor(MS_SSIM_WEIGHTS[:scales], dtype=torch.float64)
+    halve = F.avg_pool2d if a.ndim == 4 else F.avg_pool3d
+    product = torch.ones(len(a), dtype=torch.float64)
+    for scale, weight in enumerate(weights / weights.sum()):
+        luminance, structure = _similarity(a, b, float(data_range))
+        similarity = structure if scale < scales - 1 else luminance * structure
+        product *= similarity.flatten(1).mean(1).clamp(min=0) ** weight
+        a, b = halve(a, 2), halve(b, 2)
+    return product
 
-    return multiscale_structural_similarity_index_measure(
-        a, b, data_range=float(data_range), betas=tuple((weights / weights.sum()).tolist()), reduction="none",
-        normalize="relu",
-    )
+
+def _similarity(a: Tensor, b: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
+    """Luminance and contrast-structure terms of SSIM at the pixels around which the window fits."""
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_a, mean_b, aa, bb, ab = (_windowed(v) for v in (a, b, a * a, b * b, a * b))
+    mean_ab = mean_a * mean_b
+    spread = aa - mean_a**2 + bb - mean_b**2
+    luminance = (2 * mean_ab + c1) / (mean_a**2 + mean_b**2 + c1)
+    return luminance, (2 * (ab - mean_ab) + c2) / (spread + c2)
+
+
+def _windowed(x: Tensor) -> Tensor:
+    """Gaussian averages of x (batch, channel, *space) where the window of 11 pixels fits, axis by axis."""
+    window = torch.exp(-torch.arange(-5.0, 6.0, dtype=x.dtype) ** 2 / (2 * 1.5**2))
+    for axis in range(2, x.ndim):
+        x = x.unfold(axis, len(window), 1) @ (window / window.sum())
+    return x
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
