@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.networks.blocks import CONV, GroupNorm32, conv
+from companion.networks.blocks import CONV, GroupNorm32, conv, pixel_shuffle, pixel_unshuffle
 from companion.networks.vqvae import Autoencoded, Codec, Quantised, Quantizer
 
 # The factor that brings the latents of the published natural-image autoencoders to about unit variance.
@@ -178,25 +178,27 @@ class _ConvCodec(Codec):
     def __init__(
         self, dims, in_channels, out_channels, channels, channel_mult, num_res_blocks, decoder_blocks,
         latent_channels, z_channels, attention, norm_groups, middle, use_checkpoint, features, moments,
-        final_activation=True,
+        final_activation=True, patch=1,
     ):  # fmt: skip
-        super().__init__(dims, in_channels, latent_channels, 2 ** (len(channel_mult) - 1), use_checkpoint)
+        super().__init__(dims, in_channels, latent_channels, patch * 2 ** (len(channel_mult) - 1), use_checkpoint)
+        self.patch = patch
         widths = [int(channels * mult) for mult in channel_mult]
         attention = list(attention) or [False] * len(widths)
         if len(attention) != len(widths):
             raise ValueError(f"attention has {len(attention)} entries for {len(widths)} levels; give one each")
         decoder_blocks = num_res_blocks + 1 if decoder_blocks is None else decoder_blocks
         ends = (norm_groups, middle, final_activation)
-        self.encoder = Encoder(dims, in_channels, widths, num_res_blocks, attention, features, *ends)
-        self.decoder = Decoder(dims, z_channels, widths, decoder_blocks, attention, out_channels, *ends)
+        cells = patch**dims
+        self.encoder = Encoder(dims, in_channels * cells, widths, num_res_blocks, attention, features, *ends)
+        self.decoder = Decoder(dims, z_channels, widths, decoder_blocks, attention, out_channels * cells, *ends)
         self.quant_conv = conv(dims, features, moments, kernel=1)
         self.post_quant_conv = conv(dims, latent_channels, z_channels, kernel=1)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.quant_conv(self.run(self.encoder.layers(), x))
+        return self.quant_conv(self.run(self.encoder.layers(), pixel_unshuffle(x, self.patch)))
 
     def decoder_path(self, z: Tensor) -> Tensor:
-        return self.run(self.decoder.layers(), self.post_quant_conv(z))
+        return pixel_shuffle(self.run(self.decoder.layers(), self.post_quant_conv(z)), self.patch)
 
 
 class AutoencoderKL(_ConvCodec):
@@ -207,7 +209,8 @@ class AutoencoderKL(_ConvCodec):
     attention: whether the blocks of each level are followed by attention; middle: two more blocks around an
     attention at the coarsest level. norm_groups: groups of the norms. double_z: the encoder ends in
     2 latent_channels features, not latent_channels, from which a 1x1 convolution makes mean and log variance.
-    final_activation: SiLU after the last norms. Rombach et al. 2022; MONAI's has neither of the last two.
+    final_activation: SiLU after the last norms. patch: the finest level works on blocks of so many pixels along
+    each axis (pixel unshuffle and shuffle). Rombach et al. 2022; MONAI's has none of the last three.
     """
 
     regulariser_weight = 1e-6
@@ -228,13 +231,14 @@ class AutoencoderKL(_ConvCodec):
         norm_groups: int = 32,
         double_z: bool = True,
         final_activation: bool = True,
+        patch: int = 1,
         use_checkpoint: bool = False,
     ):
         super().__init__(
             dims, in_channels, out_channels, channels, channel_mult, num_res_blocks, decoder_blocks,
             latent_channels, latent_channels, attention, norm_groups, middle, use_checkpoint,
             features=latent_channels * (2 if double_z else 1), moments=2 * latent_channels,
-            final_activation=final_activation,
+            final_activation=final_activation, patch=patch,
         )  # fmt: skip
 
     def encoder_path(self, x: Tensor) -> Tensor:
