@@ -168,19 +168,24 @@ def _attenuation(brain: Tensor, pixel_mm: float) -> Tensor:
     return torch.where(skull, MU_SKULL, torch.where(away <= SKIN_MM, MU_WATER, 0.0))
 
 
-def cohort_slices(split: str, subjects: int, size: int = 64, per_subject: int = 8, lesions: int = 0) -> Slices:
-    """`per_subject` axial slices of each of the first `subjects` people of a split ("train", "validation", "test").
+def cohort_slices(split: str, subjects: int, size: int = 64, per_subject: int = 8, lesions: int = 0,
+                  pixel_mm: float | None = None, lesion_share: float = 1.0, first: int = 0) -> Slices:
+    """`per_subject` axial slices of each of `subjects` people of a split ("train", "validation", "test").
 
-    lesions: how many each person has, centred in some of the slices. No slice is empty: they lie in `anatomy.SLAB_MM`.
+    lesions: how many each person has, centred in some of the slices; lesion_share: the share of people who have any.
+    pixel_mm: by default `anatomy.FIELD_OF_VIEW_MM` / size. first: how many people of the split to leave out before.
+    No slice is empty: they lie in `anatomy.SLAB_MM`.
     """
+    pixel_mm = FIELD_OF_VIEW_MM / size if pixel_mm is None else pixel_mm
     parts = []
-    for subject in anatomy.cohort(split, subjects):
+    for subject in anatomy.cohort(split, first + subjects)[first:]:
         heights = anatomy.slice_heights(subject, per_subject)
-        found = place_lesions(subject, lesions, heights) if lesions else []
-        one = render(subject, (per_subject, size, size), slices_mm=heights, lesions=found)
+        ill = lesions and torch.rand((), generator=subject.generator("ill")) < lesion_share
+        found = place_lesions(subject, lesions, heights) if ill else []
+        one = render(subject, (per_subject, size, size), pixel_mm, heights, found)
         parts.append((one.slices(), one.slices("labels"), one.slices("lesions"), one.slices("mu"),
                       torch.full((per_subject,), subject.seed), heights))
-    return Slices(*(torch.cat(column) for column in zip(*parts, strict=True)), pixel_mm=FIELD_OF_VIEW_MM / size)
+    return Slices(*(torch.cat(column) for column in zip(*parts, strict=True)), pixel_mm=pixel_mm)
 
 
 # -------------------------------------------------------------------------------------------------------- loaders
