@@ -45,7 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from companion import conversion, registry
-from companion.diffusion.denoisers import AnySize, ComplexDenoiser, DiscreteDenoiser, EDMDenoiser
+from companion.diffusion.denoisers import AnySize, ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
 from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
@@ -74,11 +74,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "EDMDenoiser": EDMDenoiser,
+    "FlowDenoiser": FlowDenoiser,
     "DiscreteDenoiser": DiscreteDenoiser,  # its "schedule" is {"name": "linear", "steps": 1000, ...}
 }
 SCHEDULES: dict[str, Callable[..., DiscreteSchedule]] = {
     "linear": DiscreteSchedule.linear,
     "scaled_linear": DiscreteSchedule.scaled_linear,
+    "zero_terminal": DiscreteSchedule.zero_terminal,
     "cosine": DiscreteSchedule.cosine,
 }
 
@@ -132,7 +134,7 @@ def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args):
 
 def network_of(model: nn.Module) -> nn.Module:
     """The network inside a denoiser, under any number of wrappers; a bare network is returned as it is."""
-    while isinstance(model, (AnySize, ComplexDenoiser, EDMDenoiser, DiscreteDenoiser)):
+    while isinstance(model, (AnySize, ComplexDenoiser, EDMDenoiser, FlowDenoiser, DiscreteDenoiser)):
         model = model.D if isinstance(model, (AnySize, ComplexDenoiser)) else model.network
     return model
 

@@ -222,6 +222,35 @@ class DiscreteDenoiser(nn.Module):
         return self._moments
 
 
+class FlowDenoiser(nn.Module):
+    """D(x, sigma) from the velocity of a rectified flow: x_t = (1 - t) x0 + t n, network(x_t, 1000 t) = n - x0.
+
+    The noise level decides t = sigma / (1 + sigma), and x_t = (1 - t) x. A straight step of the flow from t to t' is
+    Euler's step between the noise levels, so every solver and guidance serves; levels evenly spaced in t are
+    `noise.flow_levels`. Data should have standard deviation 1. Liu et al. 2022; Lipman et al. 2023. The network's times
+    go to 1000, the range that sinusoidal embeddings are made for. autocast, channel_axis: as for EDMDenoiser.
+    """
+
+    times = 1000.0
+
+    def __init__(self, network: nn.Module, *, autocast: torch.dtype | None = None, channel_axis: int = 1):
+        super().__init__()
+        self.network, self.autocast, self.channel_axis = network, autocast, channel_axis
+
+    def velocity(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The network's n - x0 at interpolations x_t and times t (batch,) in [0, 1]."""
+        u = run_network(self.network, x_t, self.times * t, cond, self.autocast)
+        if u.shape != x_t.shape:
+            raise ValueError(f"the network returned shape {tuple(u.shape)} for images {tuple(x_t.shape)}")
+        return u
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x0_hat, the shape and dtype of x."""
+        t = (sigma / (1 + sigma)).reshape(-1).expand(len(x))
+        x_t = x / (1 + column(sigma, x))
+        return x_t - column(t, x) * self.velocity(x_t, t, cond)
+
+
 class ComplexDenoiser(nn.Module):
     """Complex images in and out, around a denoiser D that sees two real channels (re, im) for each.
 

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from ..complexify import to_channels
 from .ddpm import DiscreteProcess
-from .denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, column, run_network
+from .denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser, column, run_network
 from .noise import randn
 
 
@@ -48,6 +48,30 @@ def edm_loss(
     if u is not None:
         loss = loss + variance_weight * per_sample(e.detach() ** 2 * torch.exp(-u) + u)
     return loss
+
+
+def flow_loss(
+    D: FlowDenoiser | ComplexDenoiser,
+    x0: Tensor,
+    generator: Generator | None = None,
+    cond: Tensor | None = None,
+    *,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Rectified-flow loss of each batch item (batch,): mean over pixels of |u(x_t, t) - (n - x0)|^2.
+
+    Draws t (batch,) uniformly from [0, 1), then the noise; either may be supplied. Liu et al. 2022, Eq. (1).
+    """
+    D, x0, cond, noise = in_channels(D, x0, cond, noise)
+    if t is None:
+        if generator is None:
+            raise TypeError("give a generator, or t and noise")
+        t = torch.rand(len(x0), generator=generator, device=generator.device).to(x0.device)
+    if noise is None:
+        noise = randn(x0.shape, x0.dtype, generator, x0.device)
+    x_t = torch.lerp(x0, noise, column(t, x0))
+    return per_sample((D.velocity(x_t, t, cond) - (noise - x0)) ** 2)
 
 
 class DiscreteTerms(NamedTuple):

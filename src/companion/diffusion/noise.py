@@ -33,6 +33,13 @@ def linear(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     return _end_with_zero(torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64))
 
 
+def flow_levels(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """n levels evenly spaced in the time t = sigma / (1 + sigma) of a rectified flow, and a final 0, float64 (n+1,)."""
+    _check_range(n, sigma_min, sigma_max)
+    t = torch.linspace(sigma_max / (1 + sigma_max), sigma_min / (1 + sigma_min), n, dtype=torch.float64)
+    return _end_with_zero(t / (1 - t))
+
+
 def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:
     if n < 1:
         raise ValueError(f"{n} noise levels were asked for; at least 1 is needed")
@@ -66,6 +73,16 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.9
     return (1 - signal[1:] / signal[:-1]).clamp(max=max_beta)
 
 
+def zero_terminal_betas(betas: Tensor) -> Tensor:
+    """Betas whose last signal level is 0 and whose first is as before: Alg. 1 of Lin et al. 2024.
+
+    The root of abar is shifted and stretched. The last beta is 1, so a network must not predict epsilon there.
+    """
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])
+
+
 @dataclass(frozen=True, eq=False)
 class DiscreteSchedule:
     """The chain x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n of a network trained at discrete times.
@@ -97,6 +114,11 @@ class DiscreteSchedule:
     @classmethod
     def scaled_linear(cls, steps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0195):
         return cls(scaled_linear_betas(steps, beta_start, beta_end))
+
+    @classmethod
+    def zero_terminal(cls, steps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0195):
+        """The scaled linear schedule, stretched to leave no signal at its end, for v and x0 networks."""
+        return cls(zero_terminal_betas(scaled_linear_betas(steps, beta_start, beta_end)))
 
     @classmethod
     def cosine(cls, steps: int = 1000) -> "DiscreteSchedule":

@@ -1,0 +1,203 @@
+"""Brain volumes on one grid and one intensity scale: NFBS, CC359, any folder of NIfTI files, the embedded cohort.
+
+The grid: (z, y, x), z from inferior to superior, y from anterior to posterior, x from left to right, voxels in mm. The
+scale, one rule for every source: outside the brain 0; inside, 1 is the 99.5th percentile of the brain, brighter voxels
+keep their value up to 1.2. `affine` says where each voxel lies, in the world of the file that it came from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.ndimage import affine_transform, gaussian_filter
+from torch import Tensor
+
+from . import anatomy
+from .nifti import Volume, load_nifti
+
+PERCENTILE, CEILING = 99.5, 1.2
+SCALE = f"1 is the {PERCENTILE}th percentile of the brain, values end at {CEILING}; outside the brain 0"
+SPACING = {(64, 64, 64): (3.0, 3.0, 3.0), (64, 96, 96): (2.6, 2.0, 2.0)}  # grids that hold every virtual head, mm
+MASK_ENDINGS = ("_brainmask", "_ss", "_staple", "_mask")  # NFBS; CC359, silver standard by CNN and by STAPLE; usual
+CC359_NAME = re.compile(r"(?P<subject>CC\d{4})_(?P<vendor>[a-z]+)_(?P<field>15|3)_(?P<age>\d+)_(?P<sex>[MF])")
+
+
+# ----------------------------------------------------------------------------------------------------
+# One scale, one grid
+
+
+def normalise_percentile(array: np.ndarray, mask: np.ndarray, name: str = "volume") -> tuple[np.ndarray, float]:
+    """Return float32 values on the scale of this module, and the number that multiplies them back.
+
+    array, mask (z, y, x). Raises ValueError for NaN, a mask of another shape or without voxels, or a dark brain.
+    """
+    mask = np.asarray(mask) > 0
+    if array.shape != mask.shape:
+        raise ValueError(f"{name}: the mask has shape {mask.shape}, the volume {array.shape}; they must agree")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} voxels are NaN or infinite; repair them first")
+    if not mask.any():
+        raise ValueError(f"{name}: the mask is empty; give a brain mask, or a volume whose background is 0")
+    scale = float(np.percentile(array[mask], PERCENTILE))
+    if not scale > 0:
+        raise ValueError(f"{name}: the brain has no positive signal ({PERCENTILE}th percentile {scale:g})")
+    return np.where(mask, np.clip(array / scale, 0, CEILING), 0).astype(np.float32), scale
+
+
+def grid_affine(shape: Sequence[int], voxel_mm: Sequence[float], centre_mm: Sequence[float]) -> np.ndarray:
+    """Return the affine of a grid (z, y, x) of this module whose middle lies at centre_mm (x, y, z)."""
+    steps = np.array([1.0, -1.0, 1.0]) * np.array(voxel_mm, float)[::-1]
+    matrix = np.diag([*steps, 1.0])
+    matrix[:3, 3] = np.array(centre_mm, float) - steps * (np.array(shape[::-1]) - 1) / 2
+    return matrix
+
+
+def resample(volume: Volume, affine: np.ndarray, shape: Sequence[int], order: int = 1) -> np.ndarray:
+    """Return the values (z, y, x), float32, of a volume at the voxels of another grid; outside of it 0.
+
+    Both affines lead to the same world, so a rotated or oblique volume comes out straight. It is low-passed first along
+    each axis on which the new voxels are larger (Gaussian), so that nothing aliases. order: 1 linear, 0 nearest.
+    """
+    to_old = np.linalg.inv(volume.affine) @ affine  # new voxel (x, y, z) -> old voxel (x, y, z)
+    step = np.abs(to_old[:3, :3]).max(1)  # old voxels a new one spans, along each old axis
+    array = np.asarray(volume.array, np.float32)
+    if order and (step > 1).any():  # widths add in squares: a voxel of the new grid is one of the old, blurred
+        array = gaussian_filter(array, (np.sqrt(np.maximum(step**2 - 1, 0)) / 2.355)[::-1])
+    matrix, offset = to_old[:3, :3][::-1, ::-1], to_old[:3, 3][::-1]  # SciPy wants the order (z, y, x)
+    return affine_transform(array, matrix, offset, tuple(shape), order=order)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A volume on disk, its mask if there is one, whose it is, and what the file's name says about them."""
+
+    subject: str
+    image: Path
+    mask: Path | None = None
+    about: dict[str, object] = field(default_factory=dict)
+
+
+def find_scans(folder: str | os.PathLike) -> list[Scan]:
+    """Return the scans below a folder, by subject: NFBS, CC359, or any other folder of .nii and .nii.gz files.
+
+    The mask of NAME.nii.gz is NAME_brainmask (NFBS), NAME_ss or NAME_staple (CC359) or NAME_mask, in any folder. NFBS's
+    skull-stripped copies (NAME_brain) are left out where the volume itself and its mask are there. The subject is the
+    name up to the session: two sessions of one person never come into different splits. Of CC359's names age, sex,
+    vendor and field strength are read. Raises FileNotFoundError if there is nothing.
+    """
+    folder = Path(folder)
+    paths = {_stem(p): p for p in sorted(folder.rglob("*.nii*")) if p.name.endswith((".nii", ".nii.gz"))}
+    masks = {stem: next((paths[stem + end] for end in MASK_ENDINGS if stem + end in paths), None) for stem in paths}
+    scans = []
+    for stem, path in paths.items():
+        of = stem.removesuffix("_brain")
+        if stem.endswith(MASK_ENDINGS) or (of != stem and masks.get(of)):
+            continue
+        named = CC359_NAME.match(stem)
+        about = {"age": int(named["age"]), "sex": named["sex"], "vendor": named["vendor"],
+                 "tesla": 1.5 if named["field"] == "15" else 3.0} if named else {}
+        scans.append(Scan(named["subject"] if named else stem.split("_")[0], path, masks[stem], about))
+    if not scans:
+        raise FileNotFoundError(f"{folder}: no volumes (.nii, .nii.gz) there or below; check the path")
+    return scans
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float]) -> tuple[Volume, float]:
+    """Return a scan on the grid `shape`, `voxel_mm` (z, y, x) around its brain's middle, and its intensity scale.
+
+    Without a mask the brain is where the volume is above 0, as in skull-stripped files. Spacing is kept: nothing is
+    stretched to fit, and the affine leads to the world of the file. Raises ValueError for 4D files, NaN, an empty mask,
+    an affine that cannot be right, and a brain that the grid does not hold.
+    """
+    volume = load_nifti(scan.image)
+    check_affine(volume, scan.image)
+    if scan.mask is None:
+        mask = volume.array > 0
+        if mask.mean() > 0.9:
+            raise ValueError(f"{scan.image.name}: has no mask file and no background of 0, so the brain is not marked; "
+                             f"strip the skull, or add {_stem(scan.image)}_mask.nii.gz")
+    else:
+        given = load_nifti(scan.mask)
+        if given.array.shape != volume.array.shape or not np.allclose(given.affine, volume.affine, atol=1e-2):
+            raise ValueError(f"{scan.mask.name}: shape or affine differ from those of {scan.image.name}; a mask must "
+                             "lie on the grid of its volume")
+        mask = given.array > 0
+    array, scale = normalise_percentile(np.asarray(volume.array, np.float32), mask, scan.image.name)
+    ends = np.array([(axis.min(), axis.max()) for axis in np.nonzero(mask)], float)[::-1]  # (x, y, z)
+    centre = volume.affine[:3, :3] @ ends.mean(1) + volume.affine[:3, 3]
+    affine = grid_affine(shape, voxel_mm, centre)
+    size = np.abs(volume.affine[:3, :3]) @ (ends[:, 1] - ends[:, 0])
+    room = np.array(shape[::-1]) * np.array(voxel_mm)[::-1]
+    if (size > room * 1.05).any():
+        raise ValueError(f"{scan.image.name}: the brain measures {_mm(size)} mm (x, y, z), the grid {_mm(room)} mm; "
+                         "give more or larger voxels")
+    return Volume(resample(Volume(array, volume.affine), affine, shape), affine), scale
+
+
+def check_affine(volume: Volume, name: str | os.PathLike) -> None:
+    """Raise ValueError for an affine that no head was ever scanned with: voxels or a field of view of absurd size.
+
+    The usual causes are metres or micrometres in place of mm, and headers that a conversion has lost.
+    """
+    voxel = volume.voxel_mm
+    extent = [n * mm for n, mm in zip(volume.array.shape, voxel, strict=True)]
+    if min(voxel) < 0.1 or max(voxel) > 20 or max(extent) < 60 or max(extent) > 1000:
+        raise ValueError(f"{Path(name).name}: the affine gives voxels of {_mm(voxel)} mm and a field of view of "
+                         f"{_mm(extent)} mm (z, y, x), which is no head; correct the header (units of mm?)")
+    axes = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    if abs(np.linalg.det(axes)) < 0.9:
+        raise ValueError(f"{Path(name).name}: the axes of the affine are not at right angles (sheared); resample the "
+                         "volume to a straight grid first")
+
+
+def _mm(values: Sequence[float]) -> str:
+    return " x ".join(f"{v:.4g}" for v in values)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The embedded cohort
+
+
+def spacing(shape: Sequence[int]) -> tuple[float, float, float]:
+    """Return the voxel size in mm (z, y, x) at which a grid of the embedded cohort holds every head."""
+    shape = tuple(shape)
+    return SPACING.get(shape) or (round(166.4 / shape[0], 4), *2 * (round(192 / min(shape[1:]), 4),))
+
+
+@dataclass(frozen=True)
+class Person:
+    """A virtual person on the grid: `image` (z, y, x) in the scale of this module; labels; tissue volumes in ml."""
+
+    image: Tensor
+    labels: Tensor
+    tissue_ml: Tensor
+    affine: np.ndarray
+
+
+def virtual(subject: anatomy.Subject, shape: Sequence[int] = (64, 64, 64), contrast: str = "T1w") -> Person:
+    """Return a virtual person as magnitudes on a grid: 64^3 voxels of 3 mm, or 64 x 96 x 96 of 2.6 x 2 x 2 mm.
+
+    Heads lie in MNI space. tissue_ml (3,): CSF, grey and white matter.
+    """
+    voxel_mm = spacing(shape)
+    heights = anatomy.CENTRE_MM[2] + voxel_mm[0] * (torch.arange(shape[0]) - (shape[0] - 1) / 2)
+    drawn = anatomy.render(subject, contrast, tuple(shape), voxel_mm[1], heights)
+    brain = drawn.tissue.sum(0) > 0.05  # voxels that the brain fills in part belong to it
+    image, _ = normalise_percentile(drawn.image.abs().numpy(), brain.numpy(), f"subject {subject.seed}")
+    tissue = drawn.tissue.sum((1, 2, 3)) * float(np.prod(voxel_mm)) / 1000
+    affine = grid_affine(shape, voxel_mm, anatomy.CENTRE_MM)
+    return Person(torch.from_numpy(image), drawn.labels, tissue, affine)
