@@ -61,9 +61,11 @@ def test_pairs_of_copies_are_one_and_pairs_of_strangers_are_less():
 
 def test_nearest_finds_the_planted_volume_in_whichever_batch():
     training, x = volumes(9), volumes(2, seed=1)
-    x[1] = training[7]
+    x[1] = training[7].flip(-1)
     found = generative.nearest(x, training.split(4))
     assert found.index[1] == 7 and found.distance[1] == pytest.approx(0, abs=1e-3)
+    found = generative.nearest(x, training.split(4), mirror=False)
+    assert found.distance[1] > 0.1
     a, b = generative.coarse(x[:1])[0], generative.coarse(training)[found.index[0]]
     assert found.distance[0] == pytest.approx(((a - b).norm() / ((a @ a + b @ b) / 2).sqrt()).item(), rel=1e-4)
     with pytest.raises(ValueError, match="no training"):

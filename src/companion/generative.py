@@ -138,19 +138,21 @@ def coarse(x: Tensor) -> Tensor:
     return F.avg_pool3d(x.float(), 2).flatten(1)
 
 
-def nearest(x: Tensor, training: Iterable[Tensor]) -> Nearest:
+def nearest(x: Tensor, training: Iterable[Tensor], mirror: bool = True) -> Nearest:
     """The nearest of all training volumes, which come in batches (batch, 1, z, y, x), to each of the volumes x.
 
-    Distance: |a - b| / sqrt((|a|^2 + |b|^2) / 2) of means over 2^3 voxels; 0 the same, 1.4 nothing in common. Blur
-    brings anything nearer to everything, so compare with held-out people seen through the same autoencoder.
+    Distance: |a - b| / sqrt((|a|^2 + |b|^2) / 2) of means over 2^3 voxels; 0 the same, 1.4 nothing in common. mirror:
+    training volumes mirrored left to right count too, as networks see them. Blur brings anything nearer to everything,
+    so compare with held-out people seen through the same autoencoder.
     """
-    own = coarse(check_volumes(x))
+    check_volumes(x)
+    own = torch.stack([coarse(x), coarse(x.flip(-1))] if mirror else [coarse(x)])  # (view, batch, cells)
     best = torch.full((len(x),), torch.inf)
     index, seen = torch.full((len(x),), -1), 0
     for batch in training:
-        other = coarse(check_volumes(batch, "training volumes"))
-        power = (own.square().sum(1)[:, None] + other.square().sum(1)) / 2
-        relative = torch.cdist(own, other) / power.sqrt().clamp(min=1e-12)
+        other = coarse(check_volumes(batch, "training volumes")).to(own)
+        power = (own.square().sum(-1)[..., None] + other.square().sum(1)) / 2
+        relative = (torch.cdist(own, other) / power.sqrt().clamp(min=1e-12)).amin(0)
         value, at = (v.cpu() for v in relative.min(1))
         index = torch.where(value < best, at + seen, index)
         best, seen = torch.minimum(value, best), seen + len(batch)

@@ -1,0 +1,350 @@
+"""Volumes drawn from the latent prior: samplers, what the original did wrong, and how good the volumes are.
+
+Parameters and assembling functions of notebooks/latent3d/3_sample; measures of a population are in
+`companion.generative`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from companion import generative, metrics
+from companion.data import anatomy
+from companion.data.nifti import save_nifti
+from companion.data.store import SequenceDataset, open_dataset
+from companion.data.volumes import virtual
+from companion.diffusion.denoisers import DiscreteDenoiser, column
+from companion.diffusion.noise import DiscreteSchedule, generators, karras, randn
+from companion.diffusion.sampling import Bill, find_solver, sample
+from companion.diffusion.solvers import SOLVERS
+from companion.latent import LatentSpace
+from companion.papers.latent3d import PRIOR, LatentPrior, held_out
+from companion.parameters import Parameters, param
+from companion.runs import project_root
+from companion.segmentation import load_segmenter
+
+SHOWN_MM = {"axial": 12.0, "coronal": -18.0, "sagittal": 6.0}  # MNI z, y, x: ventricles, thalamus, corpus callosum
+SEGMENTER_GAIN = 1.0  # intensity scale of data.volumes -> that of the segmenter, by validation people
+LATENTS_PER_PLANE = 16  # slices of a volume that the Frechet distance sees in each plane
+
+
+@dataclass(frozen=True)
+class SampleVolumes(Parameters):
+    """Parameters of latent3d/3_sample.ipynb."""
+
+    weights: str = param(PRIOR, "prior on latents: an embedded name or a folder")
+    autoencoder: str | None = param(None, "its autoencoder; none: the one that the prior names")
+    draws: int = param(16, "volumes to draw", minimum=2)
+    solver: str = param("dpmpp_2m", "any of companion.diffusion.SOLVERS", choices=tuple(SOLVERS))
+    evaluations: int = param(24, "network evaluations a volume", minimum=2)
+    levels: str = param("karras", "noise levels: karras, or schedule, the betas of a discrete chain of 1000 steps, "
+                                  "respaced", choices=("karras", "schedule"))
+    first_sigma: float = param(80.0, "highest noise level (karras); latents have standard deviation 1", minimum=1e-3)
+    last_sigma: float = param(0.02, "lowest noise level above 0 (karras)", minimum=1e-5)
+    solvers: tuple[str, ...] = param(("ddpm", "ddim", "dpmpp_2m", "heun"), "samplers to compare at equal evaluations",
+                                     choices=tuple(SOLVERS))
+    failures: bool = param(True, "show what went wrong in the original, one cause at a time")
+    real: int = param(32, "held-out people to compare with", minimum=4)
+    training: int = param(2000, "training people among whom the nearest is looked for, at most", minimum=1)
+    data: str = param("data/latent3d_64.h5", "prepared training volumes, from 1_data; missing: people are made anew")
+    pairs: int = param(60, "pairs of volumes for MS-SSIM", minimum=1)
+    features: str = param("brain/t1w", "network whose view of slices the Frechet distance compares")
+    segmenter: str | None = param("segmenter/t1w", "segmenter of T1w slices; none: no tissue volumes")
+    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+
+
+# -------------------------------------------------------------------------------------------------------------- people
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """The first `count` volumes (1, z, y, x) that a prior learned from: read from a prepared file, or made anew."""
+
+    count: int
+    shape: tuple[int, int, int]
+    stored: SequenceDataset | None
+
+    @classmethod
+    def of(cls, prior: LatentPrior, p: SampleVolumes) -> TrainingSet:
+        path = project_root() / p.data
+        stored = open_dataset(path, require=["image"]).sequences("image", "train", 1) if path.exists() else None
+        known = prior.config["data"]["volumes"] if stored is None else len(stored)
+        return cls(min(p.training, known), prior.shape, stored)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self.stored is not None:
+            return self.stored[i].reshape(1, *self.shape).float()
+        return virtual(anatomy.Subject(anatomy.FIRST_SEED["train"] + i), self.shape).image[None]
+
+    def batches(self, size: int = 50) -> Iterator[Tensor]:
+        """Yield all of them, (batch, 1, z, y, x)."""
+        for i in range(0, self.count, size):
+            yield torch.stack([self[j] for j in range(i, min(i + size, self.count))])
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+def noise_levels(prior: LatentPrior, p: SampleVolumes, solver: str | None = None) -> Tensor:
+    """Return noise levels for about `p.evaluations` evaluations, whatever a step of the solver costs.
+
+    "schedule" respaces the chain of 1000 betas: fewer times, betas recomputed from the signal left at each of them, so
+    that one step removes the noise of all the steps it stands for.
+    """
+    steps = max(1, p.evaluations // find_solver(solver or p.solver).calls)
+    if p.levels == "karras":
+        return karras(steps, p.last_sigma, p.first_sigma)
+    return chain(prior).respace(str(steps)).levels()
+
+
+def chain(prior: LatentPrior, steps: int = 1000) -> DiscreteSchedule:
+    """Return the discrete chain of the prior, or the linear one of Ho et al. 2020 if it was trained at all levels."""
+    return prior.D.D.schedule if isinstance(prior.D.D, DiscreteDenoiser) else DiscreteSchedule.linear(steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Latents z (draw, *latent_shape), their volumes x (draw, 1, z, y, x), and what one volume cost, decoding too."""
+
+    z: Tensor
+    x: Tensor
+    bill: Bill
+
+
+def draw(prior: LatentPrior, p: SampleVolumes, solver: str | None = None, progress: bool = False) -> Drawn:
+    """Return `p.draws` volumes with the seeds p.seed, p.seed + 1, ..., each the same alone or in any batch."""
+    began, seeds = time.perf_counter(), range(p.seed, p.seed + p.draws)
+    drawn = sample(prior.D, noise_levels(prior, p, solver), shape=prior.latent_shape, seeds=seeds,
+                   solver=solver or p.solver, device=p.device, progress=progress)
+    x = prior.decode(drawn.x)
+    return Drawn(drawn.x, x, replace(drawn.bill, seconds=(time.perf_counter() - began) / p.draws))
+
+
+def solver_table(prior: LatentPrior, p: SampleVolumes, draws: int = 4) -> tuple[list[dict], dict[str, Tensor]]:
+    """Return what each sampler of `p.solvers` makes of the same noise at equal cost, and its volumes.
+
+    Deterministic samplers follow one flow, so they should all end where Heun ends with four times the evaluations; the
+    distance of their latents from there, relative, is the error of the sampler. DDPM draws another volume.
+    """
+    few = replace(p, draws=min(draws, p.draws))
+    limit = draw(prior, replace(few, evaluations=4 * p.evaluations), "heun").z
+    rows, volumes = [], {}
+    for name in p.solvers:
+        d = draw(prior, few, name)
+        away = (d.z - limit).flatten(1).norm(dim=1) / limit.flatten(1).norm(dim=1)
+        rows.append({"sampler": name, "evaluations": round(d.bill.denoiser_calls, 1),
+                     "seconds a volume": round(d.bill.seconds, 2),
+                     "from the limit": "stochastic" if name in ("ddpm", "dpmpp_2m_sde", "heun_churn", "aid_stochastic")
+                     else metrics.mean_and_error(away)})
+        volumes[name] = d.x
+    return rows, volumes
+
+
+# ------------------------------------------------------------------------------------------ what the original did wrong
+
+
+class Clipped(torch.nn.Module):
+    """A denoiser whose estimate is clipped to [-1, 1] in the units of the autoencoder, as image samplers do."""
+
+    def __init__(self, prior: LatentPrior):
+        super().__init__()
+        self.D = prior.D
+
+    def forward(self, z: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        space = self.D.space
+        mean, std = (v.reshape(-1, *[1] * (z.ndim - 2)) for v in (space.mean, space.std))
+        return ((self.D(z, sigma, cond) * std + mean).clamp(-1, 1) - mean) / std
+
+
+@torch.no_grad()
+def short_steps(prior: LatentPrior, schedule: DiscreteSchedule, visited: int, seeds, device: str = "cpu") -> Tensor:
+    """Return latents of a chain that evaluates `visited` of its times, but whose every step removes one time's noise.
+
+    From t to t - 1, and then on at t - T / visited as if it were there: the step of published schedulers that do not
+    know that times are skipped.
+    """
+    draws = generators(seeds)
+    x = randn(prior.latent_shape, torch.float32, draws, device)
+    abar = schedule.alphas_cumprod
+    for t in range(len(schedule) - 1, -1, -(len(schedule) // visited)):
+        at = torch.full((len(x),), t)
+        sigma = schedule.sigmas[t].to(device, torch.float32).expand(len(x))
+        x0_hat = prior.D(x / abar[t].sqrt().item(), sigma)
+        mean, variance, _ = schedule.q_posterior(x0_hat, x, at)
+        x = mean + variance.sqrt() * randn(prior.latent_shape, torch.float32, draws, device)
+    return x
+
+
+@torch.no_grad()
+def failures(prior: LatentPrior, p: SampleVolumes) -> dict[str, Tensor]:
+    """Return volumes (draw, 1, z, y, x) of this prior with one mistake of the original at a time, first without any.
+
+    All from the same seeds, by DDPM with about `p.evaluations` evaluations.
+    """
+    seeds, schedule = range(p.seed, p.seed + 2), DiscreteSchedule.linear(1000)
+    options = dict(shape=prior.latent_shape, seeds=seeds, device=p.device, solver="ddpm")
+    levels = schedule.respace(str(p.evaluations)).levels()
+    good = sample(prior.D, levels, **options).x
+    clipped = sample(Clipped(prior), levels, **options).x
+    noise = randn(prior.latent_shape, torch.float32, generators(seeds), p.device)
+    # T = 200 with the betas of 1000 ends with 36 % of the signal's amplitude, yet sampling begins with noise alone
+    early = DiscreteSchedule.linear(200)
+    first = noise / early.alphas_cumprod[-1].sqrt().item()
+    started = sample(prior.D, early.respace(str(p.evaluations)).levels(), state=first, **options).x
+    unscaled = LatentSpace(prior.space.codec, intensity=prior.space.intensity)
+    return {
+        "repaired": prior.decode(good),
+        "scale not\nundone": unscaled.decode(good),
+        "clipped to\n[-1, 1]": prior.decode(clipped),
+        "steps of one\ntime only": prior.decode(short_steps(prior, schedule, p.evaluations, seeds, p.device)),
+        "36 % signal\nat the start": prior.decode(started),
+        "nothing but\nscale learnt": prior.decode(noise),
+    }
+
+
+@torch.no_grad()
+def loss_against_scale(prior: LatentPrior, z: Tensor, p: SampleVolumes, scales=(1.0, 0.3, 0.1, 0.03),
+                       steps: int = 500, times: int = 10) -> list[dict[str, object]]:
+    """Return the epsilon loss, averaged over the times of the original chain, of latents z scaled to a deviation s.
+
+    Of a network that knows the scale of the latents and nothing else (exact: s^2 abar / (s^2 abar + 1 - abar) for white
+    Gaussian latents), and of this prior, measured on z: its estimate s D(z + sigma n / s, sigma / s) suits any s.
+    """
+    schedule = DiscreteSchedule.linear(steps)
+    abar = schedule.alphas_cumprod
+    index = torch.linspace(0.5, steps - 0.5, times).long()
+    noise = randn(z.shape[1:], z.dtype, generators(range(len(z))), z.device)
+    rows = []
+    for s in scales:
+        know_nothing = (s**2 * abar / (s**2 * abar + 1 - abar)).mean().item()
+        errors = []
+        for sigma in (schedule.sigmas[index] / s).tolist():
+            level = torch.full((len(z),), sigma, device=z.device)
+            errors.append(((prior.D(z + column(level, z) * noise, level) - z) / sigma).square().mean().item())
+        ours = sum(errors) / len(errors)
+        rows.append({"standard deviation": s, "knows only the scale": f"{know_nothing:.4f}",
+                     "this prior": f"{ours:.4f}", "left to learn": f"{know_nothing - ours:.4f}"})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- looking
+
+
+def voxel_of(prior: LatentPrior, plane: str) -> int:
+    """Return which slice of a plane lies at `SHOWN_MM`."""
+    x, y, z = SHOWN_MM["sagittal"], SHOWN_MM["coronal"], SHOWN_MM["axial"]
+    ijk = np.linalg.inv(prior.affine) @ np.array([x, y, z, 1.0])
+    i = {"sagittal": 0, "coronal": 1, "axial": 2}[plane]
+    return int(np.clip(round(ijk[i]), 0, prior.shape[2 - i] - 1))
+
+
+def three_planes(prior: LatentPrior, x: Tensor) -> dict[str, Tensor]:
+    """Return an axial, a coronal and a sagittal slice of one volume (1, z, y, x), heads up and noses up or left."""
+    axial, coronal, sagittal = (voxel_of(prior, plane) for plane in ("axial", "coronal", "sagittal"))
+    return {"axial": x[:, axial], "coronal": x[:, :, coronal].flip(1), "sagittal": x[..., sagittal].flip(1)}
+
+
+def sheet(prior: LatentPrior, sets: Mapping[str, Tensor], columns: int = 8) -> dict[str, dict[str, Tensor]]:
+    """Return rows for `figures.image_grid`: the first volumes of each named set, in three planes."""
+    rows = {}
+    for name, volumes in sets.items():
+        for start in range(0, len(volumes), columns):
+            part = [three_planes(prior, x) for x in volumes[start : start + columns]]
+            blank = {plane: torch.full_like(image, torch.nan) for plane, image in part[0].items()}
+            part += [blank] * (columns - len(part) if len(volumes) > columns else 0)
+            label = f"{name}\n" if len(volumes) <= columns else f"{name} {start + 1}-{start + columns}\n"
+            for plane in part[0]:
+                rows[label + plane] = {str(i + 1): planes[plane] for i, planes in enumerate(part)}
+    return rows
+
+
+def save_volumes(folder: Path, prior: LatentPrior, x: Tensor) -> list[Path]:
+    """Return the NIfTI files sample_00.nii.gz, ... of volumes (draw, 1, z, y, x), at the prior's affine (MNI mm)."""
+    return [save_nifti(folder / f"sample_{i:02d}.nii.gz", volume[0].float().cpu().numpy(), affine=prior.affine,
+                       units="1 is the 99.5th percentile of a brain") for i, volume in enumerate(x)]
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Real, reconstructed and synthetic volumes (n, 1, z, y, x), and the tables that compare them."""
+
+    others: Tensor  # held-out people that are not the reference
+    reconstructed: Tensor  # the same, through the autoencoder
+    synthetic: Tensor
+    likeness: list[dict]
+    diversity: list[dict]
+    memory: list[dict]
+    tissue: list[dict]
+    neighbours: dict[str, Tensor]  # the sample that is nearest to a training volume, and that volume
+    tissue_ml: dict[str, Tensor]
+
+
+@torch.no_grad()
+def study(prior: LatentPrior, synthetic: Tensor, p: SampleVolumes) -> Study:
+    """Return how synthetic volumes compare with held-out people, and with the same people through the autoencoder.
+
+    What the autoencoder loses is lost for the prior too; only what is worse than the reconstructions is its fault.
+    """
+    real = held_out("test", p.real, prior.shape).to(p.device)
+    half = p.real // 2
+    reference, others = real[:half], real[half:]
+    through = prior.decode(prior.encode(others)).clamp(min=0)
+    synthetic = synthetic.clamp(min=0)
+    sets = {"other people": others, "other people, reconstructed": through, "synthetic": synthetic}
+    features = generative.load_features(p.features, p.device, p.autocast)
+    likeness = generative.likeness_table(features, reference, sets, LATENTS_PER_PLANE)
+    diversity = []
+    for name, x in {"real": real, "other people, reconstructed": through, "synthetic": synthetic}.items():
+        values = generative.pairwise_ms_ssim(x, p.pairs, p.seed)
+        diversity.append({"volumes": name, "pairs": len(values), "MS-SSIM": values.mean().item(),
+                          "standard deviation": values.std().item() if len(values) > 1 else 0.0})
+    together = torch.cat([others, through, synthetic])
+    trained = TrainingSet.of(prior, p)
+    near = generative.nearest(together, trained.batches())
+    memory, at = [], 0
+    for name, x in sets.items():
+        d = near.distance[at : at + len(x)]
+        memory.append({"volumes": name, "n": len(x), "nearest training volume": d.mean().item(),
+                       "smallest": d.min().item(), "standard deviation": d.std().item()})
+        at += len(x)
+    closest = near.distance[-len(synthetic) :].argmin().item()
+    number = near.index[len(together) - len(synthetic) + closest].item()
+    neighbours = {"sample": synthetic[closest], "nearest training volume": trained[number]}
+    tissue_ml, tissue = {}, []
+    if p.segmenter:
+        segmenter = load_segmenter(p.segmenter, "T1w", p.device)
+        tissue_ml = {name: generative.tissue_volumes(x, segmenter, prior.voxel_mm, SEGMENTER_GAIN).cpu()
+                     for name, x in ({"real": real} | sets).items() if name != "other people"}
+        tissue = generative.tissue_table(tissue_ml, "real")
+    return Study(others, through, synthetic, likeness, diversity, memory, tissue, neighbours, tissue_ml)
+
+
+def verdict(s: Study) -> list[dict[str, object]]:
+    """Return what a good generator of volumes should pass, with the numbers that decide."""
+    real, synthetic = s.diversity[0]["MS-SSIM"], s.diversity[-1]["MS-SSIM"]
+    held, own = s.memory[1], s.memory[-1]
+    rows = [
+        {"question": "as diverse as real people?", "asked": "MS-SSIM of pairs within 0.05 of real pairs",
+         "found": f"{synthetic:.3f}, real {real:.3f}", "passes": abs(synthetic - real) <= 0.05},
+        {"question": "nobody memorised?", "asked": "no sample nearer to a training volume than held-out people are",
+         "found": f"{own['smallest']:.3f}, held out, reconstructed {held['smallest']:.3f}",
+         "passes": own["smallest"] >= held["smallest"]},
+    ]
+    if s.tissue_ml:
+        share = generative.tissue_fractions(s.tissue_ml["synthetic"]).mean(0)
+        real_share = generative.tissue_fractions(s.tissue_ml["real"]).mean(0)
+        ratio = (share / real_share).tolist()
+        rows.append({"question": "the right tissue?", "asked": "shares within 10 % of the real means",
+                     "found": ", ".join(f"{t} {r:.3f} x" for t, r in zip(generative.TISSUES, ratio, strict=True)),
+                     "passes": all(abs(r - 1) <= 0.1 for r in ratio)})
+    return rows

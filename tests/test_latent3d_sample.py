@@ -1,0 +1,147 @@
+"""Sampling, failing and measuring with a tiny untrained prior: the mathematics does not ask for brains."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from companion.data import volumes
+from companion.data.nifti import load_nifti
+from companion.diffusion.denoisers import EDMDenoiser
+from companion.diffusion.noise import DiscreteSchedule
+from companion.latent import LatentDenoiser, LatentSpace
+from companion.networks.autoencoder import AutoencoderKL
+from companion.networks.unet import UNet
+from companion.papers import latent3d_sample as latent3d
+from companion.papers.latent3d import LatentPrior
+
+SHAPE = (32, 32, 32)
+P = latent3d.SampleVolumes(draws=2, evaluations=4, solvers=("ddim", "heun", "ddpm"), real=4, training=2, pairs=2,
+                           data="data/none.h5", segmenter=None, device="cpu", autocast=None)
+
+
+def tiny_prior(D=None) -> LatentPrior:
+    torch.manual_seed(0)
+    codec = AutoencoderKL(3, 1, 1, 8, (1, 1), 1, 2, decoder_blocks=1, middle=False, norm_groups=4, patch=2)
+    images = torch.stack([volumes.virtual(s, SHAPE).image[None] for s in latent3d.anatomy.cohort("train", 2)])
+    space = LatentSpace.fit(codec.requires_grad_(False), [images])
+    if D is None:
+        D = EDMDenoiser(UNet(2, 32, 2, 1, (), (1,), dims=3), 1.0)
+    voxel_mm = volumes.spacing(SHAPE)
+    affine = volumes.grid_affine(SHAPE, voxel_mm, latent3d.anatomy.CENTRE_MM)
+    config = {"data": {"shape": SHAPE, "voxel_mm": voxel_mm, "affine": affine.tolist(), "volumes": 2}}
+    return LatentPrior(LatentDenoiser(D, space), config)
+
+
+class White(torch.nn.Module):
+    """The exact denoiser of white Gaussian latents of standard deviation 1."""
+
+    def forward(self, z, sigma, cond=None):
+        return z / (1 + sigma.reshape(-1, 1, 1, 1, 1) ** 2)
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return tiny_prior()
+
+
+@pytest.fixture(scope="module")
+def white():
+    return tiny_prior(White())
+
+
+def test_a_draw_does_not_depend_on_its_company(prior):
+    both = latent3d.draw(prior, P)
+    alone = latent3d.draw(prior, replace(P, seed=P.seed + 1))
+    assert both.x.shape == (2, 1, *SHAPE) and torch.allclose(both.x[1], alone.x[0], atol=1e-5)
+
+
+def test_respaced_ddpm_keeps_the_variance(white):
+    """White latents are what DDPM should end with, the closer the more times it visits."""
+    p = replace(P, draws=4, levels="schedule", evaluations=200)
+    assert latent3d.draw(white, p, "ddpm").z.std() == pytest.approx(1, abs=0.05)
+    assert latent3d.noise_levels(white, p)[0] == pytest.approx(DiscreteSchedule.linear().sigmas[-1].item())
+    whole = latent3d.short_steps(white, DiscreteSchedule.linear(200, 1e-3, 0.1), 200, range(4))
+    assert whole.std() == pytest.approx(1, abs=0.05)  # with no time left out the step is right
+
+
+def test_short_steps_end_where_sampling_began(prior):
+    class Nothing(torch.nn.Module):
+        def forward(self, z, sigma, cond=None):
+            return torch.zeros_like(z)
+
+    silent = LatentPrior(LatentDenoiser(Nothing(), prior.space), prior.config)
+    schedule = DiscreteSchedule.linear(1000)
+    right = latent3d.draw(silent, replace(P, levels="schedule", evaluations=10), "ddpm").z
+    assert right.std() < 1e-6
+    assert latent3d.short_steps(silent, schedule, 10, range(2)).std() > 0.8
+
+
+def test_deterministic_samplers_share_a_limit(white):
+    rows, volumes_by = latent3d.solver_table(white, replace(P, evaluations=24))
+    found = {row["sampler"]: row for row in rows}
+    assert found["ddpm"]["from the limit"] == "stochastic" and set(volumes_by) == {"ddim", "heun", "ddpm"}
+    assert found["heun"]["from the limit"][0] < found["ddim"]["from the limit"][0] < 1
+    assert found["heun"]["evaluations"] <= 24
+
+
+def test_each_failure_differs_from_the_repair(prior):
+    made = latent3d.failures(prior, P)
+    good = made.pop("repaired")
+    assert len(made) == 5 and all(x.shape == (2, 1, *SHAPE) and not torch.allclose(x, good) for x in made.values())
+
+
+def test_clipping_is_in_the_units_of_the_autoencoder(prior):
+    space = prior.space
+    z = 100 * torch.randn(1, *prior.latent_shape)
+    out = latent3d.Clipped(tiny_prior(White()))(z, torch.tensor([1e-3]))
+    raw = out * space.std.reshape(-1, 1, 1, 1) + space.mean.reshape(-1, 1, 1, 1)
+    assert raw.abs().max() <= 1 + 1e-5 and raw.abs().max() > 0.99
+
+
+def test_loss_of_the_best_white_network_is_the_formula(white):
+    z = torch.randn(4, *white.latent_shape)
+    rows = latent3d.loss_against_scale(white, z, P, times=250)
+    assert [float(row["knows only the scale"]) for row in rows] == pytest.approx([0.39, 0.16, 0.06, 0.016], rel=0.03)
+    for row in rows:  # this prior is that network
+        assert float(row["this prior"]) == pytest.approx(float(row["knows only the scale"]), rel=0.1)
+
+
+def test_planes_show_heads_upright():
+    prior = tiny_prior()
+    image = latent3d.held_out("test", 1, SHAPE)[0]
+    planes = latent3d.three_planes(prior, image)
+    assert {name: tuple(x.shape) for name, x in planes.items()} == dict.fromkeys(planes, (1, 32, 32))
+    x, y, z = (latent3d.voxel_of(prior, plane) for plane in ("sagittal", "coronal", "axial"))
+    mm = prior.affine @ np.array([x, y, z, 1.0])
+    assert np.abs(mm[:3] - [latent3d.SHOWN_MM[p] for p in ("sagittal", "coronal", "axial")]).max() <= 3.1
+    assert torch.equal(planes["coronal"][0, 0], image[0, -1, y])  # the vertex is in the first row
+
+
+def test_sheet_cuts_long_sets_into_rows(prior):
+    x = torch.rand(5, 1, *SHAPE)
+    rows = latent3d.sheet(prior, {"synthetic": x}, columns=3)
+    assert len(rows) == 6 and all(list(row) == ["1", "2", "3"] for row in rows.values())
+    assert torch.isnan(rows["synthetic 4-6\naxial"]["3"]).all()
+
+
+def test_volumes_on_disk_lie_in_mni_space(prior, tmp_path):
+    x = torch.rand(2, 1, *SHAPE)
+    first, _ = latent3d.save_volumes(tmp_path, prior, x)
+    back = load_nifti(first)
+    assert np.array_equal(back.array, x[0, 0].numpy()) and np.allclose(back.affine, prior.affine)
+    middle = back.affine @ np.array([15.5, 15.5, 15.5, 1])
+    assert np.allclose(middle[:3], latent3d.anatomy.CENTRE_MM)
+
+
+def test_study_of_real_people_passes_and_of_copies_fails(prior, tmp_path):
+    trained = latent3d.TrainingSet.of(prior, P)
+    assert trained.count == 2 and torch.equal(trained[1], next(trained.batches(2))[1])
+    copies = torch.stack([trained[0], trained[1].flip(-1)])
+    study = latent3d.study(prior, copies, P)
+    verdict = {row["question"]: row["passes"] for row in latent3d.verdict(study)}
+    assert not verdict["nobody memorised?"]
+    assert study.memory[-1]["smallest"] == pytest.approx(0, abs=1e-3)
+    assert [row["volumes"] for row in study.likeness] == ["other people", "other people, reconstructed", "synthetic"]
+    assert study.likeness[0]["mean"] < study.likeness[1]["mean"]  # an untrained autoencoder is unlike people
