@@ -1,0 +1,194 @@
+"""Denoisers and samplers that have seen counts, y ~ Poisson(A x + background), as in emission tomography.
+
+Near an image m the Poisson law is a Gaussian one whose variance is the expected counts,
+
+    y - background ~ N(A x, W^-1),    W = 1 / (A m + background),
+
+and at m the Gaussian has the Poisson law's own gradient, A^T (y / expected - 1). So the whitened operator W^1/2 A turns
+counts into what `guidance` and `gibbs` know. The weights come from the *expected* counts of the present estimate D(x)
+and follow it to the lower noise levels (Fisher scoring); weights from the counts, 1 / y, would trust most what was
+counted low by chance. Single bins may well hold no count: many need be only the counts seen by one degree of freedom
+of x.
+
+| guidance        | what it does to D(x)                                         | cost per evaluation      |
+|-----------------|--------------------------------------------------------------|--------------------------|
+| `em_steps`      | MAP-EM steps, anchored to D(x) by its variance (PET-DDS)     | D, 2 `iterations` A      |
+| `poisson_dps`   | a gradient step through D                                    | D and its gradient, 2 A  |
+| `poisson_pigdm`| a step through D with the likelihood's curvature             | D and its gradient, CG   |
+| `poisson_mean`  | the mean given D(x), its measured covariance, and the counts | D, CG                    |
+
+`gibbs.annealed_gibbs(D, poisson_mean(...), ...)` draws from the posterior; docs/pet.md compares all with exact answers.
+
+Units are those of A: for a network that calls `scale` kBq/mL 1, give `scale * A` and multiply the draws by `scale`. A
+Gaussian draw may be slightly negative where there is nothing; cutting it off inside the sampler would bias it, so only
+the expected counts take the positive part, and what is shown or exported may be cut at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor
+
+from ..operators.linear import Diagonal, LinearOperator, check_finite
+from ..operators.pet import check_counts, counts_ratio, expected_counts, sensitivity
+from .denoisers import column
+from .guidance import Factor, Guidance, Isotropic, PerPixel, pixel_moments, posterior_mean, solve, with_vjp
+
+# No bin's variance is below this share of the mean bin's: a line through nothing but air must not weigh infinitely.
+FLOOR = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Counts(Guidance):
+    """A `Guidance` by counts y (batch, *A.range_shape), whole and not negative, y ~ Poisson(A x + background).
+
+    background: expected counts of randoms and scatter, of the shape of y or broadcastable to it. y, background and a
+    batch of A are 1 long or as long as the draws. Raises ValueError for what is not counts, another geometry, or a
+    background that is negative or not finite.
+    """
+
+    noise_std: float = field(default=1.0, init=False)  # of whitened counts
+    background: Tensor | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self.y)
+        if self.background is not None:
+            check_finite(self.background, "background")
+            if (self.background < 0).any():
+                raise ValueError(f"the background must not be negative, got {self.background.min():.4g}")
+
+    def expected(self, x: Tensor) -> Tensor:
+        """The counts that the positive part of x lets expect, floored."""
+        expected = expected_counts(self.A, x.clamp(min=0), self.background)
+        axes = tuple(range(-len(self.A.range_shape), 0))
+        return torch.maximum(expected, FLOOR * expected.mean(axes, keepdim=True) + 1e-6)
+
+    def whitened(self, m: Tensor) -> tuple[LinearOperator, Tensor]:
+        """The operator and the data with unit noise that stand for the counts near the image m."""
+        root = self.expected(m).rsqrt()
+        trues = self.y if self.background is None else self.y - self.background
+        return Diagonal(root, self.A.range_shape) @ self.A, root * trues
+
+
+@dataclass(frozen=True, eq=False)
+class poisson_mean(Counts):
+    """E[x0 | x, y] when p(x0 | x) = N(D(x), C) and counts are whitened at D(x): `posterior_mean` for counts.
+
+    covariance, iterations, tol: as there; `Measured` is best. `draw` is what `annealed_gibbs` needs.
+    """
+
+    covariance: Callable = PerPixel()
+    iterations: int = 30
+    tol: float = 1e-3
+
+    def near(self, m: Tensor) -> posterior_mean:
+        """The Gaussian problem that stands for the counts near the image m."""
+        A, y = self.whitened(m)
+        return posterior_mean(A, y, self.noise_std, self.covariance, self.iterations, self.tol)
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat, C = self.covariance(D, x, sigma, cond)
+        G = self.near(x0_hat)
+        return x0_hat + G.correction(C, G.y - G.A(x0_hat), len(x))
+
+    def draw(self, x0_hat: Tensor, C: Factor, draws: list[Generator]) -> Tensor:
+        """A draw from N(x0; x0_hat, C) times the likelihood, as it is near x0_hat; a generator for each item."""
+        return self.near(x0_hat).draw(x0_hat, C, draws)
+
+    @property
+    def operator_calls(self):
+        return 3 + 2 * self.iterations
+
+
+@dataclass(frozen=True, eq=False)
+class poisson_dps(Counts):
+    """x0_hat + step_size sigma^2 / s^2 J^T A^T (y / expected - 1): a step along the gradient of log p(y | D(x)).
+
+    J: the Jacobian of D. s^2: the mean squared whitened residual, at least 1, holds the step back while D(x) is still
+    far from the data, as in `dps`. Chung et al. 2023 (DPS) for the Poisson likelihood; Singh et al. 2024 (PET-DPS).
+    """
+
+    step_size: float = 1.0
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat, vjp = with_vjp(D, x, sigma, cond)
+        A, y = self.whitened(x0_hat)
+        r = y - A(x0_hat)
+        s2 = r.square().flatten(1).mean(1).clamp_min(1)
+        return x0_hat + self.step_size * column(sigma.square() / s2, x) * vjp(A.H(r))
+
+    @property
+    def denoiser_calls(self):
+        return 2
+
+    @property
+    def operator_calls(self):
+        return 3
+
+
+@dataclass(frozen=True, eq=False)
+class poisson_pigdm(Counts):
+    """x0_hat + sigma^2 J^T A^T (r^2 A A^T + 1 / W)^-1 (y - expected), r^2 the `Isotropic` guess of the variance.
+
+    Song et al. 2023 (PiGDM), with the counts' own variance, 1 / W, in the place of white noise.
+    """
+
+    prior_std: float = 0.5
+    iterations: int = 10
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat, vjp = with_vjp(D, x, sigma, cond)
+        A, y = self.whitened(x0_hat)
+        v = column(Isotropic(self.prior_std).variance(sigma), x)
+        u = solve(lambda u: v * A.normal(u) + u, A.H(y - A(x0_hat)), self.iterations, len(x))
+        return x0_hat + column(sigma.square(), x) * vjp(u)
+
+    @property
+    def denoiser_calls(self):
+        return 2
+
+    @property
+    def operator_calls(self):
+        return 3 + 2 * self.iterations
+
+
+@dataclass(frozen=True, eq=False)
+class em_steps(Counts):
+    """D(x) after `iterations` of `anchored_em`, anchored with `trust` times the variance that D states.
+
+    prior_std: for a D that states none, as in `Isotropic`. Never negative. Singh et al. 2024 (PET-DDS), with the
+    variance of D in the place of a constant weight.
+    """
+
+    iterations: int = 5
+    trust: float = 1.0
+    prior_std: float = 0.5
+
+    def estimate(self, D, x, sigma, cond=None):
+        x0_hat, variance = pixel_moments(D, x, sigma, cond, self.prior_std)
+        return anchored_em(x0_hat, self.trust * variance, self.y, self.A, self.background, self.iterations)
+
+    @property
+    def operator_calls(self):
+        return 1 + 2 * self.iterations
+
+
+def anchored_em(anchor: Tensor, variance: Tensor, y: Tensor, A: LinearOperator, background: Tensor | None = None,
+                iterations: int = 5) -> Tensor:
+    """MAP-EM steps for the prior N(anchor, variance) of independent pixels, from the anchor: (batch, ...), positive.
+
+    Each step solves s x - e + x (x - anchor) / variance = 0 for x > 0, with s = A^T 1 and e the EM numerator, and
+    raises the posterior. No variance leaves the anchor, an infinite one gives MLEM. De Pierro 1995.
+    """
+    s = sensitivity(A, anchor.dtype, anchor.device)
+    x = torch.maximum(anchor, 1e-3 * anchor.clamp(min=0).mean(tuple(range(1, anchor.ndim)), keepdim=True) + 1e-12)
+    half = (anchor - s * variance) / 2
+    for _ in range(iterations):
+        e = x * A.H(counts_ratio(y, expected_counts(A, x, background)))
+        root = (half.square() + variance * e).sqrt()
+        x = torch.where(half > 0, half + root, variance * e / (root - half).clamp(min=1e-30))  # no cancellation
+    return x
