@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .local_mi import LocalMI, grey_levels, kernels, normalised
+from .local_mi import LocalMI, extremes, grey_levels, kernels, normalised
 
 FLOOR = 1e-12  # added to counts, so that c ln c is defined
 
@@ -24,7 +24,7 @@ class BoxMI:
     """The map mi(source, target) -> (batch, len(patches), y, x), normalised, of images (batch, 1, y, x) in [0, 1].
 
     patches: odd sides of the patches, 3 or more, increasing. bins: of the histograms; the kernels are as wide as those
-    of `LocalMI`, whose checks apply. Images continue beyond their border with their last value; grey levels are clamped.
+    of `LocalMI`, whose checks apply. Images continue beyond their border with their last value, levels are clamped.
     """
 
     patches: tuple[int, ...] = (3, 7)
@@ -51,7 +51,7 @@ class BoxMI:
         k = kernels(levels[:, 0], self.bins, lmi.width).movedim(-1, 1).flatten(2)  # (batch, bin, padded pixel)
         boxes = [self.boxes(one, tuple(levels.shape[-2:])) for one in k]
         entropies = torch.stack([torch.stack([entropy_of_counts(c) for c in sizes]) for sizes in boxes])
-        return BoxSource(self, image, k, k.sum(1), entropies)
+        return BoxSource(self, image, k.unflatten(2, levels.shape[2:]), entropies, self.rectangles(levels))
 
     def __call__(self, source: Tensor | BoxSource, target: Tensor | BoxSource) -> Tensor:
         """The map; a source of batch 1 serves a target of any batch. ValueError as `LocalMI`."""
@@ -65,13 +65,30 @@ class BoxMI:
         return torch.stack([self.one(source, i, target, j) for j, i in enumerate(ours)])
 
     def one(self, source: BoxSource, i: int, target: BoxSource, j: int) -> Tensor:
-        """The maps (patch, y, x) of image i of the source with image j of the target."""
-        k1, k2, shape = source.k[i], target.k[j], source.padded
-        joint = self.boxes((k1[:, None] * k2[None]).flatten(0, 1), shape)
-        mass = self.boxes((source.mass[i] * target.mass[j])[None], shape)
-        h1, h2 = source.entropies[i], target.entropies[j]
+        """The maps (patch, y, x) of image i of the source with image j of the target; 0 where the source is flat."""
+        found = source.image.new_zeros(len(self.patches), *source.image.shape[2:])
+        if source.busy[i] is None:
+            return found
+        rows, columns = source.busy[i]
+        (k1, mass1), (k2, mass2) = source.cut(i, rows, columns), target.cut(j, rows, columns)
+        shape = k1.shape[1:]
+        joint = self.boxes((k1[:, None] * k2[None]).flatten(0, 1).flatten(1), shape)
+        mass = self.boxes((mass1 * mass2).reshape(1, -1), shape)
+        h1, h2 = (x.entropies[at].unflatten(1, found.shape[1:])[:, rows, columns].flatten(1)
+                  for x, at in ((source, i), (target, j)))
         h12 = torch.stack([entropy_of_counts(c, m[0]) for c, m in zip(joint, mass, strict=True)])
-        return normalised(h1 + h2 - h12, h1, h2).unflatten(1, source.image.shape[2:])
+        inside = normalised(h1 + h2 - h12, h1, h2).unflatten(1, (rows.stop - rows.start, columns.stop - columns.start))
+        around = (columns.start, found.shape[2] - columns.stop, rows.start, found.shape[1] - rows.stop)
+        return F.pad(inside, around)
+
+    def rectangles(self, levels: Tensor) -> list[tuple[slice, slice] | None]:
+        """Rows and columns outside which the largest patches of padded levels (batch, 1, y, x) are flat; none: all."""
+        low, high = extremes(levels, self.patches[-1])
+        found = []
+        for flat in (low == high)[:, 0]:
+            rows, columns = ((~flat).any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+            found.append((slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows else None)
+        return found
 
     def boxes(self, f: Tensor, shape: tuple[int, int]) -> list[Tensor]:
         """Sums of f (channel, padded pixel) over the patch around each pixel, (channel, pixel) for each patch size.
@@ -99,24 +116,25 @@ class BoxMI:
 class BoxSource:
     """An image made ready by `BoxMI.prepare`, to be source or target of any number of maps.
 
-    image (batch, 1, y, x); k (batch, bin, padded pixel): its kernels; mass (batch, padded pixel): their sums;
-    entropies (batch, patch, pixel) in bits.
+    image (batch, 1, y, x); k (batch, bin, *padded): its kernels; entropies (batch, patch, pixel) in bits; busy: of
+    each image the rows and columns outside which it is flat.
     """
 
     mi: BoxMI
     image: Tensor
     k: Tensor
-    mass: Tensor
     entropies: Tensor
+    busy: list[tuple[slice, slice] | None]
 
-    @property
-    def padded(self) -> tuple[int, int]:
-        pad = self.mi.patches[-1] // 2
-        return self.image.shape[2] + 2 * pad, self.image.shape[3] + 2 * pad
+    def cut(self, i: int, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Kernels (bin, y, x) and their sums (y, x) of a part of image i and its margin."""
+        margin = self.mi.patches[-1] - 1
+        k = self.k[i, :, rows.start : rows.stop + margin, columns.start : columns.stop + margin]
+        return k, k.sum(0)
 
 
 def entropy_of_counts(c: Tensor, total: Tensor | None = None) -> Tensor:
-    """Entropy in bits (pixel,) of histograms c (bin, pixel), not normalised, with sums `total`: ln S - sum c ln c / S."""
+    """Entropy in bits (pixel,) of counts c (bin, pixel) with sums `total`: ln S - sum c ln c / S."""
     total = c.sum(0) if total is None else total
     if c.device.type == "cpu" and not (torch.is_grad_enabled() and c.requires_grad):
         log = c + FLOOR
