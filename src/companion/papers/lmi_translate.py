@@ -1,0 +1,468 @@
+"""LMI: images of contrasts that a model never saw, translated into the one it knows, and how well that goes.
+
+Reverse diffusion whose conditions are worked out anew at every step, from the noisy image of that step and the source:
+
+    prior = Translator.load("lmi/t2w")
+    found = translate(prior, source, RECOMMENDED, seed=0)        # source (image, 1, y, x), any contrast
+    found.x, found.draws                                         # mean of the draws, and the draws
+    translate_file("pd.nii.gz", "t2.nii.gz", prior)              # a volume, with the shape and affine of the source
+
+Everything about a translation is a `Setting`; the rows of the evaluation are settings and three rules of thumb.
+Wang et al. 2024, IEEE TMI, doi 10.1109/TMI.2024.3382043.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage.exposure import match_histograms
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from companion import metrics
+from companion.data import anatomy
+from companion.data.nifti import load_nifti
+from companion.data.paired import FOREGROUND, Scale, Slicing, cut_file, save_translation
+from companion.data.store import open_dataset
+from companion.diffusion.denoisers import AnySize, Denoiser, column
+from companion.diffusion.noise import DiscreteSchedule, generators, karras, randn
+from companion.diffusion.sampling import Bill, sample
+from companion.diffusion.solvers import Solver, ddpm
+from companion.papers import lmi
+from companion.papers.lmi import AIR, CONTRASTS, Conditioning, Informed, SourceSide
+from companion.parameters import Parameters, param
+from companion.runs import project_root
+from companion.segmentation import Segmenter, load_segmenter
+from companion.weights import describe, load_denoiser, network_of
+
+FIRST_SIGMA, LAST_SIGMA = 40.0, 0.01  # noise levels between which images are drawn
+PUBLISHED = DiscreteSchedule.linear()  # 1000 times; the chain that the release trains and samples with
+DIRECTIONS = tuple((a, b) for b in CONTRASTS for a in CONTRASTS if a != b)  # (source, target)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a translation is drawn.
+
+    keep: the maps that the network is told, see `lmi.conditions`; () is an unconditional draw, none: all it knows.
+    solver: a name or Solver of `companion.diffusion`. "published": the ancestral chain of the release, 1000
+        evaluations or a respacing, its larger variance, and noise added after the last step too.
+    start: noise level to begin at; none: the highest. begin: there with the "source", noised (SDEdit), or with "noise"
+        alone, as the release does at any level.
+    draws: of each image; the translation is their mean.
+    guidance: how much further than the network says estimates move away from what it says when told nothing
+        (classifier-free guidance); 1 is the network's own.
+    attraction: weight of a step up the gradient of the smooth LMI of source and estimate; see `Attracted`.
+    oracle: conditions of the true target, which no translation has: what the maps cannot say even then is missing.
+    """
+
+    keep: tuple[str, ...] | None = None
+    solver: str | Solver = "dpmpp_2m"
+    evaluations: int = 30
+    start: float | None = None
+    begin: str = "noise"
+    draws: int = 4
+    guidance: float = 1.0
+    attraction: float = 0.0
+    oracle: bool = False
+
+    def __post_init__(self):
+        if self.evaluations < 1 or self.draws < 1:
+            raise ValueError(f"evaluations ({self.evaluations}) and draws ({self.draws}) must be 1 or more")
+        if self.begin not in ("noise", "source"):
+            raise ValueError(f"begin is {self.begin!r}; choose noise or source")
+        if self.start is not None and not 0 < self.start < math.inf:
+            raise ValueError(f"start is {self.start}; expected a noise level above 0, as 1.0")
+
+    def levels(self) -> Tensor:
+        """Noise levels (evaluations + 1,), float64, the last 0."""
+        if self.solver != "published":
+            return karras(self.evaluations, sigma_min=LAST_SIGMA, sigma_max=self.start or FIRST_SIGMA)
+        times = range(len(PUBLISHED))
+        if self.start is not None:
+            times = range(1 + int(PUBLISHED.nearest_index(torch.tensor([self.start]))))
+        chain = DiscreteSchedule(PUBLISHED.betas[: len(times)])
+        return (chain if self.evaluations >= len(chain) else chain.respace(self.evaluations)).levels()
+
+
+RECOMMENDED = Setting()
+ABLATION = {  # the rows of the evaluation that a network draws; see `study`
+    "unconditional": replace(RECOMMENDED, keep=()),
+    "self LMI only": replace(RECOMMENDED, keep=("self",)),
+    "cross LMI only": replace(RECOMMENDED, keep=("cross",)),
+    "cross and self LMI": replace(RECOMMENDED, keep=("cross", "self")),
+    "source only": replace(RECOMMENDED, keep=("source",)),
+    "recommended": RECOMMENDED,
+    "oracle: LMI of the truth": replace(RECOMMENDED, keep=("cross", "self"), oracle=True),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ translation
+
+
+@dataclass(frozen=True, eq=False)
+class Translator:
+    """What a checkpoint of 2_train knows: a denoiser, how it is conditioned, and the contrast that it learned.
+
+    pixel_mm: side of the pixels of its training slices. channels: of its images, 1 or 3.
+    """
+
+    D: Denoiser
+    conditioning: Conditioning
+    contrast: str
+    pixel_mm: float = anatomy.FIELD_OF_VIEW_MM / 64
+    channels: int = 1
+
+    @classmethod
+    def load(cls, name: str, device: str = "cpu", autocast: str | None = None) -> Translator:
+        """Return that of a checkpoint. Raises ValueError for checkpoints that know nothing of sources."""
+        conditioning, about = Conditioning.of(name), describe(name)
+        data, inputs = about["data"], about["network"]["in_channels"]
+        return cls(load_denoiser(name, device, autocast), conditioning, data["contrast"],
+                   anatomy.FIELD_OF_VIEW_MM / data["image_size"][-1], inputs - conditioning.channels)
+
+    @property
+    def device(self) -> torch.device:
+        return next(network_of(self.D).parameters()).device
+
+
+@dataclass(frozen=True, eq=False)
+class Attracted:
+    """D whose estimate takes a step towards more information about the source: x0_hat + weight Var grad LMI.
+
+    Var = 1 / (1 / sigma^2 + 1 / spread^2), what is uncertain of an estimate at this noise level. LMI is the sum over
+    pixels and patch sizes of the map of source and estimate; its gradient does not pass through D.
+    """
+
+    D: Denoiser
+    side: SourceSide
+    weight: float
+    spread: float = 0.35  # standard deviation of images
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: None = None) -> Tensor:
+        """x0_hat, the shape of x."""
+        x0_hat = self.D(x, sigma)
+        with torch.enable_grad():
+            estimate = x0_hat.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.side.cross(lmi.grey(estimate)).sum(), estimate)
+        return x0_hat + self.weight * column(1 / (sigma**-2 + self.spread**-2), x) * slope
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """`draws` (draw, image, 1, y, x), their mean `x` (image, 1, y, x), and what one draw of one image cost."""
+
+    draws: Tensor
+    bill: Bill
+
+    @property
+    def x(self) -> Tensor:
+        return self.draws.mean(0)
+
+
+def translate(prior: Translator, source: Tensor, setting: Setting = RECOMMENDED, *, seed: int = 0,
+              batch_size: int = 32, progress: bool = False) -> Translation:
+    """Return translations of images of any contrast, (image, 1, y, x) or RGB (image, 3, y, x), in [0, 1].
+
+    Draw j of image i has the seed `seed + i * draws + j`, whatever the batches. Any size will do: what the network
+    cannot halve often enough is extended for it. Raises TypeError or ValueError as `lmi.prepare_source`.
+    """
+    if source.ndim != 4 or source.shape[1] not in (1, 3):
+        raise ValueError(f"the source has shape {tuple(source.shape)}; expected grey or RGB images, "
+                         "(image, 1 or 3, y, x)")
+    D = AnySize(prior.D, network_of(prior.D).total_stride)
+    levels, solver = setting.levels(), ddpm(variance="large") if setting.solver == "published" else setting.solver
+    drawn, bills = [[] for _ in range(setting.draws)], []
+    with tqdm(total=setting.draws * len(source), desc="translations", disable=not progress) as bar:
+        for first in range(0, len(source), batch_size):
+            part = source[first : first + batch_size].to(prior.device)
+            side = lmi.prepare_source(part, prior.conditioning)
+            G = Informed(D, side, prior.conditioning, setting.keep, setting.guidance)
+            if setting.attraction:
+                G = Attracted(G, side, setting.attraction)
+            for j in range(setting.draws):
+                seeds = generators([seed + i * setting.draws + j for i in range(first, first + len(part))])
+                state = begin(part, prior.channels, levels[0].item(), setting, seeds)
+                samples = sample(G, levels, shape=state.shape[1:], seeds=seeds, solver=solver, state=state,
+                                 device=prior.device)
+                x = samples.x
+                if setting.solver == "published":
+                    x = x + LAST_STD * randn(x.shape[1:], x.dtype, seeds, x.device)
+                drawn[j].append(x.cpu())
+                bills.append(samples.bill)
+                bar.update(len(part))
+    calls = bills[0].denoiser_calls * (1 if setting.guidance == 1 else 2)
+    bill = Bill(calls, 0, sum(b.seconds for b in bills) / len(bills))
+    return Translation(torch.stack([torch.cat(parts) for parts in drawn]), bill)
+
+
+def begin(source: Tensor, channels: int, sigma: float, setting: Setting, seeds: list[Generator]) -> Tensor:
+    """Return the noisy images (image, channel, y, x) to start from: x0 + sigma n, or without x0 as noise alone.
+
+    The published chain begins with unit noise at the scale where images have the variance 1 / (1 + sigma^2).
+    """
+    noise = randn((channels, *source.shape[2:]), source.dtype, seeds, source.device)
+    if setting.begin == "source":
+        known = source if source.shape[1] == channels else lmi.grey(source).expand(-1, channels, -1, -1)
+        return known + sigma * noise
+    return (math.hypot(1, sigma) if setting.solver == "published" else sigma) * noise
+
+
+# The release adds noise after the last step as well: that of the posterior of its second time ("fixedlarge").
+LAST_STD = PUBLISHED.posterior_log_variance_clipped[0].div(2).exp().item()
+
+
+# --------------------------------------------------------------------------------------------------------- volumes
+
+
+def translate_file(path: str | Path, out: str | Path, prior: Translator, setting: Setting = RECOMMENDED, *,
+                   seed: int = 0, plane: str = "axial", pixel_mm: float | None = None,
+                   source_scale: Scale | None = None, target_scale: Scale | None = None,
+                   progress: bool = False) -> Path:
+    """Return the path of a NIfTI volume: that of `path`, slice by slice, with its shape and affine.
+
+    pixel_mm: side of the pixels that the network sees, by default that of its training slices. source_scale: what is 0
+    and 1 in the source, by default percentiles. target_scale: what 0 and 1 of the target are, by default 0 and 1.
+    Slices with hardly anything in them stay empty. Raises FileNotFoundError or ValueError as `cut_file`.
+    """
+    pixel_mm = pixel_mm or prior.pixel_mm
+    inner = Slicing.of(load_nifti(path), (1, 1), pixel_mm, plane).inner
+    size = tuple(max(LEAST_SIDE, n) for n in inner)
+    cut = cut_file(path, size=size, pixel_mm=pixel_mm, plane=plane, scale=source_scale)
+    filled = (cut.slices > FOREGROUND).float().mean((1, 2, 3)) >= FILLED
+    if not filled.any():
+        raise ValueError(f"{path}: no {plane} slice has anything in it; is the scale right ({cut.scale})?")
+    made = torch.zeros_like(cut.slices)
+    made[filled] = translate(prior, cut.slices[filled], setting, seed=seed, progress=progress).x.clamp(0, None)
+    return save_translation(out, made, cut.slicing, target_scale or Scale(0, 1, UNITS))
+
+
+LEAST_SIDE = 16  # pixels of the canvas that slices are placed on
+FILLED = 0.02  # share of the pixels of a slice that must be foreground for it to be translated
+UNITS = "1: bright tissue (99.5 % of the foreground)"
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class Translate(Parameters):
+    """Parameters of lmi/4_translate.ipynb."""
+
+    source: str = param("brain", "brain: the embedded cohort; else a file prepared by 1_data")
+    split: str = param("test", "whose people: test, or validation, on which settings are chosen",
+                       choices=("test", "validation"))
+    targets: tuple[str, ...] = param(CONTRASTS, "contrasts to translate into")
+    sources: tuple[str, ...] = param(CONTRASTS, "contrasts to translate from")
+    weights: str = param("lmi/{target}", "translators; {target} is the contrast in small letters")
+    segmenters: str | None = param("segmenter/{target}", "segmenters that know only the target; none: no Dice")
+    image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
+    subjects: int = param(12, "held-out people", minimum=2)
+    slices: int = param(2, "slices of each", minimum=1)
+    rows: tuple[str, ...] = param(("unconditional", "cross and self LMI", "source only", "recommended"),
+                                  "what the networks draw: rows of the table", choices=tuple(ABLATION))
+    sdedit: tuple[float, ...] = param((0.25, 0.5, 1.0), "noise levels at which SDEdit puts the source in", minimum=0.01)
+    published: int = param(0, "evaluations of the published chain; 1000 as released, 0: no such row", minimum=0)
+    solver: str = param("dpmpp_2m", "of all other rows", choices=("dpmpp_2m", "ddim", "heun", "ddpm", "dpmpp_2m_sde"))
+    evaluations: int = param(30, "steps of a draw", minimum=1)
+    draws: int = param(4, "draws of an image; their mean is the translation", minimum=2)
+    guidance: float = param(1.0, "classifier-free guidance of the recommended row; 1 is none", minimum=0)
+    attraction: float = param(0.0, "weight of the gradient of the LMI in the recommended row", minimum=0)
+    volume: str | None = param(None, "NIfTI volume to translate; none: a person of the cohort, lying oblique")
+    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+
+    def settings(self) -> dict[str, Setting]:
+        """Return the rows of the table that are drawn, in its order."""
+        common = {"solver": self.solver, "evaluations": self.evaluations, "draws": self.draws}
+        edited = {f"SDEdit from sigma = {s:g}": Setting((), start=s, begin="source", **common) for s in self.sdedit}
+        chosen = {name: replace(ABLATION[name], **common) for name in ABLATION if name in self.rows}
+        if "recommended" in chosen:
+            chosen["recommended"] = replace(chosen["recommended"], guidance=self.guidance, attraction=self.attraction)
+        if self.published:
+            chosen["published chain"] = Setting(("cross", "self"), "published", self.published, draws=self.draws)
+        return edited | chosen
+
+
+@dataclass(frozen=True, eq=False)
+class People:
+    """Held-out people: contrast -> images (subject, slice, 1, y, x) in [0, 1].
+
+    labels: in the same shape, if there are any. reference: contrast -> tissue of training people, (pixel,).
+    """
+
+    images: Mapping[str, Tensor]
+    labels: Tensor | None
+    reference: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, p: Translate) -> People:
+        """Return those that the parameters ask for. Raises ValueError for a file that lacks them."""
+        names = tuple(dict.fromkeys((*p.sources, *p.targets)))
+        if p.source == "brain":
+            found = lmi.cohort_slices(p.split, p.subjects, p.slices, names, p.image_size)
+            train = lmi.cohort_slices("train", 6, 4, names, p.image_size)
+        else:
+            prepared = open_dataset(project_root() / p.source, require=names)
+            kept = [n for n in (*names, "labels") if n in prepared.shapes]
+            found = {n: torch.from_numpy(prepared.read(n, p.split))[: p.subjects, : p.slices] for n in kept}
+            train = {n: torch.from_numpy(prepared.read(n, "train"))[:50] for n in kept}
+        inside = train.get("labels", next(iter(train.values())) > AIR) > 0
+        reference = {n: train[n][inside.expand_as(train[n])] for n in names}
+        return cls({n: found[n] for n in names}, found.get("labels"), reference)
+
+    def inside(self, target: str) -> Tensor:
+        """Return where there is tissue, bool, in the shape of the images."""
+        return self.images[target] > AIR if self.labels is None else self.labels > 0
+
+
+def matched(source: Tensor, inside: Tensor, reference: Tensor) -> Tensor:
+    """Return source images (..., 1, y, x) with their grey levels matched to `reference` (pixel,), by scikit-image.
+
+    Only pixels `inside` the true tissue are matched, each slice by itself, the others are 0: a favour to this method.
+    """
+    x = torch.zeros_like(source)
+    for index in np.ndindex(*source.shape[:-3]):
+        here = inside[index]
+        if here.any():
+            x[index][here] = torch.from_numpy(match_histograms(source[index][here].numpy(), reference.numpy())).to(x)
+    return x
+
+
+SCORES = ("PSNR", "SSIM", "MS-SSIM", "MAE", "NMI", "Dice")
+
+
+def score(x: Tensor, truth: Tensor, inside: Tensor, labels: Tensor | None = None,
+          segmenter: Segmenter | None = None) -> dict[str, Tensor]:
+    """Return the scores (subject,) of images x (subject, slice, 1, y, x), the slices of a subject taken as one image.
+
+    Inside the tissue: PSNR in dB for a peak of 1, SSIM, mean absolute error, normalised mutual information. MS-SSIM of
+    whole slices. Dice of the segmenter's labels, the mean over CSF, grey and white matter.
+    """
+    whole, true, mask = (v.transpose(1, 2) for v in (x, truth, inside))
+    slices, true_slices, masks = (v.flatten(0, 1) for v in (x, truth, inside))
+
+    def by_subject(v: Tensor) -> Tensor:
+        return v.unflatten(0, x.shape[:2]).mean(1)
+
+    found = {
+        "PSNR": metrics.psnr(whole, true, 1.0, mask),
+        "SSIM": by_subject(metrics.ssim(slices, true_slices, 1.0, masks)),
+        "MS-SSIM": by_subject(metrics.ms_ssim(slices, true_slices, 1.0)),
+        "MAE": metrics.mae(whole, true, mask),
+        "NMI": metrics.nmi(whole, true, mask),
+    }
+    if segmenter is not None and labels is not None:
+        found["Dice"] = metrics.dice(segmenter.labels(slices).reshape(labels.shape), labels).nanmean(1)
+    return found
+
+
+def named(pattern: str, contrast: str) -> str:
+    """Return the name of a checkpoint for one contrast."""
+    return pattern.format(target=contrast.lower())
+
+
+def load_pair(p: Translate, target: str) -> tuple[Translator, Segmenter | None]:
+    """Return the translator into a contrast, and the segmenter that judges it. ValueError if they know another one."""
+    prior = Translator.load(named(p.weights, target), p.device, p.autocast)
+    if prior.contrast != target:
+        raise ValueError(f"{named(p.weights, target)} makes {prior.contrast}, not {target}; give weights=...")
+    return prior, load_segmenter(named(p.segmenters, target), target) if p.segmenters else None
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """All translations from one contrast to another: method -> draws (draw, subject, slice, 1, y, x), or one image."""
+
+    source: str
+    target: str
+    draws: Mapping[str, Tensor]
+    bills: Mapping[str, Bill]
+    rows: list[dict]  # a tidy table: a row for every method and subject
+
+    @property
+    def name(self) -> str:
+        return f"{self.source} to {self.target}"
+
+
+def translate_people(prior: Translator, segmenter: Segmenter | None, people: People, source: str, p: Translate,
+                     progress: bool = False) -> Direction:
+    """Return the translations of one direction by all methods, and their scores."""
+    truth, given = people.images[prior.contrast], people.images[source]
+    inside, shape = people.inside(prior.contrast), given.shape[:2]
+    draws = {"no translation": given[None],
+             "histogram matching": matched(given, inside, people.reference[prior.contrast])[None]}
+    bills = {}
+    for name, setting in p.settings().items():
+        shown = truth if setting.oracle else given
+        found = translate(prior, shown.flatten(0, 1), setting, seed=p.seed, progress=progress)
+        draws[name], bills[name] = found.draws.unflatten(1, shape), found.bill
+    draws["true target"] = truth[None]
+    rows = []
+    for name, x in draws.items():
+        rows += score_draws(name, x, truth, inside, people.labels, segmenter)
+    return Direction(source, prior.contrast, draws, bills, [{"direction": f"{source} to {prior.contrast}"} | r
+                                                            for r in rows])
+
+
+def score_draws(name: str, draws: Tensor, truth: Tensor, inside: Tensor, labels: Tensor | None,
+                segmenter: Segmenter | None) -> list[dict]:
+    """Return a row for each subject: scores of the mean of the draws and, if there are several, of single draws.
+
+    "<score>, one draw" is the mean over draws, "<score>, spread" their standard deviation. "Frechet distance", of the
+    first draws' slices from the true ones in the segmenter's features, is that of all subjects together.
+    """
+    several = len(draws) > 1
+    of_mean = score(draws.mean(0), truth, inside, labels, segmenter)
+    each = [score(x, truth, inside, labels, segmenter) for x in draws] if several else []
+    frechet = None
+    if segmenter is not None and draws[0].flatten(0, 1).shape[0] > 1:
+        seen, true = (segmenter.features(x.flatten(0, 1)) for x in (draws[0], truth))
+        frechet = metrics.frechet_distance(seen, true)
+    rows = []
+    for i in range(len(truth)):
+        row = {"method": name, "subject": i} | {k: v[i].item() for k, v in of_mean.items()}
+        for k in of_mean if several else ():
+            values = torch.stack([e[k][i] for e in each])
+            row |= {f"{k}, one draw": values.mean().item(), f"{k}, spread": values.std().item()}
+        rows.append(row | ({} if frechet is None else {"Frechet distance": frechet}))
+    return rows
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Return a table row for each direction and method: mean and standard error over subjects of the scores.
+
+    The score of the mean of the draws; PSNR and Dice of single draws, with the deviation between draws of a subject.
+    """
+    table = []
+    for direction, method in dict.fromkeys((r["direction"], r["method"]) for r in rows):
+        mine = [r for r in rows if (r["direction"], r["method"]) == (direction, method)]
+        row = {"direction": direction, "method": method}
+        for name in SCORES:
+            if name in mine[0]:
+                values = [r[name] for r in mine]
+                row[name] = metrics.mean_and_error(values) if all(map(math.isfinite, values)) else ""
+        for name in ("PSNR", "Dice"):
+            label = f"{name}, one draw (and deviation of draws)"
+            if name in mine[0]:
+                row[label] = tuple(sum(r[f"{name}, {k}"] for r in mine) / len(mine) for k in ("one draw", "spread")) \
+                    if f"{name}, one draw" in mine[0] else ""
+        row["Frechet distance"] = mine[0].get("Frechet distance", "")
+        table.append(row)
+    return table
+
+
+def gains(rows: list[dict], over: str, method: str = "recommended") -> list[dict]:
+    """Return for each direction what `method` gains over another in PSNR, SSIM and Dice: paired mean and its error."""
+    table = []
+    for direction in dict.fromkeys(r["direction"] for r in rows):
+        mine, other = ([r for r in rows if r["direction"] == direction and r["method"] == m] for m in (method, over))
+        if mine and other:
+            table.append({"direction": direction, "over": over} | {
+                k: metrics.mean_and_error([r[k] for r in mine], [r[k] for r in other])
+                for k in ("PSNR", "SSIM", "Dice") if k in mine[0]})
+    return table

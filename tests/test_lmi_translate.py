@@ -1,0 +1,220 @@
+"""Translations: conditions follow the noisy image at every step, seeds decide, volumes keep their place in space."""
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from companion.data import anatomy
+from companion.data.nifti import load_nifti, save_nifti
+from companion.diffusion.ddpm import DiscreteProcess
+from companion.diffusion.denoisers import DiscreteDenoiser, EDMDenoiser
+from companion.diffusion.noise import randn
+from companion.networks.unet import UNet
+from companion.papers import lmi, lmi_translate
+from companion.papers.lmi import Conditioning, conditions
+from companion.papers.lmi_translate import Setting, Translate, Translator, translate, translate_file
+
+
+def network(inputs: int, outputs: int = 1, seed: int = 0) -> UNet:
+    """A tiny network whose last layer is not zero, so that it depends on all its inputs."""
+    torch.manual_seed(seed)
+    net = UNet(inputs, 32, outputs, num_res_blocks=1, channel_mult=(1, 1), use_scale_shift_norm=True).eval()
+    torch.nn.init.normal_(net.out[-1].weight, std=0.02)
+    return net.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def prior() -> Translator:
+    conditioning = Conditioning(patches=(3,))
+    return Translator(EDMDenoiser(network(1 + conditioning.channels)), conditioning, "T2w", 13.0)
+
+
+@pytest.fixture(scope="module")
+def people() -> dict:
+    return lmi.cohort_slices("test", 2, 2, ("T1w", "T2w"), 16)
+
+
+def test_denoiser_sees_the_conditions_of_the_step_it_is_in(prior, people, monkeypatch):
+    source, seen = people["T1w"].flatten(0, 1), []
+
+    def watched(x, sigma, side, *args):
+        seen.append((x.clone(), sigma.clone(), side))
+        return conditions(x, sigma, side, *args)
+
+    monkeypatch.setattr(lmi, "conditions", watched)
+    setting = Setting(evaluations=3, draws=2)
+    found = translate(prior, source, setting)
+    assert found.draws.shape == (2, 4, 1, 16, 16) and torch.equal(found.x, found.draws.mean(0))
+    assert found.bill.denoiser_calls == 3 and len(seen) == 6
+    assert [s.unique().item() for _, s, _ in seen[:3]] == pytest.approx(setting.levels()[:-1].tolist(), rel=1e-6)
+    assert all(side is seen[0][2] for *_, side in seen), "the source side is prepared once"
+    x, sigma, _ = seen[1]
+    expected = prior.D(x, sigma, conditions(x, sigma, source, prior.conditioning))
+    informed = lmi.Informed(prior.D, source, prior.conditioning)
+    assert torch.allclose(informed(x, sigma), expected)
+
+
+def test_draws_belong_to_seeds_not_to_batches(prior, people):
+    source, setting = people["T1w"].flatten(0, 1), Setting(evaluations=2, draws=2)
+    whole = translate(prior, source, setting, seed=5)
+    parts = translate(prior, source, setting, seed=5, batch_size=3)
+    assert torch.allclose(whole.draws, parts.draws, atol=1e-5)
+    again = translate(prior, source[1:2], setting, seed=5 + 1 * 2)
+    assert torch.allclose(again.draws[:, 0], whole.draws[:, 1], atol=1e-5)
+    assert not torch.allclose(whole.draws[0], whole.draws[1])
+
+
+def test_told_nothing_the_source_does_not_matter(prior, people):
+    a, b = people["T1w"].flatten(0, 1), people["T2w"].flatten(0, 1)
+    nothing, cross = Setting((), evaluations=2, draws=1), Setting(("cross",), evaluations=2, draws=1)
+    assert torch.equal(translate(prior, a, nothing).x, translate(prior, b, nothing).x)
+    assert not torch.allclose(translate(prior, a, cross).x, translate(prior, b, cross).x)
+
+
+def test_sdedit_begins_with_the_noised_source(prior, people):
+    source = people["T1w"].flatten(0, 1)
+    faint = translate(prior, source, Setting((), start=0.02, begin="source", evaluations=2, draws=1))
+    assert (faint.x - source).abs().max() < 0.2
+    assert Setting(start=0.5).levels()[0] == pytest.approx(0.5)
+    noise = translate(prior, source, Setting((), start=0.02, evaluations=2, draws=1))
+    assert (noise.x - source).abs().mean() > (faint.x - source).abs().mean()
+
+
+def test_published_chain_is_the_ancestral_one_with_noise_at_the_end(people):
+    """Against the discrete process, written out, of a network trained on noise and the published maps."""
+    conditioning = Conditioning.published()
+    D = DiscreteDenoiser(network(3), lmi_translate.PUBLISHED)
+    prior = Translator(D, conditioning, "T2w")
+    source, steps = people["T1w"].flatten(0, 1)[1:2], 6
+    setting = Setting(solver="published", evaluations=1000, start=float(lmi_translate.PUBLISHED.sigmas[steps - 1]),
+                      draws=1)
+    ours = translate(prior, source, setting, seed=3).x
+    process = DiscreteProcess(lmi_translate.PUBLISHED, variance="fixed_large")
+    generator = [torch.Generator().manual_seed(3)]
+    x = randn((1, 16, 16), torch.float32, generator)
+    for i in range(steps - 1, -1, -1):
+        t = torch.tensor([i])
+        cond = torch.cat([conditioning.comparisons[0](source, x), conditioning.comparisons[0](source, source)], 1)
+        step = process.p_mean_variance(D.network(x, t, cond), x, t)
+        x = step.mean + (step.log_variance / 2).exp() * randn((1, 16, 16), torch.float32, generator)
+    assert torch.allclose(ours, x, atol=2e-4)
+    assert Setting(solver="published", evaluations=1000).levels().shape == (1001,)
+    assert Setting(solver="published", evaluations=50).levels().shape == (51,)
+
+
+def test_attraction_raises_the_information(prior, people):
+    source = people["T1w"].flatten(0, 1)
+    side = lmi.prepare_source(source, prior.conditioning)
+    x, sigma = people["T2w"].flatten(0, 1) + 0.1, torch.full((4,), 0.3)
+
+    def blank(x, sigma, cond=None):
+        return people["T2w"].flatten(0, 1).roll(1, -1)
+
+    plain, moved = blank(x, sigma), lmi_translate.Attracted(blank, side, 0.02)(x, sigma)
+    assert side.cross(moved).sum() > side.cross(plain).sum()
+    assert translate(prior, source, Setting(evaluations=2, draws=1, attraction=0.1)).x.isfinite().all()
+
+
+def test_colours(people):
+    conditioning = Conditioning(patches=(3,))
+    prior = Translator(EDMDenoiser(network(3 + conditioning.channels, 3)), conditioning, "stain", channels=3)
+    rgb = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert translate(prior, rgb, Setting(evaluations=2, draws=1)).x.shape == (2, 3, 16, 16)
+    grey = people["T1w"].flatten(0, 1)
+    assert translate(prior, grey, Setting((), "ddim", 2, 0.5, "source", 1)).x.shape == (4, 3, 16, 16)
+
+
+def test_odd_sizes(prior):
+    x = torch.rand(1, 1, 17, 21, generator=torch.Generator().manual_seed(0))
+    assert translate(prior, x, Setting(evaluations=2, draws=1)).x.shape == x.shape
+
+
+@pytest.mark.parametrize("x, error, match", [
+    (torch.full((1, 1, 16, 16), 0.3), ValueError, "constant"),
+    (torch.rand(1, 2, 16, 16), ValueError, "RGB"),
+    (torch.rand(1, 16, 16), ValueError, "expected grey or RGB"),
+    (300 * torch.rand(1, 1, 16, 16), ValueError, "expected 0 to 1"),
+    (torch.rand(1, 1, 16, 16) / 0, ValueError, "NaN or infinity"),
+    (torch.ones(1, 1, 16, 16, dtype=torch.int64), TypeError, "floating-point"),
+])
+def test_sources_that_cannot_be_translated(prior, x, error, match):
+    with pytest.raises(error, match=match):
+        translate(prior, x, Setting(evaluations=1, draws=1))
+
+
+def test_settings_that_make_no_sense():
+    for options, match in (({"begin": "middle"}, "noise or source"), ({"draws": 0}, "1 or more"),
+                           ({"start": -1.0}, "above 0")):
+        with pytest.raises(ValueError, match=match):
+            Setting(**options)
+    with pytest.raises(ValueError, match="no map tissue"):
+        conditions(torch.zeros(1, 1, 16, 16), 1.0, torch.rand(1, 1, 16, 16), Conditioning(), keep=("tissue",))
+
+
+def oblique(shape=(13, 31, 27), voxel=(6.1, 5.3, 7.2)):
+    """A head (z, y, x) of odd size lying askew in its scanner, and the affine that says so."""
+    cosines = [np.linalg.qr(np.eye(3) + np.array([[0, 0.3, -0.2], [-0.3, 0, 0.1], [0.2, -0.1, 0]]))[0]]
+    matrix = np.eye(4)
+    matrix[:3, :3] = cosines[0] @ np.diag(voxel)
+    matrix[:3, 3] = -matrix[:3, :3] @ (np.array(shape[::-1]) - 1) / 2
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    head = (x**2 + y**2 + z**2 < 0.7) * (1000 + 300 * np.sin(4 * x) * np.cos(5 * y))
+    return head.astype(np.float32), matrix
+
+
+def test_volumes_keep_shape_and_affine(prior, tmp_path):
+    head, affine = oblique()
+    source, out = tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz"
+    save_nifti(source, head, affine=affine)
+    assert translate_file(source, out, prior, Setting(evaluations=2, draws=1), pixel_mm=10.0) == out
+    made = load_nifti(out)
+    assert made.array.shape == head.shape and np.allclose(made.affine, affine, atol=1e-4)
+    assert nibabel.aff2axcodes(made.affine) == nibabel.aff2axcodes(affine)
+    assert np.isfinite(made.array).all() and made.array.max() > 0
+    assert not made.array[0].any() or not made.array[-1].any(), "empty slices stay empty"
+    save_nifti(source, np.zeros((4, 9, 9), np.float32), affine=affine)
+    with pytest.raises(ValueError, match="constant"):
+        translate_file(source, out, prior)
+    with pytest.raises(FileNotFoundError):
+        translate_file(tmp_path / "absent.nii", out, prior)
+
+
+def test_histogram_matching_is_right_where_contrast_is_monotone():
+    g = torch.Generator().manual_seed(0)
+    source = torch.rand(1, 2, 1, 16, 16, generator=g)
+    inside = torch.ones_like(source, dtype=torch.bool)
+    truth = source**2
+    assert (lmi_translate.matched(source, inside, truth[inside]) - truth).abs().max() < 0.1
+    inverted = 1 - source
+    assert (lmi_translate.matched(source, inside, inverted[inside]) - inverted).abs().mean() > 0.3
+
+
+def test_scores_of_the_truth_and_of_another(people):
+    truth, labels = people["T2w"], people["labels"]
+    inside = labels > 0
+    best = lmi_translate.score(truth + 1e-6, truth, inside)
+    other = lmi_translate.score(people["T1w"], truth, inside)
+    assert (best["PSNR"] > 100).all() and (best["SSIM"] > 0.999).all() and (best["MAE"] < 1e-5).all()
+    assert (other["PSNR"] < 25).all() and set(best) == {"PSNR", "SSIM", "MS-SSIM", "MAE", "NMI"}
+    shifted = truth + 0.1
+    assert lmi_translate.score(shifted, truth, inside)["PSNR"] == pytest.approx([20, 20], abs=1e-3)
+
+
+def test_a_study_has_every_row_for_every_subject(prior, people):
+    p = Translate(targets=("T2w",), sources=("T1w",), image_size=16, subjects=2, slices=2, evaluations=2, draws=2,
+                  sdedit=(0.5,), rows=("unconditional", "oracle: LMI of the truth", "recommended"), segmenters=None)
+    held_out = lmi_translate.People.of(p)
+    found = lmi_translate.translate_people(prior, None, held_out, "T1w", p)
+    methods = {r["method"] for r in found.rows}
+    assert methods == {"no translation", "histogram matching", "SDEdit from sigma = 0.5", "unconditional",
+                       "recommended", "oracle: LMI of the truth", "true target"}
+    assert len(found.rows) == 2 * len(methods)
+    table = lmi_translate.summary(found.rows)
+    assert table[-1]["method"] == "true target" and table[-1]["PSNR"] == ""
+    assert table[-1]["SSIM"][0] == pytest.approx(1)
+    (gain,) = lmi_translate.gains(found.rows, "no translation")
+    assert gain["direction"] == "T1w to T2w" and gain["PSNR"][1] >= 0
+    drawn = next(r for r in found.rows if r["method"] == "recommended")
+    assert drawn["PSNR, one draw"] < drawn["PSNR"] and drawn["PSNR, spread"] > 0
+    assert anatomy.LABELS["white"] == held_out.labels.max()
