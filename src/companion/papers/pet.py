@@ -27,10 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Generator, Tensor
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from companion import metrics
+from companion import figures, metrics
 from companion.augmentation import AugmentPipe
 from companion.data import anatomy
 from companion.data import pet as cohort
@@ -242,18 +244,27 @@ def _chosen(name: str, a: cohort.Activity, p: PrepareData) -> Person:
     filled = torch.nonzero(a.image.flatten(1).sum(1) > 0)[:, 0]
     at = filled[torch.linspace(0, len(filled) - 1, min(p.slices_per_subject, len(filled))).round().long()]
 
+    side = max(a.image.shape[-2:])
+    shares = _area_shares(side, p.image_size)
+
     def resized(stack: Tensor | None) -> Tensor | None:
         if stack is None:
             return None
         x = stack[at][:, None]
         height, width = x.shape[-2:]
-        side = max(height, width)
         low, left = (side - height) // 2, (side - width) // 2
         x = F.pad(x, (left, side - width - left, low, side - height - low))
-        return x if side == p.image_size else F.interpolate(x, (p.image_size, p.image_size), mode="area")
+        return shares @ x @ shares.T
 
-    mm = a.pixel_mm * max(a.image.shape[-2:]) / p.image_size
+    mm = a.pixel_mm * side / p.image_size
     return Person(name, resized(a.image), resized(a.mu), at / max(1, len(a.image) - 1), mm)
+
+
+def _area_shares(n: int, size: int) -> Tensor:
+    """What each of n pixels contributes to the mean over each of `size` larger or smaller ones, (size, n)."""
+    old, new = torch.arange(n + 1) / n, torch.arange(size + 1) / size
+    low, high = torch.maximum(old[:-1], new[:-1, None]), torch.minimum(old[1:], new[1:, None])
+    return (high - low).clamp(min=0) * size
 
 
 def prepare(p: PrepareData, progress: bool = True) -> Prepared:
@@ -311,6 +322,53 @@ def scanned(person: Person, p: PrepareData, number: int) -> dict[str, np.ndarray
     if p.fraction < 1:
         arrays["high"] = iterates(full, p.iterations[-1:])
     return {name: v.to(torch.uint8 if name == "label" else torch.float32).numpy() for name, v in arrays.items()}
+
+
+def dose_ladder(slices: cohort.Slices, counts: Sequence[float], iterations: Sequence[int],
+                seed: int = 0) -> dict[float, tuple[Scan, Tensor]]:
+    """Return, for each number of true counts, the scans of slices and their MLEM iterates (slice, iterate, y, x)."""
+    seeds, ladder = range(seed, seed + len(slices.image)), {}
+    for total in counts:
+        scan = acquire(slices.image, slices.mu, total, seeds, pixel_mm=slices.pixel_mm)
+        ladder[total] = scan, iterates(scan, iterations)
+    return ladder
+
+
+def stopping_table(ladder: dict[float, tuple[Scan, Tensor]], iterations: Sequence[int]) -> list[dict[str, object]]:
+    """Return the NRMSE of each MLEM iterate at each number of counts, mean and standard error over slices."""
+    return [{"counts": f"{total:.3g}"} | {
+        f"{k} iterations": metrics.mean_and_error(metrics.nrmse(images[:, i : i + 1], scan.x))
+        for i, k in enumerate(iterations)} for total, (scan, images) in ladder.items()]
+
+
+def maximum_table(ladder: dict[float, tuple[Scan, Tensor]]) -> list[dict[str, object]]:
+    """Return what dividing each image by its own maximum, as published, does to activity: mean and standard error.
+
+    The level of the head (last iterate, relative to the truth) after the counts give the scale, and after the maximum
+    does, the true image being divided by its own maximum too.
+    """
+    rows = []
+    for total, (scan, images) in ladder.items():
+        x, truth = images[:, -1:], scan.x
+        head = truth > 1
+        level = torch.stack([a[m].mean() / b[m].mean() for a, b, m in zip(x, truth, head, strict=True)])
+        peaks = truth.flatten(1).amax(1) / x.flatten(1).amax(1)
+        rows.append({"counts": f"{total:.3g}", "level, scale from counts": metrics.mean_and_error(level),
+                     "level, divided by maxima": metrics.mean_and_error(level * peaks)})
+    return rows
+
+
+def thinning_table(scan: Scan, fractions: Sequence[float], repeats: int = 50) -> list[dict[str, object]]:
+    """Return mean and variance of thinned counts over their expectation, over bins and repeats: 1 and 1 if Poisson."""
+    expected, rows = scan.A(scan.x), []
+    full = [poisson_counts(expected, [repeat * 1000 + i for i in range(len(expected))]) for repeat in range(repeats)]
+    for fraction in fractions:
+        y = torch.stack([thin(one, fraction, [repeat * 1000 + i for i in range(len(one))])
+                         for repeat, one in enumerate(full)]).double()
+        wanted = fraction * expected.double().sum()
+        rows.append({"fraction": fraction, "mean / expected": (y.mean(0).sum() / wanted).item(),
+                     "variance / expected": (y.var(0).sum() / wanted).item()})
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -394,7 +452,7 @@ def model_config(p: TrainModel, prepared: Prepared) -> dict:
             "pixel_mm": prepared.attrs["pixel_mm"]}
     if conditional:
         data |= {"iterations": made["iterations"], "dose_channel": p.dose_channel, "counts": made["counts"],
-                 "fraction": made["fraction"]}
+                 "fraction": made["fraction"], "attenuation": made["attenuation"]}
     return {"network": network, "denoiser": denoiser, "data": data}
 
 
@@ -483,7 +541,8 @@ def enhancement_errors(D: EDMDenoiser, data: dict, counts: Sequence[float], peop
     device, rows = next(D.parameters()).device, []
     noise = 40 * randn(slices.image.shape, torch.float32, torch.Generator().manual_seed(seed))
     for total in counts:
-        scan = acquire(slices.image, slices.mu, total, range(seed, seed + people), pixel_mm=slices.pixel_mm)
+        mu = slices.mu if data["attenuation"] else None
+        scan = acquire(slices.image, mu, total, range(seed, seed + people), pixel_mm=slices.pixel_mm)
         cond = condition(scan, data["iterations"], data["scale_kbq"])
         given = cond if data["dose_channel"] else cond[:, :-1]
         guess = D(noise.to(device), torch.full((people,), 40.0, device=device), given.to(device)).cpu()
@@ -505,6 +564,34 @@ def validation_errors(D: EDMDenoiser, p: TrainModel, people: int = 16) -> list[d
         return enhancement_errors(D, data, (1e4, 5e4, 2.5e5, 1e6, 1e7), people, p.seed)
     return denoising_errors(D, p.scale_kbq, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0), people, data["image_size"][-1],
                             p.seed)
+
+
+def first_batch(p: TrainModel, prepared: Prepared, count: int) -> dict[str, Tensor]:
+    """Return what the network sees of training slices, by name: target and condition images (slice, 1, y, x)."""
+    slices = training_slices(p, prepared)
+    names = {"high": "full-dose MLEM", "activity": "activity"}
+    at = [round(i * (len(slices) - 1) / max(1, count - 1)) for i in range(count)]
+    batch = default_collate([slices[i] for i in at])
+    shown = {label: batch[name] / p.scale_kbq for name, label in names.items() if name in batch}
+    if p.task == "conditional":
+        made = prepared.attrs["parameters"]["iterations"]
+        cond = as_condition(batch["mlem"], batch["sensitivity"], p.scale_kbq)
+        shown |= {f"MLEM, {k}": cond[:, i : i + 1] for i, k in enumerate(made)}
+        shown |= {"dose": cond[:, -1:]} if p.dose_channel else {}
+    return shown
+
+
+def errors_figure(errors: list[dict]) -> Figure:
+    """Return what `validation_errors` says as curves: against the noise level, or against the counts."""
+    if "sigma" in errors[0]:
+        sigmas = [row["sigma"] for row in errors]
+        lines = {name: (sigmas, [row[key] for row in errors]) for name, key in
+                 (("noise", "noise (kBq/mL)"), ("left after denoising", "error (kBq/mL)"), ("expected", "expected"))}
+        return figures.curves(lines, xlabel="noise level sigma", ylabel="kBq/mL", logx=True, logy=True, size=(4.2, 3.4))
+    counts = [row["counts"] for row in errors]
+    lines = {name: (counts, *map(list, zip(*(row[name] for row in errors), strict=True)))
+             for name in errors[0] if name != "counts"}
+    return figures.curves(lines, xlabel="counts of a slice", ylabel="NRMSE", logx=True, logy=True, size=(4.2, 3.4))
 
 
 def save_model(result: TrainResult, p: TrainModel, errors: list[dict]) -> Path:
