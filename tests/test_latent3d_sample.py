@@ -102,15 +102,17 @@ def test_clipping_is_in_the_units_of_the_autoencoder(prior):
 
 def test_loss_of_the_best_white_network_is_the_formula(white):
     z = torch.randn(4, *white.latent_shape)
-    rows = latent3d.loss_against_scale(white, z, P, times=250)
-    assert [float(row["knows only the scale"]) for row in rows] == pytest.approx([0.39, 0.16, 0.06, 0.016], rel=0.03)
+    rows = latent3d.loss_against_scale(white, z, levels=6)
+    known = [float(row["loss that knows only the scale"]) for row in rows]
+    assert known == pytest.approx([0.3907, 0.1649, 0.0603, 0.0163], abs=1e-4)
     for row in rows:  # this prior is that network
-        assert float(row["this prior"]) == pytest.approx(float(row["knows only the scale"]), rel=0.1)
+        assert float(row["loss of this prior"]) == pytest.approx(float(row["loss that knows only the scale"]), rel=0.1)
+    assert latent3d.unexplained(white, z, torch.tensor([0.1, 10.0])) == pytest.approx([1, 1], abs=0.1)
 
 
 def test_planes_show_heads_upright():
     prior = tiny_prior()
-    image = latent3d.held_out("test", 1, SHAPE)[0]
+    image = latent3d.people(prior, P.data, "test", 1)[0]
     planes = latent3d.three_planes(prior, image)
     assert {name: tuple(x.shape) for name, x in planes.items()} == dict.fromkeys(planes, (1, 32, 32))
     x, y, z = (latent3d.voxel_of(prior, plane) for plane in ("sagittal", "coronal", "axial"))

@@ -18,9 +18,9 @@ from torch import Tensor
 from companion import generative, metrics
 from companion.data import anatomy
 from companion.data.nifti import save_nifti
-from companion.data.store import SequenceDataset, open_dataset
+from companion.data.store import Prepared, SequenceDataset, open_dataset
 from companion.data.volumes import virtual
-from companion.diffusion.denoisers import DiscreteDenoiser, column
+from companion.diffusion.denoisers import DiscreteDenoiser
 from companion.diffusion.noise import DiscreteSchedule, generators, karras, randn
 from companion.diffusion.sampling import Bill, find_solver, sample
 from companion.diffusion.solvers import SOLVERS
@@ -32,7 +32,6 @@ from companion.segmentation import load_segmenter
 
 SHOWN_MM = {"axial": 12.0, "coronal": -18.0, "sagittal": 6.0}  # MNI z, y, x: ventricles, thalamus, corpus callosum
 SEGMENTER_GAIN = 1.0  # intensity scale of data.volumes -> that of the segmenter, by validation people
-LATENTS_PER_PLANE = 16  # slices of a volume that the Frechet distance sees in each plane
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,33 @@ class SampleVolumes(Parameters):
     data: str = param("data/latent3d_64.h5", "prepared training volumes, from 1_data; missing: people are made anew")
     pairs: int = param(60, "pairs of volumes for MS-SSIM", minimum=1)
     features: str = param("brain/t1w", "network whose view of slices the Frechet distance compares")
+    slices: int = param(16, "slices of a volume that it sees in each plane", minimum=2)
     segmenter: str | None = param("segmenter/t1w", "segmenter of T1w slices; none: no tissue volumes")
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
 
 
 # -------------------------------------------------------------------------------------------------------------- people
+
+
+def people(prior: LatentPrior, data: str, split: str, count: int) -> Tensor:
+    """Return volumes (person, 1, z, y, x) of people the prior never saw, on its grid: of the prepared file `data`.
+
+    Without that file, of the embedded cohort. Raises ValueError for a file on another grid.
+    """
+    path = project_root() / data
+    if not path.exists():
+        return torch.stack([virtual(one, prior.shape).image[None] for one in anatomy.cohort(split, count)])
+    prepared = open_dataset(path, require=["image"])
+    check_grid(prepared, prior)
+    return held_out(prepared, split, count)
+
+
+def check_grid(prepared: Prepared, prior: LatentPrior) -> None:
+    """Raise ValueError unless prepared volumes lie on the grid that the prior was trained on."""
+    shape = tuple(prepared.shapes["image"][-3:])
+    if shape != prior.shape:
+        raise ValueError(f"{prepared.path} holds volumes of {shape} voxels, the prior was trained on {prior.shape}; "
+                         "give its own data, or a name that does not exist to draw the embedded cohort anew")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +94,11 @@ class TrainingSet:
 
     @classmethod
     def of(cls, prior: LatentPrior, p: SampleVolumes) -> TrainingSet:
-        path = project_root() / p.data
-        stored = open_dataset(path, require=["image"]).sequences("image", "train", 1) if path.exists() else None
+        path, stored = project_root() / p.data, None
+        if path.exists():
+            prepared = open_dataset(path, require=["image"])
+            check_grid(prepared, prior)
+            stored = prepared.sequences("image", "train", 1)
         known = prior.config["data"]["volumes"] if stored is None else len(stored)
         return cls(min(p.training, known), prior.shape, stored)
 
@@ -210,27 +234,37 @@ def failures(prior: LatentPrior, p: SampleVolumes) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def loss_against_scale(prior: LatentPrior, z: Tensor, p: SampleVolumes, scales=(1.0, 0.3, 0.1, 0.03),
-                       steps: int = 500, times: int = 10) -> list[dict[str, object]]:
+def unexplained(prior: LatentPrior, z: Tensor, sigmas: Tensor) -> Tensor:
+    """Return E|D(z + sigma n) - z|^2 over that of the best white network, sigma^2 / (1 + sigma^2), for each level.
+
+    1: the prior knows no more of the latents z (batch, *latent_shape) than that their standard deviation is 1.
+    """
+    noise = randn(z.shape[1:], z.dtype, generators(range(len(z))), z.device)
+    errors = []
+    for sigma in sigmas.tolist():
+        level = torch.full((len(z),), sigma, device=z.device)
+        errors.append((prior.D(z + sigma * noise, level) - z).square().mean().item())
+    return torch.tensor(errors, dtype=torch.float64) * (1 + sigmas**2) / sigmas**2
+
+
+def loss_against_scale(prior: LatentPrior, z: Tensor, scales=(1.0, 0.3, 0.1, 0.03), steps: int = 500,
+                       levels: int = 12) -> list[dict[str, object]]:
     """Return the epsilon loss, averaged over the times of the original chain, of latents z scaled to a deviation s.
 
     Of a network that knows the scale of the latents and nothing else (exact: s^2 abar / (s^2 abar + 1 - abar) for white
-    Gaussian latents), and of this prior, measured on z: its estimate s D(z + sigma n / s, sigma / s) suits any s.
+    Gaussian latents), and of this prior, whose estimate s D(z + sigma n / s, sigma / s) suits any s: the same times the
+    share that `unexplained` measures, interpolated between noise levels.
     """
     schedule = DiscreteSchedule.linear(steps)
     abar = schedule.alphas_cumprod
-    index = torch.linspace(0.5, steps - 0.5, times).long()
-    noise = randn(z.shape[1:], z.dtype, generators(range(len(z))), z.device)
-    rows = []
+    sigmas = torch.logspace(-2, 2, levels, dtype=torch.float64)
+    share, rows = unexplained(prior, z, sigmas), []
     for s in scales:
-        know_nothing = (s**2 * abar / (s**2 * abar + 1 - abar)).mean().item()
-        errors = []
-        for sigma in (schedule.sigmas[index] / s).tolist():
-            level = torch.full((len(z),), sigma, device=z.device)
-            errors.append(((prior.D(z + column(level, z) * noise, level) - z) / sigma).square().mean().item())
-        ours = sum(errors) / len(errors)
-        rows.append({"standard deviation": s, "knows only the scale": f"{know_nothing:.4f}",
-                     "this prior": f"{ours:.4f}", "left to learn": f"{know_nothing - ours:.4f}"})
+        only_scale = s**2 * abar / (s**2 * abar + 1 - abar)
+        at = np.interp((schedule.sigmas / s).log().numpy(), sigmas.log().numpy(), share.numpy())
+        losses = only_scale.mean().item(), (only_scale * torch.from_numpy(at)).mean().item()
+        rows.append({"standard deviation": s, "loss that knows only the scale": f"{losses[0]:.4f}",
+                     "loss of this prior": f"{losses[1]:.4f}", "left to learn": f"{losses[0] - losses[1]:.4f}"})
     return rows
 
 
@@ -249,6 +283,12 @@ def three_planes(prior: LatentPrior, x: Tensor) -> dict[str, Tensor]:
     """Return an axial, a coronal and a sagittal slice of one volume (1, z, y, x), heads up and noses up or left."""
     axial, coronal, sagittal = (voxel_of(prior, plane) for plane in ("axial", "coronal", "sagittal"))
     return {"axial": x[:, axial], "coronal": x[:, :, coronal].flip(1), "sagittal": x[..., sagittal].flip(1)}
+
+
+def by_plane(prior: LatentPrior, volumes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return rows for `figures.image_grid`: a row for each plane, a column for each named volume (1, z, y, x)."""
+    planes = {name: three_planes(prior, x) for name, x in volumes.items()}
+    return {plane: {name: images[plane] for name, images in planes.items()} for plane in SHOWN_MM}
 
 
 def sheet(prior: LatentPrior, sets: Mapping[str, Tensor], columns: int = 8) -> dict[str, dict[str, Tensor]]:
@@ -295,14 +335,14 @@ def study(prior: LatentPrior, synthetic: Tensor, p: SampleVolumes) -> Study:
 
     What the autoencoder loses is lost for the prior too; only what is worse than the reconstructions is its fault.
     """
-    real = held_out("test", p.real, prior.shape).to(p.device)
-    half = p.real // 2
+    real = people(prior, p.data, "test", p.real).to(p.device)
+    half = len(real) // 2
     reference, others = real[:half], real[half:]
     through = prior.decode(prior.encode(others)).clamp(min=0)
     synthetic = synthetic.clamp(min=0)
     sets = {"other people": others, "other people, reconstructed": through, "synthetic": synthetic}
     features = generative.load_features(p.features, p.device, p.autocast)
-    likeness = generative.likeness_table(features, reference, sets, LATENTS_PER_PLANE)
+    likeness = generative.likeness_table(features, reference, sets, p.slices)
     diversity = []
     for name, x in {"real": real, "other people, reconstructed": through, "synthetic": synthetic}.items():
         values = generative.pairwise_ms_ssim(x, p.pairs, p.seed)
@@ -327,6 +367,16 @@ def study(prior: LatentPrior, synthetic: Tensor, p: SampleVolumes) -> Study:
                      for name, x in ({"real": real} | sets).items() if name != "other people"}
         tissue = generative.tissue_table(tissue_ml, "real")
     return Study(others, through, synthetic, likeness, diversity, memory, tissue, neighbours, tissue_ml)
+
+
+def tissue_curves(s: Study) -> dict[str, tuple[list, list]]:
+    """Return lines (ml, share of volumes with less) of each tissue in real and synthetic volumes."""
+    lines = {}
+    for i, tissue in enumerate(generative.TISSUES):
+        for name in ("real", "synthetic"):
+            ml = s.tissue_ml[name][:, i].sort().values
+            lines[f"{tissue}, {name}"] = (ml.tolist(), ((torch.arange(len(ml)) + 0.5) / len(ml)).tolist())
+    return lines
 
 
 def verdict(s: Study) -> list[dict[str, object]]:

@@ -1,0 +1,342 @@
+"""Volumes through the code and back, and 3D MRI with the latent prior as one more denoiser.
+
+First what the autoencoder alone does: real volume -> code -> volume. Then k-space undersampled along two axes of a 3D
+scan, solved by sampling latents z that explain it:
+
+    y = A decode(z) + noise,   D_y = projection(A, y, ...)(prior.D)   or   gradient(A, y, ...)(prior.D)
+
+Both are guidances like those of `companion.diffusion.guidance`, so any solver draws with them. Coil maps and phase come
+from the fully sampled centre of the very k-space that is reconstructed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from companion import baselines, metrics
+from companion.data import anatomy
+from companion.data.volumes import spacing
+from companion.diffusion.denoisers import column
+from companion.diffusion.guidance import Factor, Guidance, posterior_mean, solve, with_vjp
+from companion.diffusion.noise import generators, karras, randn
+from companion.diffusion.sampling import Bill, sample
+from companion.latent import LatentSpace
+from companion.operators.linear import LinearOperator, Shape
+from companion.operators.mri import CartesianMask, birdcage_maps, fft, ifft, low_pass, sense
+from companion.papers.latent3d import PRIOR, LatentPrior
+from companion.papers.latent3d_sample import people
+from companion.parameters import Parameters, param
+
+ERROR_SIGMAS = torch.logspace(-1.5, 1.5, 7)  # noise levels of the latents at which the error of estimates is measured
+SUPPORT = 0.05  # share of the brightest low-resolution voxel below which coil maps are not believed
+METHODS = ("projection", "gradient")
+
+
+@dataclass(frozen=True)
+class ReconstructVolumes(Parameters):
+    """Parameters of latent3d/4_reconstruct.ipynb."""
+
+    weights: str = param(PRIOR, "prior on latents: an embedded name or a folder")
+    autoencoder: str | None = param(None, "its autoencoder; none: the one that the prior names")
+    data: str = param("data/latent3d_64.h5", "prepared volumes, from 1_data; missing: the embedded cohort, made anew")
+    people: int = param(16, "held-out people to send through the code", minimum=2)
+    start_sigmas: tuple[float, ...] = param((0.3, 1.0, 3.0, 10.0), "noise added to a real code before it is drawn anew",
+                                            minimum=1e-3)
+    subjects: int = param(2, "held-out people to scan", minimum=1)
+    validation_subjects: int = param(8, "other people, on whom the errors of the prior are measured", minimum=2)
+    coils: int = param(8, "receive coils", minimum=1)
+    noise_std: float = param(0.02, "k-space noise per real component, in image units", minimum=0)
+    acceleration: float = param(8, "readouts along z are made at one in so many places (y, x)", minimum=1)
+    acs: int = param(12, "fully sampled centre along y and x", minimum=8)
+    maps: str = param("calibration", "coil maps and phase: from the centre of the data, or oracle, the true ones",
+                      choices=("calibration", "oracle"))
+    methods: tuple[str, ...] = param(METHODS, "how latents are led to the data: decode, correct, encode; or the "
+                                              "gradient through decoder and prior", choices=METHODS)
+    draws: int = param(4, "posterior draws of a volume", minimum=1)
+    evaluations: int = param(16, "network evaluations a draw", minimum=2)
+    first_sigma: float = param(20.0, "noise level at which draws begin", minimum=1e-3)
+    last_sigma: float = param(0.1, "noise level of the last evaluation", minimum=1e-5)
+    iterations: int = param(8, "conjugate-gradient steps an evaluation", minimum=1)
+    regularisation: float = param(0.01, "of CG-SENSE, chosen on validation people", minimum=0)
+    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+
+
+# ---------------------------------------------------------------------------------------------------- code and decode
+
+
+def power_spectrum(x: Tensor, bins: int = 24) -> tuple[Tensor, Tensor]:
+    """Return frequencies (bins,) in cycles a voxel and the mean power of volumes (n, 1, z, y, x) there, up to 0.5."""
+    power = torch.fft.fftn(x.float(), dim=(-3, -2, -1), norm="ortho").abs().square().mean((0, 1))
+    axes = torch.meshgrid(*[torch.fft.fftfreq(n) for n in x.shape[-3:]], indexing="ij")
+    which = (sum(k.square() for k in axes).sqrt() / 0.5 * bins).long()
+    inside = which < bins
+    total = torch.zeros(bins).index_add_(0, which[inside], power.cpu()[inside])
+    return (torch.arange(bins) + 0.5) * 0.5 / bins, total / torch.bincount(which[inside], minlength=bins).clamp(min=1)
+
+
+@torch.no_grad()
+def drawn_anew(prior: LatentPrior, z: Tensor, p: ReconstructVolumes) -> dict[str, Tensor]:
+    """Return the code z (1, *latent_shape), and that code noised to each level and drawn from there, as volumes.
+
+    Little noise must bring the same brain back, much noise another brain; noise in between shows which features the
+    prior holds on to. A decoder that fails does so without any noise; a prior that fails does so with much.
+    """
+    made = {"code": prior.decode(z)}
+    for sigma in p.start_sigmas:
+        levels = karras(max(2, p.evaluations), min(0.02, sigma / 10), sigma)
+        drawn = sample(prior.D, levels, shape=prior.latent_shape, seeds=p.seed, start=z, solver="dpmpp_2m",
+                       device=p.device)
+        made[f"sigma {sigma:g}"] = prior.decode(drawn.x)
+    return made
+
+
+# --------------------------------------------------------------------------------------------------------------- scans
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RealImages(LinearOperator):
+    """The real images among the complex ones: x -> x + 0i; its adjoint takes the real part."""
+
+    shape: Shape
+
+    domain_dtype = torch.float32
+    range_dtype = torch.complex64
+    domain_shape = property(lambda self: tuple(self.shape))
+    range_shape = property(lambda self: tuple(self.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.complex64)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y.real
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeScan:
+    """A simulated 3D scan: truth x (1, 1, z, y, x), k-space y (1, coil, z, y, x), maps that carry the phase too."""
+
+    x: Tensor
+    y: Tensor
+    maps: Tensor
+    mask: CartesianMask
+    noise_std: float
+
+    @property
+    def A(self) -> LinearOperator:
+        """From real volumes (1, z, y, x) to k-space: the phase is in the maps."""
+        return sense(self.maps, self.mask, ndim=3) @ RealImages((1, *self.maps.shape[-3:]))
+
+
+def acquire(x: Tensor, index: int, p: ReconstructVolumes) -> VolumeScan:
+    """Return the scan of a person x (1, z, y, x): smooth phase, birdcage coils, noise, and few readouts."""
+    shape, generator = tuple(x.shape[1:]), torch.Generator().manual_seed(p.seed + 7919 * index)
+    voxel = spacing(shape)
+    heights = anatomy.CENTRE_MM[2] + voxel[0] * (torch.arange(shape[0]) - (shape[0] - 1) / 2)
+    phase = anatomy.PHASE_RAD * anatomy.smooth_field(anatomy.grid_mm(shape, voxel[1], heights), generator)
+    true = birdcage_maps(shape, p.coils) * torch.polar(torch.ones(shape), phase)
+    mask = plane_mask(shape, p.acceleration, p.acs, p.seed + index)
+    full = fft(true * x, 3)
+    y = mask.mask * (full + p.noise_std * randn(full.shape, full.dtype, generator))
+    maps = true if p.maps == "oracle" else centre_maps(y, p.acs)
+    return VolumeScan(x[None].to(p.device), y[None].to(p.device), maps.to(p.device), mask, p.noise_std)
+
+
+def plane_mask(shape: tuple[int, int, int], acceleration: float, acs: int, seed: int) -> CartesianMask:
+    """Return a mask (z, y, x) of readouts along z at random places (y, x), the denser the nearer to the centre.
+
+    The density falls as (1 - |k| / k_max)^2; the fully sampled square of `acs` in the centre counts towards the
+    acceleration, which is reached exactly. Raises ValueError when the square alone has more samples.
+    """
+    height, width = shape[-2:]
+    count = round(height * width / acceleration)
+    distance = [((torch.arange(n) - n // 2) / (n // 2)).abs() for n in (height, width)]
+    k = (distance[0][:, None].square() + distance[1].square()).sqrt() / 2**0.5
+    centre = [(torch.arange(n) - n // 2 + acs // 2).clamp(-1, acs).remainder(acs + 1) < acs for n in (height, width)]
+    inside = centre[0][:, None] & centre[1]
+    if not inside.sum() <= count:
+        raise ValueError(f"acceleration {acceleration} leaves {count} of {height} x {width} places, the centre alone "
+                         f"has {int(inside.sum())}; lower acs or the acceleration")
+    density = torch.where(inside, 0, (1 - k).square() + 1e-6).flatten()
+    plane, more = inside.float(), count - int(inside.sum())
+    if more:
+        chosen = torch.multinomial(density, more, generator=torch.Generator().manual_seed(seed))
+        plane.view(-1)[chosen] = 1
+    return CartesianMask(plane.expand(shape).clone(), height * width / count, acceleration, count, acs,
+                         "variable density, two axes", seed)
+
+
+def centre_maps(y: Tensor, acs: int) -> Tensor:
+    """Return coil maps (coil, z, y, x) from the centre of k-space: low-resolution coil images, unit sum of squares.
+
+    They carry the phase of the image, which is smooth, so that the image they leave is real. Zero where there is no
+    signal to tell them from noise.
+    """
+    blurred = ifft(low_pass(y, acs), 3)
+    size = blurred.abs().square().sum(0).sqrt()
+    return torch.where(size > SUPPORT * size.max(), blurred / size.clamp(min=1e-12), 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """How far volumes decoded from an estimate are from the truth: variance (level, 1, z, y, x) at levels (level,).
+
+    Measured on people who were not trained on. Heads lie in MNI space, so where a prior errs is the same place for all.
+    """
+
+    sigmas: Tensor
+    variance: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, prior: LatentPrior, x: Tensor, sigmas: Tensor = ERROR_SIGMAS, seed: int = 0) -> Errors:
+        """Return the errors of decode(D(encode(x) + sigma n)) for people x (person, 1, z, y, x)."""
+        z = prior.encode(x)
+        noise = randn(z.shape[1:], z.dtype, generators(range(seed, seed + len(z))), z.device)
+        rows = []
+        for sigma in sigmas.tolist():
+            level = torch.full((len(z),), sigma, device=z.device)
+            error = (prior.decode(prior.D(z + sigma * noise, level)) - x).square().mean(0)
+            rows.append(F.avg_pool3d(error[None], 5, 1, 2, count_include_pad=False)[0])
+        return cls(sigmas.to(x.device), torch.stack(rows).clamp(min=1e-6))
+
+    def at(self, sigma: Tensor) -> Tensor:
+        """Return the variance (batch, 1, z, y, x) at sigma (batch,), log-linear between levels, constant outside."""
+        t = sigma.log().clamp(*self.sigmas.log()[[0, -1]].tolist())
+        i = torch.searchsorted(self.sigmas.log(), t.contiguous()).clamp(1, len(self.sigmas) - 1)
+        low, high = self.sigmas.log()[i - 1], self.sigmas.log()[i]
+        w = column((t - low) / (high - low), self.variance)
+        return ((1 - w) * self.variance[i - 1].log() + w * self.variance[i].log()).exp()
+
+
+@dataclass(frozen=True, eq=False)
+class LatentGuidance(Guidance):
+    """A guidance whose denoiser D works on latents of `space`, while A sees decoded volumes. errors: see `Errors`."""
+
+    space: LatentSpace = field(kw_only=True)
+    errors: Errors = field(kw_only=True)
+    iterations: int = 8
+
+    @property
+    def operator_calls(self):
+        return 2 + 2 * self.iterations
+
+
+@dataclass(frozen=True, eq=False)
+class projection(LatentGuidance):
+    """Decode the estimate, make it agree with the data as far as its error allows, encode the change.
+
+    z0_hat + encode(x') - encode(x0_hat), x0_hat = decode(z0_hat), x' the Gaussian posterior mean for the variance
+    `errors`. What the autoencoder cannot keep is not taken for a change. No gradient of any network. After Song et al.
+    2024 (ReSample), with their optimisation replaced by a Gaussian update.
+    """
+
+    def estimate(self, D, z, sigma, cond=None):
+        z0_hat = D(z, sigma, cond)
+        x0_hat = self.space.decode(z0_hat)
+        corrected = explain(x0_hat, self.errors.at(sigma), self)
+        return z0_hat + self.space.encode(corrected) - self.space.encode(x0_hat)
+
+
+@dataclass(frozen=True, eq=False)
+class gradient(LatentGuidance):
+    """The gradient of the data's likelihood through decoder and prior: z0_hat + sigma^2 J^T A^H S^-1 (y - A x0_hat).
+
+    x0_hat = decode(D(z)), J its Jacobian, S = A V A^H + noise_std^2 with the variance V of `errors`: Tweedie's formula
+    for p(y | z) = N(A x0_hat, S). Song et al. 2023 (PiGDM), Eq. (7), with the decoder inside. Costs a gradient.
+    """
+
+    def estimate(self, D, z, sigma, cond=None):
+        kept = []
+
+        def decoded(z: Tensor, sigma: Tensor, cond) -> Tensor:
+            kept.append(D(z, sigma, cond))
+            return self.space.decode(kept[0])
+
+        x0_hat, vjp = with_vjp(decoded, z, sigma, cond)
+        std = self.errors.at(sigma).sqrt()
+        b = std * self.A.H(self.y - self.A(x0_hat))  # A^H (A V A^H + s^2)^-1 r in the space whitened by V
+        u = solve(lambda u: std * self.A.normal(std * u) + self.noise_std**2 * u, b, self.iterations, len(z))
+        return kept[0].detach() + column(sigma.square(), z) * vjp(u / std)
+
+    @property
+    def denoiser_calls(self):
+        return 2
+
+
+def explain(x: Tensor, variance: Tensor, G: LatentGuidance) -> Tensor:
+    """Return the Gaussian posterior mean of a volume: x (batch, 1, z, y, x), off by `variance`, given the data of G."""
+    data = posterior_mean(G.A, G.y, G.noise_std, iterations=G.iterations)
+    return x + data.correction(Factor.diagonal(variance), G.y - G.A(x), len(x))
+
+
+# ------------------------------------------------------------------------------------------------------ reconstruction
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """Magnitudes (1, 1, z, y, x) of one scan by method, posterior draws (draw, 1, z, y, x) by method, and bills."""
+
+    images: dict[str, Tensor]
+    draws: dict[str, Tensor]
+    bills: dict[str, Bill]
+
+
+def reconstruct_scan(prior: LatentPrior, errors: Errors, scan: VolumeScan, p: ReconstructVolumes) -> Reconstruction:
+    """Return what each method makes of a scan; of the latent methods the mean of the draws.
+
+    Their last step leaves the latents: the decoded volume is made to agree with the data once more, and what the
+    autoencoder cannot express is added ("+ data").
+    """
+    images = {"zero-filled": baselines.zero_filled(scan.y, scan.maps, scan.mask).abs(),
+              "CG-SENSE": baselines.cg_sense(scan.y, scan.maps, scan.mask, p.regularisation, 30).abs()}
+    draws, bills, levels = {}, {}, karras(p.evaluations, p.last_sigma, p.first_sigma)
+    for name in p.methods:
+        G = {"projection": projection, "gradient": gradient}[name](
+            scan.A, scan.y, scan.noise_std, p.iterations, space=prior.space, errors=errors)
+        began = time.perf_counter()
+        z = sample(G(prior.D), levels, shape=prior.latent_shape, seeds=range(p.seed, p.seed + p.draws),
+                   solver="dpmpp_2m", device=p.device, batch_size=1)
+        decoded = prior.decode(z.x)
+        last = errors.at(torch.full((p.draws,), p.last_sigma, device=decoded.device))
+        with torch.no_grad():
+            explained = torch.cat([explain(x[None], v[None], G) for x, v in zip(decoded, last, strict=True)])
+        draws[name], draws[f"{name} + data"] = decoded.clamp(min=0), explained.clamp(min=0)
+        bills[name] = replace(z.bill, seconds=(time.perf_counter() - began) / p.draws)
+        for label in (name, f"{name} + data"):
+            images[label] = draws[label].mean(0, keepdim=True)
+    return Reconstruction(images, draws, bills)
+
+
+def score(reconstructions: list[Reconstruction], scans: list[VolumeScan]) -> list[dict[str, object]]:
+    """Return PSNR and SSIM of every method, mean and standard error over people; peak 1, and inside the brain."""
+    rows, truth = [], torch.cat([scan.x for scan in scans])
+    for name in reconstructions[0].images:
+        x = torch.cat([r.images[name] for r in reconstructions])
+        values = {"PSNR (dB)": metrics.psnr(x, truth, 1.0), "PSNR (brain, dB)": metrics.psnr(x, truth, 1.0, truth > 0),
+                  "SSIM": metrics.ssim(x, truth, 1.0)}
+        rows.append({"method": name, "n": len(x)} | {
+            key: metrics.mean_and_error(v) if len(v) > 1 else v.item() for key, v in values.items()})
+    return rows
+
+
+def calibration(draws: Tensor, truth: Tensor) -> float:
+    """Return the variance of draws (draw, 1, z, y, x) over the squared error of their mean, in the brain; 1: right."""
+    return metrics.calibration_ratio(draws[:, None], truth, truth > 0).item()
+
+
+def validation_errors(prior: LatentPrior, p: ReconstructVolumes) -> Errors:
+    """Return the errors of the prior, measured on validation people."""
+    return Errors.measure(prior, people(prior, p.data, "validation", p.validation_subjects).to(p.device), seed=p.seed)
+
+
+def scans(prior: LatentPrior, p: ReconstructVolumes) -> list[VolumeScan]:
+    """Return scans of the first held-out people."""
+    return [acquire(x, i, p) for i, x in enumerate(people(prior, p.data, "test", p.subjects))]
