@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.figures import animation, curves, image_grid, markdown_table, picture
+from companion.figures import animation, curves, image_grid, markdown_table, picture, thumbnail
 
 
 def test_picture_shows_magnitudes_and_drops_singletons():
@@ -57,6 +57,8 @@ def test_animation_plays_every_frame_of_every_sequence(tmp_path):
         for left, x in ((5, one[n, 0]), (50 + 4 + 5, two[n, 0].abs())):
             wanted = (x / 0.5).clamp(max=1) * 255
             assert np.abs(shown[5::10, left : left + 50 : 10] - wanted.numpy()).max() <= 1
+    coloured = Image.open(animation(tmp_path / "d.gif", {"one": one, "error": one}, kinds={"error": ("magma", 0, 1)}))
+    assert np.asarray(coloured.convert("RGB")).std(-1).max() > 10  # a map with colours
     again = animation(tmp_path / "b.gif", {"one": one, "two": two}, window=(0, 0.5), frame_ms=120, zoom=10)
     assert again.read_bytes() == path.read_bytes()
     with pytest.raises(ValueError, match=r"\[4, 3\]"):
@@ -68,3 +70,8 @@ def test_markdown_table_writes_means_with_their_errors():
     assert table.splitlines()[2] == "| 4 | 31.24 ± 0.21 | 0.912 ± 0.004 | 0.5 |"
     with pytest.raises(ValueError, match="at least one row"):
         markdown_table([])
+
+
+def test_thumbnail_keeps_proportions(tmp_path):
+    Image.fromarray(np.zeros((300, 600, 3), np.uint8)).save(tmp_path / "a.png")
+    assert thumbnail(tmp_path / "a.png", 100).shape == (50, 100, 3)

@@ -88,40 +88,52 @@ def _bar(fig: Figure, cax, shown, unit: str, hidden: bool) -> None:
         label.set_ha(side)
 
 
+def thumbnail(path: str | os.PathLike, side: int = 400) -> np.ndarray:
+    """Return a PNG as pixels (y, x, 3), at most `side` wide and high."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+        image.thumbnail((side, side))
+        return np.asarray(image)
+
+
 def animation(path: str | os.PathLike, sequences: Mapping[str, Tensor], *, window: tuple[float, float] = (0.0, 1.0),
-              frame_ms: int = 200, zoom: int = 3) -> Path:
+              frame_ms: int = 200, zoom: int = 3, kinds: Mapping[str, tuple[str, float, float]] | None = None) -> Path:
     """Return the path of a GIF that plays sequences (frame, 1, y, x) beside one another, for ever, on one grey window.
 
     Magnitudes, every pixel `zoom` pixels wide, under the names of the sequences and the number of the frame. A longer
-    name is cut where its picture ends. Raises ValueError for sequences of different numbers of frames.
+    name is cut where its picture ends. `kinds` gives sequences a colour map and limits of their own, as in
+    `image_grid`. Raises ValueError for sequences of different numbers of frames.
     """
     counts = {len(x) for x in sequences.values()}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"sequences must have equally many frames, got {[len(x) for x in sequences.values()]}")
-    font, top, gap = ImageFont.load_default(11), 16, 4
+    font, top, gap, kinds = ImageFont.load_default(11), 16, 4, kinds or {}
+    mode = "RGB" if any(colours != "gray" for colours, *_ in kinds.values()) else "L"
     frames, (count,) = [], counts
     for n in range(count):
-        panels = [_grey(picture(x[n]), window, zoom) for x in sequences.values()]
+        panels = [_painted(picture(x[n]), kinds.get(name, ("gray", *window)), zoom) for name, x in sequences.items()]
         height = max(panel.height for panel in panels)
-        sheet = Image.new("L", (sum(panel.width + gap for panel in panels) - gap, height + 2 * top), 255)
+        sheet = Image.new(mode, (sum(panel.width + gap for panel in panels) - gap, height + 2 * top), "white")
         draw, left = ImageDraw.Draw(sheet), 0
         for name, panel in zip(sequences, panels, strict=True):
             while name and draw.textlength(name, font) > panel.width:
                 name = name[:-1]
-            draw.text((left, 1), name, fill=0, font=font)
+            draw.text((left, 1), name, fill="black", font=font)
             sheet.paste(panel, (left, top))
             left += panel.width + gap
-        draw.text((0, height + top + 1), f"frame {n + 1} of {count}", fill=0, font=font)
+        draw.text((0, height + top + 1), f"frame {n + 1} of {count}", fill="black", font=font)
         frames.append(sheet)
     with atomic_write(path) as aside:
         frames[0].save(aside, format="GIF", save_all=True, append_images=frames[1:], duration=frame_ms, loop=0)
     return Path(path)
 
 
-def _grey(x: np.ndarray, window: tuple[float, float], zoom: int) -> Image.Image:
-    low, high = window
-    levels = np.clip((np.nan_to_num(x) - low) / (high - low), 0, 1) * 255
-    return Image.fromarray(levels.round().astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1))
+def _painted(x: np.ndarray, kind: tuple[str, float, float], zoom: int) -> Image.Image:
+    colours, low, high = kind
+    levels = (np.clip((np.nan_to_num(x) - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+    if colours != "gray":
+        levels = (plt.colormaps[colours](levels)[..., :3] * 255).round().astype(np.uint8)
+    return Image.fromarray(levels.repeat(zoom, 0).repeat(zoom, 1))
 
 
 def curves(lines: Mapping[str, Sequence[Sequence[float]]], *, xlabel: str, ylabel: str,

@@ -1,16 +1,21 @@
-"""runs/index.html: one page, no network, with every run, its figures, numbers and links."""
+"""runs/index.html: one page, no network, with every run, its figures, numbers and links; and how runs are found."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import companion
 from companion.runs import MANIFEST, NOTEBOOK, RunState, atomic_write, read_run
+
+RECORD = ("paper", "stage", "parameters", "results", "end")  # what this version's run.json has
 
 
 def write_index(runs: str | os.PathLike) -> Path:
@@ -22,7 +27,13 @@ def write_index(runs: str | os.PathLike) -> Path:
     runs = Path(runs)
     if not runs.is_dir():
         raise FileNotFoundError(f"there is no folder {runs}; finish a run first (make demo)")
-    states = sorted((read_run(folder) for folder in _folders(runs)), key=lambda s: _order(s, runs))
+    from companion.pages import write_page
+
+    states = find_runs(runs)
+    for state in states:
+        if state.state == "done" and (state.folder / NOTEBOOK).is_file():
+            with contextlib.suppress(ValueError):  # a damaged log does not make results worthless
+                write_page(state.folder / NOTEBOOK)
     path = runs / "index.html"
     with atomic_write(path) as aside:
         aside.write_text(page(states, runs), encoding="utf-8")
@@ -34,26 +45,81 @@ def page(states: list[RunState], runs: Path) -> str:
     done = sum(s.state == "done" for s in states)
     lines = "".join(_line(s, runs) for s in states)
     summary = f"{done} of {len(states)} runs are done" if done < len(states) else f"{done} runs, all done"
-    head = (
-        "<tr><th>Run</th><th>State</th><th>Finished (UTC)</th><th>Took</th><th>Device</th><th>Code</th></tr>"
-    )
+    columns = ("Run", "State", "Finished (UTC)", "Took", "Device", "Code")
+    head = "".join(f'<th scope="col"><button type="button">{column}</button></th>' for column in columns)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>companion: runs</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<header><h1>Runs</h1><p>{summary}.</p>\n"
-        f'<div class="scroll"><table>{head}{lines}</table></div></header>\n<main>\n'
+        f'<div class="scroll"><table id="runs"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+        "</header>\n<main>\n"
         + "\n".join(_section(s, runs) for s in states)
-        + "\n</main>\n</body>\n</html>\n"
+        + f"\n</main>\n<script>{SORT}</script>\n</body>\n</html>\n"
     )
 
 
-def _folders(runs: Path) -> set[Path]:
-    """Folders with a done mark, an executed notebook, or one that is being executed."""
-    names = (MANIFEST, NOTEBOOK, f".{NOTEBOOK}")
-    return {
-        file.parent for name in names for file in runs.rglob(name) if ".ipynb_checkpoints" not in file.parts
-    }
+def find_runs(runs: str | os.PathLike, hashes: bool = True) -> list[RunState]:
+    """Every run below a folder, finished or not, start_here first: done, running, incomplete, corrupt or older.
+
+    hashes: compare every result with its hash (the index), or only with its size (the gallery, to be fast).
+    Raises FileNotFoundError when there is no such folder.
+    """
+    runs = Path(runs)
+    if not runs.is_dir():
+        raise FileNotFoundError(f"there is no folder {runs}; finish a run first (make demo)")
+    return sorted((_state(folder, hashes) for folder in _folders(runs)), key=lambda state: _order(state, runs))
+
+
+def _folders(runs: Path) -> Iterator[Path]:
+    """Folders with a done mark, an executed notebook, or one that is being executed; hidden folders are left out."""
+    for folder, inside, files in os.walk(runs):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if {MANIFEST, NOTEBOOK, f".{NOTEBOOK}"} & set(files):
+            yield Path(folder)
+
+
+def _state(folder: Path, hashes: bool) -> RunState:
+    state = read_run(folder, hashes)
+    if state.state == "incomplete":
+        return RunState(folder, "running", "a notebook is being executed here") if _locked(folder) else state
+    record = state.record
+    if not record:  # unreadable for this version: is it another version's, or rubbish?
+        try:
+            record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (ValueError, OSError):
+            return state
+        if not isinstance(record, dict):
+            return state
+        missing = [key for key in RECORD if key not in record]
+        lacks = f"lacks {', '.join(missing)}" if missing else "lists its results in another way"
+        return RunState(folder, "older", f"{MANIFEST} {lacks}: written by an older version; run it again", record)
+    if missing := [key for key in RECORD if key not in record]:
+        return RunState(folder, "older", f"{MANIFEST} lacks {', '.join(missing)}: written by an older version; "
+                        "run it again", record)
+    version = str(_dict(record.get("packages")).get("companion", ""))
+    if state.state == "done" and _number(version) < _number(companion.__version__):
+        said = f"written by companion {version or 'of unknown version'}, this is {companion.__version__}; run it again"
+        return RunState(folder, "older", said, record)
+    return state
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version, () of none: what changes the meaning of results."""
+    parts = version.split(".")[:2]
+    return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
+
+
+def _locked(folder: Path) -> bool:
+    """Whether a runner is at work in a folder: it holds the lock, which its death would have opened."""
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _order(state: RunState, runs: Path) -> tuple:
@@ -71,7 +137,7 @@ def _line(state: RunState, runs: Path) -> str:
         f'<a href="#{quote(name)}">{escape(name)}</a>',
         f'<span class="{state.state}">{state.state}</span>',
         escape(str(record.get("end", ""))[:16].replace("T", " ")),
-        _duration(record.get("seconds")),
+        f'<span data-value="{record.get("seconds", "")}">{duration(record.get("seconds"))}</span>',
         escape(str(_dict(record.get("device")).get("name", _dict(record.get("device")).get("device", "")))),
         f"<code>{escape(str(record.get('code', '')))}</code>" if record else "",
     ]
@@ -80,7 +146,8 @@ def _line(state: RunState, runs: Path) -> str:
 
 def _section(state: RunState, runs: Path) -> str:
     name, folder = _name(state, runs), state.folder
-    links = [_link(folder / f, runs, label) for f, label in ((NOTEBOOK, "notebook"), (MANIFEST, "record"))]
+    files = ((NOTEBOOK.replace(".ipynb", ".html"), "read"), (NOTEBOOK, "notebook"), (MANIFEST, "record"))
+    links = [_link(folder / file, runs, label) for file, label in files]
     title = f"<h2>{escape(name)}</h2>\n<p class=links>{' · '.join(link for link in links if link)}</p>"
     if state.state != "done":
         body = f"<p><strong>{state.state.capitalize()}</strong>: {escape(state.reason)}.</p>"
@@ -171,7 +238,8 @@ def _link(path: Path, runs: Path, label: str) -> str:
     return f'<a href="{_href(path, runs)}">{escape(label)}</a>' if path.exists() else ""
 
 
-def _duration(seconds: Any) -> str:
+def duration(seconds: Any) -> str:
+    """A time in the unit that suits it; nothing for what is no number."""
     if not isinstance(seconds, (int, float)):
         return ""
     return (
@@ -205,7 +273,10 @@ h3 { font-size: 1rem; font-weight: 600; margin: 1.5rem 0 .25rem; }
 p { margin: .25rem 0 1rem; }
 a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: 2px; }
 section { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1.5rem; }
-section.incomplete, section.corrupt { color: var(--soft); }
+section:not(.done), tr:not(.done) td { color: var(--soft); font-style: italic; }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
+th[aria-sort] button::after { content: " ▲"; }
+th[aria-sort=descending] button::after { content: " ▼"; }
 header p, .links, figcaption { color: var(--soft); }
 figure { margin: 1.25rem 0; }
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; background: #fff; }
@@ -219,5 +290,19 @@ code { font: .85em ui-monospace, monospace; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--accent); width: max-content; }
 span.done { color: var(--good); }
-span.incomplete, span.corrupt { color: var(--bad); }
+span.running { color: var(--accent); }
+span.incomplete, span.corrupt, span.older { color: var(--bad); }
+"""
+
+SORT = """
+const table = document.getElementById("runs");
+table.tHead.querySelectorAll("button").forEach((button, column) => button.addEventListener("click", () => {
+  const cell = button.parentElement, up = cell.getAttribute("aria-sort") != "ascending";
+  table.tHead.querySelectorAll("th").forEach(th => th.removeAttribute("aria-sort"));
+  cell.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const value = row => row.cells[column].querySelector("[data-value]")?.dataset.value ?? row.cells[column].textContent;
+  [...table.tBodies[0].rows]
+    .sort((a, b) => value(a).localeCompare(value(b), undefined, {numeric: true}) * (up ? 1 : -1))
+    .forEach(row => table.tBodies[0].append(row));
+}));
 """

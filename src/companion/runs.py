@@ -19,7 +19,7 @@ import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ import companion
 
 MANIFEST = "run.json"
 NOTEBOOK = "notebook.ipynb"
+IMAGES = "companion-images-1"  # the format of Run.images
 EXECUTION = "COMPANION_EXECUTION"  # set by the runner: a manifest without this mark is from another run
 
 
@@ -144,6 +145,43 @@ class Run:
             np.savez_compressed(aside, **on_host)
         return self.add(path, kind="arrays")
 
+    def images(self, name: str, *, labels: Mapping[str, Iterable] | None = None, voxel_mm=None, unit: str = "",
+               window: tuple[float, float] | None = None, **arrays: tuple[Any, str]) -> Path:
+        """The path of `name`.h5: image arrays that belong together, with axes by name, for the gallery's sliders.
+
+            run.images("subject", truth=(x, "z y x"), draws=(xs, "acceleration draw z y x"), voxel_mm=(5, 2, 2),
+                       labels={"acceleration": [4, 8]}, unit="signal", window=(0, 1.1))
+
+        arrays: name -> (array or tensor, its axes); single-channel axes may be left out of the names. The gallery knows
+        truth, estimate, error, std and draws, and finds estimate, error and std itself where draws and truth are given.
+        labels: values along an axis, shown at its slider. voxel_mm: a number or (z, y, x). window: grey levels shown.
+        Raises ValueError when axes or labels do not fit, or for NaN.
+        """
+        import h5py
+        import numpy as np
+
+        path, lengths = self._path(name, ".h5"), {}
+        with atomic_write(path) as aside, h5py.File(aside, "w") as file:
+            for key, (array, axes) in arrays.items():
+                array = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+                for axis in range(array.ndim - 1, -1, -1):
+                    if array.ndim > len(axes.split()) and array.shape[axis] == 1:
+                        array = array.squeeze(axis)
+                if array.ndim != len(axes.split()) or array.ndim < 2 or not np.isfinite(array).all():
+                    raise ValueError(f"images {name}: {key} has shape {array.shape} and axes '{axes}'; give one name "
+                                     "for each axis, at least two axes, and finite numbers")
+                lengths |= dict(zip(axes.split(), array.shape, strict=True))
+                stored = file.create_dataset(key, data=array, compression="gzip", compression_opts=1, shuffle=True)
+                stored.attrs["axes"] = axes
+            labels = {axis: _plain(list(values)) for axis, values in (labels or {}).items()}
+            if wrong := [axis for axis, values in labels.items() if lengths.get(axis) != len(values)]:
+                raise ValueError(f"images {name}: the labels of {', '.join(wrong)} do not fit an axis of that length")
+            voxel_mm = None if voxel_mm is None else np.broadcast_to(voxel_mm, 3).tolist()
+            file.attrs["format"] = IMAGES
+            file.attrs["about"] = json.dumps(
+                {"labels": labels, "voxel_mm": voxel_mm, "unit": unit, "window": window and list(window)})
+        return self.add(path, kind="images")
+
     def add(self, path: str | os.PathLike, kind: str = "file", **about: str) -> Path:
         """`path`, now listed among the results. It must be a finished file in the run's folder.
 
@@ -193,16 +231,19 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """What a folder holds: a run that is done, incomplete or corrupt, why, and its record when it has one."""
+    """What a folder holds: a run in one of five states, why, and its record when it has one.
+
+    `read_run` tells done, incomplete and corrupt apart; `index.find_runs` also sees running ones and older versions.
+    """
 
     folder: Path
-    state: Literal["done", "incomplete", "corrupt"]
+    state: Literal["done", "running", "incomplete", "corrupt", "older"]
     reason: str = ""
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def read_run(folder: str | os.PathLike) -> RunState:
-    """The state of the run in `folder`, with every result compared with its hash in run.json."""
+def read_run(folder: str | os.PathLike, hashes: bool = True) -> RunState:
+    """The state of the run in `folder`, with every result compared with its hash in run.json, or only its size."""
     folder = Path(folder)
     try:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -215,7 +256,7 @@ def read_run(folder: str | os.PathLike) -> RunState:
         file = folder / name
         if not file.is_file():
             return RunState(folder, "corrupt", f"{name} is missing", record)
-        if file.stat().st_size != size or sha256(file) != digest:
+        if file.stat().st_size != size or hashes and sha256(file) != digest:
             return RunState(folder, "corrupt", f"{name} is not the file that the run wrote", record)
     return RunState(folder, "done", "", record)
 
