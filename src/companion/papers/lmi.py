@@ -13,17 +13,21 @@ Data, training and export of the notebooks under notebooks/lmi; sampling is in `
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import isotonic_regression
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from companion import metrics
 from companion.data import anatomy, paired
 from companion.data.store import Prepared, open_dataset, write_dataset
 from companion.diffusion.denoisers import Denoiser, EDMDenoiser
@@ -434,6 +438,61 @@ def _fractions(p: PrepareData) -> tuple[float, float, float]:
     return (1 - p.validation_share - p.test_share, p.validation_share, p.test_share)
 
 
+def some_slices(prepared: Prepared, count: int, split: str = "validation") -> dict[str, Tensor]:
+    """Up to `count` slices (slice, channel, y, x) of each contrast, evenly spread over the subjects of a split.
+
+    A file without subjects in that split gives an empty dict.
+    """
+    if not prepared.rows(split):
+        return {}
+    stacks = {name: torch.from_numpy(prepared.read(name, split)).flatten(0, 1) for name in prepared.shapes}
+    total = len(next(iter(stacks.values())))
+    at = torch.linspace(0, total - 1, min(count, total)).round().long()
+    return {name: x[at] for name, x in stacks.items()}
+
+
+def intensity_rules(stacks: dict[str, Tensor], bins: int = 128) -> list[dict]:
+    """How well any rule of intensities alone could translate: PSNR (mean, standard error over slices), every direction.
+
+    stacks: paired slices (slice, 1, y, x) in [0, 1] of each contrast. "as it is": no translation. "best rising map":
+    the rising map with the smallest squared error on these very slices, more than histogram matching can reach. "best
+    map": the mean target value of each source value. The maps are fitted to the truth: limits, not methods.
+    """
+    table = []
+    for a, b in itertools.permutations([name for name in stacks if name != "labels"], 2):
+        x, y = grey(stacks[a]), grey(stacks[b])
+        index = (x * (bins - 1)).round().long().flatten().numpy()
+        counts = np.bincount(index, minlength=bins)
+        mean = np.bincount(index, weights=y.flatten().double().numpy(), minlength=bins) / counts.clip(1)
+        rising = isotonic_regression(mean, weights=counts + 1e-9).x
+        row = {"from": a, "to": b, "as it is": metrics.mean_and_error(metrics.psnr(x, y, data_range=1.0))}
+        for name, rule in (("best rising map", rising), ("best map", mean)):
+            found = torch.from_numpy(rule[index]).to(x.dtype).view_as(x)
+            row[name] = metrics.mean_and_error(metrics.psnr(found, y, data_range=1.0))
+        table.append(row)
+    return table
+
+
+def invariance(stacks: dict[str, Tensor], target: str, conditioning: Conditioning, sigma: float, seed: int = 0) -> list:
+    """How much of each map survives another contrast: its correlation with that of the target, inside the head.
+
+    Mean and standard error over slices, for every other contrast as the source; the noisy image is the target's.
+    """
+    x0 = grey(stacks[target])
+    x = x0 + sigma * randn(x0.shape, x0.dtype, torch.Generator().manual_seed(seed))
+    head, ours = (x0 > AIR)[:, 0], conditions(x, sigma, x0, conditioning)
+    names = [f"{name} {patch}" for name in conditioning.maps if name != "source" for patch in conditioning.patches]
+    table = []
+    for other in (name for name in stacks if name not in (target, "labels")):
+        theirs, row = conditions(x, sigma, grey(stacks[other]), conditioning), {"source": other}
+        for i, name in enumerate(names + ["source"] * ("source" in conditioning.maps)):
+            values = [torch.corrcoef(torch.stack([a[i][m], b[i][m]]))[0, 1] for a, b, m in
+                      zip(ours, theirs, head, strict=True) if m.sum() > 10]
+            row[name] = metrics.mean_and_error(torch.stack(values))
+        table.append(row)
+    return table
+
+
 # --------------------------------------------------------------------------------------------------------- training
 
 
@@ -567,14 +626,10 @@ def denoising_errors(D: EDMDenoiser, p: TrainTranslator, sigmas: Sequence[float]
     "nothing", "itself" (the clean target), "remapped", and every other contrast that the prepared file has. The others
     are looked at here for the first time: to measure, not to learn.
     """
-    prepared = open_dataset(project_root() / p.data)
-    rows = prepared.rows("validation")
-    if not rows:
+    stacks = some_slices(open_dataset(project_root() / p.data), count)
+    stacks = {name: grey(x).to(p.device) for name, x in stacks.items() if name != "labels"}
+    if not stacks:
         return []
-    stacks = {name: torch.from_numpy(prepared.read(name, "validation")).flatten(0, 1)
-              for name in prepared.shapes if name != "labels"}
-    step = max(1, len(stacks[p.target]) // count)
-    stacks = {name: grey(x[::step][:count]).to(p.device) for name, x in stacks.items()}
     generator = torch.Generator().manual_seed(p.seed)
     x0 = stacks.pop(p.target)
     sources = {"nothing": None, "itself": x0, "remapped": remapped(x0, generator), **stacks}
