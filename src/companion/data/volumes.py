@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,24 +93,37 @@ def find_scans(folder: str | os.PathLike) -> list[Scan]:
 
     The mask of NAME.nii.gz is NAME_brainmask (NFBS), NAME_ss or NAME_staple (CC359) or NAME_mask, in any folder. NFBS's
     skull-stripped copies (NAME_brain) are left out where the volume itself and its mask are there. The subject is the
-    name up to the session: two sessions of one person never come into different splits. Of CC359's names age, sex,
-    vendor and field strength are read. Raises FileNotFoundError if there is nothing.
+    name up to the session, or the folder's where files of different folders share one name: two sessions of one person
+    never come into different splits. Of CC359's names age, sex, vendor and field strength are read. Raises
+    FileNotFoundError if there is nothing.
     """
     folder = Path(folder)
-    paths = {_stem(p): p for p in sorted(folder.rglob("*.nii*")) if p.name.endswith((".nii", ".nii.gz"))}
-    masks = {stem: next((paths[stem + end] for end in MASK_ENDINGS if stem + end in paths), None) for stem in paths}
+    paths = sorted(p for p in folder.rglob("*.nii*") if p.name.endswith((".nii", ".nii.gz")))
+    stems = Counter(_stem(p) for p in paths)
     scans = []
-    for stem, path in paths.items():
-        of = stem.removesuffix("_brain")
-        if stem.endswith(MASK_ENDINGS) or (of != stem and masks.get(of)):
+    for path in paths:
+        stem = _stem(path)
+        plain = stem.removesuffix("_brain")
+        if stem.endswith(MASK_ENDINGS) or (plain != stem and _mask(plain, path, paths)):
             continue
         named = CC359_NAME.match(stem)
         about = {"age": int(named["age"]), "sex": named["sex"], "vendor": named["vendor"],
                  "tesla": 1.5 if named["field"] == "15" else 3.0} if named else {}
-        scans.append(Scan(named["subject"] if named else stem.split("_")[0], path, masks[stem], about))
+        subject = path.parent.name if stems[stem] > 1 else stem.split("_")[0]
+        scans.append(Scan(named["subject"] if named else subject, path, _mask(stem, path, paths), about))
     if not scans:
         raise FileNotFoundError(f"{folder}: no volumes (.nii, .nii.gz) there or below; check the path")
     return scans
+
+
+def _mask(stem: str, path: Path, paths: Sequence[Path]) -> Path | None:
+    """The mask of the volume called `stem`: beside it, or anywhere if there is only one of that name."""
+    for name in (stem + end for end in MASK_ENDINGS):
+        found = [p for p in paths if _stem(p) == name]
+        beside = [p for p in found if p.parent == path.parent]
+        if beside or len(found) == 1:
+            return (beside or found)[0]
+    return None
 
 
 def _stem(path: Path) -> str:

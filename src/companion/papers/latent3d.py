@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -55,12 +56,13 @@ AUTOENCODER, PRIOR = "latent3d/autoencoder", "latent3d/prior"
 class PrepareData(Parameters):
     """Parameters of latent3d/1_data.ipynb."""
 
-    source: str = param("cohort", "cohort: the embedded one; else a folder of NIfTI volumes, such as NFBS or CC359")
+    source: str = param("cohort", "cohort: the embedded one; digits: small 2D images, to check the code; else a folder "
+                                  "of NIfTI volumes, such as NFBS or CC359")
     data: str = param("data/latent3d_64.h5", "where the prepared volumes go; kept when it is there already")
-    shape: tuple[int, ...] = param((64, 64, 64), "voxels along z, y and x", minimum=16)
+    shape: tuple[int, ...] = param((64, 64, 64), "voxels along z, y and x (of digits: 16 16)", minimum=16)
     voxel_mm: tuple[float, ...] | None = param(None, "of files: voxel size along z, y and x; none: as for the cohort",
                                                minimum=0.1)
-    subjects: int = param(2000, "virtual people to learn from, or at most so many files", minimum=1)
+    subjects: int = param(1500, "virtual people to learn from, or at most so many files", minimum=1)
     validation_share: float = param(0.1, "of files: share of the people to validate on", minimum=0, maximum=1)
     test_share: float = param(0.1, "of files: share of the people kept for tests", minimum=0, maximum=1)
 
@@ -76,20 +78,21 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     reason in attrs["skipped"]. Raises ValueError when no file can be used, or `p.data` holds other volumes than the
     parameters ask for.
     """
-    if len(p.shape) != 3 or (p.voxel_mm and len(p.voxel_mm) != 3):
+    make = {"cohort": _cohort, "digits": _digits}.get(p.source, _files)
+    if make is not _digits and (len(p.shape) != 3 or (p.voxel_mm and len(p.voxel_mm) != 3)):
         raise ValueError(f"shape {p.shape} and voxel_mm {p.voxel_mm} must have three numbers each, for z, y and x")
     path, wanted = project_root() / p.data, {"source": p.source, "shape": list(p.shape), "subjects": p.subjects}
-    if p.source != "cohort":
+    if make is _files:
         wanted |= {name: getattr(p, name) for name in ("voxel_mm", "validation_share", "test_share", "seed")}
         wanted["voxel_mm"] = list(p.voxel_mm or volumes.spacing(p.shape))
     if not path.exists():
-        arrays, people, split, about = (_cohort if p.source == "cohort" else _files)(p, progress)
+        arrays, people, split, about = make(p, progress)
         units = {"image": "1", "tissue_ml": "mL", "affine": "mm", "scale": "as in the file"}
         write_dataset(
             path, arrays, units={name: units[name] for name in arrays}, subjects=people, split=split, seed=p.seed,
             scale={name: volumes.SCALE if name == "image" else "1" for name in arrays}, source=about.pop("source"),
             attrs=about | {"parameters": wanted})
-    prepared = open_dataset(path, require=["image", "affine"])
+    prepared = open_dataset(path, require=["image"])
     made = prepared.attrs.get("parameters", {})
     if made != wanted:
         differ = ", ".join(f"{k} = {made.get(k)} (now {v})" for k, v in wanted.items() if made.get(k) != v)
@@ -134,9 +137,64 @@ def _files(p: PrepareData, progress: bool) -> tuple[dict, list, dict, dict]:
     return arrays, list(read), split, about
 
 
-def held_out(split: str, count: int, shape: tuple[int, ...] = (64, 64, 64)) -> Tensor:
-    """Return volumes (person, 1, z, y, x) of the first people of the cohort's "validation" or "test" split."""
-    return torch.stack([volumes.virtual(subject, shape).image[None] for subject in anatomy.cohort(split, count)])
+def _digits(p: PrepareData, progress: bool) -> tuple[dict, list, dict, dict]:
+    """Return scikit-learn's 1797 handwritten digits of 8 x 8 pixels, enlarged to 16 x 16; the last 297 for tests."""
+    from sklearn.datasets import load_digits  # comes with nilearn
+
+    if tuple(p.shape) != (16, 16):
+        raise ValueError(f"digits have the shape (16, 16), not {p.shape}; set shape to it")
+    images = torch.from_numpy(load_digits().images / 16).float()[:, None]
+    images = F.interpolate(images, scale_factor=2.0, mode="bilinear").clamp(0, 1).numpy().astype(np.float16)
+    names = [str(i) for i in range(len(images))]
+    train = names[:1500][: p.subjects]
+    return {"image": images}, names, {"train": train, "test": names[1500:]}, {
+        "source": "handwritten digits of scikit-learn (UCI, Alpaydin and Kaynak 1998)", "voxel_mm": [1.0, 1.0]}
+
+
+def held_out(prepared: Prepared, split: str, count: int) -> Tensor:
+    """Return volumes (person, 1, z, y, x) of people that training never sees, the first `count` of a split.
+
+    Of the cohort they are drawn now. Of files, where the split is empty: of another split, training last.
+    """
+    if prepared.source == COHORT:
+        shape = prepared.shapes["image"][2:]
+        return torch.stack([volumes.virtual(one, shape).image[None] for one in anatomy.cohort(split, count)])
+    others = [name for name in (split, "test", "validation", "train") if prepared.split.get(name)]
+    items = prepared.sequences("image", others[0], 1)
+    return torch.stack([items[i].float() for i in range(min(count, len(items)))])
+
+
+def planes(x: Tensor) -> dict[str, Tensor]:
+    """Return the middle axial, coronal and sagittal slice of a volume (1, z, y, x), head up; an image as it is."""
+    if x.ndim == 3:
+        return {"image": x}
+    k, j, i = (n // 2 for n in x.shape[1:])
+    return {"axial": x[:, k], "coronal": x[:, :, j].flip(1), "sagittal": x[..., i].flip(1)}
+
+
+def histograms(x: list[Tensor], bins: int = 60) -> dict[str, tuple[list, list]]:
+    """Return, for `figures.curves`, the histogram of the values above 0 of each volume, in shares of them."""
+    edges = torch.linspace(0.02, volumes.CEILING, bins + 1)
+    curves = {}
+    for i, one in enumerate(x):
+        counts = torch.histogram(one[one > 0.02].flatten(), edges).hist
+        curves[f"person {i + 1}"] = ((edges[1:] + edges[:-1]) / 2).tolist(), (counts / counts.sum()).tolist()
+    return curves
+
+
+def mean_and_spread(prepared: Prepared, most: int = 100) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (1, z, y, x), voxel by voxel, of the first training volumes."""
+    items = prepared.sequences("image", "train", 1)
+    x = torch.stack([items[i].float() for i in range(min(most, len(items)))])
+    return x.mean(0), x.std(0, correction=0)
+
+
+def loss_curve(result: TrainResult, points: int = 60) -> tuple[list[float], list[float]]:
+    """Return (items seen, mean loss) of a training in about `points` pieces of its log, for `figures.curves`."""
+    lines = [line for line in result.stats if "loss" in line]
+    width = max(1, len(lines) // points)
+    pieces = [lines[i : i + width] for i in range(0, len(lines), width)]
+    return [piece[-1]["images"] for piece in pieces], [sum(v["loss"] for v in piece) / len(piece) for piece in pieces]
 
 
 # ----------------------------------------------------------------------------------------------------- autoencoder
@@ -166,17 +224,18 @@ class TrainLatent(Parameters):
     ae_learning_rate: float = param(2e-3, "highest learning rate", minimum=0)
     ae_warmup: int = param(50, "steps of linear warm-up", minimum=0)
     ae_ema_decay: float = param(0.995, "decay of the averaged weights", minimum=0, maximum=1)
-    ae_seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
+    ae_seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=0)
     # the prior
     start_from: str | None = param(None, "prior to begin with")
     diffusion: str = param("edm", "edm, rectified flow, or what a network at 1000 discrete times predicts",
                            choices=("edm", "flow", "v", "epsilon", "x0"))
     schedule: str = param("scaled_linear", "of v, epsilon, x0", choices=tuple(SCHEDULES))
     covariates: tuple[str, ...] = param((), "what the prior is told of each brain", choices=("brain_ml", "csf_share"))
-    model_channels: int = param(64, "width of the network", minimum=32)
-    channel_mult: tuple[float, ...] = param((1, 2), "relative width of each level, finest first")
-    prior_res_blocks: int = param(1, "residual blocks a level", minimum=1)
-    attention_resolutions: tuple[int, ...] = param((2,), "strides at which the network attends over cells")
+    model_channels: int = param(96, "width of the network", minimum=32)
+    channel_mult: tuple[float, ...] = param((1,), "relative width of each level, finest first")
+    prior_res_blocks: int = param(2, "residual blocks a level", minimum=1)
+    attention_resolutions: tuple[int, ...] = param((1,), "strides at which the network attends over cells")
+    prior_patch: int = param(2, "the finest level works on blocks of so many cells along each axis", minimum=1)
     P_mean: float = param(0.3, "mean of ln sigma in training (edm)")
     P_std: float = param(1.3, "standard deviation of ln sigma in training (edm)", minimum=0)
     steps: int = param(10000, "optimiser steps", minimum=1)
@@ -185,8 +244,10 @@ class TrainLatent(Parameters):
     learning_rate: float = param(1e-3, "highest learning rate", minimum=0)
     warmup: int = param(100, "steps of linear warm-up", minimum=0)
     ema_decay: float = param(0.998, "decay of the averaged weights", minimum=0, maximum=1)
-    seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
+    seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=0)
     # both
+    rate: str = param("cosine", "learning rates after the warm-up; constant ones can go on for longer",
+                      choices=("cosine", "constant"))
     mirror: bool = param(True, "mirror volumes left to right at random")
     autocast: str | None = param("bfloat16", "number format inside the networks", choices=("bfloat16", None))
     checkpoint_every: int = param(200, "steps between checkpoints", minimum=1)
@@ -195,8 +256,8 @@ class TrainLatent(Parameters):
 def data_config(prepared: Prepared) -> dict:
     """Return what a checkpoint says of the volumes that it knows: source, scale, grid, affine of the first."""
     return {"source": prepared.source, "scale": volumes.SCALE, "volumes": len(prepared.rows("train")),
-            "shape": list(prepared.shapes["image"][-3:]), "voxel_mm": prepared.attrs["voxel_mm"],
-            "affine": prepared.read("affine")[0].tolist()}
+            "shape": list(prepared.shapes["image"][2:]), "voxel_mm": prepared.attrs["voxel_mm"],
+            "affine": prepared.read("affine")[0].tolist() if "affine" in prepared.shapes else None}
 
 
 def autoencoder_config(p: TrainLatent, prepared: Prepared) -> dict:
@@ -230,7 +291,7 @@ def train_autoencoder(p: TrainLatent, progress: bool = True) -> TrainResult:
         model = AdversarialCodec(codec, PatchDiscriminator(codec.dims))
     options = TrainConfig(
         steps=p.ae_steps, batch_size=p.ae_batch_size, learning_rate=p.ae_learning_rate, warmup=p.ae_warmup,
-        schedule="cosine", betas=(0.9, 0.99), ema_decay=p.ae_ema_decay, autocast=p.autocast, channels_last=True,
+        schedule=p.rate, betas=(0.9, 0.99), ema_decay=p.ae_ema_decay, autocast=p.autocast, channels_last=True,
         seed=p.seed, device=p.device, seconds=p.ae_seconds, checkpoint_every=p.checkpoint_every)
 
     def loss(model: nn.Module, x: Tensor, generator: Generator) -> Tensor:
@@ -280,9 +341,14 @@ def reconstruction_figures(x_hat: Tensor, x: Tensor) -> dict[str, tuple[float, f
     return {name: metrics.mean_and_error(values) for name, values in figures.items()}
 
 
+def codec_of(result: TrainResult) -> Codec:
+    """Return the averaged autoencoder of a training, without the discriminator beside it."""
+    return getattr(result.ema, "codec", result.ema)
+
+
 def save_autoencoder(result: TrainResult, p: TrainLatent, figures: dict) -> Path:
     """Return the folder <out>/autoencoder/checkpoint with the averaged weights in half precision."""
-    codec = result.ema.codec if p.adversary else result.ema
+    codec = codec_of(result)
     record = _record(result, p, p.ae_batch_size) | {"validation": figures}
     config = autoencoder_config(p, open_dataset(project_root() / p.data))
     return weights.save_checkpoint(project_root() / p.out / "autoencoder" / "checkpoint", copy.deepcopy(codec).half(),
@@ -315,7 +381,7 @@ def cache_latents(codec: Codec, prepared: Prepared, path: str | os.PathLike, mir
             with torch.autocast(torch.device(device).type, getattr(torch, autocast or "float32"), bool(autocast)):
                 z.append(raw.encode(both).float().cpu().half())
         z = torch.stack(z).float()
-        mean, std = latent.statistics(z.unflatten(1, (-1, 1)).flatten(0, 1).split(64))
+        mean, std = latent.statistics(z.flatten(0, 1).split(64))
         space = LatentSpace(codec, mean, std)
         z = (z - space._column(space.mean.cpu())) / space._column(space.std.cpu())
         people = [prepared.subjects[row] for row in prepared.rows("train")]
@@ -376,7 +442,7 @@ def prior_config(p: TrainLatent, space: LatentSpace, prepared: Prepared) -> dict
     network = {"name": "UNet", "dims": space.codec.dims, "in_channels": channels + len(p.covariates),
                "model_channels": p.model_channels, "out_channels": channels, "num_res_blocks": p.prior_res_blocks,
                "channel_mult": list(p.channel_mult), "attention_resolutions": list(p.attention_resolutions),
-               "num_heads": 4, "use_scale_shift_norm": True}
+               "num_heads": 4, "use_scale_shift_norm": True, "patch": p.prior_patch}
     about = []
     if p.covariates:
         if "tissue_ml" not in prepared.shapes:
@@ -443,7 +509,7 @@ def train_prior(p: TrainLatent, progress: bool = True) -> tuple[TrainResult, Lat
         cond = condition(values, config, cached.shapes["z"][3:])
     options = TrainConfig(
         steps=p.steps, batch_size=p.batch_size, grad_accumulation=p.grad_accumulation, learning_rate=p.learning_rate,
-        warmup=p.warmup, schedule="cosine", ema_decay=p.ema_decay, channels_last=True, seed=p.seed, device=p.device,
+        warmup=p.warmup, schedule=p.rate, ema_decay=p.ema_decay, channels_last=True, seed=p.seed, device=p.device,
         seconds=p.seconds, checkpoint_every=p.checkpoint_every)
 
     def loss(D: nn.Module, z: Tensor, generator: Generator) -> Tensor:
@@ -455,6 +521,18 @@ def train_prior(p: TrainLatent, progress: bool = True) -> tuple[TrainResult, Lat
 
 
 SIGMA_MAX = 80.0  # where draws begin: latents of standard deviation 1 are invisible in it
+
+
+def latent_report(D: nn.Module, space: LatentSpace) -> list[dict[str, float]]:
+    """Return what to look at before a prior is trained: the latents, and what is left of them at the highest noise."""
+    left = {"amplitude left at the highest noise (%)": 100 * check_levels(D)}
+    return [{"channel": i, "mean": m, "standard deviation": s, "normalised": "0, 1"} | left
+            for i, (m, s) in enumerate(zip(space.mean.tolist(), space.std.tolist(), strict=True))]
+
+
+def no_cond(p: TrainLatent, z: Tensor) -> Tensor | None:
+    """Return the cond of an average person, for latents z (batch, channel, *cells); None without covariates."""
+    return z.new_zeros(len(z), len(p.covariates), *z.shape[2:]) if p.covariates else None
 
 
 @torch.no_grad()

@@ -1,0 +1,172 @@
+"""Volumes of different files and of virtual people on one grid and one intensity scale."""
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from companion.data import anatomy, volumes
+from companion.data.nifti import Volume, save_nifti
+
+
+def ball(shape=(40, 50, 44), radius=14.0, centre=(20, 24, 21)):
+    """A smooth ball, brighter to its left, on background 0; and its mask."""
+    at = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) - np.array(centre)
+    mask = np.linalg.norm(at, axis=-1) < radius
+    return (mask * (100 + 2.0 * at[..., 2] + at[..., 0])).astype(np.float32), mask
+
+
+def head(tmp_path, name="sub-01_T1w", shape=(40, 50, 44), mm=4.0, mask="_mask", **options):
+    array, inside = ball(shape)
+    save_nifti(tmp_path / f"{name}.nii.gz", array, **(options or {"voxel_mm": mm}))
+    if mask:
+        save_nifti(tmp_path / f"{name}{mask}.nii.gz", inside, **(options or {"voxel_mm": mm}))
+    return array
+
+
+# --- scale and grid
+
+
+def test_percentile_scale_ignores_the_background_and_a_few_bright_voxels():
+    array, mask = ball()
+    scaled, scale = volumes.normalise_percentile(array, mask)
+    assert np.percentile(scaled[mask], 99.5) == pytest.approx(1, abs=1e-5) and not scaled[~mask].any()
+    np.testing.assert_allclose(scaled[mask] * scale, array[mask], rtol=1e-5)
+    bright = array.copy()
+    bright[20, 24, 21] = 1e5
+    again, other = volumes.normalise_percentile(bright, mask)
+    assert other == pytest.approx(scale, rel=1e-3) and again.max() == np.float32(volumes.CEILING)
+
+
+@pytest.mark.parametrize("case, message", [
+    ("empty", "mask is empty"), ("nan", "1 voxels are NaN"), ("other", "they must agree"),
+    ("dark", "no positive signal"),
+])
+def test_unusable_volumes_are_refused(case, message):
+    array, mask = ball()
+    if case == "nan":
+        array[20, 20, 20] = np.nan
+    mask = {"empty": mask & False, "other": mask[1:]}.get(case, mask)
+    with pytest.raises(ValueError, match=message):
+        volumes.normalise_percentile(array * (case != "dark"), mask)
+
+
+@pytest.mark.parametrize("voxel_mm", [(3.0, 3.0, 3.0), (2.5, 1.0, 1.0)])
+def test_resampling_keeps_positions_in_the_world(voxel_mm):
+    """A linear ramp over world coordinates stays that ramp on any grid, also from an oblique one."""
+    turn, _ = np.linalg.qr(np.array([[1.0, 0.2, 0.1], [-0.2, 1.0, 0.05], [-0.1, 0.0, 1.0]]))
+    old = np.eye(4)
+    old[:3, :3], old[:3, 3] = turn * np.array([1.0, 1.2, 0.8]), (-30.0, -20.0, -25.0)
+    shape, coefficients = (70, 60, 64), np.array([0.3, -0.2, 0.5])
+
+    def ramp(affine, size):
+        index = np.stack(np.meshgrid(*map(np.arange, size[::-1]), indexing="ij"), -1)  # (x, y, z)
+        return ((index @ affine[:3, :3].T + affine[:3, 3]) @ coefficients).transpose(2, 1, 0)
+
+    middle = old[:3, :3] @ ((np.array(shape[::-1]) - 1) / 2) + old[:3, 3]
+    new = volumes.grid_affine((7, 9, 5), voxel_mm, middle)
+    out = volumes.resample(Volume(ramp(old, shape).astype(np.float32), old), new, (7, 9, 5))
+    np.testing.assert_allclose(out, ramp(new, (7, 9, 5)), atol=2e-3)
+    assert (np.linalg.norm(new[:3, :3], axis=0)[::-1] == voxel_mm).all()
+
+
+def test_resampling_to_larger_voxels_does_not_alias():
+    """Stripes of two voxels vanish when voxels become four times larger."""
+    stripes = np.zeros((8, 8, 64), np.float32)
+    stripes[..., ::2] = 1
+    old, new = (volumes.grid_affine((8, 8, n), (1, 1, mm), (0, 0, 0)) for n, mm in ((64, 1), (12, 4)))
+    out = volumes.resample(Volume(stripes, old), new, (8, 8, 12))
+    assert np.abs(out[2:-2, 2:-2] - 0.5).max() < 0.02
+
+
+# --- files
+
+
+def test_nfbs_and_cc359_layouts_are_found(tmp_path):
+    nfbs = tmp_path / "NFBS" / "A00028185"
+    for end in ("", "_brain", "_brainmask"):
+        (nfbs / f"sub-A00028185_ses-NFB3_T1w{end}.nii.gz").parent.mkdir(parents=True, exist_ok=True)
+        (nfbs / f"sub-A00028185_ses-NFB3_T1w{end}.nii.gz").touch()
+    cc = tmp_path / "CC359"
+    for part in ("Original/CC0001_philips_15_55_M", "Silver-standard-machine-learning/CC0001_philips_15_55_M_ss",
+                 "Original/CC0300_ge_3_41_F", "Silver-standard-STAPLE/CC0300_ge_3_41_F_staple"):
+        (cc / f"{part}.nii.gz").parent.mkdir(parents=True, exist_ok=True)
+        (cc / f"{part}.nii.gz").touch()
+    (one,) = volumes.find_scans(tmp_path / "NFBS")
+    assert one.subject == "sub-A00028185" and one.image.name.endswith("_T1w.nii.gz")
+    assert one.mask.name.endswith("_brainmask.nii.gz")
+    first, second = volumes.find_scans(cc)
+    assert first.about == {"age": 55, "sex": "M", "vendor": "philips", "tesla": 1.5} and first.subject == "CC0001"
+    assert first.mask.name.endswith("_ss.nii.gz") and second.mask.name.endswith("_staple.nii.gz")
+    with pytest.raises(FileNotFoundError, match="no volumes"):
+        volumes.find_scans(tmp_path / "nothing")
+
+
+def test_files_of_one_name_in_many_folders_are_different_people(tmp_path):
+    for person in ("anna", "bert"):
+        (tmp_path / person).mkdir()
+        for name in ("t1.nii.gz", "t1_mask.nii.gz"):
+            (tmp_path / person / name).touch()
+    scans = volumes.find_scans(tmp_path)
+    assert [scan.subject for scan in scans] == ["anna", "bert"]
+    assert all(scan.mask.parent == scan.image.parent for scan in scans)
+
+
+def test_a_scan_comes_to_the_grid_around_its_brain(tmp_path):
+    array = head(tmp_path)
+    (scan,) = volumes.find_scans(tmp_path)
+    volume, scale = volumes.load_scan(scan, (33, 31, 35), (5.0, 5.0, 5.0))
+    assert volume.array.shape == (33, 31, 35) and volume.voxel_mm == (5.0, 5.0, 5.0)
+    assert scale == pytest.approx(np.percentile(array[array > 0], 99.5), rel=1e-3)
+    z, y, x = (np.average(np.arange(n), weights=volume.array.sum(axes)) for n, axes in
+               zip(volume.array.shape, [(1, 2), (0, 2), (0, 1)], strict=True))
+    where = volume.affine @ (x, y, z, 1)
+    stored = nibabel.load(scan.image)
+    old = stored.affine @ (*[np.average(np.arange(n), weights=array.sum(axes)) for n, axes in
+                             zip(array.shape[::-1], [(0, 1), (0, 2), (1, 2)], strict=True)], 1)
+    np.testing.assert_allclose(where, old, atol=0.2)  # mm: the same place in the same world
+
+
+@pytest.mark.parametrize("case, message", [
+    ("metres", "no head"), ("4d", "4D"), ("small grid", "the brain measures"), ("no affine", "has no affine"),
+    ("mask elsewhere", "must lie on the grid"), ("no mask", "brain is not marked"), ("sheared", "sheared"),
+])
+def test_files_that_cannot_be_right_are_refused(tmp_path, case, message):
+    shape, grid = (40, 50, 44), (32, 32, 32)
+    affine = volumes.grid_affine(shape, (4, 4, 4), (0, 0, 0))
+    if case == "metres":
+        affine[:3] /= 1000
+    if case == "sheared":
+        affine[0, 1] = 3.0
+    array, mask = ball(shape)
+    path = tmp_path / "one_T1w.nii.gz"
+    save_nifti(path, array + (case == "no mask"), affine=affine)
+    if case == "4d":
+        nibabel.save(nibabel.Nifti1Image(np.stack([array] * 2, -1), affine), path)
+    if case == "no affine":
+        image = nibabel.Nifti1Image(array, None)
+        image.header.set_sform(None, 0)
+        nibabel.save(image, path)
+    if case == "mask elsewhere":
+        save_nifti(tmp_path / "one_T1w_mask.nii.gz", mask, affine=affine + np.diag([0, 0, 0, 0]) + 3 * np.eye(4, k=3))
+    (scan,) = volumes.find_scans(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        volumes.load_scan(scan, (8, 8, 8) if case == "small grid" else grid, (4.0, 4.0, 4.0))
+
+
+# --- the embedded cohort
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 32), (32, 48, 48)])
+def test_virtual_heads_fit_their_grid_and_know_where_they_are(shape):
+    person = volumes.virtual(anatomy.cohort("validation", 1)[0], shape)
+    inside = person.image > 0
+    for axis in range(3):
+        ends = inside.movedim(axis, 0)[[0, -1]]
+        assert not ends.any(), "the brain touches the border"
+    assert 0.99 < torch.quantile(person.image[inside], 0.995) < 1.01
+    voxel = np.prod(volumes.spacing(shape)) / 1000
+    assert person.tissue_ml.sum() == pytest.approx(inside.sum().item() * voxel, rel=0.1)
+    assert 1200 < person.tissue_ml.sum() < 2200  # mL
+    centre = person.affine @ (*(np.array(shape[::-1]) - 1) / 2, 1)
+    np.testing.assert_allclose(centre[:3], anatomy.CENTRE_MM, atol=1e-4)
