@@ -124,11 +124,11 @@ def mean_sensitivity(A: LinearOperator) -> Tensor:
 
 
 def dose_channel(counts_per_kbq: Tensor, scale_kbq: float) -> Tensor:
-    """Return the dose as a network sees it, about -0.5 to 0.5 for 10^4 to 10^7 counts a slice of 64 x 64.
+    """Return the dose as a network sees it, about -0.5 to 0.5 for 2 10^3 to 2 10^6 counts a slice of 64 x 64.
 
     counts_per_kbq (slice,): `mean_sensitivity`. It is known before anything is measured.
     """
-    return ((counts_per_kbq * scale_kbq).log() - 5.75) / 7
+    return ((counts_per_kbq * scale_kbq).log() - 4.15) / 7
 
 
 def as_condition(images: Tensor, counts_per_kbq: Tensor, scale_kbq: float) -> Tensor:
@@ -183,7 +183,7 @@ class PrepareData(Parameters):
     slices_per_subject: int = param(8, "axial slices of each", minimum=1)
     lesions: int = param(3, "of each virtual person who has any", minimum=0)
     lesion_share: float = param(0.5, "of the virtual people who have lesions", minimum=0, maximum=1)
-    counts: tuple[float, ...] = param((1e4, 1e7), "true counts of a slice at full dose: one number, or a range",
+    counts: tuple[float, ...] = param((2e3, 2e6), "true counts of a slice at full dose: one number, or a range",
                                       minimum=1)
     fraction: float = param(1.0, "of the counts that the low-dose scan keeps; below 1 the full dose is kept as a "
                                  "target too", minimum=1e-4, maximum=1)
@@ -561,7 +561,7 @@ def validation_errors(D: EDMDenoiser, p: TrainModel, people: int = 16) -> list[d
     if prepared.source != PEOPLE:
         return []
     if p.task == "conditional":
-        return enhancement_errors(D, data, (1e4, 5e4, 2.5e5, 1e6, 1e7), people, p.seed)
+        return enhancement_errors(D, data, (2.5e3, 1e4, 5e4, 2.5e5, 1e6), people, p.seed)
     return denoising_errors(D, p.scale_kbq, (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0), people, data["image_size"][-1],
                             p.seed)
 
