@@ -252,10 +252,12 @@ def test_a_slider_answers_at_once_and_memory_stays(tmp_path):
 
 
 def test_numbers_are_found_wherever_metrics_keep_them():
-    metrics = {"a": 1, "flag": True, "curve": [1, 2, 3], "table": [{"R": 4, "method": "TV", "PSNR": [27.8, 0.2]},
-               {"R": 8, "method": "TV", "PSNR": [22.2, 0.3]}], "nested": {"R = 4": {"ratio": 1.13}}}
-    assert dict(flatten(metrics)) == {"a": 1, "R 4, TV: PSNR": 27.8, "R 8, TV: PSNR": 22.2,
-                                      "nested: R = 4: ratio": 1.13}
+    rows = [{"R": 4, "method": "TV", "PSNR": [27.8, 0.2]}, {"R": 8, "method": "TV", "PSNR": [22.2, 0.3]}]
+    metrics = {"a": 1, "flag": True, "curve": [1, 2, 3], "table": rows, "doses": {"5 %": rows[:1]},
+               "nested": {"R = 4": {"ratio": 1.13}}}
+    assert list(flatten(metrics)) == [
+        ("a", 1, None), ("R 4, TV: PSNR", 27.8, 0.2), ("R 8, TV: PSNR", 22.2, 0.3), ("5 %, R 4, TV: PSNR", 27.8, 0.2),
+        ("nested: R = 4: ratio", 1.13, None)]
 
 
 def test_conditions_are_read_and_mistakes_said():

@@ -35,7 +35,7 @@ class Scan(Parameters):
     dose: float = param(1.0, "share of the full dose", minimum=0, maximum=1)
 
 
-def write_examples(runs: str | os.PathLike, accelerations=(2, 4, 6), doses=(0.1, 0.3, 1.0),
+def write_examples(runs: str | os.PathLike, accelerations=(2, 6), doses=(0.1, 1.0),
                    people=(0, 1)) -> list[Path]:
     """Folders of one run for each acceleration and dose, and each person (their seed)."""
     runs, folders = Path(runs), []

@@ -12,7 +12,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from html import escape
@@ -56,6 +56,17 @@ class Browse(Parameters):
     explore: bool = param(False, "open a volume in ipyniivue (WebGL); not for executed copies, which cannot keep it")
 
 
+def folder_of(p: Browse, beside: Path) -> Path:
+    """The folder of runs to show: p.runs, or examples made `beside` when asked for or when p.runs has none to show."""
+    runs = project_root() / p.runs
+    if not p.examples and runs.is_dir() and any(entry.done and entry.files() for entry in find_entries(runs)):
+        return runs
+    from companion.examples import write_examples
+
+    write_examples(beside / ".examples")
+    return beside / ".examples"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One run as the table shows it."""
@@ -82,7 +93,7 @@ class Entry:
     @cached_property
     def values(self) -> dict[str, float]:
         """Every single number of its metrics by name: see `flatten`."""
-        return dict(flatten(self.metrics))
+        return {name: number for name, number, _ in flatten(self.metrics)}
 
     def get(self, key: str) -> str:
         """A text of its record, or nothing."""
@@ -120,27 +131,28 @@ def find_entries(runs: str | os.PathLike) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.get("end"), reverse=True)
 
 
-def flatten(value: Any, name: str = "") -> Iterable[tuple[str, float]]:
-    """(name, number) of every single number in metrics: nested mappings, tables of rows, means with their errors.
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, float, float | None]]:
+    """(name, number, error) of every single number in metrics: nested mappings, tables of rows, means with errors.
 
     A row of a table is named by its words and whole numbers: {"R": 4, "method": "TV", "PSNR": (27.8, 0.2)} gives
-    "R 4, TV: PSNR", 27.8. Other lists are curves, not numbers, and left out.
+    "R 4, TV: PSNR", 27.8, 0.2. Other lists are curves, not numbers, and left out.
     """
     if isinstance(value, bool) or value is None:
         return
     if isinstance(value, (int, float)):
-        yield name, float(value)
+        yield name, float(value), None
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from flatten(inner, f"{name}: {key}" if name else str(key))
     elif isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+        within = name.split(": ")[1:]  # tables lie at the top, or one for each of several cases
         for row in value:
             keys = [str(v) if isinstance(v, str) else f"{k} {v}" for k, v in row.items()
                     if isinstance(v, (str, int)) and not isinstance(v, bool)]
             rest = {k: v for k, v in row.items() if not isinstance(v, (str, int))}
-            yield from flatten(rest, ", ".join(keys) or name)
+            yield from flatten(rest, ", ".join(within + keys) or name)
     elif isinstance(value, list) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
-        yield name, float(value[0])
+        yield name, float(value[0]), float(value[1])
 
 
 def conditions(text: str) -> list[tuple[str, str, str]]:
@@ -212,6 +224,11 @@ class Gallery(Shown):
         for widget in former:
             close(widget)
         return self.viewer
+
+    def open_first(self) -> Viewer | None:
+        """Show the first run of the table that has images; None if there is none."""
+        first = next((entry for entry in self.shown if entry.done and entry.files()), None)
+        return None if first is None else self.open(first)
 
     def _forget_viewer(self) -> None:
         if self.viewer is not None:
@@ -455,6 +472,15 @@ class RunGrid(Shown):
     def figure(self):
         """What the viewer shows now."""
         return self.viewer.figure()
+
+
+def alike(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Finished runs with images that lie side by side in a folder and differ in some parameter; most first."""
+    groups: dict[Path, list[Entry]] = {}
+    for entry in entries:
+        if entry.done and entry.files():
+            groups.setdefault(entry.folder.parent, []).append(entry)
+    return sorted((group for group in groups.values() if varying(group)), key=len, reverse=True)
 
 
 def varying(entries: Sequence[Entry]) -> dict[str, list]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from html import escape
+from html import escape, unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 from companion.runs import atomic_write
 
 # A formula, or code, in which a dollar is a dollar.
 MATHS = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|"
                    r"(?<![\\$\w])\$(?P<line>[^\s$`][^$`]*?)(?<!\s)\$", re.DOTALL)
-INWARD = re.compile(r'<a href="(?!#|[a-z]+:)[^"]*"[^>]*>(.*?)</a>', re.DOTALL)  # links to files of the project
+INWARD = re.compile(r'<a href="(?!#|[a-z]+:)([^"]*)"[^>]*>(.*?)</a>', re.DOTALL)  # links to files of the project
 MARK = "companionmaths{}x"
 
 
@@ -53,7 +54,7 @@ def page(notebook: Path) -> str:
             _describe(output)
     content.metadata.pop("widgets", None)
     body, _ = HTMLExporter(template_name="basic", embed_images=True).from_notebook_node(content)
-    body = INWARD.sub(r"\1", body)  # from here they would lead nowhere
+    body = INWARD.sub(lambda link: link[0] if _leads(notebook.parent, link[1]) else link[2], body)
     for i, formula in enumerate(formulas):
         body = body.replace(MARK.format(i), formula)
     title = next((line.lstrip("# ") for c in content.cells for line in c.source.splitlines() if line[:2] == "# "),
@@ -62,6 +63,11 @@ def page(notebook: Path) -> str:
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
             f"<style>{STYLE}{HtmlFormatter().get_style_defs('.highlight')}</style>\n</head>\n<body>\n"
             f"<main>\n{body}\n</main>\n</body>\n</html>\n")
+
+
+def _leads(folder: Path, href: str) -> bool:
+    """Whether a link leads somewhere from here: those between the project's notebooks do not, those to runs do."""
+    return (folder / unquote(unescape(href)).split("#")[0]).exists()
 
 
 def mathml(formula: str, block: bool) -> str:
