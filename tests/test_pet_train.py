@@ -150,9 +150,11 @@ def test_published_phantoms_and_activity_maps_can_be_prepared(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_and_comes_back_from_disk(prepared, tmp_path, kind):
-    p = training(prepared, tmp_path, **KINDS[kind])
+    p = training(prepared, tmp_path, validation_people=2, **KINDS[kind])
     result = pet.train_model(p, progress=False)
     errors = pet.validation_errors(result.ema, p, people=2)
+    logged = pet.logged_errors(errors)
+    assert len(logged) == len(errors) and [line for line in result.stats if logged.items() <= line.items()]
     assert result.finished and errors and pet.errors_figure(errors).axes
     D, config = load_denoiser(pet.save_model(result, p, errors)), describe(tmp_path / "checkpoint")
     assert config["data"]["scale_kbq"] == 25.0 and config["data"]["pixel_mm"] == 7.0

@@ -418,6 +418,8 @@ class TrainModel(Parameters):
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
     seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
     checkpoint_every: int = param(250, "steps between checkpoints", minimum=1)
+    validation_people: int = param(0, "whose errors go to stats.jsonl with every checkpoint (embedded cohort)",
+                                   minimum=0)
 
 
 def model_config(p: TrainModel, prepared: Prepared) -> dict:
@@ -484,9 +486,13 @@ def train_model(p: TrainModel, progress: bool = True) -> TrainResult:
     def loss(D: EDMDenoiser, batch: dict[str, Tensor], generator: Generator) -> Tensor:
         return model_loss(D, batch, generator, p)
 
+    def validate(ema: EDMDenoiser) -> dict[str, float]:
+        return logged_errors(validation_errors(ema, p, p.validation_people))
+
     losses = ("P_mean", "P_std", "variance_weight", "mirror", "augment", "stretch_label", "start_from")
     about = config | {name: getattr(p, name) for name in losses}
-    return train(D, loss, training_slices(p, prepared), options, project_root() / p.out, about=about, progress=progress)
+    return train(D, loss, training_slices(p, prepared), options, project_root() / p.out, about=about, progress=progress,
+                 validate=validate if p.validation_people else None)
 
 
 def model_loss(D: EDMDenoiser, batch: dict[str, Tensor], generator: Generator, p: TrainModel) -> Tensor:
@@ -592,6 +598,12 @@ def errors_figure(errors: list[dict]) -> Figure:
     lines = {name: (counts, *map(list, zip(*(row[name] for row in errors), strict=True)))
              for name in errors[0] if name != "counts"}
     return figures.curves(lines, xlabel="counts of a slice", ylabel="NRMSE", logx=True, logy=True, size=(4.2, 3.4))
+
+
+def logged_errors(errors: list[dict]) -> dict[str, float]:
+    """Return what `validation_errors` says of the network as single numbers by name, for stats.jsonl."""
+    return {f"NRMSE at {row['counts']:g} counts": row["network"][0] for row in errors if "counts" in row} | {
+        f"error at sigma {row['sigma']:g}": row["error (kBq/mL)"] for row in errors if "sigma" in row}
 
 
 def save_model(result: TrainResult, p: TrainModel, errors: list[dict]) -> Path:

@@ -46,7 +46,7 @@ class SampleModel(Parameters):
     label: int | None = param(None, "class label, if the network was trained with them; none: of no class", minimum=0)
     guidance: float = param(1.0, "weight of the class label; 1 as trained, above 1 exaggerates", minimum=0)
     source: str = param("cohort", "of scans: cohort, held-out virtual people; else a prepared file with a test split")
-    subjects: int = param(8, "held-out slices: to scan if conditional, else to compare with", minimum=2)
+    subjects: int = param(16, "held-out slices: to scan if conditional, else to compare with", minimum=2)
     lesions: int = param(1, "of each held-out virtual person", minimum=0)
     counts: float = param(2.5e5, "true counts of each scan of virtual people; 2.5e5 is the published low dose",
                           minimum=1)
