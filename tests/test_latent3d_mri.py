@@ -98,7 +98,7 @@ def test_guidance_is_exact_for_a_linear_decoder(gaussian, kind):
 
     exact = posterior_mean(scan.A, scan.y, 0.1, belief, 60, 1e-6)(white)(x, sigma)
     found = G(white)(x, sigma)
-    assert torch.allclose(found, exact, atol=1e-2) and (found - white(x, sigma)).abs().max() > 0.05
+    assert torch.allclose(found, exact, atol=3e-3) and (found - white(x, sigma)).abs().max() > 0.05
     assert G.denoiser_calls == (1 if kind is mri.projection else 2)
 
 

@@ -110,20 +110,16 @@ def test_loss_of_the_best_white_network_is_the_formula(white):
     assert latent3d.unexplained(white, z, torch.tensor([0.1, 10.0])) == pytest.approx([1, 1], abs=0.1)
 
 
-def test_planes_show_heads_upright():
-    prior = tiny_prior()
-    image = latent3d.people(prior, P.data, "test", 1)[0]
-    planes = latent3d.three_planes(prior, image)
-    assert {name: tuple(x.shape) for name, x in planes.items()} == dict.fromkeys(planes, (1, 32, 32))
-    x, y, z = (latent3d.voxel_of(prior, plane) for plane in ("sagittal", "coronal", "axial"))
-    mm = prior.affine @ np.array([x, y, z, 1.0])
-    assert np.abs(mm[:3] - [latent3d.SHOWN_MM[p] for p in ("sagittal", "coronal", "axial")]).max() <= 3.1
-    assert torch.equal(planes["coronal"][0, 0], image[0, -1, y])  # the vertex is in the first row
+def test_rows_are_planes_and_columns_are_volumes():
+    a, b = torch.rand(2, 1, *SHAPE)
+    rows = latent3d.by_plane({"a": a, "b": b})
+    assert list(rows) == ["axial", "coronal", "sagittal"] and list(rows["axial"]) == ["a", "b"]
+    assert torch.equal(rows["coronal"]["b"][0, 0], b[0, -1, SHAPE[1] // 2])  # the vertex is in the first row
 
 
-def test_sheet_cuts_long_sets_into_rows(prior):
+def test_sheet_cuts_long_sets_into_rows():
     x = torch.rand(5, 1, *SHAPE)
-    rows = latent3d.sheet(prior, {"synthetic": x}, columns=3)
+    rows = latent3d.sheet({"synthetic": x}, columns=3)
     assert len(rows) == 6 and all(list(row) == ["1", "2", "3"] for row in rows.values())
     assert torch.isnan(rows["synthetic 4-6\naxial"]["3"]).all()
 

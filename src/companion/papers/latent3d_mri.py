@@ -45,6 +45,7 @@ class ReconstructVolumes(Parameters):
     autoencoder: str | None = param(None, "its autoencoder; none: the one that the prior names")
     data: str = param("data/latent3d_64.h5", "prepared volumes, from 1_data; missing: the embedded cohort, made anew")
     people: int = param(16, "held-out people to send through the code", minimum=2)
+    synthetic: int = param(8, "volumes to draw, to compare their spectrum", minimum=2)
     start_sigmas: tuple[float, ...] = param((0.3, 1.0, 3.0, 10.0), "noise added to a real code before it is drawn anew",
                                             minimum=1e-3)
     subjects: int = param(2, "held-out people to scan", minimum=1)
@@ -273,7 +274,7 @@ class gradient(LatentGuidance):
 
 def explain(x: Tensor, variance: Tensor, G: LatentGuidance) -> Tensor:
     """Return the Gaussian posterior mean of a volume: x (batch, 1, z, y, x), off by `variance`, given the data of G."""
-    data = posterior_mean(G.A, G.y, G.noise_std, iterations=G.iterations)
+    data = posterior_mean(G.A, G.y, G.noise_std, iterations=G.iterations, tol=1e-6)
     return x + data.correction(Factor.diagonal(variance), G.y - G.A(x), len(x))
 
 

@@ -25,12 +25,11 @@ from companion.diffusion.noise import DiscreteSchedule, generators, karras, rand
 from companion.diffusion.sampling import Bill, find_solver, sample
 from companion.diffusion.solvers import SOLVERS
 from companion.latent import LatentSpace
-from companion.papers.latent3d import PRIOR, LatentPrior, held_out
+from companion.papers.latent3d import PRIOR, LatentPrior, held_out, planes
 from companion.parameters import Parameters, param
 from companion.runs import project_root
 from companion.segmentation import load_segmenter
 
-SHOWN_MM = {"axial": 12.0, "coronal": -18.0, "sagittal": 6.0}  # MNI z, y, x: ventricles, thalamus, corpus callosum
 SEGMENTER_GAIN = 1.0  # intensity scale of data.volumes -> that of the segmenter, by validation people
 
 
@@ -271,37 +270,23 @@ def loss_against_scale(prior: LatentPrior, z: Tensor, scales=(1.0, 0.3, 0.1, 0.0
 # ------------------------------------------------------------------------------------------------------------- looking
 
 
-def voxel_of(prior: LatentPrior, plane: str) -> int:
-    """Return which slice of a plane lies at `SHOWN_MM`."""
-    x, y, z = SHOWN_MM["sagittal"], SHOWN_MM["coronal"], SHOWN_MM["axial"]
-    ijk = np.linalg.inv(prior.affine) @ np.array([x, y, z, 1.0])
-    i = {"sagittal": 0, "coronal": 1, "axial": 2}[plane]
-    return int(np.clip(round(ijk[i]), 0, prior.shape[2 - i] - 1))
-
-
-def three_planes(prior: LatentPrior, x: Tensor) -> dict[str, Tensor]:
-    """Return an axial, a coronal and a sagittal slice of one volume (1, z, y, x), heads up and noses up or left."""
-    axial, coronal, sagittal = (voxel_of(prior, plane) for plane in ("axial", "coronal", "sagittal"))
-    return {"axial": x[:, axial], "coronal": x[:, :, coronal].flip(1), "sagittal": x[..., sagittal].flip(1)}
-
-
-def by_plane(prior: LatentPrior, volumes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def by_plane(volumes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return rows for `figures.image_grid`: a row for each plane, a column for each named volume (1, z, y, x)."""
-    planes = {name: three_planes(prior, x) for name, x in volumes.items()}
-    return {plane: {name: images[plane] for name, images in planes.items()} for plane in SHOWN_MM}
+    shown = {name: planes(x) for name, x in volumes.items()}
+    return {plane: {name: images[plane] for name, images in shown.items()} for plane in next(iter(shown.values()))}
 
 
-def sheet(prior: LatentPrior, sets: Mapping[str, Tensor], columns: int = 8) -> dict[str, dict[str, Tensor]]:
+def sheet(sets: Mapping[str, Tensor], columns: int = 8) -> dict[str, dict[str, Tensor]]:
     """Return rows for `figures.image_grid`: the first volumes of each named set, in three planes."""
     rows = {}
     for name, volumes in sets.items():
         for start in range(0, len(volumes), columns):
-            part = [three_planes(prior, x) for x in volumes[start : start + columns]]
+            part = [planes(x) for x in volumes[start : start + columns]]
             blank = {plane: torch.full_like(image, torch.nan) for plane, image in part[0].items()}
             part += [blank] * (columns - len(part) if len(volumes) > columns else 0)
             label = f"{name}\n" if len(volumes) <= columns else f"{name} {start + 1}-{start + columns}\n"
             for plane in part[0]:
-                rows[label + plane] = {str(i + 1): planes[plane] for i, planes in enumerate(part)}
+                rows[label + plane] = {str(i + 1): images[plane] for i, images in enumerate(part)}
     return rows
 
 
@@ -390,6 +375,11 @@ def verdict(s: Study) -> list[dict[str, object]]:
          "found": f"{own['smallest']:.3f}, held out, reconstructed {held['smallest']:.3f}",
          "passes": own["smallest"] >= held["smallest"]},
     ]
+    symmetry, people_symmetry = generative.left_right(s.synthetic), generative.left_right(s.reconstructed)
+    rows.append({"question": "two hemispheres alike?", "asked": "correlation with the mirror image as in real people",
+                 "found": f"{symmetry.mean():.3f}, least {symmetry.min():.3f}; people, reconstructed "
+                          f"{people_symmetry.mean():.3f}, least {people_symmetry.min():.3f}",
+                 "passes": abs(symmetry.mean() - people_symmetry.mean()).item() <= 0.01})
     if s.tissue_ml:
         share = generative.tissue_fractions(s.tissue_ml["synthetic"]).mean(0)
         real_share = generative.tissue_fractions(s.tissue_ml["real"]).mean(0)
