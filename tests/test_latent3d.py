@@ -182,6 +182,23 @@ def test_codebook_autoencoders_train_too(toy, prepared, architecture):
     assert latent3d.reconstruct(codec, x).shape == x.shape == (1, 1, *SHAPE)
 
 
+def test_a_better_decoder_leaves_latents_and_prior_valid(trained, prepared, tmp_path):
+    folder, _ = saved_prior(trained)
+    name = latent3d.autoencoder_name(trained)
+    p = replace(trained, stage="decoder", autoencoder=name, out=str(tmp_path / "decoder"))
+    latent3d.save_autoencoder(latent3d.train_autoencoder(p, progress=False), p, {})
+    prior, codec = latent3d.load_latent(folder, autocast=None), latent3d.load_autoencoder(latent3d.autoencoder_name(p))
+    x = torch.from_numpy(prepared.read("image")[:1]).float()
+    assert torch.equal(codec.encode(x), prior.space.codec.encode(x))
+    better = latent3d.with_decoder(prior, codec)
+    z = better.space.encode(x)
+    torch.testing.assert_close(z, prior.encode(x))
+    assert not torch.equal(better.space.decode(z), prior.decode(z))
+    codec.encoder.conv_in.bias.data += 1
+    with pytest.raises(ValueError, match="the encoders differ"):
+        latent3d.with_decoder(prior, codec)
+
+
 def test_an_adversary_trains_beside_the_autoencoder(toy):
     p = replace(toy, adversary=0.01, ae_steps=2, out=toy.out + "-gan")
     result = latent3d.train_autoencoder(p, progress=False)

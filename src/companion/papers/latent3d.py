@@ -42,7 +42,7 @@ from companion.latent import (
 )
 from companion.networks.autoencoder import PatchDiscriminator
 from companion.networks.vqvae import Codec
-from companion.parameters import Parameters, param
+from companion.parameters import Parameters, param, resolve_device
 from companion.runs import code_version, project_root, sha256
 from companion.training import TrainConfig, TrainResult, train
 from companion.weights import SCHEDULES
@@ -172,7 +172,7 @@ def planes(x: Tensor) -> dict[str, Tensor]:
     return {"axial": x[:, k], "coronal": x[:, :, j].flip(1), "sagittal": x[..., i].flip(1)}
 
 
-def histograms(x: list[Tensor], bins: int = 60) -> dict[str, tuple[list, list]]:
+def histograms(x: list[Tensor], bins: int = 30) -> dict[str, tuple[list, list]]:
     """Return, for `figures.curves`, the histogram of the values above 0 of each volume, in shares of them."""
     edges = torch.linspace(0.02, volumes.CEILING, bins + 1)
     curves = {}
@@ -205,7 +205,8 @@ class TrainLatent(Parameters):
     """Parameters of latent3d/2_train.ipynb."""
 
     data: str = param("data/latent3d_64.h5", "prepared volumes, made by 1_data")
-    stage: str = param("both", "what to train", choices=("autoencoder", "prior", "both"))
+    stage: str = param("both", "what to train; decoder: of the autoencoder only that half, so that its latents stay",
+                       choices=("autoencoder", "decoder", "prior", "both"))
     # the autoencoder
     autoencoder: str | None = param(None, "checkpoint that its training begins with, or that a prior alone builds on")
     architecture: str = param("kl", "kl: variational; vq: residual VQ-VAE (MONAI); plain: the project's first VQ-VAE",
@@ -286,6 +287,9 @@ def train_autoencoder(p: TrainLatent, progress: bool = True) -> TrainResult:
         codec.quant_conv.bias.data[p.latent_channels :] = -4.0
     if p.autoencoder:
         codec.load_state_dict(load_autoencoder(p.autoencoder).state_dict())
+    if p.stage == "decoder":
+        for name, tensor in codec.named_parameters():
+            tensor.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
     model = codec
     if p.adversary:
         model = AdversarialCodec(codec, PatchDiscriminator(codec.dims))
@@ -298,6 +302,7 @@ def train_autoencoder(p: TrainLatent, progress: bool = True) -> TrainResult:
         return autoencoder_loss(model, x, generator, p)
 
     about = config["network"] | {name: getattr(p, name) for name in AUTOENCODER_LOSS}
+    about |= {"frozen encoder": True} if p.stage == "decoder" else {}
     return train(model, loss, prepared.sequences("image", "train", 1), options, project_root() / p.out / "autoencoder",
                  about=about, progress=progress)
 
@@ -494,8 +499,9 @@ def train_prior(p: TrainLatent, progress: bool = True) -> tuple[TrainResult, Lat
     that leaves signal at its end.
     """
     prepared, out = open_dataset(project_root() / p.data, require=["image"]), project_root() / p.out
-    codec = load_autoencoder(autoencoder_name(p), p.device)
-    space, cached = cache_latents(codec, prepared, out / "latents.h5", p.mirror, p.device, p.autocast, progress)
+    device = resolve_device(p.device)
+    codec = load_autoencoder(autoencoder_name(p), device)
+    space, cached = cache_latents(codec, prepared, out / "latents.h5", p.mirror, device, p.autocast, progress)
     config = prior_config(p, space, prepared)
     torch.manual_seed(p.seed)
     D = weights.build(config)
@@ -528,6 +534,16 @@ def latent_report(D: nn.Module, space: LatentSpace) -> list[dict[str, float]]:
     left = {"amplitude left at the highest noise (%)": 100 * check_levels(D)}
     return [{"channel": i, "mean": m, "standard deviation": s, "normalised": "0, 1"} | left
             for i, (m, s) in enumerate(zip(space.mean.tolist(), space.std.tolist(), strict=True))]
+
+
+def with_decoder(prior: LatentPrior, codec: Codec) -> LatentDenoiser:
+    """Return the prior with another decoder for the same latents, to be saved; ValueError if the latents are others."""
+    halves = [{k: v for k, v in c.state_dict().items() if not k.startswith(("decoder.", "post_quant_conv."))}
+              for c in (prior.space.codec, codec)]
+    if halves[0].keys() != halves[1].keys() or not all(torch.equal(v, halves[1][k]) for k, v in halves[0].items()):
+        raise ValueError("the encoders differ, so the latents do; train the prior on those of the new autoencoder")
+    space = LatentSpace(codec, prior.space.mean, prior.space.std, prior.space.latents, prior.space.intensity)
+    return LatentDenoiser(prior.D.D, space)
 
 
 def no_cond(p: TrainLatent, z: Tensor) -> Tensor | None:
