@@ -1,6 +1,7 @@
 # make demo    set everything up and run the main job; ends in runs/index.html
 # make test    lint, notebooks without outputs, all tests
 # make lab     JupyterLab on the first notebook
+# make figures the pictures of the README, again from the runs of make demo
 # make parity FOLDER=...   compare with reference values computed elsewhere
 # make lock    write constraints.txt again from pyproject.toml
 # make clean   remove .venv and working files; runs/ stays
@@ -16,7 +17,7 @@ INSTALLED := .venv/.companion-installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/*/*.ipynb)
 export TORCH
 
-.PHONY: setup demo test lab parity lock clean
+.PHONY: setup demo test lab figures parity lock clean
 
 setup: $(INSTALLED)
 
@@ -33,6 +34,9 @@ test: $(INSTALLED)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks/start_here.ipynb
+
+figures: $(INSTALLED)
+	@$(BIN)/python tools/figures.py
 
 parity: $(INSTALLED)
 	@$(if $(FOLDER),,echo "say where the reference values are: make parity FOLDER=path"; exit 2)

@@ -148,7 +148,7 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, float, float | No
         within = name.split(": ")[1:]  # tables lie at the top, or one for each of several cases
         for row in value:
             keys = [str(v) if isinstance(v, str) else f"{k} {v}" for k, v in row.items()
-                    if isinstance(v, (str, int)) and not isinstance(v, bool)]
+                    if isinstance(v, (str, int)) and not isinstance(v, bool) and v not in ("", "-")]
             rest = {k: v for k, v in row.items() if not isinstance(v, (str, int))}
             yield from flatten(rest, ", ".join(within + keys) or name)
     elif isinstance(value, list) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):

@@ -273,7 +273,7 @@ h3 { font-size: 1rem; font-weight: 600; margin: 1.5rem 0 .25rem; }
 p { margin: .25rem 0 1rem; }
 a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: 2px; }
 section { border-top: 1px solid var(--line); margin-top: 3rem; padding-top: 1.5rem; }
-section:not(.done), tr:not(.done) td { color: var(--soft); font-style: italic; }
+section:not(.done), #runs tbody tr:not(.done) td { color: var(--soft); font-style: italic; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th[aria-sort] button::after { content: " ▲"; }
 th[aria-sort=descending] button::after { content: " ▼"; }

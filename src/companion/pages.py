@@ -1,4 +1,4 @@
-"""An executed notebook as one HTML page that needs nothing else: pictures inside, formulas as MathML, no script.
+"""An executed notebook as one HTML page that needs nothing else: pictures inside, formulas as MathML.
 
 nbconvert's own pages fetch MathJax, RequireJS and the widgets' JavaScript from elsewhere, and without a network show
 neither formulas nor widgets. Here a widget is shown by the still picture that it left, and browsers set MathML alone.
@@ -62,7 +62,7 @@ def page(notebook: Path) -> str:
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
             f"<style>{STYLE}{HtmlFormatter().get_style_defs('.highlight')}</style>\n</head>\n<body>\n"
-            f"<main>\n{body}\n</main>\n</body>\n</html>\n")
+            f"<main>\n{body}\n</main>\n<script>{LOWER}</script>\n</body>\n</html>\n")
 
 
 def _leads(folder: Path, href: str) -> bool:
@@ -118,4 +118,11 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { text-align: left; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid #dfe3e8; vertical-align: top; }
 math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", math; font-size: 1.08em; }
 math[display=block] { margin: 1rem 0; }
+.no-math-font :is(msub, msubsup) > :nth-child(2) { position: relative; top: .35em; }
+"""
+
+# Without a mathematical font some browsers leave subscripts on the line.
+LOWER = """
+const bottoms = [...(document.querySelector("msub")?.children ?? [])].map(part => part.getBoundingClientRect().bottom);
+if (bottoms.length && bottoms[1] - bottoms[0] < 1.5) document.body.classList.add("no-math-font");
 """

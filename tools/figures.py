@@ -1,0 +1,61 @@
+"""The pictures of the README, taken from the runs of `make demo` and made small: run by `make figures`.
+
+A picture whose run is missing stays as it is, and the command that makes the run is said.
+"""
+
+import io
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from companion.gallery import RunGrid, find_entries
+from companion.runs import atomic_write, project_root
+
+WIDTH, COLOURS = 1000, 96
+# picture: run, figure in it (a pattern), how to make the run
+PICTURES = {
+    "start_here.png": ("brain/start_here/demo", "posterior.png", "companion batch start_here"),
+    "aid.png": ("aid/4_reconstruct/demo", "volume.png", "companion batch aid_reconstruct"),
+    "lmi.png": ("lmi/4_translate/demo", "T1w*T2w.png", "companion batch lmi_translate"),
+    "latent3d.png": ("latent3d/3_sample/demo", "real_reconstructed_synthetic.png", "companion batch latent3d_sample"),
+    "pet.png": ("pet/4_enhance/demo", "images.png", "companion batch pet_enhance"),
+}
+
+
+def main() -> int:
+    root, missing = project_root(Path(__file__).parent), 0
+    done = {entry.name: entry for entry in find_entries(root / "runs") if entry.done}
+    for name, (run, pattern, make) in PICTURES.items():
+        found = sorted(done[run].folder.glob(pattern)) if run in done else []
+        if found:
+            with Image.open(found[0]) as image:
+                write(root / "docs" / name, image.convert("RGB"))
+        else:
+            missing += 1
+            print(f"docs/{name} stays as it is: no finished runs/{run} with {pattern}; {make}")
+    write(root / "docs" / "gallery.png", gallery(root))
+    return missing
+
+
+def gallery(root: Path) -> Image.Image:
+    """Three planes of an example volume as the gallery's viewer saves them."""
+    from companion.examples import write_examples
+
+    folder = root / "build" / "examples"
+    write_examples(folder, accelerations=(2, 4), doses=(), people=(0,))
+    viewer = RunGrid(find_entries(folder)).viewer
+    viewer.plane.value = dict(viewer.plane.options)["three planes"]
+    return Image.open(io.BytesIO(viewer.still())).convert("RGB")
+
+
+def write(path: Path, image: Image.Image) -> None:
+    """Write a picture at most WIDTH wide with few colours: grey images and one colour map need no more."""
+    image.thumbnail((WIDTH, 10 * WIDTH), Image.LANCZOS)
+    with atomic_write(path) as aside:
+        image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(aside, optimize=True)
+    print(f"docs/{path.name}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main() else 0)
