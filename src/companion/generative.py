@@ -165,14 +165,11 @@ def nearest(x: Tensor, training: Iterable[Tensor], mirror: bool = True) -> Neare
 # Anatomy
 
 
-def tissue_volumes(x: Tensor, segmenter: Segmenter, voxel_mm: Sequence[float], gain: float = 1.0) -> Tensor:
-    """Millilitres of CSF, grey and white matter in each volume, (batch, 3), by the segmenter's shares of each voxel.
-
-    gain: brings volumes to the intensity scale of the segmenter.
-    """
+def tissue_volumes(x: Tensor, segmenter: Segmenter, voxel_mm: Sequence[float]) -> Tensor:
+    """Millilitres of CSF, grey and white matter in each volume, (batch, 3), by the segmenter's shares of each voxel."""
     check_volumes(x)
     ml = torch.tensor(voxel_mm, dtype=torch.float64).prod() / 1000
-    rows = [segmenter.fractions(gain * one[None].clamp(min=0)).flatten(2).sum(2) for one in x.float()]
+    rows = [segmenter.fractions(one[None].clamp(min=0)).flatten(2).sum(2) for one in x.float()]
     return torch.cat(rows).double() * ml
 
 

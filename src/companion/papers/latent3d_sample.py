@@ -30,7 +30,7 @@ from companion.parameters import Parameters, param
 from companion.runs import project_root
 from companion.segmentation import load_segmenter
 
-SEGMENTER_GAIN = 1.0  # intensity scale of data.volumes -> that of the segmenter, by validation people
+SMALL_LATENTS = 0.05  # the original's codebook began within so much of 0
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,9 @@ def failures(prior: LatentPrior, p: SampleVolumes) -> dict[str, Tensor]:
     early = DiscreteSchedule.linear(200)
     first = noise / early.alphas_cumprod[-1].sqrt().item()
     started = sample(prior.D, early.respace(str(p.evaluations)).levels(), state=first, **options).x
-    unscaled = LatentSpace(prior.space.codec, intensity=prior.space.intensity)
+    # our autoencoder, but for a factor that makes its latents as small as the original's, used without that factor
+    small = SMALL_LATENTS / prior.space.std.mean()
+    unscaled = LatentSpace(prior.space.codec, std=1 / small, intensity=prior.space.intensity)
     return {
         "repaired": prior.decode(good),
         "scale not\nundone": unscaled.decode(good),
@@ -348,7 +350,7 @@ def study(prior: LatentPrior, synthetic: Tensor, p: SampleVolumes) -> Study:
     tissue_ml, tissue = {}, []
     if p.segmenter:
         segmenter = load_segmenter(p.segmenter, "T1w", p.device)
-        tissue_ml = {name: generative.tissue_volumes(x, segmenter, prior.voxel_mm, SEGMENTER_GAIN).cpu()
+        tissue_ml = {name: generative.tissue_volumes(x, segmenter, prior.voxel_mm).cpu()
                      for name, x in ({"real": real} | sets).items() if name != "other people"}
         tissue = generative.tissue_table(tissue_ml, "real")
     return Study(others, through, synthetic, likeness, diversity, memory, tissue, neighbours, tissue_ml)
