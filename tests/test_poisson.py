@@ -10,7 +10,15 @@ from companion.diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoi
 from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import Measured
 from companion.diffusion.noise import generators, karras
-from companion.diffusion.poisson import anchored_em, em_steps, poisson_dps, poisson_mean, poisson_pigdm
+from companion.diffusion.poisson import (
+    Widened,
+    anchored_em,
+    em_steps,
+    poisson_dps,
+    poisson_gibbs,
+    poisson_mean,
+    poisson_pigdm,
+)
 from companion.diffusion.sampling import sample
 from companion.emission import mlem
 from companion.operators.linear import Identity
@@ -91,23 +99,48 @@ def measured(D):
 
 
 @pytest.mark.parametrize(("kind", "counts"), [("gaussian", 150), ("gaussian", 5000), ("background", 1000)])
-def test_annealed_gibbs_draws_from_the_posterior_of_counts(kind, counts):
+@pytest.mark.parametrize("tails", [None, 8.0])
+def test_gibbs_draws_from_the_posterior_of_counts(kind, counts, tails):
+    """Heavy tails cost little where they are not needed."""
     D, A, b, y, mean, variance = problem(kind, counts)
     G = poisson_mean(A, y, background=b, covariance=measured(D))
-    draws = annealed_gibbs(D, G, karras(20, 0.3, 60.0), seeds=range(400), dtype=torch.float32)
+    draws = poisson_gibbs(D, G, karras(20, 0.3, 60.0), seeds=range(400), tails=tails)
     error, ratio, total = score(draws.x, mean, variance)
-    assert error < 0.1 and abs(ratio - 1) < 0.06
+    assert error < 0.1 and abs(ratio - 1) < (0.06 if tails is None else 0.12)
     assert abs(total - 1) < (0.015 if counts < 1000 else 0.006)
     assert draws.bill.denoiser_calls == 20
+    less_noisy = score(draws.mean, mean, variance)  # its Monte-Carlo part is smaller: variance of means of posteriors
+    assert less_noisy[0] < 0.1 and less_noisy[1] < ratio
 
 
-def test_annealed_gibbs_finds_out_whether_there_is_a_lesion():
+def test_without_tails_it_is_annealed_gibbs():
+    D, A, b, y, *_ = problem("background", 1000)
+    G = poisson_mean(A, y, background=b, covariance=measured(D))
+    same = annealed_gibbs(D, G, karras(4, 0.3, 60.0), seeds=range(3), dtype=torch.float32)
+    assert torch.equal(poisson_gibbs(D, G, karras(4, 0.3, 60.0), seeds=range(3), tails=None).x, same.x)
+
+
+def test_gibbs_finds_out_whether_there_is_a_lesion():
     """Two kinds of people, with and without: a posterior that is no Gaussian."""
     D, A, b, y, mean, variance = problem("mixture", 400)
     G = poisson_mean(A, y, covariance=measured(D))
-    draws = annealed_gibbs(D, G, karras(30, 0.3, 60.0), seeds=range(400), dtype=torch.float32)
-    error, ratio, _ = score(draws.x, mean, variance)
-    assert error < 0.12 and abs(ratio - 1) < 0.1
+    for tails in (None, 8.0):
+        draws = poisson_gibbs(D, G, karras(30, 0.3, 60.0), seeds=range(400), tails=tails)
+        error, ratio, _ = score(draws.x, mean, variance)
+        assert error < 0.12 and abs(ratio - 1) < 0.12
+
+
+def test_heavy_tails_widen_only_where_the_last_draw_contradicts_the_denoiser():
+    D = GaussianDenoiser(torch.zeros(1, 12, 12), torch.ones(1, 12, 12))
+    x, sigma = torch.zeros(1, 1, 12, 12), torch.ones(1)  # D says 0 with variance 1/2
+    z = torch.full_like(x, 0.5**0.5)
+    z[..., 9:, 9:] = 5.0
+    mean, v = Widened(D, z, 8.0, 3).moments(x, sigma)
+    assert torch.allclose(mean, x)
+    assert torch.allclose(v[..., :7, :7], torch.tensor(0.5)), "as far off as stated: nothing changes"
+    assert torch.allclose(v[..., 11, 11], torch.tensor(0.5 * (8 + 9 * 50) / (8 + 9)), rtol=1e-4)
+    _, calm = Widened(D, x, 8.0, 3).moments(x, sigma)
+    assert torch.allclose(calm, torch.tensor(0.5 * 8 / 17))
 
 
 @pytest.mark.parametrize(("rule", "error", "ratio"), [
@@ -166,7 +199,7 @@ def test_anchored_em_lies_between_the_anchor_and_mlem_and_climbs():
 def test_nothing_breaks_without_counts():
     D, A, _, y, *_ = problem("gaussian", 150)
     G = poisson_mean(A, torch.zeros_like(y), covariance=measured(D))
-    draws = annealed_gibbs(D, G, karras(6, 0.3, 60.0), seeds=range(4), dtype=torch.float32)
+    draws = poisson_gibbs(D, G, karras(6, 0.3, 60.0), seeds=range(4))
     assert torch.isfinite(draws.x).all() and draws.x.mean() < D.mean.mean()
 
 
