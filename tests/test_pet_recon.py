@@ -1,0 +1,179 @@
+"""The dose study: scans, tuned baselines, scores; the posterior on a prior that is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from companion import metrics
+from companion.data.pet import Slices
+from companion.diffusion.denoisers import GaussianDenoiser
+from companion.diffusion.guidance import Measured
+from companion.papers import pet_recon
+from companion.papers.pet import scanner
+from companion.papers.pet_recon import Enhance, Level, Prior
+
+SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def people() -> Slices:
+    """Three discs of grey matter, each with a white core and a lesion, no template needed."""
+    axis = torch.linspace(-1, 1, SIZE)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    radius = (x**2 + y**2).sqrt()
+    labels = torch.where(radius < 0.4, 3, torch.where(radius < 0.8, 2, 0)).to(torch.uint8).expand(3, 1, SIZE, SIZE)
+    lesions = (((x - 0.6) ** 2 + y**2).sqrt() < 0.12).to(torch.uint8).expand(3, 1, SIZE, SIZE)
+    level = torch.tensor([0.9, 1.0, 1.1]).reshape(3, 1, 1, 1)
+    image = level * torch.where(lesions > 0, 40.0, torch.where(labels == 2, 20.0, torch.where(labels == 3, 5.0, 0.0)))
+    mu = 0.0096 * (labels > 0).float()
+    return Slices(image, labels, lesions, mu, torch.arange(3), torch.zeros(3), pixel_mm=224 / SIZE)
+
+
+def parameters(**others) -> Enhance:
+    return Enhance(device="cpu", image_size=SIZE, network=None, **others)
+
+
+def test_a_ladder_thins_one_scan_and_calibrates_others(people):
+    p = parameters(fractions=(0.25, 1.0), factors=(10.0,))
+    low, quarter, full = pet_recon.ladder(people, p)
+    assert [low.name, quarter.name, full.name] == ["10 per pixel", "25% dose", "100% dose"]
+    assert (quarter.scan.y <= full.scan.y).all() and torch.equal(quarter.scan.x, people.image)
+    assert torch.allclose(quarter.scan.A(people.image), 0.25 * full.scan.A(people.image), rtol=1e-5)
+    counts = 10 * (people.image > 0.5).flatten(1).sum(1)
+    assert torch.allclose(low.scan.A(people.image).flatten(1).sum(1), counts.float(), rtol=1e-4)
+    error = [pet_recon.counting_error(level.scan) for level in (quarter, full)]
+    assert abs(error[0] / error[1] - 2) < 0.02, "as 1 / sqrt(dose)"
+    with pytest.raises(ValueError, match="no dose"):
+        pet_recon.ladder(people, parameters(fractions=(), factors=()))
+
+
+def test_some_scans_are_what_they_are_alone(people):
+    scan = pet_recon.ladder(people, parameters(fractions=(0.25,), factors=(), randoms=0.2))[0].scan
+    index = torch.tensor([2, 0, 2])
+    chosen = pet_recon.some(scan, index)
+    assert torch.equal(chosen.y, scan.y[index]) and torch.equal(chosen.background, scan.background[index])
+    assert torch.equal(chosen.A(people.image[index]), scan.A(people.image)[index])
+
+
+def test_tuning_finds_the_best_setting_and_nobody_beats_the_oracle(people, monkeypatch):
+    monkeypatch.setitem(pet_recon.GRIDS, "MLEM", (1, 2, 4, 8, 16, 32, 64))
+    monkeypatch.setitem(pet_recon.METHODS, "offset", lambda s, v: s.x + (v - 3.0))
+    monkeypatch.setitem(pet_recon.GRIDS, "offset", tuple(range(12)))
+    scan = pet_recon.ladder(people, parameters(fractions=(0.25,), factors=()))[0].scan
+    assert pet_recon.tune("offset", scan) == 3
+    best = pet_recon.tune("MLEM", scan)
+    errors = {k: metrics.nrmse(pet_recon.METHODS["MLEM"](scan, k), scan.x) for k in pet_recon.GRIDS["MLEM"]}
+    assert best == min(errors, key=lambda k: errors[k].mean())
+    oracle = metrics.nrmse(pet_recon.oracle_stop(scan), scan.x)
+    assert all((oracle <= error + 1e-6).all() for error in errors.values())
+
+
+def test_the_truth_scores_perfectly(people):
+    scores = pet_recon.score(people.image, people)
+    assert scores["NRMSE"].max() == 0 and torch.allclose(scores["recovery"], torch.ones(3).double())
+    assert torch.allclose(scores["SSIM"], torch.ones(3).double())
+    assert all(scores[name].nan_to_num().abs().max() < 1e-12 for name in scores if name.startswith("bias"))
+    twice = pet_recon.score(2 * people.image, people)
+    assert torch.allclose(twice["bias, grey"], torch.ones(3).double())
+    blurred = pet_recon.score(pet_recon.filtered(people.image, 1.0), people)
+    assert (blurred["bias, white inside"].abs() < 0.3 * blurred["bias, white"].abs()).all(), "no blur from outside"
+    ring = pet_recon.surroundings(people)
+    assert not (ring & (people.lesions > 0)).any() and ring.flatten(1).sum(1).min() > 10
+
+
+def gaussian_prior(people) -> Prior:
+    mean = (people.image / 25).mean(0).double()
+    smooth = torch.exp(-((torch.arange(SIZE)[:, None] - torch.arange(SIZE)) ** 2) / 8.0).double()
+    std = (0.02 + 0.25 * mean).flatten()
+    D = GaussianDenoiser(mean, std[:, None] * torch.kron(smooth, smooth) * std)
+    images = D.draw(30, torch.Generator().manual_seed(0)).float()
+    return Prior(D, 25.0, Measured.fit(D, images, torch.logspace(-2, 1.3, 8)))
+
+
+def test_the_posterior_beats_mlem_is_calibrated_and_keeps_its_seeds(people):
+    prior = gaussian_prior(people)
+    truth = 25 * prior.D.draw(3, torch.Generator().manual_seed(7)).float().clamp(min=0)
+    drawn = Slices(truth, people.labels, people.lesions, people.mu, people.subject, people.height_mm, people.pixel_mm)
+    p = parameters(fractions=(0.02,), factors=(), draws=8, evaluations=12, last_noise=1.0)
+    scan = pet_recon.ladder(drawn, p)[0].scan
+    result = pet_recon.posterior(prior, scan, p)
+    assert result.x.shape == (8, 3, 1, SIZE, SIZE) and result.mean.shape == truth.shape
+    assert result.bill.denoiser_calls == 12
+    error = metrics.nrmse(result.mean, truth)
+    assert (error < metrics.nrmse(pet_recon.oracle_stop(scan), truth)).all()
+    assert (error < metrics.nrmse(result.x[0], truth)).all()
+    assert 0.6 < pet_recon.calibration(result.x, truth) < 1.6
+    again = pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([1])), p)
+    assert torch.equal(again.x, pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([1])), p).x)
+    for name in ("EM steps", "one mean", "DPS", "PiGDM"):
+        other = pet_recon.posterior(prior, scan, p, name, draws=2)
+        assert torch.isfinite(other.x).all() and other.bill.denoiser_calls <= 12
+
+
+def study_of(values: dict[str, list[float]], counts=(1e4, 1e5, 1e6)) -> pet_recon.Study:
+    study = pet_recon.Study()
+    for name, errors in values.items():
+        for n, error in zip(counts, errors, strict=True):
+            study.rows += [{"level": f"{n:g}", "counts": int(n), "method": name, "person": i, "NRMSE": error + 0.01 * i,
+                            "PSNR": 30.0, "SSIM": 0.9, "bias, grey": 0.01, "noise, white": 0.1,
+                            "recovery": float("nan") if i else 0.8} for i in range(3)]
+    return study
+
+
+def test_tables_and_curves_say_what_the_rows_hold():
+    study = study_of({"MAP": [0.4, 0.3, 0.2], "posterior mean": [0.3, 0.2, 0.1]})
+    line = pet_recon.table(study, "10000")[0]
+    assert line["method"] == "MAP" and abs(line["NRMSE"][0] - 0.41) < 1e-9
+    assert abs(line["gain (%)"][0] - 100 * (0.1 / torch.tensor([0.4, 0.41, 0.42])).mean()) < 1e-3
+    assert line["lesion recovery"][0] == 0.8
+    counts, means, _ = pet_recon.curves(study, ["posterior mean", "none of these"])["posterior mean"]
+    assert counts == [10_000, 100_000, 1_000_000] and np.allclose(means, [0.31, 0.21, 0.11])
+    equal = pet_recon.same_quality(study, "MAP")
+    assert equal[0]["times fewer"] is None, "lower counts than were measured"
+    assert abs(equal[1]["times fewer"] - 10) < 0.5 and abs(equal[2]["times fewer"] - 10) < 0.5
+
+
+def write(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+P = parameters()
+SHAPE = (2, 2 * SIZE, SIZE)
+
+
+def test_own_counts_become_a_level(tmp_path):
+    counts = np.random.default_rng(0).poisson(5.0, SHAPE)
+    path = write(tmp_path / "mine.npz", counts=counts, factors=np.full(SHAPE[1:], 0.01), background=np.ones(SHAPE))
+    level = pet_recon.open_scan(path, P)
+    assert isinstance(level, Level) and level.scan.x is None and level.name == "mine"
+    assert torch.equal(level.scan.y[:, 0], torch.from_numpy(counts).float())
+    x = torch.ones(2, 1, SIZE, SIZE)
+    assert torch.allclose(level.scan.A(x), 0.01 * scanner((SIZE, SIZE), 224 / SIZE)(x))
+    assert torch.isfinite(pet_recon.METHODS["MAP"](level.scan, 0.1)).all()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(counts=-np.ones(SHAPE)), "must not be negative"),
+    (dict(counts=np.full(SHAPE, 0.5)), "whole numbers"),
+    (dict(counts=np.ones((2, SIZE, SIZE))), "this geometry measures"),
+    (dict(counts=np.zeros(SHAPE)), "empty"),
+    (dict(counts=np.full(SHAPE, np.nan)), "NaN"),
+    (dict(factors=-np.ones(SHAPE[1:])), "factors must not be negative"),
+    (dict(factors=np.ones((3, *SHAPE[1:]))), "must fit counts"),
+    (dict(counts=np.array([{}], object)), "npz of plain arrays"),
+])
+def test_what_cannot_be_reconstructed_is_refused(tmp_path, change, message):
+    arrays = dict(counts=np.ones(SHAPE), factors=np.ones(SHAPE[1:])) | change
+    with pytest.raises(ValueError, match=message):
+        pet_recon.open_scan(write(tmp_path / "bad.npz", **arrays), P)
+
+
+def test_a_missing_or_foreign_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.npz does not exist"):
+        pet_recon.open_scan(str(tmp_path / "nowhere.npz"), P)
+    with pytest.raises(ValueError, match="holds phantoms but not counts, factors"):
+        pet_recon.open_scan(write(tmp_path / "foreign.npz", phantoms=np.ones(3)), P)
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(ValueError, match="npz of plain arrays"):
+        pet_recon.open_scan(str(tmp_path / "text.npz"), P)
