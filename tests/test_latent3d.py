@@ -1,6 +1,7 @@
 """Latent diffusion on volumes: data, autoencoder, latents on disk, priors; all at toy size."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -199,7 +200,8 @@ def test_a_better_decoder_leaves_latents_and_prior_valid(trained, prepared, tmp_
         latent3d.with_decoder(prior, codec)
 
 
-def test_an_adversary_trains_beside_the_autoencoder(toy):
+def test_an_adversary_trains_beside_the_autoencoder(toy, monkeypatch):
+    monkeypatch.setattr(latent3d, "PatchDiscriminator", partial(latent3d.PatchDiscriminator, channels=4, levels=1))
     p = replace(toy, adversary=0.01, ae_steps=2, out=toy.out + "-gan")
     result = latent3d.train_autoencoder(p, progress=False)
     assert latent3d.load_autoencoder(latent3d.save_autoencoder(result, p, {})).latent_channels == 3

@@ -157,7 +157,7 @@ def test_files_that_cannot_be_right_are_refused(tmp_path, case, message):
 # --- the embedded cohort
 
 
-@pytest.mark.parametrize("shape", [(32, 32, 32), (32, 48, 48)])
+@pytest.mark.parametrize("shape", [(64, 64, 64), (64, 96, 96)])
 def test_virtual_heads_fit_their_grid_and_know_where_they_are(shape):
     person = volumes.virtual(anatomy.cohort("validation", 1)[0], shape)
     inside = person.image > 0
@@ -166,7 +166,7 @@ def test_virtual_heads_fit_their_grid_and_know_where_they_are(shape):
         assert not ends.any(), "the brain touches the border"
     assert 0.99 < torch.quantile(person.image[inside], 0.995) < 1.01
     voxel = np.prod(volumes.spacing(shape)) / 1000
-    assert person.tissue_ml.sum() == pytest.approx(inside.sum().item() * voxel, rel=0.1)
+    assert person.tissue_ml.sum() == pytest.approx(inside.sum().item() * voxel, rel=0.15)  # partly filled voxels count whole
     assert 1200 < person.tissue_ml.sum() < 2200  # mL
     centre = person.affine @ (*(np.array(shape[::-1]) - 1) / 2, 1)
     np.testing.assert_allclose(centre[:3], anatomy.CENTRE_MM, atol=1e-4)

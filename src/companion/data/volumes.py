@@ -24,7 +24,8 @@ from .nifti import Volume, load_nifti
 
 PERCENTILE, CEILING = 99.5, 1.2
 SCALE = f"1 is the {PERCENTILE}th percentile of the brain, values end at {CEILING}; outside the brain 0"
-SPACING = {(64, 64, 64): (3.0, 3.0, 3.0), (64, 96, 96): (2.6, 2.0, 2.0)}  # grids that hold every virtual head, mm
+# Grids for virtual heads, mm. Along y, 192 mm, the longest of them lose a slice of their rim in front or behind.
+SPACING = {(64, 64, 64): (3.0, 3.0, 3.0), (64, 96, 96): (2.6, 2.0, 2.0)}
 MASK_ENDINGS = ("_brainmask", "_ss", "_staple", "_mask")  # NFBS; CC359, silver standard by CNN and by STAPLE; usual
 CC359_NAME = re.compile(r"(?P<subject>CC\d{4})_(?P<vendor>[a-z]+)_(?P<field>15|3)_(?P<age>\d+)_(?P<sex>[MF])")
 
@@ -187,7 +188,7 @@ def _mm(values: Sequence[float]) -> str:
 
 
 def spacing(shape: Sequence[int]) -> tuple[float, float, float]:
-    """Return the voxel size in mm (z, y, x) at which a grid of the embedded cohort holds every head."""
+    """Return the voxel size in mm (z, y, x) of a grid for the embedded cohort; see SPACING."""
     shape = tuple(shape)
     return SPACING.get(shape) or (round(166.4 / shape[0], 4), *2 * (round(192 / min(shape[1:]), 4),))
 

@@ -234,7 +234,7 @@ class TrainLatent(Parameters):
     covariates: tuple[str, ...] = param((), "what the prior is told of each brain", choices=("brain_ml", "csf_share"))
     model_channels: int = param(96, "width of the network", minimum=32)
     channel_mult: tuple[float, ...] = param((1,), "relative width of each level, finest first")
-    prior_res_blocks: int = param(2, "residual blocks a level", minimum=1)
+    prior_res_blocks: int = param(1, "residual blocks a level", minimum=1)
     attention_resolutions: tuple[int, ...] = param((1,), "strides at which the network attends over cells")
     prior_patch: int = param(2, "the finest level works on blocks of so many cells along each axis", minimum=1)
     P_mean: float = param(0.3, "mean of ln sigma in training (edm)")
