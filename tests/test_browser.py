@@ -44,11 +44,12 @@ return {pictures: [...cell.querySelectorAll('.companion-picture')].map(image => 
 """
 # How long, in ms, until a picture of a cell has changed and is there, counted from the key that moved the slider.
 ANSWER = """
-const [cell, handle, done] = arguments;
+const [cell, handle, key, done] = arguments;
 const image = cell.querySelector('.companion-picture');
 const start = performance.now();
 image.addEventListener('load', () => done(performance.now() - start), {once: true});
-handle.dispatchEvent(new KeyboardEvent('keydown', {key: 'Right', keyCode: 39, bubbles: true}));
+setTimeout(() => done(60000), 60000);
+handle.dispatchEvent(new KeyboardEvent('keydown', {key: key, bubbles: true}));
 """
 
 
@@ -192,8 +193,10 @@ def test_gallery_answers_to_sliders_play_sort_and_save(browser, lab):
     assert before["notes"] != after["notes"], "numbers follow the slice"
     before, after = notebook.move(one, "draw", Keys.ARROW_RIGHT)
     assert sum(a != b for a, b in zip(before["notes"], after["notes"], strict=True)) == 1, "only the draw changes"
-    times = [browser.execute_async_script(ANSWER, one, notebook.handle(one, "slice")) for _ in range(3)]
-    print(f"a slider answers in {np.median(times):.0f} ms (key to picture), machine as it is")
+    handle = notebook.handle(one, "slice")
+    times = [browser.execute_async_script(ANSWER, one, handle, key) for key in ("ArrowLeft", "ArrowRight") * 3]
+    print(f"a slider answers in {np.median(times):.0f} ms, from key to picture")
+    assert max(times) < 60000
 
     before = notebook.seen(one)
     player = one.find_element("css selector", ".jupyter-widget-play, .widget-play")

@@ -17,6 +17,8 @@ from companion.runs import Run
 class Setting(Parameters):
     acceleration: int = param(4, "R")
     interleave: bool = param(False, "other lines in each slice")
+    mask: str = param("equispaced", "kind of mask")
+    acs: int = param(0, "centre lines")
 
 
 @pytest.fixture

@@ -146,7 +146,9 @@ def _line(state: RunState, runs: Path) -> str:
 
 def _section(state: RunState, runs: Path) -> str:
     name, folder = _name(state, runs), state.folder
-    files = ((NOTEBOOK.replace(".ipynb", ".html"), "read"), (NOTEBOOK, "notebook"), (MANIFEST, "record"))
+    files = [(NOTEBOOK, "notebook"), (MANIFEST, "record")]
+    if state.state == "done":  # else a page would be that of a former run
+        files.insert(0, (NOTEBOOK.replace(".ipynb", ".html"), "read"))
     links = [_link(folder / file, runs, label) for file, label in files]
     title = f"<h2>{escape(name)}</h2>\n<p class=links>{' · '.join(link for link in links if link)}</p>"
     if state.state != "done":

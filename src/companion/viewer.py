@@ -137,8 +137,8 @@ class Viewer(Shown):
         """The numbers behind the pictures: (plane, name) -> (rows, columns), turned and mirrored as chosen."""
         tiles = {}
         for plane in self.planes:
-            over = self.over.value if self.over.value not in (None, *plane) else None
-            steps = range(self.stack.lengths[over]) if over else [self._at.get(over, 0)]
+            over = "" if self.over.value in plane else self.over.value
+            steps = range(self.stack.lengths[over]) if over else [0]
             found = [pictures(self.stack, self._at | {over: i}, plane, self.part.value) for i in steps]
             for name in self.names.value:
                 cuts = [self._turned(f[name]) for f in found if name in f]
@@ -174,6 +174,9 @@ class Viewer(Shown):
             row = NAMES.get(plane, f"{plane[0]}, {plane[1]}") if len(self.planes) > 1 else self.position()
             rows.setdefault(row.replace(", ", "\n"), {})[name] = np.ascontiguousarray(_square(x, self._aspect(plane)))
             kinds[name] = window = self.limits(name)
+        common = [name for name in kinds if all(name in row for row in rows.values())]
+        rows = {row: {name: images[name] for name in common} for row, images in rows.items()} if common else {
+            "": {"nothing chosen": np.zeros((2, 2))}}
         voxel = self.stack.voxel_mm.get(self._columns(self.planes[0]))
         return figures.image_grid(rows, window=window[1:], unit=self.stack.unit, kinds=kinds, width=1.9,
                                   voxel_mm=None if self.over.value else voxel)
@@ -275,9 +278,9 @@ class Viewer(Shown):
         self.plane.options, self.plane.value = planes, planes[0][1]
         self.plane.layout.display = None if len(planes) > 1 else "none"
         moving = [axis for axis, n in self.stack.lengths.items() if n > 1 and axis not in self.stack.planes[0]]
-        self.over.options = [("-", None), *((axis, axis) for axis in moving)]
+        self.over.options = [("-", ""), *((axis, axis) for axis in moving)]
         self.over.layout.display = None if moving else "none"
-        self.over.value = None
+        self.over.value = ""
 
     def _make_sliders(self) -> None:
         """A slider for every axis: whole numbers, or the labels of the axis where it has some."""
@@ -329,11 +332,13 @@ class Viewer(Shown):
         errors = [float(np.percentile(x, 99)) for name, x in shown.items() if kind(self.stack, name) != "image"]
         scale = float(f"{max(errors):.1g}") if errors and max(errors) > 0 else span / 10
         self.error.layout.display = None if errors else "none"
-        for slider, value, least, most in ((self.level, (low + high) / 2, low - span, high + span),
-                                           (self.width, span, span / 200, 3 * span),
-                                           (self.error, scale, scale / 20, 5 * scale)):
+        middle = (low + high) / 2  # the values lie on the steps, else the browser would round them
+        around, fine = 1.5 * span, span / 200
+        for slider, value, least, most, step in ((self.level, middle, middle - around, middle + around, fine),
+                                                 (self.width, span, fine, 3 * span, fine),
+                                                 (self.error, scale, scale / 20, 5 * scale, scale / 20)):
             with slider.hold_trait_notifications():
-                slider.min, slider.max, slider.step, slider.value = least, most, (most - least) / 400, value
+                slider.min, slider.max, slider.step, slider.value = least, most, step, value
 
     def _new_part(self, _=None) -> None:
         if not self._busy:
