@@ -178,4 +178,6 @@ def test_enhancement_table_and_calibration(enhanced):
     table = {row["image"]: row["NRMSE"][0] for row in sampling.enhancement_table(drawn)}
     assert list(table)[-2:] == ["one draw", "mean of 8 draws"]
     assert table["mean of 8 draws"] == pytest.approx(table["one draw"] * (1.125 / 2) ** 0.5, rel=0.05)
-    assert set(sampling.uncertainty(drawn)[cases.name[0].replace(", ", "\n")]) >= {"truth", "std of draws"}
+    assert set(sampling.uncertainty(drawn)["2000000\n-10 mm"]) >= {"truth", "std of draws"}
+    shown = sampling.overview(drawn, noisy, most=5)["2000001\n30 mm"]
+    assert list(shown) == ["truth", "MLEM", "seed 0", "seed 1", "mean"]

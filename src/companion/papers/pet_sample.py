@@ -175,7 +175,8 @@ def draw(D: EDMDenoiser, data: dict, p: SampleModel, cases: Cases | None = None,
     x = (samples.x * data["scale_kbq"]).cpu().unflatten(0, (count, len(seeds)))
     about = {name: getattr(p, name) for name in ("weights", "solver", "steps", "first_sigma", "last_sigma", "label",
                                                  "guidance")}
-    about |= {name: data[name] for name in ("scale_kbq", "units", "pixel_mm", "task", "target")}
+    about |= {name: data[name] for name in ("scale_kbq", "units", "pixel_mm", "task", "target", "iterations")
+              if name in data}
     return Drawn(x, seeds, cases if conditional else None, samples.bill, about)
 
 
@@ -316,7 +317,8 @@ def training_people(data: dict, subjects: int) -> Tensor:
 def enhancement_table(drawn: Drawn) -> list[dict[str, object]]:
     """Return NRMSE, PSNR, SSIM and the mean activity's error of MLEM, of one draw and of the mean of all draws."""
     cases, truth = drawn.cases, drawn.cases.truth
-    images = {f"MLEM, iterate {i + 1}": cases.mlem[:, i : i + 1] for i in range(cases.mlem.shape[1])}
+    counted = drawn.about.get("iterations", range(1, cases.mlem.shape[1] + 1))
+    images = {f"MLEM, {k} iterations": cases.mlem[:, i : i + 1] for i, k in enumerate(counted)}
     images |= {"one draw": drawn.x[:, 0], f"mean of {len(drawn.seeds)} draws": drawn.x.mean(1)}
     rows = []
     for name, x in images.items():
@@ -344,9 +346,14 @@ def overview(drawn: Drawn, cases: Cases, most: int = 8) -> dict[str, dict[str, T
         return rows | {f"seeds {drawn.seeds[at]} on": {str(i + 1): drawn.x[0, at + i] for i in columns}
                        for at in several}
     middle = cases.mlem.shape[1] // 2
-    return {name.replace(", ", "\n"): {"truth": cases.truth[i], "MLEM": cases.mlem[i, middle : middle + 1]} | {
+    return {_short(name): {"truth": cases.truth[i], "MLEM": cases.mlem[i, middle : middle + 1]} | {
         f"seed {seed}": drawn.x[i, j] for j, seed in enumerate(drawn.seeds[: most - 3])} | {"mean": drawn.x[i].mean(0)}
         for i, name in enumerate(cases.name[:6])}
+
+
+def _short(name: str) -> str:
+    """The name of a case as a figure has room for it."""
+    return name.removeprefix("subject ").replace(", ", "\n")
 
 
 def uncertainty(drawn: Drawn, most: int = 4) -> dict[str, dict[str, Tensor]]:
@@ -354,8 +361,8 @@ def uncertainty(drawn: Drawn, most: int = 4) -> dict[str, dict[str, Tensor]]:
     rows = {}
     for i, name in enumerate(drawn.cases.name[:most]):
         truth, mean = drawn.cases.truth[i], drawn.x[i].mean(0)
-        rows[name.replace(", ", "\n")] = {"truth": truth, "mean": mean, "error": (mean - truth).abs(),
-                                          "std of draws": drawn.x[i].std(0)}
+        rows[_short(name)] = {"truth": truth, "mean": mean, "error": (mean - truth).abs(),
+                              "std of draws": drawn.x[i].std(0)}
     return rows
 
 
