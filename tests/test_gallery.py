@@ -174,10 +174,10 @@ def test_three_planes_have_the_proportions_of_the_body(stack, tmp_path):
     viewer.plane.value = dict(viewer.plane.options)["three planes"]
     assert len(viewer._tiles) == 3 * 5 and {"z", "y", "x"} <= {s.description for s in viewer._axes_box.children[:4]}
     size = {name: tile.children[0].layout for (plane, name), tile in viewer._tiles.items() if plane == ("z", "x")}
-    assert (size["truth"].width, size["truth"].height) == ("210px", "336px")  # 4 x 4 mm high, 5 x 2 mm wide
+    assert (size["truth"].width, size["truth"].height) == ("190px", "304px")  # 4 x 4 mm high, 5 x 2 mm wide
     viewer.turn.click()
     size = {name: tile.children[0].layout for (plane, name), tile in viewer._tiles.items() if plane == ("z", "x")}
-    assert size["truth"].height == "131px"
+    assert size["truth"].height == "119px"
 
 
 def test_all_draws_in_one_sheet_turned_and_mirrored(stack, tmp_path):

@@ -34,7 +34,7 @@ CSS = """<style>
 NAMES = {("y", "x"): "axial", ("z", "x"): "coronal", ("z", "y"): "sagittal"}
 THREE = (("y", "x"), ("z", "x"), ("z", "y"))
 COLOURS = ("gray", "viridis", "cividis", "magma")
-WIDTHS = {"small": 130, "medium": 210, "large": 380}  # pixels on the screen
+WIDTHS = {"small": 130, "medium": 190, "large": 380}  # pixels on the screen
 MOST = 6  # pictures beside one another, to begin with
 
 
