@@ -14,19 +14,22 @@ Wang et al. 2024, IEEE TMI, doi 10.1109/TMI.2024.3382043.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from skimage.exposure import match_histograms
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from companion import metrics
 from companion.data import anatomy
-from companion.data.nifti import load_nifti
+from companion.data.nifti import load_nifti, save_nifti
 from companion.data.paired import FOREGROUND, Scale, Slicing, cut_file, save_translation
 from companion.data.store import open_dataset
 from companion.diffusion.denoisers import AnySize, Denoiser, column
@@ -40,7 +43,7 @@ from companion.runs import project_root
 from companion.segmentation import Segmenter, load_segmenter
 from companion.weights import describe, load_denoiser, network_of
 
-FIRST_SIGMA, LAST_SIGMA = 40.0, 0.01  # noise levels between which images are drawn
+FIRST_SIGMA, LAST_SIGMA = 10.0, 0.01  # noise levels between which images are drawn
 PUBLISHED = DiscreteSchedule.linear()  # 1000 times; the chain that the release trains and samples with
 DIRECTIONS = tuple((a, b) for b in CONTRASTS for a in CONTRASTS if a != b)  # (source, target)
 
@@ -90,15 +93,15 @@ class Setting:
         return (chain if self.evaluations >= len(chain) else chain.respace(self.evaluations)).levels()
 
 
-RECOMMENDED = Setting()
-ABLATION = {  # the rows of the evaluation that a network draws; see `study`
+RECOMMENDED = Setting(("cross", "self"))  # chosen on validation people; docs/lmi.md
+ABLATION = {  # the rows of the evaluation that a network draws, as it is told
     "unconditional": replace(RECOMMENDED, keep=()),
     "self LMI only": replace(RECOMMENDED, keep=("self",)),
     "cross LMI only": replace(RECOMMENDED, keep=("cross",)),
-    "cross and self LMI": replace(RECOMMENDED, keep=("cross", "self")),
     "source only": replace(RECOMMENDED, keep=("source",)),
+    "LMI and source": replace(RECOMMENDED, keep=("cross", "self", "source")),
     "recommended": RECOMMENDED,
-    "oracle: LMI of the truth": replace(RECOMMENDED, keep=("cross", "self"), oracle=True),
+    "oracle: LMI of the truth": replace(RECOMMENDED, oracle=True),
 }
 
 
@@ -109,7 +112,7 @@ ABLATION = {  # the rows of the evaluation that a network draws; see `study`
 class Translator:
     """What a checkpoint of 2_train knows: a denoiser, how it is conditioned, and the contrast that it learned.
 
-    pixel_mm: side of the pixels of its training slices. channels: of its images, 1 or 3.
+    pixel_mm, size: side of the pixels of its training slices, and how many there were (y, x). channels: 1 or 3.
     """
 
     D: Denoiser
@@ -117,6 +120,7 @@ class Translator:
     contrast: str
     pixel_mm: float = anatomy.FIELD_OF_VIEW_MM / 64
     channels: int = 1
+    size: tuple[int, int] = (64, 64)
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", autocast: str | None = None) -> Translator:
@@ -124,7 +128,8 @@ class Translator:
         conditioning, about = Conditioning.of(name), describe(name)
         data, inputs = about["data"], about["network"]["in_channels"]
         return cls(load_denoiser(name, device, autocast), conditioning, data["contrast"],
-                   anatomy.FIELD_OF_VIEW_MM / data["image_size"][-1], inputs - conditioning.channels)
+                   anatomy.FIELD_OF_VIEW_MM / data["image_size"][-1], inputs - conditioning.channels,
+                   tuple(data["image_size"]))
 
     @property
     def device(self) -> torch.device:
@@ -175,16 +180,12 @@ def translate(prior: Translator, source: Tensor, setting: Setting = RECOMMENDED,
     if source.ndim != 4 or source.shape[1] not in (1, 3):
         raise ValueError(f"the source has shape {tuple(source.shape)}; expected grey or RGB images, "
                          "(image, 1 or 3, y, x)")
-    D = AnySize(prior.D, network_of(prior.D).total_stride)
     levels, solver = setting.levels(), ddpm(variance="large") if setting.solver == "published" else setting.solver
     drawn, bills = [[] for _ in range(setting.draws)], []
     with tqdm(total=setting.draws * len(source), desc="translations", disable=not progress) as bar:
         for first in range(0, len(source), batch_size):
             part = source[first : first + batch_size].to(prior.device)
-            side = lmi.prepare_source(part, prior.conditioning)
-            G = Informed(D, side, prior.conditioning, setting.keep, setting.guidance)
-            if setting.attraction:
-                G = Attracted(G, side, setting.attraction)
+            G = informed(prior, part, setting)
             for j in range(setting.draws):
                 seeds = generators([seed + i * setting.draws + j for i in range(first, first + len(part))])
                 state = begin(part, prior.channels, levels[0].item(), setting, seeds)
@@ -199,6 +200,14 @@ def translate(prior: Translator, source: Tensor, setting: Setting = RECOMMENDED,
     calls = bills[0].denoiser_calls * (1 if setting.guidance == 1 else 2)
     bill = Bill(calls, 0, sum(b.seconds for b in bills) / len(bills))
     return Translation(torch.stack([torch.cat(parts) for parts in drawn]), bill)
+
+
+def informed(prior: Translator, source: Tensor, setting: Setting) -> Denoiser:
+    """Return the denoiser that has seen sources (image, 1 or 3, y, x), for images of any size."""
+    D = AnySize(prior.D, network_of(prior.D).total_stride)
+    side = lmi.prepare_source(source, prior.conditioning)
+    G = Informed(D, side, prior.conditioning, setting.keep, setting.guidance)
+    return Attracted(G, side, setting.attraction) if setting.attraction else G
 
 
 def begin(source: Tensor, channels: int, sigma: float, setting: Setting, seeds: list[Generator]) -> Tensor:
@@ -226,13 +235,14 @@ def translate_file(path: str | Path, out: str | Path, prior: Translator, setting
                    progress: bool = False) -> Path:
     """Return the path of a NIfTI volume: that of `path`, slice by slice, with its shape and affine.
 
-    pixel_mm: side of the pixels that the network sees, by default that of its training slices. source_scale: what is 0
-    and 1 in the source, by default percentiles. target_scale: what 0 and 1 of the target are, by default 0 and 1.
+    pixel_mm: side of the pixels that the network sees, by default that of its training slices; air is put around fields
+    of view smaller than theirs. source_scale: what is 0 and 1 in the source, by default percentiles. target_scale: what
+    0 and 1 of the target are, by default 0 and 1.
     Slices with hardly anything in them stay empty. Raises FileNotFoundError or ValueError as `cut_file`.
     """
     pixel_mm = pixel_mm or prior.pixel_mm
     inner = Slicing.of(load_nifti(path), (1, 1), pixel_mm, plane).inner
-    size = tuple(max(LEAST_SIDE, n) for n in inner)
+    size = tuple(max(trained, n) for trained, n in zip(prior.size, inner, strict=True))
     cut = cut_file(path, size=size, pixel_mm=pixel_mm, plane=plane, scale=source_scale)
     filled = (cut.slices > FOREGROUND).float().mean((1, 2, 3)) >= FILLED
     if not filled.any():
@@ -242,9 +252,122 @@ def translate_file(path: str | Path, out: str | Path, prior: Translator, setting
     return save_translation(out, made, cut.slicing, target_scale or Scale(0, 1, UNITS))
 
 
-LEAST_SIDE = 16  # pixels of the canvas that slices are placed on
 FILLED = 0.02  # share of the pixels of a slice that must be foreground for it to be translated
 UNITS = "1: bright tissue (99.5 % of the foreground)"
+
+
+# ------------------------------------------------------------------------------------------------- looking at a draw
+
+
+@dataclass(frozen=True)
+class Sample(Parameters):
+    """Parameters of lmi/3_sample.ipynb."""
+
+    weights: str = param("lmi/t2w", "translator: an embedded name or a folder")
+    people: str = param("brain", "brain: the embedded cohort; else a file prepared by 1_data")
+    source: str = param("T1w", "contrast to translate from")
+    image_size: int = param(64, "pixels along y and x", minimum=16)
+    subjects: int = param(4, "held-out people, one slice each", minimum=1)
+    split: str = param("test", "whose people", choices=("test", "validation"))
+    draws: int = param(4, "draws of an image", minimum=2)
+    maps_at: tuple[float, ...] = param((10.0, 1.0, 0.3, 0.1), "noise levels at which the maps are shown", minimum=1e-3)
+    solvers: tuple[str, ...] = param(("dpmpp_2m", "ddim"), "solvers to compare",
+                                     choices=("dpmpp_2m", "ddim", "heun", "ddpm", "dpmpp_2m_sde"))
+    evaluations: tuple[int, ...] = param((10, 30), "steps of a draw to compare; the last is used elsewhere", minimum=1)
+    published: int = param(0, "evaluations of the published chain; 1000 as released, 0: leave it out", minimum=0)
+    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+
+    @property
+    def setting(self) -> Setting:
+        """Return the setting of the pictures."""
+        return replace(RECOMMENDED, solver=self.solvers[0], evaluations=self.evaluations[-1], draws=self.draws)
+
+
+def held_out(p: Sample, target: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sources, true targets and tissue masks (image, 1, y, x): a slice of each person, ever higher up."""
+    if p.source == target:
+        raise ValueError(f"source is {p.source}, which is what {p.weights} makes; give another contrast")
+    found = stacks(p.people, p.split, p.subjects, (p.source, target), p.image_size)
+    count, slices = found[target].shape[:2]
+    people = torch.arange(count)
+    given, truth, *labels = (x[people, people * slices // count] for x in found.values())
+    return given, truth, labels[0] > 0 if labels else lmi.grey(truth) > AIR
+
+
+SLICES = 8  # of each person of the embedded cohort, whose scale is found from all of them
+
+
+@lru_cache(maxsize=8)
+def stacks(people: str, split: str, subjects: int, contrasts: tuple[str, ...], image_size: int) -> dict[str, Tensor]:
+    """Return slices (subject, slice, 1, y, x) of contrasts and, if known, "labels", of the first people of a split.
+
+    people: "brain", the embedded cohort, or a prepared file, which `image_size` does not concern. Remembered.
+    """
+    if people == "brain":
+        return lmi.cohort_slices(split, subjects, SLICES, tuple(dict.fromkeys(contrasts)), image_size)
+    prepared = open_dataset(project_root() / people, require=contrasts)
+    names = dict.fromkeys(n for n in (*contrasts, "labels") if n in prepared.shapes)
+    count, depth = min(subjects, len(prepared.rows(split))), prepared.shapes[contrasts[0]][1]
+    slices = {n: prepared.slices(n, split) for n in names}
+    return {n: torch.stack([s[i] for i in range(count * depth)]).unflatten(0, (count, depth))
+            for n, s in slices.items()}
+
+
+def maps_at(prior: Translator, source: Tensor, truth: Tensor, sigmas: Sequence[float], seed: int) -> dict:
+    """Return for each noise level what the network is told of one image (1, 1, y, x): row -> column -> (1, y, x)."""
+    noise = randn(truth.shape[1:], truth.dtype, [torch.Generator().manual_seed(seed)])
+    side, sizes, rows = lmi.prepare_source(source, prior.conditioning), prior.conditioning.patches, {}
+    for sigma in sigmas:
+        x = truth + sigma * noise
+        shrunk = x / math.hypot(1, sigma)
+        told = lmi.conditions(x, sigma, side, prior.conditioning, ("cross",))[0]
+        first = sum(prior.conditioning.widths[: prior.conditioning.maps.index("cross")])
+        rows[f"σ = {sigma:g}"] = {"source": source[0], "noisy target": shrunk[0]} | {
+            f"cross, {n} x {n}": told[first + i : first + i + 1] for i, n in enumerate(sizes)} | {
+            f"self, {n} x {n}": side.self_map[0, i : i + 1] for i, n in enumerate(sizes)}
+    return rows
+
+
+def reverse_run(prior: Translator, source: Tensor, setting: Setting, seed: int, pictures: int = 8) -> dict:
+    """Return pictures of one draw of one image (1, 1, y, x): row -> column -> (1, y, x), from noise to the result.
+
+    "noisy": x / sqrt(1 + sigma^2); "estimate": x0_hat there; "cross x 2": twice the finest cross map.
+    """
+    levels, path, c = setting.levels(), [], prior.conditioning
+    seeds = generators([seed])
+    state = begin(source, prior.channels, levels[0].item(), setting, seeds)
+    sample(informed(prior, source, setting), levels, shape=state.shape[1:], seeds=seeds, state=state,
+           solver=setting.solver, callback=path.append)
+    xs = [state, *(info["x"] for info in path)]
+    rows: dict[str, dict] = {"noisy": {}, "estimate": {}} | ({"cross x 2": {}} if "cross" in c.maps else {})
+    for i in torch.linspace(0, len(path) - 1, min(pictures, len(path))).round().int().tolist():
+        sigma, column_name = path[i]["sigma"], f"σ = {path[i]['sigma']:.2g}"
+        rows["noisy"][column_name] = xs[i][0] / math.hypot(1, sigma)
+        rows["estimate"][column_name] = path[i]["x0_hat"][0]
+        if "cross" in c.maps:
+            rows["cross x 2"][column_name] = 2 * lmi.prepare_source(source, c).cross(
+                lmi.grey(xs[i]) / (math.hypot(1, sigma) if c.scaled else 1))[0, :1]
+    return rows
+
+
+def compare_solvers(prior: Translator, source: Tensor, truth: Tensor, inside: Tensor, p: Sample) -> list[dict]:
+    """Return a table row for each solver and number of evaluations: PSNR and SSIM of the mean of the draws, seconds.
+
+    Sources, true targets and masks (image, 1, y, x); the scores are means and standard errors over images.
+    """
+    chosen = [(name, n) for name in p.solvers for n in p.evaluations]
+    if p.published:
+        chosen.append(("published", p.published))
+    table = []
+    for name, n in chosen:
+        setting = replace(p.setting, solver=name, evaluations=n)
+        found = translate(prior, source, setting, seed=p.seed)
+        scores = {k: score(found.x[:, None], truth[:, None], inside[:, None])[k] for k in ("PSNR", "SSIM")}
+        one = metrics.psnr(found.draws[0], truth, 1.0, inside)
+        table.append({"solver": "ancestral, as published" if name == "published" else name, "evaluations": n}
+                     | {k: metrics.mean_and_error(v) if len(v) > 1 else v.item() for k, v in scores.items()}
+                     | {"PSNR, one draw": one.mean().item(), "seconds an image and draw": found.bill.seconds})
+    return table
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -254,7 +377,7 @@ UNITS = "1: bright tissue (99.5 % of the foreground)"
 class Translate(Parameters):
     """Parameters of lmi/4_translate.ipynb."""
 
-    source: str = param("brain", "brain: the embedded cohort; else a file prepared by 1_data")
+    people: str = param("brain", "brain: the embedded cohort; else a file prepared by 1_data")
     split: str = param("test", "whose people: test, or validation, on which settings are chosen",
                        choices=("test", "validation"))
     targets: tuple[str, ...] = param(CONTRASTS, "contrasts to translate into")
@@ -263,9 +386,10 @@ class Translate(Parameters):
     segmenters: str | None = param("segmenter/{target}", "segmenters that know only the target; none: no Dice")
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
     subjects: int = param(12, "held-out people", minimum=2)
-    slices: int = param(2, "slices of each", minimum=1)
-    rows: tuple[str, ...] = param(("unconditional", "cross and self LMI", "source only", "recommended"),
+    slices: int = param(2, "slices of each, evenly spaced", minimum=1)
+    rows: tuple[str, ...] = param(("unconditional", "LMI and source", "recommended"),
                                   "what the networks draw: rows of the table", choices=tuple(ABLATION))
+    keep: tuple[str, ...] = param(RECOMMENDED.keep, "maps that the recommended row is told", choices=lmi.MAPS)
     sdedit: tuple[float, ...] = param((0.25, 0.5, 1.0), "noise levels at which SDEdit puts the source in", minimum=0.01)
     published: int = param(0, "evaluations of the published chain; 1000 as released, 0: no such row", minimum=0)
     solver: str = param("dpmpp_2m", "of all other rows", choices=("dpmpp_2m", "ddim", "heun", "ddpm", "dpmpp_2m_sde"))
@@ -282,10 +406,19 @@ class Translate(Parameters):
         edited = {f"SDEdit from sigma = {s:g}": Setting((), start=s, begin="source", **common) for s in self.sdedit}
         chosen = {name: replace(ABLATION[name], **common) for name in ABLATION if name in self.rows}
         if "recommended" in chosen:
-            chosen["recommended"] = replace(chosen["recommended"], guidance=self.guidance, attraction=self.attraction)
+            chosen["recommended"] = self.chosen
         if self.published:
             chosen["published chain"] = Setting(("cross", "self"), "published", self.published, draws=self.draws)
         return edited | chosen
+
+    @property
+    def chosen(self) -> Setting:
+        """Return the recommended setting, with the maps, solver, evaluations, draws and guidance asked for."""
+        return Setting(self.keep, self.solver, self.evaluations, draws=self.draws, guidance=self.guidance,
+                       attraction=self.attraction)
+
+
+TRAINING_PEOPLE = 4  # whose tissue histogram matching aims at
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,16 +436,15 @@ class People:
     def of(cls, p: Translate) -> People:
         """Return those that the parameters ask for. Raises ValueError for a file that lacks them."""
         names = tuple(dict.fromkeys((*p.sources, *p.targets)))
-        if p.source == "brain":
-            found = lmi.cohort_slices(p.split, p.subjects, p.slices, names, p.image_size)
-            train = lmi.cohort_slices("train", 6, 4, names, p.image_size)
-        else:
-            prepared = open_dataset(project_root() / p.source, require=names)
-            kept = [n for n in (*names, "labels") if n in prepared.shapes]
-            found = {n: torch.from_numpy(prepared.read(n, p.split))[: p.subjects, : p.slices] for n in kept}
-            train = {n: torch.from_numpy(prepared.read(n, "train"))[:50] for n in kept}
-        inside = train.get("labels", next(iter(train.values())) > AIR) > 0
-        reference = {n: train[n][inside.expand_as(train[n])] for n in names}
+        found = stacks(p.people, p.split, p.subjects, names, p.image_size)
+        count, made = found[names[0]].shape[:2]
+        if made < p.slices:
+            raise ValueError(f"{p.slices} slices of each subject are wanted, {p.people} has {made}; lower slices")
+        people = torch.arange(count)[:, None]  # the next person's slices lie a little higher, so that all heights occur
+        at = ((torch.arange(p.slices) + (people + 0.5) / count) * made / p.slices).long()
+        found = {n: x[people, at] for n, x in found.items()}
+        train = stacks(p.people, "train", TRAINING_PEOPLE, names, p.image_size)
+        reference = {n: train[n][train["labels"] > 0 if "labels" in train else train[n] > AIR] for n in names}
         return cls({n: found[n] for n in names}, found.get("labels"), reference)
 
     def inside(self, target: str) -> Tensor:
@@ -456,13 +588,77 @@ def summary(rows: list[dict]) -> list[dict]:
     return table
 
 
-def gains(rows: list[dict], over: str, method: str = "recommended") -> list[dict]:
-    """Return for each direction what `method` gains over another in PSNR, SSIM and Dice: paired mean and its error."""
+def verdict(rows: list[dict], method: str = "recommended") -> list[dict]:
+    """Return for each direction what `method` gains in PSNR, SSIM and Dice: paired means and standard errors.
+
+    Over no translation, histogram matching, and SDEdit from that level, for each score, where it is best. Last, the
+    Dice as a share of what the true targets reach.
+    """
     table = []
     for direction in dict.fromkeys(r["direction"] for r in rows):
-        mine, other = ([r for r in rows if r["direction"] == direction and r["method"] == m] for m in (method, over))
-        if mine and other:
-            table.append({"direction": direction, "over": over} | {
-                k: metrics.mean_and_error([r[k] for r in mine], [r[k] for r in other])
-                for k in ("PSNR", "SSIM", "Dice") if k in mine[0]})
+        by_method: dict[str, list[dict]] = {}
+        for r in rows:
+            if r["direction"] == direction:
+                by_method.setdefault(r["method"], []).append(r)
+        if method not in by_method:
+            continue
+        row: dict = {"direction": direction}
+        for k in (k for k in ("PSNR", "SSIM", "Dice") if k in by_method[method][0]):
+            values = {name: [r[k] for r in mine] for name, mine in by_method.items()}
+            edited = {name: sum(v) for name, v in values.items() if name.startswith("SDEdit")}
+            rivals = {"none": "no translation", "matching": "histogram matching",
+                      "best SDEdit": max(edited, key=edited.get, default=None)}
+            row |= {f"{k} over {label}": metrics.mean_and_error(values[method], values[name])
+                    for label, name in rivals.items() if name in values}
+        if "Dice" in by_method[method][0]:
+            true = sum(r["Dice"] for r in by_method["true target"])
+            row["Dice, share of true"] = sum(r["Dice"] for r in by_method[method]) / true
+        table.append(row)
     return table
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def picture_rows(d: Direction, people: People, count: int = 3) -> dict[str, dict[str, Tensor]]:
+    """Return one slice of the first people, translated by every method: row -> column -> (1, y, x)."""
+    at = people.images[d.source].shape[1] // 2
+    short = {"no translation": d.source, "histogram matching": "matching", "true target": f"true {d.target}",
+             "LMI and source": "LMI + source", "oracle: LMI of the truth": "oracle", "published chain": "published"}
+    return {f"person {i}": {short.get(name, name.replace(" from sigma =", "")): x.mean(0)[i, at]
+                            for name, x in d.draws.items()} for i in range(min(count, len(people.images[d.source])))}
+
+
+def example_volume(path: Path, p: Translate, prior: Translator) -> Path:
+    """Return the path of a NIfTI volume of a held-out person in another contrast: odd in size, lying oblique."""
+    source = next(c for c in (*p.sources, *CONTRASTS) if c != prior.contrast)
+    shape, voxel, spacing = (17, 85, 71), 2.5, 8.0
+    heights = -60 + spacing * torch.arange(shape[0])
+    image = anatomy.render(anatomy.cohort(p.split, 1)[0], source, shape, voxel, heights).image.abs()
+    upright = anatomy.affine(shape, voxel)
+    upright[2, 2:] = spacing, heights[0].item()
+    turned = np.eye(4)
+    turned[:3, :3] = Rotation.from_euler("xyz", (12, -9, 15), degrees=True).as_matrix()
+    return save_nifti(path, 1000 * image.numpy(), affine=turned @ upright, units="made up")
+
+
+class Volumes(NamedTuple):
+    """`pictures` of a source volume and its translation, row -> column -> (1, y, x), and `facts` about them."""
+
+    pictures: dict[str, dict[str, Tensor]]
+    facts: dict[str, object]
+
+
+def compare_volumes(source: str | Path, made: str | Path) -> Volumes:
+    """Return three planes through the middle of two NIfTI files, each in a window of its own, and their geometry."""
+    pictures, facts = {}, {}
+    for name, volume in (("source", load_nifti(source)), ("translation", load_nifti(made))):
+        x = torch.from_numpy(np.asarray(volume.array, np.float32))
+        x = (x / x.max()).repeat_interleave(max(1, round(volume.voxel_mm[0] / volume.voxel_mm[1])), 0)
+        z, y, width = (n // 2 for n in x.shape)
+        planes = {"plane z": x[z], "plane y": x[:, y].flip(0), "plane x": x[..., width].flip(0)}
+        pictures[name] = {plane: image[None] for plane, image in planes.items()}
+        facts[name] = {"shape (z, y, x)": volume.array.shape, "affine": volume.affine.round(4).tolist()}
+    facts["same shape"] = facts["source"]["shape (z, y, x)"] == facts["translation"]["shape (z, y, x)"]
+    facts["same affine"] = facts["source"]["affine"] == facts["translation"]["affine"]
+    return Volumes(pictures, facts)
