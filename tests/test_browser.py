@@ -91,9 +91,10 @@ def lab(tmp_path_factory):
                "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--allow-root",
                "--ServerApp.root_dir=" + str(folder), "--LabApp.news_url=None", "--LabApp.check_for_updates_class="
                "jupyterlab.NeverCheckForUpdate"]
+    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # figures are shown, as for a reader
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1", "JUPYTER_PLATFORM_DIRS": "1"})
+                                  env=environment | {"OMP_NUM_THREADS": "1", "JUPYTER_PLATFORM_DIRS": "1"})
     try:
         wait(lambda: answers(f"http://127.0.0.1:{port}/api"), "JupyterLab to start")
         yield f"http://127.0.0.1:{port}", folder

@@ -228,7 +228,7 @@ def test_a_notebook_gets_the_widget_and_a_picture_with_words(stack, tmp_path):
     viewer = Viewer(stack, folder=tmp_path)
     data, about = viewer._repr_mimebundle_()
     assert {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"} <= set(data)
-    assert about["image/png"]["alt"] == "truth, draws, estimate, error, std of a test, draw 1 of 3, z 3 of 4"
+    assert about["image/png"]["alt"] == "truth, draws, estimate, error, std of a test, draw 0 (0 to 2), z 2 (0 to 3)"
     assert all(tile.children[0].tooltip for tile in viewer._tiles.values())
 
 

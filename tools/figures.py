@@ -12,7 +12,7 @@ from PIL import Image
 from companion.gallery import RunGrid, find_entries
 from companion.runs import atomic_write, project_root
 
-WIDTH, COLOURS = 1000, 96
+WIDTH, COLOURS = 1000, 160
 # picture: run, figure in it (a pattern), how to make the run
 PICTURES = {
     "start_here.png": ("brain/start_here/demo", "posterior.png", "companion batch start_here"),
@@ -43,7 +43,7 @@ def gallery(root: Path) -> Image.Image:
     from companion.examples import write_examples
 
     folder = root / "build" / "examples"
-    write_examples(folder, accelerations=(2, 4), doses=(), people=(0,))
+    write_examples(folder, accelerations=(3,), doses=(), people=(0,))
     viewer = RunGrid(find_entries(folder)).viewer
     viewer.plane.value = dict(viewer.plane.options)["three planes"]
     return Image.open(io.BytesIO(viewer.still())).convert("RGB")
@@ -51,7 +51,7 @@ def gallery(root: Path) -> Image.Image:
 
 def write(path: Path, image: Image.Image) -> None:
     """Write a picture at most WIDTH wide with few colours: grey images and one colour map need no more."""
-    image.thumbnail((WIDTH, 10 * WIDTH), Image.LANCZOS)
+    image.thumbnail((WIDTH, 0.85 * WIDTH), Image.LANCZOS)
     with atomic_write(path) as aside:
         image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(aside, optimize=True)
     print(f"docs/{path.name}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")

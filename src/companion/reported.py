@@ -70,8 +70,9 @@ def ours(row: Reported, entries: Sequence[Entry]) -> tuple[str, Entry | None]:
     if not (row.metric or row.parameter):
         return "no counterpart", None
     wanted = conditions(row.where)
-    done = [e for e in entries if e.done and e.get("paper") == row.paper and e.get("stage") == row.stage
-            and all(fulfils(e, *condition) for condition in wanted)]
+    # A smoke run shows that a notebook runs; its numbers mean nothing.
+    done = [e for e in entries if e.done and e.folder.name != "smoke" and e.get("paper") == row.paper
+            and e.get("stage") == row.stage and all(fulfils(e, *condition) for condition in wanted)]
     for entry in done:
         if row.parameter in entry.parameters:
             return str(entry.parameters[row.parameter]), entry

@@ -179,7 +179,8 @@ class Run:
             voxel_mm = None if voxel_mm is None else np.broadcast_to(voxel_mm, 3).tolist()
             file.attrs["format"] = IMAGES
             file.attrs["about"] = json.dumps(
-                {"labels": labels, "voxel_mm": voxel_mm, "unit": unit, "window": window and list(window)})
+                {"arrays": list(arrays), "labels": labels, "voxel_mm": voxel_mm, "unit": unit,
+                 "window": window and list(window)})
         return self.add(path, kind="images")
 
     def add(self, path: str | os.PathLike, kind: str = "file", **about: str) -> Path:

@@ -232,6 +232,7 @@ def _read_hdf5(path: Path, only: tuple[str, ...]) -> Stack:
         if file.attrs.get("format") != IMAGES:
             return make_stack(arrays, path.name)
         about = json.loads(file.attrs["about"])
+        arrays = {name: arrays[name] for name in about["arrays"] if name in arrays}  # HDF5 sorts by name
         axes = {name: tuple(d.attrs["axes"].split()) for name, d in found.items()}
         voxel = dict(zip("zyx", about["voxel_mm"], strict=True)) if about["voxel_mm"] else {}
         window = tuple(about["window"]) if about["window"] else None

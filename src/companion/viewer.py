@@ -35,7 +35,7 @@ NAMES = {("y", "x"): "axial", ("z", "x"): "coronal", ("z", "y"): "sagittal"}
 THREE = (("y", "x"), ("z", "x"), ("z", "y"))
 COLOURS = ("gray", "viridis", "cividis", "magma")
 WIDTHS = {"small": 130, "medium": 190, "large": 380}  # pixels on the screen
-MOST = 6  # pictures beside one another, to begin with
+MOST = 7  # pictures beside one another, to begin with
 
 
 def close(widget: widgets.Widget) -> None:
@@ -153,11 +153,12 @@ class Viewer(Shown):
             return "magma", 0.0, self.error.value
         if self.part.value == "phase" and self._complex(name):
             return "twilight_shifted", -np.pi, np.pi
-        low = self.level.value - self.width.value / 2
-        return self.colours.value, low, low + self.width.value
+        low, width = self.level.value - self.width.value / 2, self.width.value
+        low = 0.0 if abs(low) < 1e-6 * width else low
+        return self.colours.value, low, low + width
 
     def position(self) -> str:
-        """The position in words, as in "z 12 of 32, draw 1 of 8"."""
+        """The position in words, as in "z 12 (0 to 31), draw 0 (0 to 7)"."""
         hidden = {axis for plane in self.planes for axis in plane} if len(self.planes) == 1 else set()
         said = [f"{axis} {self._label(axis)}" for axis in self._at
                 if axis not in hidden and axis != self.over.value and self.stack.lengths[axis] > 1]
@@ -435,7 +436,7 @@ class Viewer(Shown):
     def _label(self, axis: str) -> str:
         if axis in self.stack.labels:
             return str(self.stack.labels[axis][self._at[axis]])
-        return f"{self._at[axis] + 1} of {self.stack.lengths[axis]}"
+        return f"{self._at[axis]} (0 to {self.stack.lengths[axis] - 1})"  # as the slider counts
 
     def _turned(self, x: np.ndarray) -> np.ndarray:
         return np.rot90(x[:, ::-1] if self.mirror.value else x, self._turns)
