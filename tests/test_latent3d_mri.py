@@ -77,10 +77,13 @@ def test_centre_maps_leave_a_real_image(person):
     found = mri.acquire(person, 0, replace(P, noise_std=0)).maps
     agreement = (found.conj() * known).sum(0)[person[0] > 0.5]
     assert agreement.real.mean() > 0.97 and agreement.angle().abs().mean() < 0.1
+    assert found.abs().square().sum(0) == pytest.approx(torch.ones(SHAPE), abs=1e-4)
 
 
 def test_errors_are_those_at_the_levels_and_constant_outside():
-    errors = mri.Errors(torch.tensor([0.1, 1.0]), torch.tensor([1.0, 4.0]).reshape(2, 1, 1, 1, 1).expand(2, 1, 2, 2, 2))
+    table = torch.tensor([1.0, 4.0]).reshape(2, 1, 1, 1, 1)
+    errors = mri.Errors(torch.tensor([0.1, 1.0]), table.expand(2, 1, 2, 2, 2), table.expand(2, 3, 1, 1, 1), 0.0)
+    assert errors.latent_at(torch.tensor([1.0])).flatten().tolist() == pytest.approx([4.0] * 3)
     found = errors.at(torch.tensor([0.01, 0.1, 10**-0.5, 1.0, 50.0]))
     assert found[:, 0, 0, 0, 0] == pytest.approx(torch.tensor([1.0, 1, 2, 4, 4]))
 
@@ -89,8 +92,8 @@ def test_errors_are_those_at_the_levels_and_constant_outside():
 def test_guidance_is_exact_for_a_linear_decoder(gaussian, kind):
     """For white volumes of variance 1 the error is sigma^2 / (1 + sigma^2), and both rules give E[x0 | x, y]."""
     scan, x, sigma = gaussian
-    variance = sigma**2 / (1 + sigma**2)
-    errors = mri.Errors(sigma, variance.reshape(-1, 1, 1, 1, 1).expand(3, 1, *x.shape[2:]))
+    variance = (sigma**2 / (1 + sigma**2)).reshape(-1, 1, 1, 1, 1).expand(3, 1, *x.shape[2:])
+    errors = mri.Errors(sigma, variance, variance, 0.0)
     G = kind(scan.A, scan.y, 0.1, 60, space=Itself(), errors=errors)
 
     def belief(D, x, sigma, cond=None):
@@ -99,7 +102,15 @@ def test_guidance_is_exact_for_a_linear_decoder(gaussian, kind):
     exact = posterior_mean(scan.A, scan.y, 0.1, belief, 60, 1e-6)(white)(x, sigma)
     found = G(white)(x, sigma)
     assert torch.allclose(found, exact, atol=3e-3) and (found - white(x, sigma)).abs().max() > 0.05
-    assert G.denoiser_calls == (1 if kind is mri.projection else 2)
+
+
+def test_products_with_the_derivative_of_a_decoder(prior):
+    z, v = torch.randn(2, 1, *prior.latent_shape, generator=torch.Generator().manual_seed(0))
+    x, forward, transposed = mri.linearised(prior.space.decode, z)
+    step = 1e-2 * v
+    assert torch.allclose(forward(step), prior.decode(z + step) - x, atol=0.05 * (prior.decode(z + step) - x).std())
+    w = torch.randn_like(x)
+    assert (forward(v) * w).sum() == pytest.approx((v * transposed(w)).sum(), rel=1e-3)
 
 
 def test_data_pull_an_ignorant_prior_towards_the_truth(prior):

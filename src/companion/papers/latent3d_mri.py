@@ -12,6 +12,7 @@ from the fully sampled centre of the very k-space that is reconstructed.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +23,7 @@ from companion import baselines, metrics
 from companion.data import anatomy
 from companion.data.volumes import spacing
 from companion.diffusion.denoisers import column
-from companion.diffusion.guidance import Factor, Guidance, posterior_mean, solve, with_vjp
+from companion.diffusion.guidance import Factor, Guidance, posterior_mean, solve
 from companion.diffusion.noise import generators, karras, randn
 from companion.diffusion.sampling import Bill, sample
 from companion.latent import LatentSpace
@@ -34,6 +35,7 @@ from companion.parameters import Parameters, param
 
 ERROR_SIGMAS = torch.logspace(-1.5, 1.5, 7)  # noise levels of the latents at which the error of estimates is measured
 SUPPORT = 0.05  # share of the brightest low-resolution voxel below which coil maps are not believed
+WIDE = 6.0  # voxels, standard deviation of the Gaussian that continues them
 METHODS = ("projection", "gradient")
 
 
@@ -56,8 +58,8 @@ class ReconstructVolumes(Parameters):
     acs: int = param(12, "fully sampled centre along y and x", minimum=8)
     maps: str = param("calibration", "coil maps and phase: from the centre of the data, or oracle, the true ones",
                       choices=("calibration", "oracle"))
-    methods: tuple[str, ...] = param(METHODS, "how latents are led to the data: decode, correct, encode; or the "
-                                              "gradient through decoder and prior", choices=METHODS)
+    methods: tuple[str, ...] = param(METHODS, "how latents are led to the data: decode, correct, encode; or by the "
+                                              "decoder's derivatives", choices=METHODS)
     draws: int = param(4, "posterior draws of a volume", minimum=1)
     evaluations: int = param(16, "network evaluations a draw", minimum=2)
     first_sigma: float = param(20.0, "noise level at which draws begin", minimum=1e-3)
@@ -174,12 +176,17 @@ def plane_mask(shape: tuple[int, int, int], acceleration: float, acs: int, seed:
 def centre_maps(y: Tensor, acs: int) -> Tensor:
     """Return coil maps (coil, z, y, x) from the centre of k-space: low-resolution coil images, unit sum of squares.
 
-    They carry the phase of the image, which is smooth, so that the image they leave is real. Zero where there is no
-    signal to tell them from noise.
+    They carry the phase of the image, which is smooth, so that the image they leave is real. Where there is no signal
+    they go on smoothly, for the data to say that there is none.
     """
     blurred = ifft(low_pass(y, acs), 3)
     size = blurred.abs().square().sum(0).sqrt()
-    return torch.where(size > SUPPORT * size.max(), blurred / size.clamp(min=1e-12), 0)
+    maps = torch.where(size > SUPPORT * size.max(), blurred / size.clamp(min=1e-12), 0)
+    distance = sum(k.square() for k in torch.meshgrid(*[torch.fft.fftfreq(n) for n in y.shape[1:]], indexing="ij"))
+    wide = torch.exp(-2 * (torch.pi * WIDE) ** 2 * distance).to(y.device)
+    smooth = torch.fft.ifftn(wide * torch.fft.fftn(maps, dim=(1, 2, 3)), dim=(1, 2, 3))
+    smooth = smooth / smooth.abs().square().sum(0).sqrt().clamp(min=1e-12)
+    return torch.where(size > SUPPORT * size.max(), maps, smooth)
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance
@@ -187,34 +194,51 @@ def centre_maps(y: Tensor, acs: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """How far volumes decoded from an estimate are from the truth: variance (level, 1, z, y, x) at levels (level,).
+    """How far estimates of a prior are from the truth, place by place, at noise levels sigmas (level,), increasing.
 
-    Measured on people who were not trained on. Heads lie in MNI space, so where a prior errs is the same place for all.
+    variance (level, 1, z, y, x): of decoded volumes. latent (level, channel, *cells): of the latents. codec: of what
+    comes back from a code without any noise, mean over voxels. Measured on people who were not trained on; heads lie in
+    MNI space, so where a prior errs is the same place for all.
     """
 
     sigmas: Tensor
     variance: Tensor
+    latent: Tensor
+    codec: float
 
     @classmethod
     @torch.no_grad()
     def measure(cls, prior: LatentPrior, x: Tensor, sigmas: Tensor = ERROR_SIGMAS, seed: int = 0) -> Errors:
-        """Return the errors of decode(D(encode(x) + sigma n)) for people x (person, 1, z, y, x)."""
+        """Return the errors of D(encode(x) + sigma n), and of its decoding, for people x (person, 1, z, y, x)."""
         z = prior.encode(x)
         noise = randn(z.shape[1:], z.dtype, generators(range(seed, seed + len(z))), z.device)
-        rows = []
+        variance, latent = [], []
         for sigma in sigmas.tolist():
-            level = torch.full((len(z),), sigma, device=z.device)
-            error = (prior.decode(prior.D(z + sigma * noise, level)) - x).square().mean(0)
-            rows.append(F.avg_pool3d(error[None], 5, 1, 2, count_include_pad=False)[0])
-        return cls(sigmas.to(x.device), torch.stack(rows).clamp(min=1e-6))
+            z0_hat = prior.D(z + sigma * noise, torch.full((len(z),), sigma, device=z.device))
+            variance.append(_smooth((prior.decode(z0_hat) - x).square().mean(0), 5))
+            latent.append(_smooth((z0_hat - z).square().mean(0), 3))
+        codec = (prior.decode(z) - x).square().mean().item()
+        tables = (torch.stack(rows).clamp(min=1e-6) for rows in (variance, latent))
+        return cls(sigmas.to(x.device), *tables, codec)
 
     def at(self, sigma: Tensor) -> Tensor:
-        """Return the variance (batch, 1, z, y, x) at sigma (batch,), log-linear between levels, constant outside."""
-        t = sigma.log().clamp(*self.sigmas.log()[[0, -1]].tolist())
-        i = torch.searchsorted(self.sigmas.log(), t.contiguous()).clamp(1, len(self.sigmas) - 1)
-        low, high = self.sigmas.log()[i - 1], self.sigmas.log()[i]
-        w = column((t - low) / (high - low), self.variance)
-        return ((1 - w) * self.variance[i - 1].log() + w * self.variance[i].log()).exp()
+        """Return the variance of volumes (batch, 1, z, y, x) at sigma (batch,), log-linear, constant outside."""
+        return self._between(self.variance, sigma)
+
+    def latent_at(self, sigma: Tensor) -> Tensor:
+        """Return the variance of latents (batch, channel, *cells) at sigma (batch,), likewise."""
+        return self._between(self.latent, sigma)
+
+    def _between(self, table: Tensor, sigma: Tensor) -> Tensor:
+        levels = self.sigmas.log()
+        t = sigma.log().clamp(*levels[[0, -1]].tolist())
+        i = torch.searchsorted(levels, t.contiguous()).clamp(1, len(levels) - 1)
+        w = column((t - levels[i - 1]) / (levels[i] - levels[i - 1]), table)
+        return ((1 - w) * table[i - 1].log() + w * table[i].log()).exp()
+
+
+def _smooth(x: Tensor, width: int) -> Tensor:
+    return F.avg_pool3d(x[None], width, 1, width // 2, count_include_pad=False)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,9 +258,9 @@ class LatentGuidance(Guidance):
 class projection(LatentGuidance):
     """Decode the estimate, make it agree with the data as far as its error allows, encode the change.
 
-    z0_hat + encode(x') - encode(x0_hat), x0_hat = decode(z0_hat), x' the Gaussian posterior mean for the variance
-    `errors`. What the autoencoder cannot keep is not taken for a change. No gradient of any network. After Song et al.
-    2024 (ReSample), with their optimisation replaced by a Gaussian update.
+    z0_hat + encode(x') - encode(x0_hat), x0_hat = decode(z0_hat), x' the Gaussian posterior mean for the variance of
+    decoded volumes. What the autoencoder cannot keep is not taken for a change. No gradient of any network. After Song
+    et al. 2024 (ReSample), with their optimisation replaced by a Gaussian update.
     """
 
     def estimate(self, D, z, sigma, cond=None):
@@ -248,28 +272,41 @@ class projection(LatentGuidance):
 
 @dataclass(frozen=True, eq=False)
 class gradient(LatentGuidance):
-    """The gradient of the data's likelihood through decoder and prior: z0_hat + sigma^2 J^T A^H S^-1 (y - A x0_hat).
+    """E[z | y] for p(z) = N(z0_hat, C) and a decoder that is linear around z0_hat, by its derivatives.
 
-    x0_hat = decode(D(z)), J its Jacobian, S = A V A^H + noise_std^2 with the variance V of `errors`: Tweedie's formula
-    for p(y | z) = N(A x0_hat, S). Song et al. 2023 (PiGDM), Eq. (7), with the decoder inside. Costs a gradient.
+    z0_hat + C J^T A^H (A J C J^T A^H + s^2)^-1 (y - A decode(z0_hat)): a Gauss-Newton step. J is the decoder's
+    derivative at z0_hat, C the variance of latents, s^2 the noise plus what the autoencoder cannot express, spread over
+    coils. A product with J and one with J^T for every conjugate-gradient step; none of the prior.
     """
 
     def estimate(self, D, z, sigma, cond=None):
-        kept = []
+        z0_hat = D(z, sigma, cond)
+        x0_hat, forward, transposed = linearised(self.space.decode, z0_hat)
+        std = self.errors.latent_at(sigma).sqrt()
+        s2 = self.noise_std**2 + self.errors.codec / (2 * self.y.shape[1])
 
-        def decoded(z: Tensor, sigma: Tensor, cond) -> Tensor:
-            kept.append(D(z, sigma, cond))
-            return self.space.decode(kept[0])
+        def normal(u: Tensor) -> Tensor:
+            return std * transposed(self.A.normal(forward(std * u))) + s2 * u
 
-        x0_hat, vjp = with_vjp(decoded, z, sigma, cond)
-        std = self.errors.at(sigma).sqrt()
-        b = std * self.A.H(self.y - self.A(x0_hat))  # A^H (A V A^H + s^2)^-1 r in the space whitened by V
-        u = solve(lambda u: std * self.A.normal(std * u) + self.noise_std**2 * u, b, self.iterations, len(z))
-        return kept[0].detach() + column(sigma.square(), z) * vjp(u / std)
+        b = std * transposed(self.A.H(self.y - self.A(x0_hat)))
+        return z0_hat + std * solve(normal, b, self.iterations, len(z))
 
-    @property
-    def denoiser_calls(self):
-        return 2
+
+def linearised(f: Callable, z: Tensor) -> tuple[Tensor, Callable, Callable]:
+    """Return f(z), v -> J v and w -> J^T w, J the derivative of f at z.
+
+    J v is the derivative of <J^T w, v> by w, at any w: two backward passes do what a forward derivative would.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.detach().clone().requires_grad_()
+        x = f(z)
+        w = torch.zeros_like(x, requires_grad=True)
+        g = torch.autograd.grad(x, z, w, create_graph=True)[0]
+
+    def product(output: Tensor, of: Tensor) -> Callable:
+        return lambda v: torch.autograd.grad(output, of, v, retain_graph=True)[0]
+
+    return x.detach(), product(g, w), product(x, z)
 
 
 def explain(x: Tensor, variance: Tensor, G: LatentGuidance) -> Tensor:

@@ -341,8 +341,9 @@ def study(prior: LatentPrior, synthetic: Tensor, p: SampleVolumes) -> Study:
     memory, at = [], 0
     for name, x in sets.items():
         d = near.distance[at : at + len(x)]
-        memory.append({"volumes": name, "n": len(x), "nearest training volume": d.mean().item(),
-                       "smallest": d.min().item(), "standard deviation": d.std().item()})
+        memory.append({"volumes": name, "n": len(x), "training volumes": trained.count,
+                       "to the nearest": d.mean().item(), "standard deviation": d.std().item(),
+                       "smallest": d.min().item()})
         at += len(x)
     closest = near.distance[-len(synthetic) :].argmin().item()
     number = near.index[len(together) - len(synthetic) + closest].item()
