@@ -127,7 +127,7 @@ def poisson_gibbs(
     *,
     seeds: str | int | Iterable[int] | Sequence[Generator],
     tails: float | None = 8.0,
-    window: int = 5,
+    window: int = 3,
     device: torch.device | str = "cpu",
     cond: Tensor | None = None,
     callback: Callable[[dict], None] | None = None,

@@ -74,7 +74,7 @@ class Enhance(Parameters):
     scatter: float = param(0.0, "of the true counts", minimum=0)
     draws: int = param(8, "posterior draws a slice", minimum=2)
     evaluations: int = param(25, "network evaluations a draw", minimum=2)
-    last_noise: float = param(5.0, "noise level of the last evaluation, in counting errors of a mean pixel, see "
+    last_noise: float = param(4.0, "noise level of the last evaluation, in counting errors of a mean pixel, see "
                                    "`counting_error`", minimum=1e-2)
     samplers: tuple[str, ...] = param((), "other samplers to compare at the levels of `fractions`",
                                       choices=("EM steps", "DPS", "PiGDM", "one mean"))
