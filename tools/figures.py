@@ -7,19 +7,21 @@ import io
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from companion.gallery import RunGrid, find_entries
 from companion.runs import atomic_write, project_root
+from companion.stack import colour_table
 
-WIDTH, COLOURS = 1000, 160
+WIDTH = 1000
 # picture: run, figure in it (a pattern), how to make the run
 PICTURES = {
     "start_here.png": ("brain/start_here/demo", "posterior.png", "companion batch start_here"),
     "aid.png": ("aid/4_reconstruct/demo", "volume.png", "companion batch aid_reconstruct"),
     "lmi.png": ("lmi/4_translate/demo", "T1w*T2w.png", "companion batch lmi_translate"),
     "latent3d.png": ("latent3d/3_sample/demo", "real_reconstructed_synthetic.png", "companion batch latent3d_sample"),
-    "pet.png": ("pet/4_enhance/demo", "images.png", "companion batch pet_enhance"),
+    "pet-demo.png": ("pet/4_enhance/demo", "images.png", "companion batch pet_enhance"),
 }
 
 
@@ -50,10 +52,13 @@ def gallery(root: Path) -> Image.Image:
 
 
 def write(path: Path, image: Image.Image) -> None:
-    """Write a picture at most WIDTH wide with few colours: grey images and one colour map need no more."""
-    image.thumbnail((WIDTH, 0.85 * WIDTH), Image.LANCZOS)
+    """Write a picture at most WIDTH wide in the colours that the figures use: greys, and the map of errors."""
+    image.thumbnail((WIDTH, 0.7 * WIDTH), Image.LANCZOS)
+    grey, errors = (colour_table(name)[np.linspace(0, 255, n).astype(int)] for name, n in (("gray", 64), ("magma", 96)))
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(np.concatenate([grey, errors]).ravel().tolist())
     with atomic_write(path) as aside:
-        image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(aside, optimize=True)
+        image.quantize(palette=palette, dither=Image.Dither.NONE).save(aside, optimize=True)
     print(f"docs/{path.name}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
