@@ -267,8 +267,9 @@ def posterior(prior: Prior, scan: Scan, p: Enhance, sampler: str = "Gibbs", draw
         mean = result.mean
     else:
         rule: dict[str, Callable[[], Counts]] = {
-            "EM steps": lambda: em_steps(A, many.y, **data), "one mean": lambda: G,
-            "DPS": lambda: poisson_dps(A, many.y, **data), "PiGDM": lambda: poisson_pigdm(A, many.y, **data)}
+            "EM steps": lambda: em_steps(A, many.y, **data, iterations=20, trust=3.0), "one mean": lambda: G,
+            "DPS": lambda: poisson_dps(A, many.y, **data, step_size=0.1),  # larger steps diverge
+            "PiGDM": lambda: poisson_pigdm(A, many.y, **data, prior_std=0.35)}
         G = rule[sampler]()
         levels = karras(p.evaluations // G.denoiser_calls, LAST_GUIDED, FIRST_SIGMA)
         result = sample(G(prior.D), levels, shape=tuple(A.domain_shape), seeds=seeds, solver="dpmpp_2m",
