@@ -65,6 +65,24 @@ def test_draws_belong_to_seeds_not_to_batches(prior, people):
     assert not torch.allclose(whole.draws[0], whole.draws[1])
 
 
+def test_every_second_draw_may_be_mirrored(prior, people):
+    source = people["T1w"].flatten(0, 1)
+    plain = translate(prior, source, Setting(evaluations=2, draws=2), seed=4)
+    both = translate(prior, source, Setting(evaluations=2, draws=2, mirrored=True), seed=4)
+    flipped = translate(prior, source.flip(-1), Setting(evaluations=2, draws=2), seed=4)
+    assert torch.equal(both.draws[0], plain.draws[0])
+    assert torch.equal(both.draws[1], flipped.draws[1].flip(-1))
+
+
+def test_guidance_goes_further_away_from_the_untold(prior, people):
+    source = people["T1w"].flatten(0, 1)[:1]
+    x, sigma = source + 0.3, torch.tensor([0.5])
+    told, untold, guided = (lmi_translate.informed(prior, source, s)(x, sigma) for s in (
+        Setting(), Setting(()), Setting(guidance=3.0)))
+    assert torch.allclose(guided - untold, 3 * (told - untold), atol=1e-5)
+    assert translate(prior, source, Setting(evaluations=2, draws=1, guidance=2.0)).bill.denoiser_calls == 4
+
+
 def test_told_nothing_the_source_does_not_matter(prior, people):
     a, b = people["T1w"].flatten(0, 1), people["T2w"].flatten(0, 1)
     nothing, cross = Setting((), evaluations=2, draws=1), Setting(("cross",), evaluations=2, draws=1)

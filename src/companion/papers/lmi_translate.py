@@ -60,6 +60,8 @@ class Setting:
     draws: of each image; the translation is their mean.
     guidance: how much further than the network says estimates move away from what it says when told nothing
         (classifier-free guidance); 1 is the network's own.
+    mirrored: every second draw is that of the mirrored source, mirrored back: left and right are alike to a network
+        whose training images were mirrored at random, so their errors average out.
     attraction: weight of a step up the gradient of the smooth LMI of source and estimate; see `Attracted`.
     oracle: conditions of the true target, which no translation has: what the maps cannot say even then is missing.
     """
@@ -71,6 +73,7 @@ class Setting:
     begin: str = "noise"
     draws: int = 4
     guidance: float = 1.0
+    mirrored: bool = False
     attraction: float = 0.0
     oracle: bool = False
 
@@ -93,15 +96,17 @@ class Setting:
         return (chain if self.evaluations >= len(chain) else chain.respace(self.evaluations)).levels()
 
 
-RECOMMENDED = Setting(("cross", "self"))  # chosen on validation people; docs/lmi.md
-ABLATION = {  # the rows of the evaluation that a network draws, as it is told
-    "unconditional": replace(RECOMMENDED, keep=()),
-    "self LMI only": replace(RECOMMENDED, keep=("self",)),
-    "cross LMI only": replace(RECOMMENDED, keep=("cross",)),
-    "source only": replace(RECOMMENDED, keep=("source",)),
-    "LMI and source": replace(RECOMMENDED, keep=("cross", "self", "source")),
+BOTH = Setting(("cross", "self"))  # the paper's maps
+RECOMMENDED = replace(BOTH, guidance=2.0, mirrored=True)  # chosen on validation people, see docs/lmi.md
+ABLATION = {  # the rows of the evaluation that a network draws
+    "unconditional": replace(BOTH, keep=()),
+    "self LMI only": replace(BOTH, keep=("self",)),
+    "cross LMI only": replace(BOTH, keep=("cross",)),
+    "cross and self LMI": BOTH,
+    "source only": replace(BOTH, keep=("source",)),
+    "LMI and source": replace(BOTH, keep=("cross", "self", "source")),
     "recommended": RECOMMENDED,
-    "oracle: LMI of the truth": replace(RECOMMENDED, oracle=True),
+    "oracle: LMI of the truth": replace(BOTH, oracle=True),
 }
 
 
@@ -185,16 +190,18 @@ def translate(prior: Translator, source: Tensor, setting: Setting = RECOMMENDED,
     with tqdm(total=setting.draws * len(source), desc="translations", disable=not progress) as bar:
         for first in range(0, len(source), batch_size):
             part = source[first : first + batch_size].to(prior.device)
-            G = informed(prior, part, setting)
+            turns = [part, part.flip(-1)] if setting.mirrored and setting.draws > 1 else [part]
+            views = [(shown, informed(prior, shown, setting)) for shown in turns]
             for j in range(setting.draws):
+                shown, G = views[j % len(views)]
                 seeds = generators([seed + i * setting.draws + j for i in range(first, first + len(part))])
-                state = begin(part, prior.channels, levels[0].item(), setting, seeds)
+                state = begin(shown, prior.channels, levels[0].item(), setting, seeds)
                 samples = sample(G, levels, shape=state.shape[1:], seeds=seeds, solver=solver, state=state,
                                  device=prior.device)
                 x = samples.x
                 if setting.solver == "published":
                     x = x + LAST_STD * randn(x.shape[1:], x.dtype, seeds, x.device)
-                drawn[j].append(x.cpu())
+                drawn[j].append((x.flip(-1) if j % len(views) else x).cpu())
                 bills.append(samples.bill)
                 bar.update(len(part))
     calls = bills[0].denoiser_calls * (1 if setting.guidance == 1 else 2)
@@ -280,7 +287,7 @@ class Sample(Parameters):
     @property
     def setting(self) -> Setting:
         """Return the setting of the pictures."""
-        return replace(RECOMMENDED, solver=self.solvers[0], evaluations=self.evaluations[-1], draws=self.draws)
+        return replace(BOTH, solver=self.solvers[0], evaluations=self.evaluations[-1], draws=self.draws)
 
 
 def held_out(p: Sample, target: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -387,7 +394,7 @@ class Translate(Parameters):
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
     subjects: int = param(12, "held-out people", minimum=2)
     slices: int = param(2, "slices of each, evenly spaced", minimum=1)
-    rows: tuple[str, ...] = param(("unconditional", "LMI and source", "recommended"),
+    rows: tuple[str, ...] = param(("unconditional", "cross and self LMI", "recommended"),
                                   "what the networks draw: rows of the table", choices=tuple(ABLATION))
     keep: tuple[str, ...] = param(RECOMMENDED.keep, "maps that the recommended row is told", choices=lmi.MAPS)
     sdedit: tuple[float, ...] = param((0.25, 0.5, 1.0), "noise levels at which SDEdit puts the source in", minimum=0.01)
@@ -395,7 +402,8 @@ class Translate(Parameters):
     solver: str = param("dpmpp_2m", "of all other rows", choices=("dpmpp_2m", "ddim", "heun", "ddpm", "dpmpp_2m_sde"))
     evaluations: int = param(30, "steps of a draw", minimum=1)
     draws: int = param(4, "draws of an image; their mean is the translation", minimum=2)
-    guidance: float = param(1.0, "classifier-free guidance of the recommended row; 1 is none", minimum=0)
+    guidance: float = param(2.0, "classifier-free guidance of the recommended row; 1 is none", minimum=0)
+    mirrored: bool = param(True, "half the draws of the recommended row are those of the mirrored source")
     attraction: float = param(0.0, "weight of the gradient of the LMI in the recommended row", minimum=0)
     volume: str | None = param(None, "NIfTI volume to translate; none: a person of the cohort, lying oblique")
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
@@ -415,7 +423,7 @@ class Translate(Parameters):
     def chosen(self) -> Setting:
         """Return the recommended setting, with the maps, solver, evaluations, draws and guidance asked for."""
         return Setting(self.keep, self.solver, self.evaluations, draws=self.draws, guidance=self.guidance,
-                       attraction=self.attraction)
+                       mirrored=self.mirrored, attraction=self.attraction)
 
 
 TRAINING_PEOPLE = 4  # whose tissue histogram matching aims at
@@ -624,7 +632,8 @@ def picture_rows(d: Direction, people: People, count: int = 3) -> dict[str, dict
     """Return one slice of the first people, translated by every method: row -> column -> (1, y, x)."""
     at = people.images[d.source].shape[1] // 2
     short = {"no translation": d.source, "histogram matching": "matching", "true target": f"true {d.target}",
-             "LMI and source": "LMI + source", "oracle: LMI of the truth": "oracle", "published chain": "published"}
+             "cross and self LMI": "cross + self", "LMI and source": "LMI + source",
+             "oracle: LMI of the truth": "oracle", "published chain": "published"}
     return {f"person {i}": {short.get(name, name.replace(" from sigma =", "")): x.mean(0)[i, at]
                             for name, x in d.draws.items()} for i in range(min(count, len(people.images[d.source])))}
 
