@@ -121,7 +121,7 @@ def test_sheet_cuts_long_sets_into_rows():
     x = torch.rand(5, 1, *SHAPE)
     rows = latent3d.sheet({"synthetic": x}, columns=3)
     assert len(rows) == 6 and all(list(row) == ["1", "2", "3"] for row in rows.values())
-    assert torch.isnan(rows["synthetic 4-6\naxial"]["3"]).all()
+    assert torch.isnan(rows["4-6\naxial"]["3"]).all()
 
 
 def test_volumes_on_disk_lie_in_mni_space(prior, tmp_path):

@@ -279,14 +279,14 @@ def by_plane(volumes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def sheet(sets: Mapping[str, Tensor], columns: int = 8) -> dict[str, dict[str, Tensor]]:
-    """Return rows for `figures.image_grid`: the first volumes of each named set, in three planes."""
+    """Return rows for `figures.image_grid`: volumes of each named set in three planes, long sets in several blocks."""
     rows = {}
     for name, volumes in sets.items():
         for start in range(0, len(volumes), columns):
             part = [planes(x) for x in volumes[start : start + columns]]
             blank = {plane: torch.full_like(image, torch.nan) for plane, image in part[0].items()}
             part += [blank] * (columns - len(part) if len(volumes) > columns else 0)
-            label = f"{name}\n" if len(volumes) <= columns else f"{name} {start + 1}-{start + columns}\n"
+            label = f"{name}\n" if len(volumes) <= columns else f"{start + 1}-{start + columns}\n"
             for plane in part[0]:
                 rows[label + plane] = {str(i + 1): images[plane] for i, images in enumerate(part)}
     return rows
