@@ -641,7 +641,7 @@ def picture_rows(d: Direction, people: People, count: int = 3) -> dict[str, dict
 def example_volume(path: Path, p: Translate, prior: Translator) -> Path:
     """Return the path of a NIfTI volume of a held-out person in another contrast: odd in size, lying oblique."""
     source = next(c for c in (*p.sources, *CONTRASTS) if c != prior.contrast)
-    shape, voxel, spacing = (11, 85, 71), 2.5, 8.0
+    shape, voxel, spacing = (11, 81, 71), 2.5, 8.0
     heights = anatomy.SLAB_MM[0] + spacing * torch.arange(shape[0])  # the slab that the cohort's slices come from
     image = anatomy.render(anatomy.cohort(p.split, 1)[0], source, shape, voxel, heights).image.abs()
     upright = anatomy.affine(shape, voxel)
