@@ -65,7 +65,7 @@ class ReconstructVolumes(Parameters):
     first_sigma: float = param(20.0, "noise level at which draws begin", minimum=1e-3)
     last_sigma: float = param(0.1, "noise level of the last evaluation", minimum=1e-5)
     iterations: int = param(8, "conjugate-gradient steps an evaluation", minimum=1)
-    regularisation: float = param(0.01, "of CG-SENSE, chosen on validation people", minimum=0)
+    regularisation: float = param(0.03, "of CG-SENSE, chosen on validation people", minimum=0)
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
 
 
