@@ -110,7 +110,7 @@ def test_products_with_the_derivative_of_a_decoder(prior):
     step = 1e-2 * v
     assert torch.allclose(forward(step), prior.decode(z + step) - x, atol=0.05 * (prior.decode(z + step) - x).std())
     w = torch.randn_like(x)
-    assert (forward(v) * w).sum() == pytest.approx((v * transposed(w)).sum(), rel=1e-3)
+    assert (forward(v) * w).sum().item() == pytest.approx((v * transposed(w)).sum().item(), rel=1e-3)
 
 
 def test_data_pull_an_ignorant_prior_towards_the_truth(prior):
