@@ -92,7 +92,7 @@ def test_discrete_denoisers_keep_their_schedule(tmp_path):
     torch.testing.assert_close(E(x, sigma), D(x, sigma), rtol=0, atol=0)
     assert torch.equal(E.schedule.betas, DiscreteSchedule.cosine(50).betas)
     discrete["schedule"]["name"] = "triangle"
-    with pytest.raises(ValueError, match="'triangle'; this package knows linear, scaled_linear, cosine"):
+    with pytest.raises(ValueError, match="'triangle'; this package knows linear, scaled_linear, zero_terminal, cosine"):
         build(config)
 
 
