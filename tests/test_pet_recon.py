@@ -42,7 +42,7 @@ def test_a_ladder_thins_one_scan_and_calibrates_others(people):
     counts = 10 * (people.image > 0.5).flatten(1).sum(1)
     assert torch.allclose(low.scan.A(people.image).flatten(1).sum(1), counts.float(), rtol=1e-4)
     error = [pet_recon.counting_error(level.scan) for level in (quarter, full)]
-    assert abs(error[0] / error[1] - 2) < 0.02, "as 1 / sqrt(dose)"
+    assert ((error[0] / error[1] - 2).abs() < 0.05).all(), "as 1 / sqrt(dose)"
     with pytest.raises(ValueError, match="no dose"):
         pet_recon.ladder(people, parameters(fractions=(), factors=()))
 
@@ -103,8 +103,9 @@ def test_the_posterior_beats_mlem_is_calibrated_and_keeps_its_seeds(people):
     assert (error < metrics.nrmse(pet_recon.oracle_stop(scan), truth)).all()
     assert (error < metrics.nrmse(result.x[0], truth)).all()
     assert 0.6 < pet_recon.calibration(result.x, truth) < 1.6
-    again = pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([1])), p)
-    assert torch.equal(again.x, pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([1])), p).x)
+    alone = pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([0])), p)
+    assert torch.equal(alone.x, pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([0])), p).x)
+    torch.testing.assert_close(alone.x[:, 0], result.x[:, 0], rtol=0, atol=0.02)  # kBq/mL: rounding, through 12 sweeps
     for name in ("EM steps", "one mean", "DPS", "PiGDM"):
         other = pet_recon.posterior(prior, scan, p, name, draws=2)
         assert torch.isfinite(other.x).all() and other.bill.denoiser_calls <= 12

@@ -204,11 +204,14 @@ class pigdm(Guidance):
     iterations: int = 10
 
     def estimate(self, D, x, sigma, cond=None):
-        x0_hat, vjp = with_vjp(D, x, sigma, cond)
-        v = column(Isotropic(self.prior_std).variance(sigma), x)
+        return self.step(*with_vjp(D, x, sigma, cond), sigma)
+
+    def step(self, x0_hat, vjp, sigma):
+        """The estimate, given what D makes of x and its derivative."""
+        v = column(Isotropic(self.prior_std).variance(sigma), x0_hat)
         b = self.A.H(self.y - self.A(x0_hat))  # A^H (v A A^H + s^2)^-1 r = (v A^H A + s^2)^-1 A^H r
-        u = solve(lambda u: v * self.A.normal(u) + self.noise_std**2 * u, b, self.iterations, len(x))
-        return x0_hat + column(sigma.square(), x) * vjp(u)
+        u = solve(lambda u: v * self.A.normal(u) + self.noise_std**2 * u, b, self.iterations, len(x0_hat))
+        return x0_hat + column(sigma.square(), x0_hat) * vjp(u)
 
     @property
     def denoiser_calls(self):

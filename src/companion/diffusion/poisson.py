@@ -37,7 +37,7 @@ from ..operators.linear import Diagonal, LinearOperator, check_finite
 from ..operators.pet import check_counts, counts_ratio, expected_counts, sensitivity
 from .denoisers import Denoiser, column
 from .gibbs import chain
-from .guidance import Factor, Guidance, Isotropic, PerPixel, pixel_moments, posterior_mean, solve, with_vjp
+from .guidance import Factor, Guidance, Isotropic, PerPixel, pigdm, pixel_moments, posterior_mean, with_vjp
 from .noise import randn
 from .sampling import Bill
 
@@ -220,10 +220,8 @@ class poisson_pigdm(Counts):
 
     def estimate(self, D, x, sigma, cond=None):
         x0_hat, vjp = with_vjp(D, x, sigma, cond)
-        A, y = self.whitened(x0_hat)
-        v = column(Isotropic(self.prior_std).variance(sigma), x)
-        u = solve(lambda u: v * A.normal(u) + u, A.H(y - A(x0_hat)), self.iterations, len(x))
-        return x0_hat + column(sigma.square(), x) * vjp(u)
+        whitened = pigdm(*self.whitened(x0_hat), self.noise_std, self.prior_std, self.iterations)
+        return whitened.step(x0_hat, vjp, sigma)
 
     @property
     def denoiser_calls(self):

@@ -10,9 +10,10 @@ All images are in kBq/mL. Whatever is tuned is tuned on validation people, at ea
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -254,41 +255,59 @@ def _load_prior(name: str, device: str, autocast: str | None, size: int, seed: i
 def posterior(prior: Prior, scan: Scan, p: Enhance, sampler: str = "Gibbs", draws: int | None = None) -> Posterior:
     """Return posterior draws of all scans by annealed Gibbs sweeps ("Gibbs"), or by one of the other samplers.
 
-    x (draw, slice, 1, y, x) and their mean (slice, 1, y, x) in kBq/mL, not cut at 0.
+    x (draw, slice, 1, y, x) and their mean (slice, 1, y, x) in kBq/mL, not cut at 0. Draw k of slice i has the seed
+    p.seed + 10,000 i + k. Slices that end at the same noise level are drawn together, which changes nothing for each.
     """
-    n, draws = len(scan.y), draws or p.draws
-    many = some(scan, torch.arange(n).repeat(draws), p.device)
-    seeds = [p.seed + 10_000 * i + k for k in range(draws) for i in range(n)]
-    A, data = prior.scale_kbq * many.A, {"background": many.background}
-    last = p.last_noise * counting_error(scan) / prior.scale_kbq
-    G = poisson_mean(A, many.y, **data, covariance=prior.error, iterations=15, tol=1e-2)
+    draws, levels = draws or p.draws, last_levels(scan, p)
+    shape = len(scan.y), *scan.A.domain_shape
+    x, mean, bills = torch.empty(draws, *shape), torch.empty(shape), []
+    for level in levels.unique().tolist():
+        index = (levels == level).nonzero().flatten()
+        seeds = [p.seed + 10_000 * i + k for k in range(draws) for i in index.tolist()]
+        found = draw(prior, some(scan, index.repeat(draws), p.device), p, sampler, seeds, level)
+        x[:, index], means = (v.unflatten(0, (draws, len(index))) for v in (found.x, found.mean))
+        mean[index] = means.mean(0)
+        bills.append(found.bill)
+    return Posterior(x, mean, replace(bills[0], seconds=sum(bill.seconds for bill in bills) / len(bills)))
+
+
+def draw(prior: Prior, scan: Scan, p: Enhance, sampler: str, seeds: Sequence[int], level: float) -> Posterior:
+    """Return one draw for each scan, and its mean given the step before, kBq/mL; sweeps end at the noise `level`."""
+    A, data = prior.scale_kbq * scan.A, {"background": scan.background}
+    G = poisson_mean(A, scan.y, **data, covariance=prior.error, iterations=15, tol=1e-2)
     if sampler == "Gibbs":
-        result = poisson_gibbs(prior.D, G, karras(p.evaluations, last, FIRST_SIGMA), seeds=seeds, device=p.device)
+        levels = karras(p.evaluations, level / prior.scale_kbq, FIRST_SIGMA)
+        result = poisson_gibbs(prior.D, G, levels, seeds=seeds, device=p.device)
         mean = result.mean
     else:
         rule: dict[str, Callable[[], Counts]] = {
-            "EM steps": lambda: em_steps(A, many.y, **data, iterations=20, trust=3.0), "one mean": lambda: G,
-            "DPS": lambda: poisson_dps(A, many.y, **data, step_size=0.1),  # larger steps diverge
-            "PiGDM": lambda: poisson_pigdm(A, many.y, **data, prior_std=0.35)}
+            "EM steps": lambda: em_steps(A, scan.y, **data, iterations=20, trust=3.0), "one mean": lambda: G,
+            "DPS": lambda: poisson_dps(A, scan.y, **data, step_size=0.1),  # larger steps diverge
+            "PiGDM": lambda: poisson_pigdm(A, scan.y, **data, prior_std=0.35)}
         G = rule[sampler]()
         levels = karras(p.evaluations // G.denoiser_calls, LAST_GUIDED, FIRST_SIGMA)
         result = sample(G(prior.D), levels, shape=tuple(A.domain_shape), seeds=seeds, solver="dpmpp_2m",
                         device=p.device)
         mean = result.x
-    x, mean = (prior.scale_kbq * v.cpu().unflatten(0, (draws, n)) for v in (result.x, mean))
-    return Posterior(x, mean.mean(0), result.bill)
+    return Posterior(prior.scale_kbq * result.x.cpu(), prior.scale_kbq * mean.cpu(), result.bill)
 
 
 LAST_GUIDED = 0.01  # last noise level of guided samplers, which do not draw from what is left at the end
+LEVEL_STEP = math.log(1.1)  # last noise levels are rounded to 10 %, so that many slices share one
 
 
-def counting_error(scan: Scan) -> float:
-    """Return the standard deviation, kBq/mL, of a mean pixel's activity if its own counts were known; mean over slices.
+def last_levels(scan: Scan, p: Enhance) -> Tensor:
+    """Return the noise level (slice,), kBq/mL, at which the sweeps of each slice end; its own counts decide alone."""
+    return ((p.last_noise * counting_error(scan)).log().div(LEVEL_STEP).round() * LEVEL_STEP).exp()
+
+
+def counting_error(scan: Scan) -> Tensor:
+    """Return the standard deviation (slice,), kBq/mL, of a mean pixel's activity if its own counts were known.
 
     What the noise of an image is in MRI: known from the counts alone, and as 1 / sqrt(dose).
     """
     per_kbq = mean_sensitivity(scan.A).expand(len(scan.y))
-    return (mean_activity(scan.y, scan.A, scan.background).cpu() / per_kbq.cpu()).sqrt().mean().item()
+    return (mean_activity(scan.y, scan.A, scan.background).flatten().cpu() / per_kbq.cpu()).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
