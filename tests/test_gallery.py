@@ -4,7 +4,7 @@ import gc
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import h5py
 import ipywidgets as widgets
@@ -20,7 +20,7 @@ from companion import gallery as module
 from companion.data.cfl import write_cfl
 from companion.data.nifti import load_nifti, save_nifti
 from companion.examples import write_examples
-from companion.gallery import Gallery, RunGrid, conditions, find_entries, flatten
+from companion.gallery import Gallery, RunGrid, alike, conditions, find_entries, flatten
 from companion.parameters import Parameters, param
 from companion.runs import MANIFEST, Run
 from companion.stack import Stack, make_stack, mosaic, open_stack, paint, pictures, png
@@ -375,3 +375,19 @@ def test_two_hundred_runs_open_in_less_than_three_seconds(examples, tmp_path, mo
     assert time.process_time() - start < 0.1
     gallery._turn(1)
     assert gallery._rows[0][0].description == "012"
+
+
+def test_runs_that_differ_in_many_parameters_are_no_grid(examples):
+    entries = find_entries(examples)
+    (group, *_) = alike(entries)
+    first = group[0]
+    record = first.record | {"parameters": {f"option {i}": i for i in range(5)}}
+    other = module.Entry(replace(first.state, record=record), first.name)
+    assert alike(group) == [group] and alike([first, other]) == []
+
+
+def test_numbers_offered_are_those_of_the_runs_shown(examples):
+    gallery = Gallery(examples)
+    assert all(any(name in entry.values for entry in gallery.entries) for name in gallery.metric.options)
+    gallery.where.value = "no such run"
+    assert gallery.metric.options == ("-",)

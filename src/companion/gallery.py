@@ -30,6 +30,7 @@ from companion.stack import READERS, Stack, open_stack
 from companion.viewer import Shown, Viewer, close
 
 ROWS = 12
+SLIDERS = 4  # parameters in which the runs of a grid may differ; with more they are not a grid but different runs
 WORDS = {"done": "done", "running": "… running", "incomplete": "– incomplete", "corrupt": "✗ corrupt",
          "older": "↺ older"}
 RUNNING_ONLY = ("out", "device", "data", "cache_mib")  # parameters that say where and how, not what
@@ -106,8 +107,9 @@ class Entry:
         return given if isinstance(given, Mapping) else {}
 
     def files(self) -> list[str]:
-        """Names of its results that a viewer can open."""
-        return [name for name in self.record.get("results", {}) if name.endswith((*READERS, ".nii.gz"))]
+        """Names of its results that a viewer can open; what `Run.images` wrote, truth beside draws, first."""
+        names = [name for name in self.record.get("results", {}) if name.endswith((*READERS, ".nii.gz"))]
+        return sorted(names, key=lambda name: not name.endswith(".h5"))
 
     def changed(self, name: str) -> str | None:
         """Why a result is not what the run wrote, or None. Listing compares sizes; opening compares hashes."""
@@ -226,9 +228,10 @@ class Gallery(Shown):
         return self.viewer
 
     def open_first(self) -> Viewer | None:
-        """Show the first run of the table that has images; None if there is none."""
-        first = next((entry for entry in self.shown if entry.done and entry.files()), None)
-        return None if first is None else self.open(first)
+        """Show the first run of the table that wrote images for it, else the first that can be viewed; None if none."""
+        entries = [entry for entry in self.shown if entry.done and entry.files()]
+        entries.sort(key=lambda entry: not entry.files()[0].endswith(".h5"))
+        return self.open(entries[0]) if entries else None
 
     def _forget_viewer(self) -> None:
         if self.viewer is not None:
@@ -273,12 +276,7 @@ class Gallery(Shown):
         self.where = widgets.Text(value=where, description="where", continuous_update=False,
                                   placeholder="acceleration >= 8, mask = random, PSNR > 25", **wide)
         self.where.layout.width = "430px"
-        names: dict[str, int] = {}
-        for entry in self.entries:
-            for name in entry.values:
-                names[name] = names.get(name, 0) + 1
-        ordered = sorted(names, key=lambda name: ("psnr" not in name.lower(), -names[name], name))
-        self.metric = widgets.Dropdown(options=ordered or ["-"], description="number", **wide)
+        self.metric = widgets.Dropdown(options=["-"], description="number", **wide)
         self.metric.layout.max_width = "430px"
         self.count = widgets.HTML()
         for control in (self.paper, self.stage, self.states, self.where):
@@ -314,10 +312,11 @@ class Gallery(Shown):
         except ValueError as error:
             wanted, note = [], f"; {error}"
         exact = ((self.paper, "paper"), (self.stage, "stage"))
-        self.shown = sorted(
-            (e for e in self.entries if all(c.value in ("all", e.get(key)) for c, key in exact)
-             and self.states.value in ("all", e.state.state) and all(fulfils(e, *condition) for condition in wanted)),
-            key=self._key, reverse=self._falling)
+        self.shown = [e for e in self.entries if all(c.value in ("all", e.get(key)) for c, key in exact)
+                      and self.states.value in ("all", e.state.state)
+                      and all(fulfils(e, *condition) for condition in wanted)]
+        self._offer()
+        self.shown.sort(key=self._key, reverse=self._falling)
         self._page = 0
         done = sum(e.done for e in self.shown)
         self.count.value = (f'<span role="status">{len(self.shown)} of {len(self.entries)} runs, {done} done'
@@ -327,6 +326,19 @@ class Gallery(Shown):
             button.description = (self.metric.value if column == "metric" else column) + arrow
             button.tooltip = f"sort by {column}"
         self._fill()
+
+    def _offer(self) -> None:
+        """Let *number* choose among the numbers of the runs shown, those of most runs and PSNR first."""
+        names: dict[str, int] = {}
+        for entry in self.shown:
+            for name in entry.values:
+                names[name] = names.get(name, 0) + 1
+        ordered = sorted(names, key=lambda name: ("psnr" not in name.lower(), -names[name], name)) or ["-"]
+        if tuple(ordered) != tuple(self.metric.options):
+            self._busy, kept = True, self.metric.value
+            self.metric.options = ordered
+            self.metric.value = kept if kept in names else ordered[0]
+            self._busy = False
 
     def _key(self, entry: Entry):
         number = entry.values.get(self.metric.value)
@@ -475,12 +487,13 @@ class RunGrid(Shown):
 
 
 def alike(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Finished runs with images that lie side by side in a folder and differ in some parameter; most first."""
+    """Finished runs with images that lie side by side in a folder and differ in one to four parameters; most first."""
     groups: dict[Path, list[Entry]] = {}
     for entry in entries:
         if entry.done and entry.files():
             groups.setdefault(entry.folder.parent, []).append(entry)
-    return sorted((group for group in groups.values() if varying(group)), key=len, reverse=True)
+    grids = [group for group in groups.values() if 1 <= len(varying(group)) <= SLIDERS]
+    return sorted(grids, key=len, reverse=True)
 
 
 def varying(entries: Sequence[Entry]) -> dict[str, list]:

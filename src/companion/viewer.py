@@ -36,6 +36,7 @@ THREE = (("y", "x"), ("z", "x"), ("z", "y"))
 COLOURS = ("gray", "viridis", "cividis", "magma")
 WIDTHS = {"small": 130, "medium": 190, "large": 380}  # pixels on the screen
 MOST = 7  # pictures beside one another, to begin with
+MIDDLE = ("z", "y", "x", "slice", "phase 2")  # axes whose middle is looked at first
 
 
 def close(widget: widgets.Widget) -> None:
@@ -100,7 +101,7 @@ class Viewer(Shown):
         former = [] if same else list(self.sliders.values())
         try:
             if not alike:
-                self._at = {a: n // 2 if a in ("z", "y", "x", "slice") else 0 for a, n in stack.lengths.items()}
+                self._at = {a: n // 2 if a in MIDDLE else 0 for a, n in stack.lengths.items()}
                 self._make_planes()
             if not same:
                 self._at = {axis: min(self._at[axis], n - 1) for axis, n in stack.lengths.items()}
