@@ -55,13 +55,14 @@ def test_split_gibbs_approaches_the_sense_posterior():
     assert scores["mean_error"] < 0.3 and abs(scores["variance_ratio"] - 1) < 0.2
 
 
-def test_annealed_gibbs_samples_the_sense_posterior_with_few_calls():
+@pytest.mark.parametrize("refresh, calls", [(None, 20), (10.0, 20), (10.0, 150), (0.0, 60)])
+def test_annealed_gibbs_samples_the_sense_posterior_with_few_calls_and_many(refresh, calls):
     problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
     covariance = Measured.fit(problem.prior, problem.images(64), bench.LEVELS)
     G = posterior_mean(problem.A, problem.y, 0.05, covariance, iterations=40)
-    draws = annealed_gibbs(problem.prior, G, karras(20, 0.025, 5.0), seeds=range(400))
+    draws = annealed_gibbs(problem.prior, G, karras(calls, 0.025, 5.0), seeds=range(400), refresh=refresh)
     scores = bench.score(draws.x, problem)
-    assert draws.bill.denoiser_calls == 20
+    assert draws.bill.denoiser_calls == calls
     assert scores["mean_error"] < 0.15 and abs(scores["variance_ratio"] - 1) < 0.08
     with pytest.raises(TypeError, match="Jacobian"):
         annealed_gibbs(
@@ -75,6 +76,12 @@ def test_a_seed_gives_the_same_draw_alone_and_in_a_batch():
     together = split_gibbs(D, A, y, 0.1, [0.5, 0.2], seeds="0-6", batch_size=4).x
     alone = split_gibbs(D, A, y, 0.1, [0.5, 0.2], seeds=5).x
     assert torch.allclose(together[5:6], alone, rtol=1e-5, atol=1e-6)
+    G = posterior_mean(A, y, 0.1)
+    together = annealed_gibbs(D, G, [0.5, 0.3, 0.2], seeds="0-6", refresh=2.0, batch_size=4).x
+    alone = annealed_gibbs(D, G, [0.5, 0.3, 0.2], seeds=5, refresh=2.0).x
+    assert torch.allclose(together[5:6], alone, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="refresh"):
+        annealed_gibbs(D, G, [0.5], seeds=0, refresh=-1.0)
 
 
 @pytest.mark.parametrize("rhos", [[], [0.1, 0.2], [0.1, 0.0], [float("nan")]])

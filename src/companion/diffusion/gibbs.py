@@ -28,6 +28,7 @@ def annealed_gibbs(
     sigmas: Tensor | Sequence[float],
     *,
     seeds: str | int | Iterable[int] | Sequence[Generator],
+    refresh: float | None = None,
     dtype: torch.dtype = torch.complex64,
     device: torch.device | str = "cpu",
     cond: Tensor | None = None,
@@ -37,30 +38,45 @@ def annealed_gibbs(
 ) -> Samples:
     """Draws from p(x0 | y), x (draw, *A.domain_shape), by one sweep for each noise level sigma:
 
-        x = x0 + sigma n                                             (fresh noise),
-        x0 | x, y ~ N(x0; D(x), C) N(y; A x0, noise_std^2)           exactly: perturb, solve by CG.
+        x = x0 + sigma e,   e <- sqrt(1 - f) e + sqrt(f) n           a part f of the noise is fresh,
+        x0 | x, y ~ N(x0; D(x), C) N(y; A x0, noise_std^2)           exactly: perturb, solve by CG,
+        e = (x - x0) / sigma.
 
     G: the data and the covariance model C, G = posterior_mean(A, y, noise_std, covariance): `Measured` is
     best, `Jacobian` has no factor to draw with. sigmas: decreasing, as for `sample`; a last 0 is ignored.
-    Each sweep leaves the posterior unchanged if p(x0 | x) = N(D(x), C), whatever the next level: few levels
-    cost no variance, unlike ancestral steps. Where the model is wrong, which is at high noise, later sweeps
-    forget what earlier ones got wrong. Raises ValueError as `sample` does, TypeError for a covariance
-    without factor. Zhang et al. 2024 (DAPS), Algorithm 1, with their Langevin steps for an isotropic C
-    replaced by an exact draw for a better one.
+    Each sweep leaves the posterior unchanged if p(x0 | x) = N(D(x), C), whatever f and the next level, since e is
+    then standard normal and independent of x0: few levels cost no variance, unlike ancestral steps. Where the model
+    is wrong, which is at high noise, fresh noise lets later sweeps forget what earlier ones got wrong; hundreds of
+    sweeps with nothing but fresh noise, though, drift to wherever the errors of the model lead.
+    refresh: how often the noise is renewed while sigma falls by a factor e, f = 1 - (sigma / last sigma)^refresh, so
+    that many sweeps tend to a limit, a guided reverse diffusion. None: all of it in every sweep, f = 1.
+    Raises ValueError as `sample` does and for a negative refresh, TypeError for a covariance without factor.
+    Zhang et al. 2024 (DAPS), Algorithm 1, where f = 1, with their Langevin steps for an isotropic C replaced by an
+    exact draw for a better one.
     """
+    if refresh is not None and not refresh >= 0:
+        raise ValueError(f"refresh={refresh}: the noise is renewed at a rate of 0 or more, or wholly with None")
     if isinstance(G.covariance, Jacobian):
         raise TypeError(
             "annealed_gibbs draws from C, and Jacobian has no factor to draw with; use Measured or PerPixel"
         )
 
-    def sweep(data: posterior_mean, z: Tensor, sigma: float, draws, cond) -> Tensor:
-        x = z + sigma * randn(z.shape[1:], z.dtype, draws, z.device)
-        level = torch.full((len(x),), sigma, dtype=x.real.dtype, device=x.device)
-        x0_hat, C = data.covariance(D, x, level, cond)
-        return data.draw(x0_hat, C, draws)
-
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     levels = levels[:-1] if levels[-1] == 0 else levels
+    noise: list[Tensor] = []  # of the last sweep
+
+    def sweep(data: posterior_mean, z: Tensor, step: int, sigma: float, draws, cond) -> Tensor:
+        e = randn(z.shape[1:], z.dtype, draws, z.device)
+        if step and refresh is not None:
+            kept = (sigma / levels[step - 1].item()) ** refresh
+            e = kept**0.5 * noise.pop() + (1 - kept) ** 0.5 * e
+        x = z + sigma * e
+        level = torch.full((len(x),), sigma, dtype=x.real.dtype, device=x.device)
+        x0_hat, C = data.covariance(D, x, level, cond)
+        z = data.draw(x0_hat, C, draws)
+        noise[:] = [(x - z) / sigma]
+        return z
+
     return chain(sweep, D, levels, G, 1, seeds, dtype, device, cond, batch_size, callback, progress)
 
 
@@ -97,7 +113,7 @@ def split_gibbs(
     Wu et al. 2024 (PnP-DM), Algorithm 1.
     """
 
-    def sweep(data: posterior_mean, z: Tensor, rho: float, draws, cond) -> Tensor:
+    def sweep(data: posterior_mean, z: Tensor, step: int, rho: float, draws, cond) -> Tensor:
         C = Factor.diagonal(torch.tensor(rho**2, dtype=z.real.dtype, device=z.device))
         levels = karras(steps, rho / 20, rho) if steps > 1 else [rho, 0.0]
         x = data.draw(z, C, draws)
@@ -119,7 +135,7 @@ def split_gibbs(
 
 @torch.no_grad()
 def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, callback, progress) -> Samples:
-    """z <- sweep(data, z, level, generators, cond) for every level, from z = 0, in batches of draws.
+    """z <- sweep(data, z, step, level, generators, cond) for every level, from z = 0, in batches of draws.
 
     calls: of D in a sweep, for the bill; G: what the sweeps get as `data`, its y cut to the batch.
     """
@@ -141,7 +157,7 @@ def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, ca
             condition = None if cond is None else cond[part].to(device)
             z = torch.zeros(len(draws[part]), *shape, dtype=dtype, device=device)
             for step, level in enumerate(levels):
-                z = sweep(data, z, level, draws[part], condition)
+                z = sweep(data, z, step, level, draws[part], condition)
                 bar.update()
                 if callback is not None:
                     callback(dict(step=step, sigma=level, x=z, x0_hat=z))

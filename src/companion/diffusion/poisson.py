@@ -144,22 +144,20 @@ def poisson_gibbs(
     error (`Recalibrated`, `Measured`) is part of the recipe. Other arguments as for `annealed_gibbs`.
     Lange, Little and Taylor 1989 (robust t); Zhang et al. 2024 (DAPS) for the sweeps.
     """
-    means, first = [], []
+    means = []
 
-    def sweep(data: poisson_mean, z: Tensor, sigma: float, draws, cond) -> Tensor:
+    def sweep(data: poisson_mean, z: Tensor, step: int, sigma: float, draws, cond) -> Tensor:
         x = z + sigma * randn(z.shape[1:], z.dtype, draws, z.device)
         level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        seen = D if tails is None or not first else Widened(D, z, tails, window)
-        first.append(sigma)
+        seen = Widened(D, z, tails, window) if tails is not None and step else D
         x0_hat, C = data.covariance(seen, x, level, cond)
         near = data.near(x0_hat)
-        if len(first) == sweeps:
+        if step == len(levels) - 1:
             means.append(x0_hat + near.correction(C, near.y - near.A(x0_hat), len(x)))
         return near.draw(x0_hat, C, draws)
 
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     levels = levels[:-1] if levels[-1] == 0 else levels
-    sweeps = len(levels)
     samples = chain(sweep, D, levels, G, 1, seeds, G.y.dtype, device, cond, None, callback, progress)
     return Posterior(samples.x, means[0], samples.bill)
 

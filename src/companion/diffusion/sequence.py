@@ -143,6 +143,7 @@ def reconstruct_sequence(
     *,
     seeds: str | int | Iterable[int],
     solver: str | Solver = "heun",
+    refresh: float | None = None,
     sigma_start: float | None = None,
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
@@ -151,7 +152,8 @@ def reconstruct_sequence(
     """Draws sequences given data of every frame: SequenceSamples(x (draw, frame, *A.domain_shape), bill).
 
     guidances: G_n for frame n, which know its operator and data, on `device`. solver: with which `sample` solves
-    G_n(D), or "annealed_gibbs" for guidances that are `posterior_mean`. All else as for `sample_sequence`.
+    G_n(D), or "annealed_gibbs", with its `refresh`, for guidances that are `posterior_mean`. All else as for
+    `sample_sequence`.
 
     Frame n is drawn from p(x_n | x_<n, y_n), as in the paper: data of later frames do not reach back, as they would in
     draws from p(x_0 .. x_N | y_0 .. y_N). Raises as `draw_sequence` does, and ValueError or TypeError for guidances
@@ -162,7 +164,7 @@ def reconstruct_sequence(
     if solver == "annealed_gibbs":
 
         def draw_frame(n: int, cond: Tensor | None, draws: list[Generator]) -> Samples:
-            return annealed_gibbs(D, guidances[n], sigmas, seeds=draws, cond=cond, **options)
+            return annealed_gibbs(D, guidances[n], sigmas, seeds=draws, refresh=refresh, cond=cond, **options)
     else:
         options |= dict(solver=solver, shape=shape)
         draw_frame = diffusion(lambda n: guidances[n](D), sigmas, sigma_start, loop, options)

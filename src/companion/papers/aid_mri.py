@@ -90,6 +90,8 @@ class Reconstruct(Parameters):
     draws: int = param(4, "posterior draws of a volume", minimum=2)
     evaluations: int = param(24, "network evaluations a draw and slice", minimum=2)
     last_sigma: float = param(0.04, "noise level of the last evaluation; about 4 noise_std", minimum=1e-4)
+    refresh: float | None = param(10.0, "annealed_gibbs: how often the noise is renewed while sigma falls by e; none: "
+                                        "in every evaluation, which drifts over hundreds of them", minimum=0)
     langevin_steps: int = param(3, "Langevin steps a level of the CSGM baseline; 0 leaves it out", minimum=0)
     classical: bool = param(True, "compare with tuned classical methods too")
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
@@ -363,8 +365,8 @@ def reconstruct(prior: Prior, scan: VolumeScan, p: Reconstruct, context: str | N
     with network.caching() if sequence else contextlib.nullcontext():
         samples = reconstruct_sequence(
             prior.D, data, levels, seeds=range(seed, seed + p.draws), solver=SOLVERS.get(p.method, ddim(eta=1.0)),
-            window=prior.window or None, context=None if given is None else given[None], start=prior.start,
-            first_stage=context is None, device=p.device, progress=progress)
+            refresh=p.refresh, window=prior.window or None, context=None if given is None else given[None],
+            start=prior.start, first_stage=context is None, device=p.device, progress=progress)
     known = [] if given is None else [given[None].expand(p.draws, *[-1] * given.ndim)]
     return SequenceSamples(torch.cat([*known, samples.x], 1).cpu(), samples.bill)
 
@@ -535,7 +537,8 @@ def unfold(p: Reconstruct, frame: int = 4, acceleration: int = 2) -> dict[str, T
     for name, context, error in (("with", before[None], prior.given), ("without", None, prior.alone)):
         G = posterior_mean(full.operator(frame), y, full.noise_std, error)
         result[name] = reconstruct_sequence(prior.D, [G], levels, seeds=range(p.seed, p.seed + p.draws), start=None,
-                                            solver="annealed_gibbs", context=context, device=p.device).x[:, 0]
+                                            solver="annealed_gibbs", refresh=p.refresh, context=context,
+                                            device=p.device).x[:, 0]
     return result
 
 
