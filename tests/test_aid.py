@@ -1,6 +1,7 @@
 """AID's own parts: prepared sequences, windows that stay in their volume, what the loss is given, sampling modes."""
 
 import math
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -309,6 +310,36 @@ def test_latents_are_decoded_after_sampling(tmp_path):
     warm, retrospective = sampling.draw_all(prior, true, p, progress=False)
     assert warm.x.shape == (2, 3, 1, 64, 64) and retrospective.x.shape == (2, 3, 1, 64, 64)
     assert "phase agreement" not in sampling.coherence_table(true, [warm], 3)[0]
+
+
+def test_a_prior_on_latents_from_images_to_samples(tmp_path):
+    codec = {"network": dict(name="VQModel", channels=32, channel_mult=[1, 1, 1], num_res_blocks=1, num_embeddings=16,
+                             middle=False), "data": {"source": "nobody", "scale": "none"}}
+    torch.manual_seed(1)
+    folder = str(save_checkpoint(tmp_path / "codec", build(codec), codec, {}))
+    p = prepare(tmp_path, source="heart", codec=folder)
+    latents, space = aid.encode(p, aid.prepare(p, progress=False), progress=False)
+    z = latents.read("latent")
+    assert z.shape == (3, FRAMES, 3, SIZE // 4, SIZE // 4) and aid.image_name(latents) == "latent"
+    assert np.allclose(z.mean((0, 1, 3, 4)), 0, atol=1e-4) and np.allclose(z.std((0, 1, 3, 4)), 1, atol=1e-3)
+    images = torch.from_numpy(aid.prepare(p, progress=False).read("magnitude")[1])
+    assert torch.allclose(torch.from_numpy(z[1]), space.encode(images), atol=1e-5)
+    with pytest.raises(ValueError, match="codec_range; delete it"):
+        aid.encode(prepare(tmp_path, source="heart", codec=folder, codec_range=(0.0, 1.0)), aid.prepare(p))
+
+    t = aid.TrainSequence(out=str(tmp_path / "prior"), data=str(latents.path), validation="none", window=3,
+                          mirror=False, phase_spacing_mm=None, sigma_data=1.0, steps=2, batch_size=2, warmup=0,
+                          model_channels=32, channel_mult=(1,), device="cpu", autocast=None)
+    prior = aid.save_sequence(aid.train_sequence(t, progress=False), t, [])
+    with pytest.raises(ValueError, match="holds latents.*mirror: false"):
+        aid.sequence_config(replace(t, mirror=True), latents)
+    s = sampling.SampleSequence(weights=str(prior), codec=folder, source="heart", subjects=2, draws=2, extra_frames=0,
+                                evaluations=2, device="cpu", autocast=None, modes=("warm",), contexts=("full",))
+    loaded = sampling.SequencePrior.load(s)
+    assert loaded.space.describe() == space.describe()
+    true = sampling.true_sequences(loaded, s)
+    (warm,) = sampling.draw_all(loaded, true, s, progress=False)
+    assert true.shape[-1] == SIZE and warm.x.shape == (2, t.window, 1, SIZE, SIZE) and warm.x.isfinite().all()
 
 
 def test_sampling_from_a_prepared_file(files, tmp_path, tiny_run):

@@ -7,6 +7,7 @@ before it. Parameters, data and training of the notebooks under notebooks/aid.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from companion.data.store import Prepared, open_dataset, write_dataset
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.losses import discrete_loss, edm_loss
 from companion.diffusion.noise import randn
+from companion.latent import LatentSpace
 from companion.operators.mri import estimate_maps, ifft, normalise
 from companion.parameters import Parameters, param, read_yaml
 from companion.runs import code_version, project_root
@@ -51,6 +53,9 @@ class PrepareData(Parameters):
     acs: int = param(24, "of fastMRI files: width of the k-space centre that coil maps come from", minimum=12)
     validation_share: float = param(0.1, "of files: share of the patients to validate on", minimum=0, maximum=1)
     test_share: float = param(0.1, "of files: share of the patients kept for tests", minimum=0, maximum=1)
+    codec: str | None = param(None, "autoencoder whose latents of the magnitudes are stored too, for a prior on them: "
+                                    "a published or embedded name, a folder; none: images only")
+    codec_range: tuple[float, float] = param((-1.0, 1.0), "what 0 and 1 of an image are for the autoencoder")
 
 
 SOURCES = {
@@ -168,6 +173,38 @@ def prepare_folder(p: PrepareData, progress: bool = True) -> Prepared:
     return prepared
 
 
+@torch.no_grad()
+def encode(p: PrepareData, prepared: Prepared, progress: bool = True) -> tuple[Prepared, LatentSpace]:
+    """Return latents (sequence, frame, channel, y, x) of prepared sequences and their space, beside the images' file.
+
+    Of magnitudes, by `p.codec`; mean 0 and standard deviation 1 over the training sequences. attrs["latent"] says which
+    autoencoder and normalisation, and goes into the checkpoint of a prior. Raises ValueError when the file is there
+    with latents of another autoencoder or of other images.
+    """
+    codec, name = load(p.codec), image_name(prepared)
+    path = prepared.path.with_name(f"{prepared.path.stem}_latents.h5")
+    if not path.exists():
+        images = prepared.read(name)
+
+        def batches(rows: Sequence[int], what: str) -> Iterator[Tensor]:
+            for i in tqdm(rows, desc=what, disable=not progress):
+                yield torch.from_numpy(images[i]).abs()
+
+        space = LatentSpace.fit(codec, batches(prepared.rows("train"), "statistics"), intensity=p.codec_range)
+        z = torch.stack([space.encode(x) for x in batches(range(len(images)), "latents")])
+        write_dataset(path, {"latent": z.numpy()}, units={"latent": "1"}, seed=prepared.seed, source=prepared.source,
+                      scale={"latent": "mean 0, standard deviation 1 over the training sequences, channel by channel"},
+                      subjects=prepared.subjects, split=prepared.split,
+                      attrs={"latent": space.describe(), "images": prepared.path.name}
+                      | {key: value for key, value in prepared.attrs.items() if key == "spacing_mm"})
+    latents = open_dataset(path, require=["latent"])
+    space = LatentSpace.described(codec, latents.attrs["latent"])
+    if latents.subjects != prepared.subjects or space.intensity != p.codec_range:
+        raise ValueError(f"{path} holds latents of other images than {prepared.path.name}, or of another codec_range; "
+                         "delete it")
+    return latents, space
+
+
 def read_folder(p: PrepareData, progress: bool = True) -> tuple[list[tuple[str, str, Series]], dict[str, str]]:
     """Return (name, patient, series) of each file of a folder and below that can be used, and why others cannot.
 
@@ -261,7 +298,7 @@ def windows_table(prepared: Prepared, window: int) -> list[dict[str, object]]:
 
 
 def image_name(prepared: Prepared) -> str:
-    """Return the name of the array of images in a prepared file: "image" or "magnitude"."""
+    """Return the name of the array of frames in a prepared file: "image", "magnitude" or "latent"."""
     return next(iter(prepared.shapes))
 
 
@@ -345,8 +382,15 @@ class TrainSequence(Parameters):
 
 
 def sequence_config(p: TrainSequence, prepared: Prepared) -> dict:
-    """Return what `weights.build` makes the denoiser from, for the sequences of a prepared file."""
+    """Return what `weights.build` makes the denoiser from, for the sequences of a prepared file.
+
+    Raises ValueError for parameters of images where the file holds latents.
+    """
     name, shape = next(iter(prepared.shapes.items()))
+    if name == "latent" and (p.phase_spacing_mm is not None or p.validation != "none" or p.mirror
+                             or (p.diffusion == "edm" and p.sigma_data != 1)):
+        raise ValueError(f"{prepared.path.name} holds latents, which have no phase, no mirror image and deviation 1; "
+                         "set phase_spacing_mm: null, mirror: false, sigma_data: 1 and validation: none")
     as_complex = p.phase_spacing_mm is not None or prepared.sequences(name, "train", 1)[0].is_complex()
     frames, channels = shape[1], shape[2] * (1 + as_complex)
     single, edm = p.model == "single", p.diffusion == "edm"
@@ -364,7 +408,8 @@ def sequence_config(p: TrainSequence, prepared: Prepared) -> dict:
             "frames": frames, "image_size": list(shape[-2:])}
     data |= {key: value for key, value in prepared.attrs.items() if isinstance(value, str | int | float)}
     return {"network": network, "data": data, "denoiser": denoiser | {
-        "complex": as_complex, "learned_variance": True, "channel_axis": 1 if single else -3}}
+        "complex": as_complex, "learned_variance": True, "channel_axis": 1 if single else -3}} | {
+        key: prepared.attrs[key] for key in ("latent",) if key in prepared.attrs}
 
 
 def train_sequence(p: TrainSequence, progress: bool = True) -> TrainResult:
@@ -485,7 +530,8 @@ def save_sequence(result: TrainResult, p: TrainSequence, errors: list[dict]) -> 
               "seconds": round(result.seconds), "loss": result.loss, "validation": errors, "code": code_version()}
     prepared = open_dataset(project_root() / p.data)
     config = sequence_config(p, prepared)
-    config["data"]["magnitude_q99"] = brightness(prepared)
+    if "latent" not in config:
+        config["data"]["magnitude_q99"] = brightness(prepared)
     return save_checkpoint(project_root() / p.out / "checkpoint", result.ema.half(), config, record)
 
 
