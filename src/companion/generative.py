@@ -31,6 +31,7 @@ from companion.weights import describe, load, network_of
 PLANES = {"axial": 2, "coronal": 3, "sagittal": 4}  # name -> axis of (batch, channel, z, y, x) that counts slices
 FEATURE_SIGMA = 0.05  # noise level that a denoiser is told when its inner view of a clean slice is asked for
 TISSUES = ("CSF", "grey", "white")
+SIGNAL = 0.05  # less is background; 1 is about the brightest tissue
 
 
 def check_volumes(x: Tensor, name: str = "volumes") -> Tensor:
@@ -166,10 +167,17 @@ def nearest(x: Tensor, training: Iterable[Tensor], mirror: bool = True) -> Neare
 
 
 def tissue_volumes(x: Tensor, segmenter: Segmenter, voxel_mm: Sequence[float]) -> Tensor:
-    """Millilitres of CSF, grey and white matter in each volume, (batch, 3), by the segmenter's shares of each voxel."""
+    """Millilitres of CSF, grey and white matter in each volume, (batch, 3), by the segmenter's shares of each voxel.
+
+    Counted where a voxel or a neighbour of it has signal: of slices without any, which a segmenter of brains was never
+    shown, its norms make brains of nothing.
+    """
     check_volumes(x)
     ml = torch.tensor(voxel_mm, dtype=torch.float64).prod() / 1000
-    rows = [segmenter.fractions(one[None].clamp(min=0)).flatten(2).sum(2) for one in x.float()]
+    rows = []
+    for one in x.float().clamp(min=0):
+        there = F.max_pool3d(one[None], 3, 1, 1) > SIGNAL
+        rows.append((there * segmenter.fractions(one[None])).flatten(2).sum(2))
     return torch.cat(rows).double() * ml
 
 
