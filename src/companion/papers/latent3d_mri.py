@@ -65,7 +65,10 @@ class ReconstructVolumes(Parameters):
     first_sigma: float = param(20.0, "noise level at which draws begin", minimum=1e-3)
     last_sigma: float = param(0.1, "noise level of the last evaluation", minimum=1e-5)
     iterations: int = param(8, "conjugate-gradient steps an evaluation", minimum=1)
-    regularisation: float = param(0.03, "of CG-SENSE, chosen on validation people", minimum=0)
+    regularisation: float = param(0.03, "of CG-SENSE, chosen on validation people, as the next two", minimum=0)
+    wavelets: float | None = param(0.004, "weight of |wavelets|_1; none: without that baseline", minimum=0)
+    variation: float | None = param(0.0015, "weight of the total variation; none: without that baseline", minimum=1e-9)
+    sparse_iterations: int = param(80, "steps of these two", minimum=1)
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
 
 
@@ -320,11 +323,21 @@ def explain(x: Tensor, variance: Tensor, G: LatentGuidance) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Magnitudes (1, 1, z, y, x) of one scan by method, posterior draws (draw, 1, z, y, x) by method, and bills."""
+    """Real images (1, 1, z, y, x) of one scan by method, posterior draws (draw, 1, z, y, x) by method, and bills."""
 
     images: dict[str, Tensor]
     draws: dict[str, Tensor]
     bills: dict[str, Bill]
+
+
+def without_prior(scan: VolumeScan, p: ReconstructVolumes) -> dict[str, Tensor]:
+    """Return what methods without a learned prior make of a scan, 0 and above: they too are told that it is real."""
+    methods = {"zero-filled": (baselines.zero_filled, 0.0, None),
+               "CG-SENSE": (baselines.cg_sense, p.regularisation, 30),
+               "L1 of wavelets": (baselines.l1_wavelet, p.wavelets, p.sparse_iterations),
+               "total variation": (baselines.total_variation, p.variation, p.sparse_iterations)}
+    return {name: method(scan.y, scan.maps, scan.mask, weight, iterations).real.clamp(min=0)
+            for name, (method, weight, iterations) in methods.items() if weight is not None}
 
 
 def reconstruct_scan(prior: LatentPrior, errors: Errors, scan: VolumeScan, p: ReconstructVolumes) -> Reconstruction:
@@ -333,9 +346,8 @@ def reconstruct_scan(prior: LatentPrior, errors: Errors, scan: VolumeScan, p: Re
     Their last step leaves the latents: the decoded volume is made to agree with the data once more, and what the
     autoencoder cannot express is added ("+ data").
     """
-    images = {"zero-filled": baselines.zero_filled(scan.y, scan.maps, scan.mask).abs(),
-              "CG-SENSE": baselines.cg_sense(scan.y, scan.maps, scan.mask, p.regularisation, 30).abs()}
-    draws, bills, levels = {}, {}, karras(p.evaluations, p.last_sigma, p.first_sigma)
+    images, levels = without_prior(scan, p), karras(p.evaluations, p.last_sigma, p.first_sigma)
+    draws, bills = {}, {}
     for name in p.methods:
         G = {"projection": projection, "gradient": gradient}[name](
             scan.A, scan.y, scan.noise_std, p.iterations, space=prior.space, errors=errors)
@@ -359,7 +371,7 @@ def score(reconstructions: list[Reconstruction], scans: list[VolumeScan]) -> lis
     for name in reconstructions[0].images:
         x = torch.cat([r.images[name] for r in reconstructions])
         values = {"PSNR (dB)": metrics.psnr(x, truth, 1.0), "PSNR (brain, dB)": metrics.psnr(x, truth, 1.0, truth > 0),
-                  "SSIM": metrics.ssim(x, truth, 1.0)}
+                  "SSIM": metrics.ssim(x, truth, 1.0), "SSIM (brain)": metrics.ssim(x, truth, 1.0, truth > 0)}
         rows.append({"method": name, "n": len(x)} | {
             key: metrics.mean_and_error(v) if len(v) > 1 else v.item() for key, v in values.items()})
     return rows
