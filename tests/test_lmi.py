@@ -54,6 +54,12 @@ def test_box_maps_are_the_centre_maps_of_local_mi(slices):
     assert torch.equal(mi(prepared, target)[2], mi(source[:1], target[2:3])[0])  # one source serves all
 
 
+def test_self_maps_take_half_of_the_joint_histogram(slices):
+    mi = BoxMI((3, 7), 10)
+    source, copy = mi.prepare(slices["T1w"]), mi.prepare(slices["T1w"])
+    assert torch.allclose(mi(source, source), mi(source, copy), atol=1e-5)
+
+
 def test_box_maps_are_differentiable():
     source, x = torch.rand(1, 1, 6, 5).double(), torch.rand(1, 1, 6, 5).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: BoxMI((3,), 4)(source, x), x, eps=1e-5, atol=1e-4, fast_mode=True)
@@ -89,7 +95,7 @@ def test_conditions_are_the_maps_in_order(slices):
     mi = BoxMI((3, 5), 8)
     noisy = x / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
     assert torch.allclose(found[:, :2], mi(slices["T1w"], noisy), atol=1e-6)
-    assert torch.allclose(found[:, 2:4], mi(slices["T1w"], slices["T1w"]))
+    assert torch.allclose(found[:, 2:4], mi(slices["T1w"], slices["T1w"]), atol=1e-5)
     assert torch.equal(found[:, 4:], slices["T1w"])
 
 
@@ -173,6 +179,27 @@ def test_errors_say_what_to_do(call, words):
 
 
 # ------------------------------------------------------------------------------------------------- remapped sources
+
+
+def test_equalised_sources_depend_on_the_order_of_grey_levels_only(slices):
+    x = torch.where(slices["PDw"] > 0.1, slices["PDw"], 0)
+    seen, air = lmi.equalised(x), x == 0
+    assert not seen[air].any() and seen[~air].min() >= lmi.DARKEST and seen.max() <= 1
+    assert torch.allclose(lmi.equalised(0.8 * x), seen, atol=0.01)
+    levels = seen[0][seen[0] > 0]  # equal shares of the tissue between equal steps
+    assert (levels.sort().values - torch.linspace(lmi.DARKEST, 1, len(levels))).abs().max() < 0.05
+    faint = 0.7 + 0.1 * x  # a tenth of the contrast
+    assert np.corrcoef(lmi.equalised(torch.where(air, 0, faint))[~air], seen[~air])[0, 1] > 0.8
+    told = replace(lmi.Conditioning(), equalised=True)
+    assert torch.equal(lmi.conditions(x, 1.0, x, told, ("source",))[:, -1:], seen)
+    assert not lmi.equalised(torch.zeros(1, 1, 8, 8)).any()
+
+
+def test_knots_lie_at_the_tissues():
+    """Clusters of values are found from any start, however many there are."""
+    x = torch.tensor([0.0, 0.2, 0.21, 0.6, 0.61, 0.9, 0.91]).repeat(40).view(1, 1, 20, 14)
+    at = lmi._knots(x, torch.tensor([[0.1, 0.5, 0.9]]), torch.tensor([[True]]))
+    assert torch.allclose(at, torch.tensor([[0.0, 0.205, 0.605, 0.905, 0.91]]), atol=1e-3)
 
 
 def test_remapped_sources_are_images_of_the_same_anatomy(slices):

@@ -72,11 +72,15 @@ class BoxMI:
         rows, columns = source.busy[i]
         (k1, mass1), (k2, mass2) = source.cut(i, rows, columns), target.cut(j, rows, columns)
         shape = k1.shape[1:]
-        joint = self.boxes((k1[:, None] * k2[None]).flatten(0, 1).flatten(1), shape)
+        products, times = (k1[:, None] * k2[None]).flatten(0, 1), None
+        if source is target and i == j:  # the joint histogram is symmetric: half of it will do
+            a, b = torch.triu_indices(len(k1), len(k1), device=k1.device)
+            products, times = k1[a] * k1[b], 2.0 - (a == b).to(k1)
+        joint = self.boxes(products.flatten(1), shape)
         mass = self.boxes((mass1 * mass2).reshape(1, -1), shape)
         h1, h2 = (x.entropies[at].unflatten(1, found.shape[1:])[:, rows, columns].flatten(1)
                   for x, at in ((source, i), (target, j)))
-        h12 = torch.stack([entropy_of_counts(c, m[0]) for c, m in zip(joint, mass, strict=True)])
+        h12 = torch.stack([entropy_of_counts(c, m[0], times) for c, m in zip(joint, mass, strict=True)])
         inside = normalised(h1 + h2 - h12, h1, h2).unflatten(1, (rows.stop - rows.start, columns.stop - columns.start))
         around = (columns.start, found.shape[2] - columns.stop, rows.start, found.shape[1] - rows.stop)
         return F.pad(inside, around)
@@ -133,13 +137,17 @@ class BoxSource:
         return k, k.sum(0)
 
 
-def entropy_of_counts(c: Tensor, total: Tensor | None = None) -> Tensor:
-    """Entropy in bits (pixel,) of counts c (bin, pixel) with sums `total`: ln S - sum c ln c / S."""
+def entropy_of_counts(c: Tensor, total: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+    """Entropy in bits (pixel,) of counts c (bin, pixel) with sums `total`: ln S - sum c ln c / S.
+
+    times: how often each count occurs, (bin,); by default once.
+    """
     total = c.sum(0) if total is None else total
     if c.device.type == "cpu" and not (torch.is_grad_enabled() and c.requires_grad):
         log = c + FLOOR
         np.log(log.numpy(), out=log.numpy())  # several times faster than torch.log on a CPU
-        logs = log.mul_(c).sum(0)
+        terms = log.mul_(c)
     else:
-        logs = (c * (c + FLOOR).log()).sum(0)
+        terms = c * (c + FLOOR).log()
+    logs = terms.sum(0) if times is None else times @ terms
     return ((total + FLOOR).log() - logs / (total + FLOOR)) / math.log(2)

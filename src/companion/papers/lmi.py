@@ -43,6 +43,8 @@ from companion.weights import build, describe, load, save_checkpoint
 CONTRASTS = ("T1w", "T2w", "PDw")
 MAPS = ("cross", "self", "source")
 AIR = 0.02  # values up to this are air
+FAINT = 0.05  # in sources, which may be noisy, up to this
+DARKEST = 0.1  # tissue, in equalised sources
 COND_SCALE = 2.0  # brings conditions to the size of images in the network
 
 # -------------------------------------------------------------------------------------------------- the conditions
@@ -59,6 +61,7 @@ class Conditioning:
              the released candidates, on integer grey levels that are not clamped
     normalise  mutual information over the mean entropy, rather than bits
     scaled   the noisy image x enters as x / sqrt(1 + sigma^2), which for the published process is its x_t
+    equalised  sources are seen as `equalised` makes them, in all maps
     """
 
     maps: tuple[str, ...] = MAPS
@@ -67,6 +70,7 @@ class Conditioning:
     mode: str = "centre"
     normalise: bool = True
     scaled: bool = True
+    equalised: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "maps", tuple(self.maps))
@@ -154,7 +158,22 @@ def prepare_source(source: Tensor, conditioning: Conditioning, allow_constant: b
     if not allow_constant and (flat := (low == high).nonzero().flatten().tolist()):
         raise ValueError(f"source {flat[0]} of the batch is constant ({low[flat[0]]:g}): it has no structure to "
                          "translate; leave empty slices out, or allow_constant=True to draw from the prior")
-    return SourceSide(image, conditioning)
+    return SourceSide(equalised(image) if conditioning.equalised else image, conditioning)
+
+
+def equalised(image: Tensor) -> Tensor:
+    """Images (batch, 1, y, x) as ranks of their tissue, freed from slow shading: 0 in air, DARKEST to 1 in tissue.
+
+    Does not change with the gain, nor, but for the shading, with any rising map of grey levels: as little as mutual
+    information does. So the bins of the histograms hold equal shares of the tissue, however faint the contrast.
+    """
+    tissue = (image > FAINT).flatten(1)
+    values = (image / local_mean(image)).flatten(1).masked_fill(~tissue, -1)
+    ordered = values.sort(1).values
+    below, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    count = tissue.sum(1, keepdim=True)
+    rank = ((below + upto) / 2 - (values.shape[1] - count)) / count.clamp(min=1)
+    return torch.where(tissue, DARKEST + (1 - DARKEST) * rank, 0).view_as(image).to(image)
 
 
 def conditions(x: Tensor, sigma: Tensor, source: Tensor | SourceSide | None, conditioning: Conditioning,
@@ -230,17 +249,18 @@ class Informed:
 
 # ------------------------------------------------------------------------------------------------- remapped sources
 
-KNOTS = (3, 6)  # fewest and most knots of a map of intensities
+KNOTS = (4, 7)  # fewest and most knots of a map of intensities
 WINDOW = 3  # side of the neighbourhood in which partial volumes are mixed linearly
 
 
 def remapped(x0: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
     """Sources (batch, 1, y, x) in [0, 1] with the anatomy of x0 in contrasts that nobody has seen.
 
-    A random map of intensities, continuous and seldom monotone, with 3 to 6 knots among the values of the image; its
-    air stays dark nine times of ten, and the contrast among tissues is often low. More than half the images are first
-    freed from a part of their own shading. Then a new shading, and in a part of the images blur and noise. share: of
-    the images that are remapped; the others stay. All draws come from `generator`; no other contrast is known here.
+    A random map of intensities, continuous and seldom monotone, with 4 to 7 knots: air, the brightest value, and in
+    between the means of clusters of values, so that every tissue may take any height, or else random levels. Its air
+    stays dark nine times of ten, and the contrast among tissues is often low. More than half the images are first freed
+    from a part of their own shading. Then a new shading, and in a part of the images blur and noise. share: of the
+    images that are remapped; the others stay. All draws come from `generator`; no other contrast is known here.
     """
     def rand(*shape: int) -> Tensor:
         return torch.rand((len(x0), *shape), generator=generator, device=generator.device).to(x0.device)
@@ -249,13 +269,16 @@ def remapped(x0: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
     one = (1, 1, 1)
     x = image / local_mean(image) ** ((1.5 * rand(*one)).clamp(max=1) * (rand(*one) < 0.6))
     knots = int(torch.randint(KNOTS[0], KNOTS[1] + 1, (), generator=generator, device=generator.device))
-    at, heights = _knots(x, rand(knots - 2), rand(1) < 0.7), rand(knots)
+    clustered = rand(1) < 0.7
+    at, heights = _knots(x, rand(knots - 2), clustered), rand(knots)
+    heights[:, -1:] = torch.where(clustered, heights[:, -2:-1], heights[:, -1:])  # flat beyond the last cluster
     heights = heights + (1 - heights) * 0.85 * rand(1) * (rand(1) < 0.5)  # lower contrast
+    heights = _odd_ones(heights, rand(2), rand(2))
     heights[:, :1] *= rand(1) < 0.1  # air
     y = _transfer(x, at, heights, mixed=rand(*one) < 0.7)
     shading = F.interpolate(2 * rand(1, 4, 4) - 1, size=y.shape[2:], mode="bicubic", align_corners=True)
     y = y * (0.3 * rand(*one) ** 2 * shading).exp()
-    y = torch.where(rand(*one) < 0.3, F.avg_pool2d(F.pad(y, [1] * 4, mode="replicate"), 3, 1), y)
+    y = torch.where(rand(*one) < 0.15, F.avg_pool2d(F.pad(y, [1] * 4, mode="replicate"), 3, 1), y)
     std = 0.04 * rand(*one) * (rand(*one) < 0.4)
     y = (y + std * randn(y.shape, y.dtype, generator, y.device)).clamp(min=0)
     top = y.flatten(1).kthvalue(max(1, round(0.995 * y[0].numel())), 1).values.clamp(min=1e-3).view(-1, *one)
@@ -263,25 +286,50 @@ def remapped(x0: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
     return torch.where(rand(*one) < share, y, image)
 
 
-def local_mean(x: Tensor, side: int = 17) -> Tensor:
-    """The mean of the tissue within a square around each pixel, its brightest made 1; 1 in air."""
+def _odd_ones(heights: Tensor, chance: Tensor, which: Tensor) -> Tensor:
+    """Heights (batch, knot) where now and then one is as dark as air, and two that follow one another are alike."""
+    knots = heights.shape[1]
+    dark, later = ((first + which[:, i : i + 1] * (knots - first)).long() for i, first in enumerate((1, 2)))
+    dim = heights.scatter(1, dark, 0.06 * chance[:, :1] / 0.2)
+    heights = torch.where(chance[:, :1] < 0.2, dim, heights)
+    alike = heights.scatter(1, later, heights.gather(1, later - 1))
+    return torch.where(chance[:, 1:] < 0.2, alike, heights)
+
+
+def local_mean(x: Tensor) -> Tensor:
+    """The mean of the tissue around each pixel (Gaussian, std a tenth of the image), its brightest made 1; 1 in air."""
     tissue = (x > AIR).to(x)
-    total, count = (F.avg_pool2d(v, side, 1, side // 2) for v in (x * tissue, tissue))
-    mean = torch.where(tissue > 0, total / count.clamp(min=1e-6), 0)
+    std = x.shape[-1] / 10
+    at = torch.arange(-round(2.5 * std), round(2.5 * std) + 1, device=x.device)
+    weight = torch.exp(-0.5 * (at / std) ** 2).to(x)
+
+    def blurred(v: Tensor) -> Tensor:
+        rows = F.conv2d(v, weight.view(1, 1, 1, -1), padding=(0, len(weight) // 2))
+        return F.conv2d(rows, weight.view(1, 1, -1, 1), padding=(len(weight) // 2, 0))
+
+    mean = torch.where(tissue > 0, blurred(x * tissue) / blurred(tissue).clamp(min=1e-6), 0)
     top = mean.amax((1, 2, 3), keepdim=True).clamp(min=AIR)
     return torch.where(tissue > 0, (mean / top).clamp(min=0.1), 1)
 
 
-def _knots(x: Tensor, levels: Tensor, ranked: Tensor) -> Tensor:
-    """Positions (batch, knot), increasing from 0 to the largest value; `ranked`: at quantiles of the tissue."""
+def _knots(x: Tensor, levels: Tensor, clustered: Tensor) -> Tensor:
+    """Positions (batch, knot), increasing from 0 to the largest value; `clustered`: at means of clusters of the tissue.
+
+    levels: where the inner knots lie between 0 and 1, or at which shares of the tissue the clusters begin to be sought.
+    """
     values = x.flatten(1).sort(1).values
-    tissue = (values > AIR).sum(1, keepdim=True)
-    levels = levels.sort(1).values
-    index = (values.shape[1] - 1 - (1 - levels) * (tissue - 1).clamp(min=0)).round().long()
-    top = values[:, -1:]
-    inner = torch.where(ranked, values.gather(1, index), levels * top)
+    tissue = values > AIR
+    levels, top = levels.sort(1).values, values[:, -1:]
+    index = values.shape[1] - 1 - (1 - levels) * (tissue.sum(1, keepdim=True) - 1).clamp(min=0)
+    centres = values.gather(1, index.round().long())
+    for _ in range(6):  # Lloyd's algorithm
+        of = torch.searchsorted((centres[:, 1:] + centres[:, :-1]).contiguous() / 2, values)
+        count = torch.zeros_like(centres).scatter_add(1, of, tissue.to(x))
+        total = torch.zeros_like(centres).scatter_add(1, of, values * tissue)
+        centres = torch.where(count > 0, total / count.clamp(min=1), centres)
+    inner = torch.where(clustered, centres, levels * top)
     at = torch.cat([torch.zeros_like(top), inner, top], 1)
-    return at + 1e-4 * torch.arange(at.shape[1], device=x.device)  # apart, also where quantiles coincide
+    return at + 1e-4 * torch.arange(at.shape[1], device=x.device)  # apart, also where clusters coincide
 
 
 def _transfer(x: Tensor, at: Tensor, heights: Tensor, mixed: Tensor) -> Tensor:
@@ -506,6 +554,7 @@ class TrainTranslator(Parameters):
     patches: tuple[int, ...] = param((3, 7), "odd sides of the patches of cross and self", minimum=3)
     bins: int | None = param(10, "of the histograms; none: the map's own number", minimum=2)
     mode: str = param("centre", "of the maps: centre, shifts, or published", choices=("centre", "shifts", "published"))
+    equalised: bool = param(True, "sources are seen as ranks of their tissue, freed from shading")
     remapped_share: float = param(0.85, "share of the sources that are remapped; the others are the target itself",
                                   minimum=0, maximum=1)
     dropout: float = param(0.5, "share of the images that are told only some of the maps, or none", minimum=0,
@@ -539,7 +588,7 @@ class TrainTranslator(Parameters):
 
     @property
     def conditioning(self) -> Conditioning:
-        return Conditioning(self.maps, self.patches, self.bins, self.mode)
+        return Conditioning(self.maps, self.patches, self.bins, self.mode, equalised=self.equalised)
 
 
 def training_slices(p: TrainTranslator):
