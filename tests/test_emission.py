@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.emission import em_update, map_rdp, mlem, osem, relative_difference
+from companion.emission import em_update, map_rdp, mlem, osem, region_levels, relative_difference
 from companion.metrics import nrmse
 from companion.operators.pet import (
     ParallelBeam,
@@ -219,3 +219,21 @@ def test_clear_errors_of_options(scan):
         mlem(y, A, x0=torch.ones(1, 1, 3, 3))
     with pytest.raises(ValueError, match="strength"):
         map_rdp(y, A, strength=-1)
+
+
+def test_region_levels_are_unbiased_and_as_sure_as_they_say():
+    x, scans = phantom(1), 400
+    A = with_counts(emission_model(ParallelBeam((N, N), pixel_mm=4.0)), x, 300)
+    b = torch.full(A.range_shape, 0.5)  # as many counts again
+    left = (torch.arange(N) < N // 2).float()
+    parts = torch.stack([x[0] * left, x[0] * (1 - left), 0 * x[0]])[None]
+    true = torch.tensor([0.8, 1.3, 0.0], dtype=torch.float64)
+    mean = A(0.8 * parts[:, 0] + 1.3 * parts[:, 1]) + b
+    levels, covariance = region_levels(poisson_counts(mean.expand(scans, *b.shape), range(scans)), A, parts, b)
+    z = (levels - true)[:, :2] / covariance.diagonal(dim1=1, dim2=2)[:, :2].sqrt().mean(0)
+    assert (z.mean(0).abs() < 3 / scans**0.5).all() and ((z.std(0) - 1).abs() < 0.15).all()
+    assert (levels[:, 2] == 0).all(), "a region that nothing sees"
+    exact, _ = region_levels(mean, A, parts, b, noise_free=True)
+    torch.testing.assert_close(exact[0], true, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="shapes must be"):
+        region_levels(mean, A, parts[:, :, 0], noise_free=True)

@@ -48,6 +48,12 @@ def test_cohort_slices_are_activity_with_labels_lesions_and_attenuation(slices):
     assert (slices.lesions.flatten(1).amax(1).reshape(2, 3).sum(1) >= 1).all()
 
 
+def test_tissue_shares_are_what_the_slices_were_made_of(slices):
+    shares = pet.tissue_shares(slices)
+    assert shares.shape == (6, 3, 1, 48, 48)
+    assert torch.equal(torch.stack([anatomy.labels_from_tissue(one[:, 0])[None] for one in shares]), slices.labels)
+
+
 def test_a_lesion_is_where_and_as_hot_as_stated():
     subject = anatomy.Subject(5)
     lesion = Lesion((20.0, -20.0, 30.0), 8.0, 2.0)

@@ -111,6 +111,34 @@ def test_the_posterior_beats_mlem_is_calibrated_and_keeps_its_seeds(people):
         assert torch.isfinite(other.x).all() and other.bill.denoiser_calls <= 12
 
 
+def test_regions_come_from_the_counts_where_the_maps_are_right(people):
+    healthy = torch.where(people.lesions > 0, 0, people.labels)
+    shares = torch.stack([(people.labels == k).float() for k in (1, 2, 3)], 1)
+    scan = pet_recon.ladder(people, parameters(fractions=(1.0,), factors=(), randoms=0.2))[0].scan
+    blurred = pet_recon.filtered(people.image, 2.0)
+    before, after, off = (metrics.region_bias(x, people.image, healthy, (2, 3)).abs().mean(0) for x in (
+        blurred, pet_recon.regional(blurred, scan, shares),
+        pet_recon.regional(blurred, scan, pet_recon.misplaced(shares))))
+    assert (after < 0.02).all() and (before > 0.05).all() and (off > after).all()
+    found = pet_recon.regional(people.image, scan, shares)
+    contrast = metrics.lesion_recovery(found, people.image, people.lesions > 0, pet_recon.surroundings(people))
+    assert (contrast - 1).abs().max() < 0.1, "a lesion is a region of its own"
+    assert torch.equal(pet_recon.decided(shares), shares), "tissues without partial volume"
+    right = pet_recon.misplaced(shares, 1.0)
+    torch.testing.assert_close(right[..., 1:], shares[..., :-1])
+
+
+def test_region_rows_have_every_method_and_kind_of_maps():
+    people = pet_recon.test_people(Enhance(device="cpu", subjects=2, image_size=32))
+    level = pet_recon.ladder(people, Enhance(device="cpu", fractions=(1.0,), factors=()))[0]
+    study = pet_recon.Study()
+    study.regions = pet_recon.region_rows(dict.fromkeys(("MLEM", "MAP", "posterior mean"), people.image), people, level)
+    assert len(study.regions) == 3 * len(pet_recon.MAPS) * 2
+    lines = pet_recon.region_table(study, "100% dose")
+    exact = {line["anatomical maps"]: line["bias, grey (%)"][0] for line in lines if line["method"] == "MAP"}
+    assert exact["none"] == 0 and abs(exact["exact"]) < 1.5 < abs(exact["half a pixel off"])
+
+
 def study_of(values: dict[str, list[float]], counts=(1e4, 1e5, 1e6)) -> pet_recon.Study:
     study = pet_recon.Study()
     for name, errors in values.items():

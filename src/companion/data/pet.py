@@ -189,6 +189,17 @@ def cohort_slices(split: str, subjects: int, size: int = 64, per_subject: int = 
 
 
 # -------------------------------------------------------------------------------------------------------- loaders
+def tissue_shares(people: Slices) -> Tensor:
+    """The share of CSF, grey and white matter in each pixel, (slice, tissue, 1, y, x): what a segmented MR scan gives.
+
+    Of virtual people only: lesions are not in it, as they are in no anatomical scan.
+    """
+    shape = (1, *people.image.shape[-2:])
+    maps = [anatomy.tissue_maps(Subject(int(seed)), grid_mm(shape, people.pixel_mm, height[None]), people.pixel_mm)
+            for seed, height in zip(people.subject, people.height_mm, strict=True)]
+    return torch.stack([one[:3].clamp(min=0) for one in maps])
+
+
 def load_phantoms(path: str | os.PathLike, slices: int = PHANTOM_SLICES, order: str = "lexicographic") -> Tensor:
     """The published phantoms, (subject, slice, 1, y, x) float32, slices in anatomical order.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion import metrics
-from companion.data.pet import Slices
+from companion.data.pet import Slices, tissue_shares
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.guidance import Measured
 from companion.diffusion.noise import karras, randn
@@ -40,7 +40,7 @@ from companion.diffusion.poisson import (
 )
 from companion.diffusion.recalibration import Recalibrated
 from companion.diffusion.sampling import Bill, sample
-from companion.emission import map_rdp, mlem, osem
+from companion.emission import map_rdp, mlem, osem, region_levels
 from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled
 from companion.operators.pet import Blur, check_counts, mean_activity
 from companion.papers.pet import FIELD_MM, Scan, acquire, condition, held_out, mean_sensitivity, scanner
@@ -348,14 +348,79 @@ def with_likelihood(guess: tuple[Tensor, Tensor], scan: Scan, trust: float) -> T
     return anchored_em(mean, trust * variance, scan.y, scan.A, scan.background, EM_ITERATIONS)
 
 
+# ------------------------------------------------------------------------------------------------- activity by region
+
+HOT = 0.4  # of the most active tissue: what stands out of the tissues by more is a lesion, and a region of its own
+
+
+def regional(x: Tensor, scan: Scan, shares: Tensor, rounds: int = 4) -> Tensor:
+    """Return images (slice, 1, y, x) of tissues and lesions whose levels the counts decide, given what is where.
+
+    shares (slice, tissue, 1, y, x): of each tissue in each pixel, from a segmented MR scan. Lesions are in no such
+    scan: they are what stands out of the tissues in the reconstruction x. `emission.region_levels` has the sources.
+    """
+    hot = torch.zeros_like(x)[:, None]
+    for _ in range(rounds):
+        shapes = torch.cat([shares, hot], 1)
+        levels = region_levels(scan.y, scan.A, shapes, scan.background)[0].float()[..., None, None, None]
+        tissue = (levels[:, :-1] * shares).sum(1)
+        excess = x - tissue
+        image = tissue + levels[:, -1] * hot[:, 0]
+        hot = torch.where(excess > HOT * levels[:, :-1].amax(1), excess, 0.0)[:, None]
+    return image
+
+
+def misplaced(shares: Tensor, pixels: float = 0.5) -> Tensor:
+    """Return shares that lie `pixels` to the right of where they should, as after an imperfect registration."""
+    return torch.lerp(shares, shares.roll(1, -1), pixels)
+
+
+def decided(shares: Tensor) -> Tensor:
+    """Return 1 for the tissue that fills most of each pixel and 0 for others: labels, without partial volume."""
+    filled = shares.sum(1, keepdim=True) > 0.5
+    return (F.one_hot(shares.argmax(1), shares.shape[1]).movedim(-1, 1) * filled).to(shares)
+
+
+MAPS = {"none": None, "exact": lambda shares: shares, "half a pixel off": misplaced, "labels only": decided}
+
+
+def region_rows(images: Mapping[str, Tensor], people: Slices, level: Level) -> list[dict]:
+    """Return the bias of each tissue's mean, a row for each method, kind of anatomical maps, and slice."""
+    shares, healthy = tissue_shares(people), torch.where(people.lesions > 0, 0, people.labels)
+    rows = []
+    for name in ("MLEM", "MAP", "posterior mean"):
+        for kind, change in MAPS.items():
+            x = images[name] if change is None else regional(images[name], level.scan, change(shares))
+            bias = metrics.region_bias(x, people.image, healthy, tuple(TISSUES.values()))
+            rows += [{"level": level.name, "counts": round(level.counts), "method": name, "maps": kind,
+                      "person": int(people.subject[i])} | dict(zip(TISSUES, b.tolist(), strict=True))
+                     for i, b in enumerate(bias)]
+    return rows
+
+
+def region_table(study: Study, level: str) -> list[dict]:
+    """Return the bias of tissue means at a level, %: mean and standard error, a line for each method and maps."""
+    lines = []
+    for name in dict.fromkeys((row["method"], row["maps"]) for row in study.regions):
+        rows = [row for row in study.regions if (row["method"], row["maps"]) == name and row["level"] == level]
+        bias = {t: torch.tensor([100 * row[t] for row in rows], dtype=torch.float64) for t in TISSUES}
+        lines.append({"method": name[0], "anatomical maps": name[1]} | {
+            f"bias, {t} (%)": mean_and_error(values) for t, values in bias.items()})
+    return lines
+
+
 # ----------------------------------------------------------------------------------------------------------- the study
 
 
 @dataclass(eq=False)
 class Study:
-    """What came out: `rows`, one for each level, method and person; images (slice, 1, y, x) and draws of each level."""
+    """What came out: `rows`, one for each level, method and person; images (slice, 1, y, x) and draws of each level.
+
+    regions: the same for the tissues' means with anatomical maps of every kind, see `regional`.
+    """
 
     rows: list[dict] = field(default_factory=list)
+    regions: list[dict] = field(default_factory=list)
     calibration: list[dict] = field(default_factory=list)
     tuned: dict[str, dict] = field(default_factory=dict)
     images: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -393,6 +458,7 @@ def run_study(p: Enhance, people: Slices | None, levels: Sequence[Level], progre
         study.tuned[level.name], study.images[level.name] = tuned, images
         if people is not None:
             study.rows += [row for name, x in images.items() for row in rows_of(name, x, people, level)]
+            study.regions += region_rows(images, people, level)
             study.calibration.append({"level": level.name, "counts": round(level.counts)} | {
                 name: calibration(draws, people.image) for name, draws in spread.items()} | stated)
     return study
