@@ -8,6 +8,8 @@ its layers, below, takes its place, and the table says so. Ways:
     reference       MONAI's VQVAE, or the re-expression
     ours            VQVAE
     ours, checkpointed    VQVAE(use_checkpoint=True): activations are recomputed in the backward pass
+    ours, channels last   weights and volumes in that memory format, as `companion.training` keeps them
+    reference, channels last    the same call on the reference
 Times: one process, the ways in turn, processor time on CPUs; the ratios are medians over rounds of
 reference / ours, with their quartiles. Memory: the most that one step adds to a process of its own, weights,
 gradients and moments of Adam included. Then the peak memory of whole processes that encode and decode a
@@ -35,7 +37,7 @@ try:
 except ImportError:
     MonaiVQVAE = None
 
-WAYS = ("reference", "ours", "ours, checkpointed")
+WAYS = ("reference", "ours", "ours, checkpointed", "ours, channels last", "reference, channels last")
 CODECS = {
     "VQVAE 96,96,192 (MONAI's default)": lambda: VQVAE(),
     "AutoencoderKL 32,64,64 (MONAI's 3D tutorial)": lambda: AutoencoderKL(
@@ -95,7 +97,7 @@ def network(way: str, args) -> nn.Module:
     """One of WAYS in training mode, with the same weights for all."""
     torch.manual_seed(0)
     ours = VQVAE(3, 1, 1, **layout(args), embedding_dim=32, use_checkpoint=way.endswith("checkpointed"))
-    if way != "reference":
+    if way.startswith("ours"):
         return ours.to(args.device).train()
     if MonaiVQVAE is None:
         return Plain(ours).to(args.device).train()
@@ -118,10 +120,12 @@ class Training:
 
     def __init__(self, way: str, args):
         self.net = network(way, args)
+        self.format = torch.channels_last_3d if way.endswith("channels last") else torch.contiguous_format
+        self.net.to(memory_format=self.format)
         self.optimiser = torch.optim.Adam([p for p in self.net.parameters() if p.requires_grad], 1e-4)
 
     def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x_hat, regulariser = self.net(x)[:2]
+        x_hat, regulariser = self.net(x.contiguous(memory_format=self.format))[:2]
         loss = F.l1_loss(x_hat, x) + regulariser.mean()
         self.optimiser.zero_grad()
         loss.backward()
@@ -169,7 +173,7 @@ def race(args) -> tuple[list[dict], float]:
     difference = check(trainings, x)
     times = {way: [] for way in WAYS}
     for i in range(args.rounds):
-        for way in WAYS[i % 3 :] + WAYS[: i % 3]:
+        for way in WAYS[i % len(WAYS) :] + WAYS[: i % len(WAYS)]:
             times[way].append(seconds(trainings[way], x))
     rows = []
     for way in WAYS:
