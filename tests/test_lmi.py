@@ -131,7 +131,7 @@ def test_the_published_mismatch_has_a_name(slices):
     schedule = DiscreteSchedule.linear()
     x0, network = slices["T2w"][:1], Recorder()
     p = small(maps=c.maps, patches=c.patches, bins=None, mode="published", diffusion="ddpm", look_ahead=True,
-              remapped_share=0.0, dropout=0.0, mirror=False)
+              remapped_share=0.0, dropout=0.0, mirror=False, equalised=False)
     assert p.conditioning == c
     lmi.translation_loss(DiscreteDenoiser(network, schedule), x0, torch.Generator().manual_seed(0), p)
     generator = torch.Generator().manual_seed(0)

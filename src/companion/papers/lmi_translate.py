@@ -43,7 +43,7 @@ from companion.runs import project_root
 from companion.segmentation import Segmenter, load_segmenter
 from companion.weights import describe, load_denoiser, network_of
 
-FIRST_SIGMA, LAST_SIGMA = 10.0, 0.01  # noise levels between which images are drawn
+FIRST_SIGMA, LAST_SIGMA = 30.0, 0.01  # noise levels between which images are drawn; from 10 on they come out too dark
 PUBLISHED = DiscreteSchedule.linear()  # 1000 times; the chain that the release trains and samples with
 DIRECTIONS = tuple((a, b) for b in CONTRASTS for a in CONTRASTS if a != b)  # (source, target)
 
