@@ -111,6 +111,18 @@ def test_the_posterior_beats_mlem_is_calibrated_and_keeps_its_seeds(people):
         assert torch.isfinite(other.x).all() and other.bill.denoiser_calls <= 12
 
 
+def test_a_network_that_states_no_variance_has_one_for_all_pixels(people):
+    class LastIterate(torch.nn.Linear):  # a denoiser without moments
+        def forward(self, x, sigma, cond=None):
+            return cond[:, :1]
+
+    scan = pet_recon.ladder(people, parameters(fractions=(1.0,), factors=()))[0].scan
+    network = pet_recon.Network(LastIterate(1, 1), {"iterations": [5], "scale_kbq": 25.0})
+    mean, variance = network.guess(scan)
+    assert mean.shape == variance.shape == people.image.shape and variance.unique().numel() == 1
+    assert metrics.nrmse(pet_recon.with_likelihood((mean, variance), scan, 1.0), people.image).max() < 0.3
+
+
 def test_regions_come_from_the_counts_where_the_maps_are_right(people):
     healthy = torch.where(people.lesions > 0, 0, people.labels)
     shares = torch.stack([(people.labels == k).float() for k in (1, 2, 3)], 1)

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from companion import metrics
 from companion.data.pet import Slices, tissue_shares
 from companion.diffusion.denoisers import Denoiser
-from companion.diffusion.guidance import Measured
+from companion.diffusion.guidance import Isotropic, Measured, pixel_moments
 from companion.diffusion.noise import karras, randn
 from companion.diffusion.poisson import (
     Counts,
@@ -324,9 +324,10 @@ class Network:
 
     @torch.no_grad()
     def guess(self, scan: Scan, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Return E[activity | MLEM images] and the variance that the network states, (slice, 1, y, x), kBq/mL.
+        """Return E[activity | MLEM images], kBq/mL, and the variance that the network states, both (slice, 1, y, x).
 
-        One evaluation: in noise of BLIND_SIGMA nothing is seen but the condition.
+        One evaluation: in noise of BLIND_SIGMA nothing is seen but the condition. A network that states no variance, as
+        the published one, has one number for all pixels.
         """
         device, scale = next(self.D.parameters()).device, self.data["scale_kbq"]
         cond = condition(scan, self.data["iterations"], scale)
@@ -334,7 +335,7 @@ class Network:
         shape = len(scan.y), *scan.A.domain_shape
         x = BLIND_SIGMA * randn(shape, torch.float32, torch.Generator().manual_seed(seed))
         sigma = torch.full((len(x),), BLIND_SIGMA, device=device)
-        mean, variance = self.D.moments(x.to(device), sigma, cond.to(device))
+        mean, variance = pixel_moments(self.D, x.to(device), sigma, cond.to(device), Isotropic.prior_std)
         return scale * mean.float().cpu(), scale**2 * variance.float().cpu().expand(shape)
 
 
@@ -444,7 +445,7 @@ def run_study(p: Enhance, people: Slices | None, levels: Sequence[Level], progre
                 with_likelihood(other, validation, t), validation.x).mean().item())  # noqa: B023
             images["network"] = guess[0]
             images["network + likelihood"] = with_likelihood(guess, level.scan, tuned["network + likelihood"])
-            if people is not None:
+            if people is not None and hasattr(network.D, "moments"):
                 stated = {"network": (guess[1].sum() / (guess[0] - people.image).square().sum()).item()}
         result = posterior(prior, level.scan, p)
         images |= {"posterior mean": result.mean, "one draw": result.x[0]}
