@@ -7,7 +7,8 @@ A diffusion model learns images of one contrast, the target, given what a source
     source   the source itself, an extension by us: in training the target under a random map of intensities
 
 Training never sees another contrast. Its source is the clean target, as published, or that target under a random map
-(`remapped`). `conditions` makes the network's input from a source, in training and in sampling alike.
+(`remapped`), and is seen as ranks of its tissue (`equalised`), however faint its contrast. `conditions` makes the
+network's input from a source, in training and in sampling alike.
 Data, training and export of the notebooks under notebooks/lmi; sampling is in `lmi_translate`.
 """
 
