@@ -188,7 +188,6 @@ def cohort_slices(split: str, subjects: int, size: int = 64, per_subject: int = 
     return Slices(*(torch.cat(column) for column in zip(*parts, strict=True)), pixel_mm=pixel_mm)
 
 
-# -------------------------------------------------------------------------------------------------------- loaders
 def tissue_shares(people: Slices) -> Tensor:
     """The share of CSF, grey and white matter in each pixel, (slice, tissue, 1, y, x): what a segmented MR scan gives.
 
@@ -200,6 +199,7 @@ def tissue_shares(people: Slices) -> Tensor:
     return torch.stack([one[:3].clamp(min=0) for one in maps])
 
 
+# -------------------------------------------------------------------------------------------------------- loaders
 def load_phantoms(path: str | os.PathLike, slices: int = PHANTOM_SLICES, order: str = "lexicographic") -> Tensor:
     """The published phantoms, (subject, slice, 1, y, x) float32, slices in anatomical order.
 
