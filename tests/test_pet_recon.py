@@ -105,8 +105,8 @@ def test_the_posterior_beats_mlem_is_calibrated_and_keeps_its_seeds(people):
     assert 0.6 < pet_recon.calibration(result.x, truth) < 1.6
     alone = pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([0])), p)
     assert torch.equal(alone.x, pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([0])), p).x)
-    apart = (alone.x[:, 0] - result.x[:, 0]).square().mean().sqrt()  # rounding decides when CG, to 1 %, stops
-    assert apart < 0.02 * result.x[:, 0].std(0).mean(), "a slice's draw is the same in any batch"
+    assert torch.allclose(alone.x[:, 0], result.x[:, 0], atol=0.02), "a slice's draw is the same in any batch"
+    assert result.x[:, 0].std(0).mean() > 0.5
     for name in ("EM steps", "one mean", "DPS", "PiGDM"):
         other = pet_recon.posterior(prior, scan, p, name, draws=2)
         assert torch.isfinite(other.x).all() and other.bill.denoiser_calls <= 12

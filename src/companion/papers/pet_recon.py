@@ -274,7 +274,7 @@ def posterior(prior: Prior, scan: Scan, p: Enhance, sampler: str = "Gibbs", draw
 def draw(prior: Prior, scan: Scan, p: Enhance, sampler: str, seeds: Sequence[int], level: float) -> Posterior:
     """Return one draw for each scan, and its mean given the step before, kBq/mL; sweeps end at the noise `level`."""
     A, data = prior.scale_kbq * scan.A, {"background": scan.background}
-    G = poisson_mean(A, scan.y, **data, covariance=prior.error, iterations=15, tol=1e-2)
+    G = poisson_mean(A, scan.y, **data, covariance=prior.error, iterations=30, tol=1e-4)
     if sampler == "Gibbs":
         levels = karras(p.evaluations, level / prior.scale_kbq, FIRST_SIGMA)
         result = poisson_gibbs(prior.D, G, levels, seeds=seeds, device=p.device)
