@@ -74,6 +74,31 @@ def test_every_second_draw_may_be_mirrored(prior, people):
     assert torch.equal(both.draws[1], flipped.draws[1].flip(-1))
 
 
+def test_a_draw_is_given_the_shading_of_its_source(people):
+    source, truth = (lmi.cohort_slices("test", 2, 2, (c,), 48)[c].flatten(0, 1) for c in ("T1w", "PDw"))
+    tilt = torch.tensor([[0.2, -0.1], [-0.15, 0.0], [0.0, 0.25], [0.1, 0.1]])
+    field = torch.einsum("nc,cyx->nyx", tilt, lmi_translate.positions(source))[:, None].exp()
+    plain, shaded = (lmi_translate.shaded_like(s, truth) for s in (source, source * field))
+    tissue = (source > lmi.FAINT) & (truth > lmi.FAINT)
+    change = torch.where(tissue, (shaded / plain).log(), 0)
+    wanted = torch.where(tissue, field.log(), 0)
+    wanted = torch.where(tissue, wanted - wanted.sum((2, 3), True) / tissue.sum((2, 3), True), 0)
+    assert (change - wanted).square().mean().sqrt() < 0.15 * wanted.square().mean().sqrt()
+    assert torch.allclose(lmi_translate.shaded_like(source * field, shaded), shaded, rtol=0.03), "done once, it stays"
+    assert torch.allclose(lmi_translate.shaded_like(source, 3 * truth), 3 * plain, rtol=1e-2), "whatever the gain"
+    colours = lmi_translate.shaded_like(source, truth.expand(-1, 3, -1, -1))
+    assert torch.allclose(colours[:, 1:2], plain, rtol=1e-4)
+    empty = torch.zeros_like(source)
+    assert torch.equal(lmi_translate.shaded_like(source, empty), empty)
+    assert torch.equal(lmi_translate.shaded_like(empty, truth), truth)
+
+
+def test_the_shading_is_a_part_of_the_setting(prior, people):
+    source = people["T1w"].flatten(0, 1)
+    plain, shaded = (translate(prior, source, Setting(evaluations=2, draws=1, shading=s)).x for s in (False, True))
+    assert torch.allclose(shaded, lmi_translate.shaded_like(source, plain))
+
+
 def test_guidance_goes_further_away_from_the_untold(prior, people):
     source = people["T1w"].flatten(0, 1)[:1]
     x, sigma = source + 0.3, torch.tensor([0.5])

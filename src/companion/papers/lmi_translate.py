@@ -74,6 +74,7 @@ class Setting:
     draws: int = 4
     guidance: float = 1.0
     mirrored: bool = False
+    shading: bool = False
     attraction: float = 0.0
     oracle: bool = False
 
@@ -97,7 +98,8 @@ class Setting:
 
 
 BOTH = Setting(("cross", "self"))  # the paper's maps
-RECOMMENDED = Setting(lmi.MAPS, guidance=2.0, mirrored=True)  # chosen on validation people, see docs/lmi.md
+GUIDED = replace(BOTH, guidance=2.0, mirrored=True)
+RECOMMENDED = replace(GUIDED, keep=lmi.MAPS, shading=True)  # chosen on validation people, see docs/lmi.md
 ABLATION = {  # the rows of the evaluation that a network draws
     "unconditional": replace(BOTH, keep=()),
     "self LMI only": replace(BOTH, keep=("self",)),
@@ -105,7 +107,8 @@ ABLATION = {  # the rows of the evaluation that a network draws
     "cross and self LMI": BOTH,
     "source only": replace(BOTH, keep=("source",)),
     "LMI and source": replace(BOTH, keep=lmi.MAPS),
-    "guided LMI": replace(RECOMMENDED, keep=BOTH.keep),
+    "guided LMI": GUIDED,
+    "guided LMI and source": replace(GUIDED, keep=lmi.MAPS),
     "recommended": RECOMMENDED,
     "oracle: LMI of the truth": replace(BOTH, oracle=True),
 }
@@ -202,6 +205,7 @@ def translate(prior: Translator, source: Tensor, setting: Setting = RECOMMENDED,
                 x = samples.x
                 if setting.solver == "published":
                     x = x + LAST_STD * randn(x.shape[1:], x.dtype, seeds, x.device)
+                x = shaded_like(shown, x) if setting.shading else x
                 drawn[j].append((x.flip(-1) if j % len(views) else x).cpu())
                 bills.append(samples.bill)
                 bar.update(len(part))
@@ -232,6 +236,52 @@ def begin(source: Tensor, channels: int, sigma: float, setting: Setting, seeds: 
 
 # The release adds noise after the last step as well: that of the posterior of its second time ("fixedlarge").
 LAST_STD = PUBLISHED.posterior_log_variance_clipped[0].div(2).exp().item()
+
+
+# --------------------------------------------------------------------------------------------------------- shading
+
+KNOTS, ROUNDS = 5, 5  # of the map from ranks to grey levels; of reweighting
+FLAT = 10.0  # pixels on the border of the image that speak for no shading: few pixels of tissue say little
+
+
+def shaded_like(source: Tensor, x: Tensor) -> Tensor:
+    """Return images x (image, 1 or 3, y, x) with the shading of their sources (image, 1 or 3, y, x) for their own.
+
+    A receive coil shades all contrasts of a sitting alike, but ranks are free of shading, and a network that is told
+    them makes some up. Only the linear part, exp(slope . position), can be told from anatomy. The mean of log x stays.
+    """
+    given, made = lmi.grey(source), lmi.grey(x)
+    tissue = (given > lmi.FAINT) & (made > lmi.FAINT)
+    change = slope(given, lmi.equalised(made), tissue) - slope(made, lmi.equalised(given), tissue)
+    shading = torch.einsum("nc,cyx->nyx", change, positions(x))[:, None]
+    shading = shading - (shading * tissue).sum((2, 3), True) / tissue.sum((2, 3), True).clamp(min=1)
+    return x * shading.exp()
+
+
+def slope(image: Tensor, rank: Tensor, tissue: Tensor) -> Tensor:
+    """Return the slopes (image, 2) along y and x, over half the field of view, of log image = f(rank) + slope position.
+
+    f is piecewise linear in the ranks of the other contrast. Least squares over the `tissue` with Cauchy weights.
+    """
+    at = (rank.flatten(1).double() - lmi.DARKEST).clamp(min=0) / (1 - lmi.DARKEST) * (KNOTS - 1)
+    hats = (1 - (at[..., None] - torch.arange(KNOTS).to(at)).abs()).clamp(min=0)
+    place = positions(image).flatten(1).T.double().expand(len(image), -1, -1)
+    M, v = torch.cat([hats, place], -1), image.flatten(1).double().clamp(min=1e-6).log()
+    inside = tissue.flatten(1)
+    prior = torch.diag(torch.tensor([1e-6] * KNOTS + [FLAT] * 2).to(M))
+    weight = inside.double()
+    for _ in range(ROUNDS):
+        weighted = (M * weight[..., None]).mT
+        found = torch.linalg.solve(weighted @ M + prior, weighted @ v[..., None])
+        residual = v - (M @ found)[..., 0]
+        width = 1.48 * residual.abs().masked_fill(~inside, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num()
+        weight = inside / (1 + (residual / (2 * width).clamp(min=1e-6)).square())
+    return found[:, KNOTS:, 0].to(image)
+
+
+def positions(x: Tensor) -> Tensor:
+    """Return the coordinates (2, y, x) of the pixels of x, from -1 to 1 across the field of view."""
+    return torch.stack(torch.meshgrid(*((2 * torch.arange(n).to(x) + 1) / n - 1 for n in x.shape[2:]), indexing="ij"))
 
 
 # --------------------------------------------------------------------------------------------------------- volumes
@@ -405,6 +455,7 @@ class Translate(Parameters):
     draws: int = param(4, "draws of an image; their mean is the translation", minimum=2)
     guidance: float = param(2.0, "classifier-free guidance of the recommended row; 1 is none", minimum=0)
     mirrored: bool = param(True, "half the draws of the recommended row are those of the mirrored source")
+    shading: bool = param(True, "draws of the recommended row are given the shading of their source")
     attraction: float = param(0.0, "weight of the gradient of the LMI in the recommended row", minimum=0)
     volume: str | None = param(None, "NIfTI volume to translate; none: a person of the cohort, lying oblique")
     autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
@@ -424,7 +475,7 @@ class Translate(Parameters):
     def chosen(self) -> Setting:
         """Return the recommended setting, with the maps, solver, evaluations, draws and guidance asked for."""
         return Setting(self.keep, self.solver, self.evaluations, draws=self.draws, guidance=self.guidance,
-                       mirrored=self.mirrored, attraction=self.attraction)
+                       mirrored=self.mirrored, shading=self.shading, attraction=self.attraction)
 
 
 TRAINING_PEOPLE = 4  # whose tissue histogram matching aims at
