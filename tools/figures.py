@@ -1,4 +1,4 @@
-"""The pictures of the README, taken from the runs of `make demo` and made small: run by `make figures`.
+"""The pictures of the README, taken from runs, most of them of `make demo`, and made small: run by `make figures`.
 
 A picture whose run is missing stays as it is, and the command that makes the run is said.
 """
@@ -21,7 +21,8 @@ PICTURES = {
     "aid.png": ("aid/4_reconstruct/demo", "volume.png", "companion batch aid_reconstruct"),
     "lmi.png": ("lmi/4_translate/demo", "T1w*T2w.png", "companion batch lmi_translate"),
     "latent3d.png": ("latent3d/3_sample/demo", "real_reconstructed_synthetic.png", "companion batch latent3d_sample"),
-    "pet-demo.png": ("pet/4_enhance/demo", "images.png", "companion batch pet_enhance"),
+    "pet-images.png": ("pet/4_enhance/table", "images.png",
+                       "companion run notebooks/pet/4_enhance.ipynb -f notebooks/params/pet/4_enhance/table.yaml"),
 }
 
 
