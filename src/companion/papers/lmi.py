@@ -9,7 +9,7 @@ A diffusion model learns images of one contrast, the target, given what a source
 Training never sees another contrast. Its source is the clean target, as published, or that target under a random map
 (`remapped`), and is seen as ranks of its tissue (`equalised`), however faint its contrast. `conditions` makes the
 network's input from a source, in training and in sampling alike.
-Data, training and export of the notebooks under notebooks/lmi; sampling is in `lmi_translate`.
+Data, training and export of the notebooks under notebooks/lmi; translation is in `lmi_translate`.
 """
 
 from __future__ import annotations
