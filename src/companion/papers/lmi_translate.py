@@ -241,7 +241,7 @@ LAST_STD = PUBLISHED.posterior_log_variance_clipped[0].div(2).exp().item()
 # --------------------------------------------------------------------------------------------------------- shading
 
 KNOTS, ROUNDS = 5, 5  # of the map from ranks to grey levels; of reweighting
-FLAT = 10.0  # pixels on the border of the image that speak for no shading: few pixels of tissue say little
+FLAT = 0.03  # share of the pixels that speak for no shading, from the border: composition is not the same everywhere
 
 
 def shaded_like(source: Tensor, x: Tensor) -> Tensor:
@@ -268,7 +268,8 @@ def slope(image: Tensor, rank: Tensor, tissue: Tensor) -> Tensor:
     place = positions(image).flatten(1).T.double().expand(len(image), -1, -1)
     M, v = torch.cat([hats, place], -1), image.flatten(1).double().clamp(min=1e-6).log()
     inside = tissue.flatten(1)
-    prior = torch.diag(torch.tensor([1e-6] * KNOTS + [FLAT] * 2).to(M))
+    flat = FLAT * inside.sum(1, keepdim=True).clamp(min=1) * torch.ones(2).to(M)
+    prior = torch.cat([torch.full_like(M[:, 0, :KNOTS], 1e-6), flat], 1).diag_embed()
     weight = inside.double()
     for _ in range(ROUNDS):
         weighted = (M * weight[..., None]).mT
