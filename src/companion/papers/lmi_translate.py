@@ -252,7 +252,9 @@ def shaded_like(source: Tensor, x: Tensor) -> Tensor:
     """
     given, made = lmi.grey(source), lmi.grey(x)
     tissue = (given > lmi.FAINT) & (made > lmi.FAINT)
-    change = slope(given, lmi.equalised(made), tissue) - slope(made, lmi.equalised(given), tissue)
+    pairs = (given, lmi.equalised(made), made, lmi.equalised(given), tissue)
+    change = torch.cat([slope(a, rank_b, inside) - slope(b, rank_a, inside)  # one by one, which bounds the memory
+                        for a, rank_b, b, rank_a, inside in zip(*(v.split(1) for v in pairs), strict=True)])
     shading = torch.einsum("nc,cyx->nyx", change, positions(x))[:, None]
     shading = shading - (shading * tissue).sum((2, 3), True) / tissue.sum((2, 3), True).clamp(min=1)
     return x * shading.exp()
@@ -590,7 +592,8 @@ def picture_rows(d: Direction, people: People, count: int = 3) -> dict[str, dict
     at = people.images[d.source].shape[1] // 2
     short = {"no translation": d.source, "histogram matching": "matching", "true target": f"true {d.target}",
              "cross and self LMI": "cross + self", "LMI and source": "LMI + source",
-             "oracle: LMI of the truth": "oracle", "published chain": "published"}
+             "guided LMI and source": "guided + source", "oracle: LMI of the truth": "oracle",
+             "published chain": "published"}
     return {f"person {i}": {short.get(name, name.replace(" from sigma =", "")): x.mean(0)[i, at]
                             for name, x in d.draws.items()} for i in range(min(count, len(people.images[d.source])))}
 
