@@ -100,6 +100,14 @@ def test_the_shading_is_a_part_of_the_setting(prior, people):
     assert torch.allclose(shaded, lmi_translate.shaded_like(source, plain))
 
 
+def test_estimates_may_be_cut_to_the_range_of_images(prior, people):
+    source = people["T1w"].flatten(0, 1)
+    x, sigma = source + 3 * torch.randn(source.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0])
+    free, cut = (lmi_translate.informed(prior, source, Setting(cut=c))(x, sigma.expand(len(x))) for c in (False, True))
+    assert (free < 0).any() and torch.equal(cut, free.clamp(0, 1))
+    assert {"published chain, cut", "recommended"} <= set(Translate(published=3, cut=True).settings())
+
+
 def test_guidance_goes_further_away_from_the_untold(prior, people):
     source = people["T1w"].flatten(0, 1)[:1]
     x, sigma = source + 0.3, torch.tensor([0.5])

@@ -62,6 +62,8 @@ class Setting:
         (classifier-free guidance); 1 is the network's own.
     mirrored: every second draw is that of the mirrored source, mirrored back: left and right are alike to a network
         whose training images were mirrored at random, so their errors average out.
+    cut: estimates are cut to [0, 1], the range of images, as DDPM does; the release does not. Without, the chain of a
+        network that predicts noise runs away unless it errs by far less than 1 / sigma.
     attraction: weight of a step up the gradient of the smooth LMI of source and estimate; see `Attracted`.
     oracle: conditions of the true target, which no translation has: what the maps cannot say even then is missing.
     """
@@ -75,6 +77,7 @@ class Setting:
     guidance: float = 1.0
     mirrored: bool = False
     shading: bool = False
+    cut: bool = False
     attraction: float = 0.0
     oracle: bool = False
 
@@ -219,7 +222,8 @@ def informed(prior: Translator, source: Tensor, setting: Setting) -> Denoiser:
     D = AnySize(prior.D, network_of(prior.D).total_stride)
     side = lmi.prepare_source(source, prior.conditioning)
     G = Informed(D, side, prior.conditioning, setting.keep, setting.guidance)
-    return Attracted(G, side, setting.attraction) if setting.attraction else G
+    G = Attracted(G, side, setting.attraction) if setting.attraction else G
+    return (lambda x, sigma, cond=None: G(x, sigma).clamp(0, 1)) if setting.cut else G
 
 
 def begin(source: Tensor, channels: int, sigma: float, setting: Setting, seeds: list[Generator]) -> Tensor:
@@ -357,6 +361,7 @@ class Translate(Parameters):
     keep: tuple[str, ...] = param(RECOMMENDED.keep, "maps that the recommended row is told", choices=lmi.MAPS)
     sdedit: tuple[float, ...] = param((0.25, 0.5, 1.0), "noise levels at which SDEdit puts the source in", minimum=0.01)
     published: int = param(0, "evaluations of the published chain; 1000 as released, 0: no such row", minimum=0)
+    cut: bool = param(False, "estimates of the published chain are cut to [0, 1], which the release does not do")
     solver: str = param("dpmpp_2m", "of all other rows", choices=("dpmpp_2m", "ddim", "heun", "ddpm", "dpmpp_2m_sde"))
     evaluations: int = param(30, "steps of a draw", minimum=1)
     draws: int = param(4, "draws of an image; their mean is the translation", minimum=2)
@@ -375,7 +380,8 @@ class Translate(Parameters):
         if "recommended" in chosen:
             chosen["recommended"] = self.chosen
         if self.published:
-            chosen["published chain"] = Setting(("cross", "self"), "published", self.published, draws=self.draws)
+            name = "published chain, cut" if self.cut else "published chain"
+            chosen[name] = Setting(("cross", "self"), "published", self.published, draws=self.draws, cut=self.cut)
         return edited | chosen
 
     @property
@@ -593,7 +599,7 @@ def picture_rows(d: Direction, people: People, count: int = 3) -> dict[str, dict
     short = {"no translation": d.source, "histogram matching": "matching", "true target": f"true {d.target}",
              "cross and self LMI": "cross + self", "LMI and source": "LMI + source",
              "guided LMI and source": "guided + source", "oracle: LMI of the truth": "oracle",
-             "published chain": "published"}
+             "published chain": "published", "published chain, cut": "published, cut"}
     return {f"person {i}": {short.get(name, name.replace(" from sigma =", "")): x.mean(0)[i, at]
                             for name, x in d.draws.items()} for i in range(min(count, len(people.images[d.source])))}
 
