@@ -292,6 +292,12 @@ def sheet(sets: Mapping[str, Tensor], columns: int = 8) -> dict[str, dict[str, T
     return rows
 
 
+def side_by_side(volumes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return rows for `figures.image_grid`: three planes, and in columns the named volumes (1, z, y, x)."""
+    pictures = {name: planes(x) for name, x in volumes.items()}
+    return {plane: {name: of[plane] for name, of in pictures.items()} for plane in next(iter(pictures.values()))}
+
+
 def save_volumes(folder: Path, prior: LatentPrior, x: Tensor) -> list[Path]:
     """Return the NIfTI files sample_00.nii.gz, ... of volumes (draw, 1, z, y, x), at the prior's affine (MNI mm)."""
     return [save_nifti(folder / f"sample_{i:02d}.nii.gz", volume[0].float().cpu().numpy(), affine=prior.affine,
