@@ -119,7 +119,7 @@ def test_rows_are_planes_and_columns_are_volumes():
 
 def test_sheet_cuts_long_sets_into_rows():
     x = torch.rand(5, 1, *SHAPE)
-    rows = latent3d.sheet({"synthetic": x}, columns=3)
+    rows = latent3d.sheet(x, columns=3)
     assert len(rows) == 6 and all(list(row) == ["1", "2", "3"] for row in rows.values())
     assert torch.isnan(rows["4-6\naxial"]["3"]).all()
 

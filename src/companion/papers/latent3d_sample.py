@@ -278,24 +278,17 @@ def by_plane(volumes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {plane: {name: images[plane] for name, images in shown.items()} for plane in next(iter(shown.values()))}
 
 
-def sheet(sets: Mapping[str, Tensor], columns: int = 8) -> dict[str, dict[str, Tensor]]:
-    """Return rows for `figures.image_grid`: volumes of each named set in three planes, long sets in several blocks."""
+def sheet(volumes: Tensor, columns: int = 8) -> dict[str, dict[str, Tensor]]:
+    """Return rows for `figures.image_grid`: volumes (draw, 1, z, y, x) in three planes, many in several blocks."""
     rows = {}
-    for name, volumes in sets.items():
-        for start in range(0, len(volumes), columns):
-            part = [planes(x) for x in volumes[start : start + columns]]
-            blank = {plane: torch.full_like(image, torch.nan) for plane, image in part[0].items()}
-            part += [blank] * (columns - len(part) if len(volumes) > columns else 0)
-            label = f"{name}\n" if len(volumes) <= columns else f"{start + 1}-{start + columns}\n"
-            for plane in part[0]:
-                rows[label + plane] = {str(i + 1): images[plane] for i, images in enumerate(part)}
+    for start in range(0, len(volumes), columns):
+        part = [planes(x) for x in volumes[start : start + columns]]
+        blank = {plane: torch.full_like(image, torch.nan) for plane, image in part[0].items()}
+        part += [blank] * (columns - len(part) if len(volumes) > columns else 0)
+        label = f"{start + 1}-{start + columns}\n" if len(volumes) > columns else ""
+        for plane in part[0]:
+            rows[label + plane] = {str(i + 1): images[plane] for i, images in enumerate(part)}
     return rows
-
-
-def side_by_side(volumes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return rows for `figures.image_grid`: three planes, and in columns the named volumes (1, z, y, x)."""
-    pictures = {name: planes(x) for name, x in volumes.items()}
-    return {plane: {name: of[plane] for name, of in pictures.items()} for plane in next(iter(pictures.values()))}
 
 
 def save_volumes(folder: Path, prior: LatentPrior, x: Tensor) -> list[Path]:
