@@ -62,6 +62,7 @@ class Setting:
         (classifier-free guidance); 1 is the network's own.
     mirrored: every second draw is that of the mirrored source, mirrored back: left and right are alike to a network
         whose training images were mirrored at random, so their errors average out.
+    shading: every draw is given the slow shading of its source for its own; see `shaded_like`.
     cut: estimates are cut to [0, 1], the range of images, as DDPM does; the release does not. Without, the chain of a
         network that predicts noise runs away unless it errs by far less than 1 / sigma.
     attraction: weight of a step up the gradient of the smooth LMI of source and estimate; see `Attracted`.
