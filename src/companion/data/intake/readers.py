@@ -1,0 +1,7 @@
+"""The formats that the intake knows, in the order in which they are tried. A new format is one line here."""
+
+from __future__ import annotations
+
+from .records import Reader
+
+READERS: tuple[Reader, ...] = ()

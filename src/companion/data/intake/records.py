@@ -1,0 +1,118 @@
+"""Records of the intake: what a file is, whose it is, what became of it; and the one error of all readers.
+
+A reader is two functions. `sniff(path)` returns the `Description` of a file from its header alone, None where the file
+is of another format, and raises `Unreadable` where it is of this format but damaged or of a kind that nobody here can
+use. `read(files, ...)` returns the values: an image as `data.nifti.Volume`, other kinds as their module says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KINDS = ("image", "labels", "mask", "probability", "k-space", "sinogram", "picture")
+
+
+class Unreadable(ValueError):
+    """A file or folder that cannot be used: which, why, and what to do. `path` and `reason` are its parts."""
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = Path(path), reason
+
+    def __reduce__(self):
+        return type(self), (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file says of itself, read from its header.
+
+    kind      one of `KINDS`; an image is anything that shows anatomy or activity, in 2, 3 or 4 dimensions
+    format    in words: "NIfTI-1", "DICOM", "fastMRI HDF5"
+    axes      names of the stored axes, slowest first: ("z", "y", "x"), ("t", "z", "y", "x"), ("slice", "coil", "y", "x")
+    shape     their lengths
+    voxel_mm  (z, y, x), or None where the file does not say
+    dtype     of NumPy, as read: "int16", "complex64"
+    units     "Bq/mL", "HU", "" where the file does not say
+    contrast  "T1w", "FLAIR", "PET", "" where neither name nor header says
+    person    whom the content belongs to, as the content says ("" where it is silent): never a name, see `pseudonym`
+    session   which visit, as the content says
+    series    files of equal, non-empty series are one item: the slices of a DICOM series
+    parts     files beside this one that belong to it: the .img of a .hdr, the .cfl of a .hdr
+    about     anything else worth printing: coils, lines, acceleration, echo position, decay, ...
+    """
+
+    kind: str
+    format: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    voxel_mm: tuple[float, float, float] | None = None
+    dtype: str = ""
+    units: str = ""
+    contrast: str = ""
+    person: str = ""
+    session: str = ""
+    series: str = ""
+    parts: tuple[Path, ...] = ()
+    about: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is unknown; use one of {', '.join(KINDS)}")
+        if len(self.axes) != len(self.shape):
+            raise ValueError(f"axes {self.axes} do not name the axes of shape {self.shape}")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A format: its name, the endings of its files (lower case, () for files without one), and its two functions."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    sniff: Callable[[Path], Description | None]
+    read: Callable
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image, scan or series of a folder, whatever the number of its files; `name` is unique in the folder.
+
+    told: how the person is known: "table", "BIDS", "content", "name" or "folder".
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    what: Description
+    reader: Reader = field(repr=False)
+    person: str = ""
+    session: str = ""
+    told: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The first file."""
+        return self.files[0]
+
+    def read(self, **options):
+        """What the reader makes of the files; raises Unreadable."""
+        return self.reader.read(self.files, **options)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds: `items` in the order of their names, `left` name -> why it cannot be used, `notes` that are
+    no data (README, JSON, tables), by name."""
+
+    root: Path
+    items: tuple[Item, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def pseudonym(identity: str) -> str:
+    """Return a short code for a patient: the same for equal identities, from which the identity cannot be read."""
+    return "p" + hashlib.sha256(identity.strip().encode()).hexdigest()[:10]
