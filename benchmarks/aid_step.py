@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from companion.files import atomic_write, code_version
 from companion.networks import CausalUNet, default_channel_mult
-from companion.networks.causal_unet import DiTBlock, FrameAttention, Memory
-from companion.runs import atomic_write, code_version
+from companion.networks.causal_blocks import DiTBlock, FrameAttention, Memory
 
 FASTMRI = dict(
     seq_len=10,

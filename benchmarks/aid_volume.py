@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from companion import figures, metrics
-from companion.papers import aid_mri
-from companion.papers.aid_mri import Prior, Reconstruct, VolumeScan
-from companion.runs import atomic_write, code_version
+from companion.evaluation import metrics
+from companion.files import atomic_write, code_version
+from companion.papers.aid import reconstruct as aid_mri
+from companion.papers.aid.reconstruct import Prior, Reconstruct, VolumeScan
+from companion.show import figures
 
 GRADIENT = ("pigdm", "dps")  # guidances that differentiate the network
 
@@ -40,8 +41,16 @@ def evaluate(prior: Prior, scans: list[VolumeScan], p: Reconstruct, context: str
 
 def run(args) -> list[dict]:
     """Return one row for each sampler and number of evaluations."""
-    p = Reconstruct(weights=args.weights, device=args.device, frames=args.frames, draws=args.draws, acs=args.acs,
-                    acceleration=args.acceleration, mask=args.mask, autocast=args.autocast)
+    p = Reconstruct(
+        weights=args.weights,
+        device=args.device,
+        frames=args.frames,
+        draws=args.draws,
+        acs=args.acs,
+        acceleration=args.acceleration,
+        mask=args.mask,
+        autocast=args.autocast,
+    )
     prior = Prior.load(p.weights, p)
     reference = aid_mri.brightness_of(p)
     scans = [aid_mri.simulate(p, "test", i, reference) for i in range(args.volumes)]
@@ -60,12 +69,20 @@ def run(args) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Return the rows as a Markdown table."""
-    return figures.markdown_table([
-        {"sampler": r["sampler"], "evaluations": r["evaluations"],
-         "one draw (dB)": metrics.mean_and_error(r["one draw"]),
-         "mean of draws (dB)": metrics.mean_and_error(r["mean"]),
-         "to the most evaluations (dB)": r["to the most"], "calibration": r["calibration"], "seconds": r["seconds"]}
-        for r in rows])
+    return figures.markdown_table(
+        [
+            {
+                "sampler": r["sampler"],
+                "evaluations": r["evaluations"],
+                "one draw (dB)": metrics.mean_and_error(r["one draw"]),
+                "mean of draws (dB)": metrics.mean_and_error(r["mean"]),
+                "to the most evaluations (dB)": r["to the most"],
+                "calibration": r["calibration"],
+                "seconds": r["seconds"],
+            }
+            for r in rows
+        ]
+    )
 
 
 def figure(rows: list[dict]):
@@ -75,8 +92,9 @@ def figure(rows: list[dict]):
         x, y = lines.setdefault(r["sampler"], ([], []))
         x.append(r["evaluations"])
         y.append(sum(r["mean"]) / len(r["mean"]))
-    return figures.curves(lines, xlabel="network evaluations", ylabel="PSNR of the mean (dB)", logx=True,
-                          size=(4.6, 3.4))
+    return figures.curves(
+        lines, xlabel="network evaluations", ylabel="PSNR of the mean (dB)", logx=True, size=(4.6, 3.4)
+    )
 
 
 def main(argv=None) -> list[dict]:
@@ -102,8 +120,9 @@ def main(argv=None) -> list[dict]:
     for name, content in {"table.md": table(rows) + "\n", "results.json": json.dumps(about, indent=1) + "\n"}.items():
         with atomic_write(args.out / name) as path:
             path.write_text(content)
-    aid_mri.write_csv(args.out / "table.csv", [{k: v for k, v in r.items() if not isinstance(v, (list, tuple))}
-                                               for r in rows])
+    aid_mri.write_csv(
+        args.out / "table.csv", [{k: v for k, v in r.items() if not isinstance(v, (list, tuple))} for r in rows]
+    )
     with atomic_write(args.out / "figure.png") as path:
         figure(rows).savefig(path, format="png", dpi=150)
     print(table(rows))

@@ -26,27 +26,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from companion.diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from companion.diffusion.covariance import Isotropic, Jacobian, Measured, PerPixel
+from companion.diffusion.exact import GaussianDenoiser, GaussianMixtureDenoiser
 from companion.diffusion.gibbs import annealed_gibbs, split_gibbs
-from companion.diffusion.guidance import (
-    Isotropic,
-    Jacobian,
-    Measured,
-    PerPixel,
-    ddnm,
-    dds,
-    diffpir,
-    dps,
-    landweber,
-    pigdm,
-    posterior_mean,
-)
-from companion.diffusion.noise import karras, log_uniform, randn
+from companion.diffusion.guidance import ddnm, dds, diffpir, dps, landweber, pigdm, posterior_mean
+from companion.diffusion.noise import karras, log_uniform
 from companion.diffusion.sampling import sample
 from companion.diffusion.solvers import SOLVERS, ddim
+from companion.files import atomic_write
 from companion.operators.linear import LinearOperator
 from companion.operators.mri import birdcage_maps, cartesian_mask, sense
-from companion.runs import atomic_write
+from companion.randomness import randn
 
 PRIORS = ("gaussian", "mixture", "overfit")
 LEVELS = (
@@ -70,9 +60,7 @@ class Problem:
 
     name: str
     truth: GaussianDenoiser | GaussianMixtureDenoiser
-    prior: (
-        GaussianDenoiser | GaussianMixtureDenoiser
-    )  # what the samplers get: the truth, or what training made of it
+    prior: GaussianDenoiser | GaussianMixtureDenoiser  # what the samplers get: the truth, or what training made of it
     A: LinearOperator
     y: Tensor
     noise_std: float
@@ -99,9 +87,7 @@ def brain_like(size: int) -> tuple[Tensor, Tensor]:
     k = torch.fft.fftfreq(size, dtype=torch.float64) * size
     spectrum = (1 + (k[:, None] ** 2 + k**2) / 2) ** -1.5
     pixels = torch.eye(size**2, dtype=torch.complex128).reshape(-1, size, size)
-    texture = torch.fft.ifft2((spectrum / spectrum.mean()).sqrt() * torch.fft.fft2(pixels)).reshape(
-        size**2, -1
-    )
+    texture = torch.fft.ifft2((spectrum / spectrum.mean()).sqrt() * torch.fft.fft2(pixels)).reshape(size**2, -1)
     factor = (0.02 + 0.3 * body).reshape(-1, 1) * texture.T
     return mean[None], factor @ factor.mH
 
@@ -150,18 +136,13 @@ def make_problem(name: str, size=16, coils=4, R=4, noise_std=0.02, seed=3, draws
     y = A(prior.draw(1, generator, torch.complex128))
     y = y + noise_std * randn(y.shape, y.dtype, generator)
 
-    seen = [
-        condition(m, c, M, y.flatten()[measured], noise_std) for m, c in zip(means, covariances, strict=True)
-    ]
+    seen = [condition(m, c, M, y.flatten()[measured], noise_std) for m, c in zip(means, covariances, strict=True)]
     share = torch.softmax(torch.stack([evidence for *_, evidence in seen]), 0)
     centre = sum(w * m for w, (m, _, _) in zip(share, seen, strict=True))
     variance = sum(
-        w * (C.diagonal().real + (m - centre).abs() ** 2 / 2)
-        for w, (m, C, _) in zip(share, seen, strict=True)
+        w * (C.diagonal().real + (m - centre).abs() ** 2 / 2) for w, (m, C, _) in zip(share, seen, strict=True)
     )
-    exact = [
-        GaussianDenoiser(m.reshape(mean.shape), (C + C.mH) / 2).draw(draws, generator) for m, C, _ in seen
-    ]
+    exact = [GaussianDenoiser(m.reshape(mean.shape), (C + C.mH) / 2).draw(draws, generator) for m, C, _ in seen]
     chosen = torch.multinomial(share, draws, replacement=True, generator=generator)
     exact = torch.stack([exact[k][i] for i, k in enumerate(chosen.tolist())])
     shape = mean.shape
@@ -263,9 +244,7 @@ def run(problem: Problem, draws: int, calls: int, only: str = "") -> list[dict]:
             add(
                 guidance,
                 name,
-                sample(
-                    D, sigmas, shape=problem.shape, seeds=range(draws), solver=solver, dtype=torch.complex64
-                ),
+                sample(D, sigmas, shape=problem.shape, seeds=range(draws), solver=solver, dtype=torch.complex64),
             )
     for name, D_y in guided.items():
         if not hasattr(D_y.guidance, "draw") or "Jacobian" in name or only not in f"{name} annealed_gibbs":
@@ -337,12 +316,8 @@ def figure(rows: list[dict]):
         )
         ax.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
     axes[0].set_ylabel("variance of draws / true variance")
-    handles = [
-        axes[-1].plot([], [], "s", color=f"C{i}" if i < 10 else "k", label=n)[0] for i, n in enumerate(names)
-    ]
-    handles += [
-        axes[-1].plot([], [], m, color="0.4", label=s)[0] for s, m in [*shapes.items(), ("split Gibbs", "*")]
-    ]
+    handles = [axes[-1].plot([], [], "s", color=f"C{i}" if i < 10 else "k", label=n)[0] for i, n in enumerate(names)]
+    handles += [axes[-1].plot([], [], m, color="0.4", label=s)[0] for s, m in [*shapes.items(), ("split Gibbs", "*")]]
     fig.legend(handles=handles, loc="outside right center", fontsize=8, frameon=False)
     return fig
 
@@ -351,14 +326,10 @@ def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/exact_posterior"))
     parser.add_argument("--draws", type=int, default=512)
-    parser.add_argument(
-        "--calls", type=int, default=50, help="denoiser evaluations per draw, gradients not counted"
-    )
+    parser.add_argument("--calls", type=int, default=50, help="denoiser evaluations per draw, gradients not counted")
     parser.add_argument("--size", type=int, default=16, help="pixels per side; matrices have size^2 rows")
     parser.add_argument("--priors", nargs="+", default=list(PRIORS), choices=PRIORS)
-    parser.add_argument(
-        "--only", default="", help="run only rows whose guidance and solver contain this text"
-    )
+    parser.add_argument("--only", default="", help="run only rows whose guidance and solver contain this text")
     args = parser.parse_args(argv)
     rows = []
     for name in args.priors:

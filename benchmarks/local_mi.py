@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from companion.data.anatomy import Subject, render
-from companion.networks.local_mi import LocalMI
-from companion.runs import atomic_write
+from companion.files import atomic_write
+from companion.information.local_mi import LocalMI
 
 
 # ------------------------------------------------------------------------------------------ the published algorithm

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from pet_projector import DENSE_MIB, alternate, dense_matrix, phantom, read_speed, table_mib, write
 
-from companion.emission import mlem
-from companion.operators.pet import ParallelBeam, Projector, poisson_counts, poisson_log_likelihood, thin
+from companion.operators.counts import poisson_counts, poisson_log_likelihood, thin
+from companion.operators.pet import ParallelBeam, Projector
+from companion.reconstruction.pet import mlem
 
 ITERATIONS = 20
 COUNTS = 1e6  # per slice, the published high dose
@@ -80,24 +81,33 @@ def endurance(size: int = 64, iterations: int = 1000) -> str:
         "published high dose": full,
         "published low dose (25 %)": thin(full, 0.25, [0]),
         "0.1 % of the counts": thin(full, 0.001, [0]),
-        "one count": torch.zeros_like(full).index_put_((*(torch.tensor(i) for i in (0, 0, size, size // 2)),),
-                                                       torch.tensor(1.0)),
+        "one count": torch.zeros_like(full).index_put_(
+            (*(torch.tensor(i) for i in (0, 0, size, size // 2)),), torch.tensor(1.0)
+        ),
         "no counts": torch.zeros_like(full),
     }
     y = torch.cat(list(scans.values()))
     total = A.H(torch.ones(1, *A.range_shape))
     values = []
-    last = mlem(y, A, iterations=iterations,
-                callback=lambda k, x: values.append(poisson_log_likelihood(y, A(x))) if k % 20 == 1 else None).x
+    last = mlem(
+        y,
+        A,
+        iterations=iterations,
+        callback=lambda k, x: values.append(poisson_log_likelihood(y, A(x))) if k % 20 == 1 else None,
+    ).x
     falls = torch.stack(values).diff(dim=0).clamp(max=0).abs().amax(0)
-    lines = [f"\n{iterations} iterations at {size} pixels, all in one batch:\n",
-             "| counts | finite | counts kept (x / y) | largest fall of the log-likelihood (of its value) |",
-             "|---|---|---|---|"]
+    lines = [
+        f"\n{iterations} iterations at {size} pixels, all in one batch:\n",
+        "| counts | finite | counts kept (x / y) | largest fall of the log-likelihood (of its value) |",
+        "|---|---|---|---|",
+    ]
     for name, counts, x, fall, value in zip(scans, y, last, falls, values[-1], strict=True):
         ratio = ((total[0] * x).sum() / counts.sum()).item() if counts.any() else math.nan
         relative = (fall / value.abs().clamp(min=1)).item()
-        lines.append(f"| {name} | {bool(torch.isfinite(x).all())} | "
-                     f"{'all zero' if math.isnan(ratio) else f'{ratio:.6f}'} | {relative:.1e} |")
+        lines.append(
+            f"| {name} | {bool(torch.isfinite(x).all())} | "
+            f"{'all zero' if math.isnan(ratio) else f'{ratio:.6f}'} | {relative:.1e} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -108,10 +118,14 @@ def markdown(rows: list[dict], speed: float) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        faster, differs = (("" if math.isnan(v) else f) for v, f in
-                           ((r["speedup"], f"{r['speedup']:.0f}"), (r["differs"], f"{r['differs']:.0e}")))
-        lines.append(f"| {r['size']} | {r['batch']} | {r['method']} | {r['iteration_ms']:.2f} | {faster} | "
-                     f"{r['kept_mib']:.1f} | {r['bound_ms']:.2f} | {differs} |")
+        faster, differs = (
+            ("" if math.isnan(v) else f)
+            for v, f in ((r["speedup"], f"{r['speedup']:.0f}"), (r["differs"], f"{r['differs']:.0e}"))
+        )
+        lines.append(
+            f"| {r['size']} | {r['batch']} | {r['method']} | {r['iteration_ms']:.2f} | {faster} | "
+            f"{r['kept_mib']:.1f} | {r['bound_ms']:.2f} | {differs} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from companion.files import atomic_write
 from companion.operators.pet import ParallelBeam, Projector
-from companion.runs import atomic_write
 
 DENSE_MIB = 3000  # larger dense matrices are only counted, not built
 

@@ -21,14 +21,19 @@ import torch
 from pet_projector import write
 from torch import Tensor
 
-from companion import figures, metrics
+from companion.acquisition.pet import acquire
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
-from companion.papers.pet import acquire
-from companion.papers.pet_recon import Enhance, Prior, mean_and_error, posterior, validation_people
+from companion.evaluation import metrics
+from companion.papers.pet.reconstruct import Enhance, Prior, posterior, validation_people
+from companion.papers.pet.regions import mean_and_error
+from companion.show import figures
 
-CLASSES = {"CSF-like, 0.5 to 3 kBq/mL": (0.5, 3.0), "white-like, 3 to 11": (3.0, 11.0),
-           "grey-like, 11 to 31": (11.0, 31.0)}
+CLASSES = {
+    "CSF-like, 0.5 to 3 kBq/mL": (0.5, 3.0),
+    "white-like, 3 to 11": (3.0, 11.0),
+    "grey-like, 11 to 31": (11.0, 31.0),
+}
 
 
 def means(x: Tensor, cut: Tensor) -> Tensor:
@@ -41,20 +46,26 @@ def line(truth: str, regions: str, draws: Tensor, x: Tensor, cut: Tensor) -> dic
     """One line of the table: draws (draw, slice, 1, y, x) against x in the classes of `cut`."""
     true, found = means(x, cut), torch.stack([means(one, cut) for one in draws])
     bias = 100 * (means(draws.mean(0), cut) / true - 1)
-    _, shares = metrics.coverage(found.nan_to_num()[..., None, None], true.nan_to_num()[..., None, None], (0.8,),
-                                 ~true.isnan()[..., None, None])
-    return {"truth": truth, "regions cut from": regions} | {
-        name: mean_and_error(values) for name, values in zip(CLASSES, bias.T, strict=True)} | {
-        "inside 80 % (%)": 100 * shares.mean().item()}
+    _, shares = metrics.coverage(
+        found.nan_to_num()[..., None, None], true.nan_to_num()[..., None, None], (0.8,), ~true.isnan()[..., None, None]
+    )
+    return (
+        {"truth": truth, "regions cut from": regions}
+        | {name: mean_and_error(values) for name, values in zip(CLASSES, bias.T, strict=True)}
+        | {"inside 80 % (%)": 100 * shares.mean().item()}
+    )
 
 
 def rows_of(name: str, x: Tensor, mu: Tensor, pixel_mm: float, prior: Prior, p: Enhance) -> list[dict]:
     """The four ways to cut, for one kind of truth."""
     scan = acquire(x, mu, 0.25 * p.full_counts, range(900, 900 + len(x)), pixel_mm=pixel_mm)
     draws = posterior(prior, scan, p).x
-    return [line(name, "the truth", draws, x, x), line(name, "the posterior mean", draws, x, draws.mean(0)),
-            line(name, "one draw", draws[1:], x, draws[0]),
-            line("one of its draws", "the same draw", draws[1:], draws[0], draws[0])]
+    return [
+        line(name, "the truth", draws, x, x),
+        line(name, "the posterior mean", draws, x, draws.mean(0)),
+        line(name, "one draw", draws[1:], x, draws[0]),
+        line("one of its draws", "the same draw", draws[1:], draws[0], draws[0]),
+    ]
 
 
 def main(argv=None) -> list[dict]:
@@ -64,10 +75,21 @@ def main(argv=None) -> list[dict]:
     args = parser.parse_args(argv)
     p = Enhance(device="cpu")
     prior, people = Prior.load(p), validation_people(args.slices, p.image_size)
-    drawn = sample(prior.D, karras(18, 0.01, 40.0), shape=people.image.shape[1:], seeds=range(100, 100 + args.slices),
-                   solver="heun").x.clamp(min=0) * prior.scale_kbq
-    rows = [row for name, x in (("draws of the prior", drawn), ("people", people.image))
-            for row in rows_of(name, x, people.mu, people.pixel_mm, prior, p)]
+    drawn = (
+        sample(
+            prior.D,
+            karras(18, 0.01, 40.0),
+            shape=people.image.shape[1:],
+            seeds=range(100, 100 + args.slices),
+            solver="heun",
+        ).x.clamp(min=0)
+        * prior.scale_kbq
+    )
+    rows = [
+        row
+        for name, x in (("draws of the prior", drawn), ("people", people.image))
+        for row in rows_of(name, x, people.mu, people.pixel_mm, prior, p)
+    ]
     write(args.out, rows, figures.markdown_table(rows))
     return rows
 

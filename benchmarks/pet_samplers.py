@@ -18,25 +18,24 @@ import torch
 from pet_projector import write
 from torch import Tensor
 
-from companion import figures
+from companion.acquisition.pet import Scan
 from companion.data.pet import Slices
 from companion.diffusion.noise import karras
 from companion.diffusion.poisson import em_steps, poisson_dps, poisson_gibbs, poisson_mean, poisson_pigdm
 from companion.diffusion.sampling import sample
-from companion.papers.pet import Scan
-from companion.papers.pet_recon import (
+from companion.papers.pet.reconstruct import (
     FIRST_SIGMA,
     LAST_GUIDED,
     Enhance,
     Prior,
-    calibration,
     ladder,
     last_levels,
-    mean_and_error,
-    score,
     some,
     test_people,
 )
+from companion.papers.pet.regions import mean_and_error
+from companion.papers.pet.study import calibration, score
+from companion.show import figures
 
 
 def samplers(prior: Prior, scan: Scan, last: float, seeds: list[int]) -> dict:
@@ -68,9 +67,14 @@ def line(name: str, result, seconds: float, prior: Prior, people: Slices) -> dic
     draws: Tensor = prior.scale_kbq * result.x.unflatten(0, (-1, len(people.image)))
     mean = prior.scale_kbq * getattr(result, "mean", result.x).unflatten(0, (-1, len(people.image))).mean(0)
     figure = score(mean, people)
-    return {"sampler": name, "calls": result.bill.denoiser_calls, "NRMSE of the mean": mean_and_error(figure["NRMSE"]),
-            "lesion contrast recovered": mean_and_error(figure["recovery"]),
-            "calibration": calibration(draws, people.image), "seconds": seconds / len(result.x)}
+    return {
+        "sampler": name,
+        "calls": result.bill.denoiser_calls,
+        "NRMSE of the mean": mean_and_error(figure["NRMSE"]),
+        "lesion contrast recovered": mean_and_error(figure["recovery"]),
+        "calibration": calibration(draws, people.image),
+        "seconds": seconds / len(result.x),
+    }
 
 
 def main(argv=None) -> list[dict]:

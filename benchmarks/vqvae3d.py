@@ -8,7 +8,7 @@ its layers, below, takes its place, and the table says so. Ways:
     reference       MONAI's VQVAE, or the re-expression
     ours            VQVAE
     ours, checkpointed    VQVAE(use_checkpoint=True): activations are recomputed in the backward pass
-    ours, channels last   weights and volumes in that memory format, as `companion.training` keeps them
+    ours, channels last   weights and volumes in that memory format, as `companion.training.loop` keeps them
     reference, channels last    the same call on the reference
 Times: one process, the ways in turn, processor time on CPUs; the ratios are medians over rounds of
 reference / ours, with their quartiles. Memory: the most that one step adds to a process of its own, weights,
@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from companion.files import atomic_write, code_version
 from companion.networks import VQVAE, AutoencoderKL
-from companion.runs import atomic_write, code_version
 
 try:
     from monai.networks.nets import VQVAE as MonaiVQVAE

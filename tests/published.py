@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from companion.weights import build
+from companion.models.architectures import build
 
 CONFIG = {
     "network": dict(

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from companion.data.store import open_dataset
-from companion.diffusion.noise import randn
 from companion.diffusion.sampling import Bill
 from companion.diffusion.sequence import sample_sequence
+from companion.models.architectures import build, network_of
+from companion.models.folder import save_checkpoint
 from companion.operators.mri import birdcage_maps, fft
-from companion.papers import aid
-from companion.papers import aid_sample as sampling
-from companion.weights import build, network_of, save_checkpoint
+from companion.papers.aid import data as aid
+from companion.papers.aid import prior as aid_prior
+from companion.papers.aid import sample as sampling
+from companion.randomness import randn
 
 SIZE, FRAMES = 32, 6
 
@@ -33,8 +35,9 @@ def test_cohort_is_stored_once_as_its_magnitudes(tmp_path):
     prepared = aid.prepare(p, progress=False)
     people = aid.volumes("brain", "train", 3, FRAMES, SIZE, p.spacing_mm)
     assert np.array_equal(prepared.read("magnitude"), people.abs().numpy())
-    assert aid.windows_table(prepared, p.window) == [{"split": "train", "sequences": 3, "frames of each": FRAMES,
-                                                      "windows": 3 * 4, "frames in no window": 0}]
+    assert aid.windows_table(prepared, p.window) == [
+        {"split": "train", "sequences": 3, "frames of each": FRAMES, "windows": 3 * 4, "frames in no window": 0}
+    ]
     written = prepared.path.stat().st_mtime_ns
     assert aid.prepare(p, progress=False).path.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match=r"\(3, 6, 1, 32, 32\).*delete the file"):
@@ -91,8 +94,10 @@ def test_folder_keeps_phase_scale_and_all_frames(files, tmp_path):
     assert [len(people[split]) for split in ("train", "validation", "test")] == [1, 1, 1]
     assert len(set.union(*people.values())) == 3
     with pytest.raises(ValueError, match=r"image_size = 24 \(now 16\)"):
-        aid.prepare(prepare(tmp_path, source=str(folder), subjects=100, image_size=16, validation_share=0.34,
-                            test_share=0.34), progress=False)
+        aid.prepare(
+            prepare(tmp_path, source=str(folder), subjects=100, image_size=16, validation_share=0.34, test_share=0.34),
+            progress=False,
+        )
 
 
 def test_magnitudes_are_stored_as_such(files, tmp_path):
@@ -159,8 +164,8 @@ def seen(monkeypatch):
         calls.append((x0, cond if cond is not None else next((s for s in settings if torch.is_tensor(s)), None)))
         return torch.zeros(len(x0))
 
-    monkeypatch.setattr(aid, "edm_loss", loss)
-    monkeypatch.setattr(aid, "discrete_loss", loss)
+    monkeypatch.setattr(aid_prior, "edm_loss", loss)
+    monkeypatch.setattr(aid_prior, "discrete_loss", loss)
     return calls
 
 
@@ -171,17 +176,19 @@ def windows():
 
 @pytest.mark.parametrize("diffusion", ["edm", "ddpm"])
 def test_loss_asks_for_the_frame_after_each(seen, diffusion):
-    p = aid.TrainSequence(diffusion=diffusion, phase_spacing_mm=None)
-    aid.sequence_loss(None, windows(), torch.Generator().manual_seed(0), p)
+    p = aid_prior.TrainSequence(diffusion=diffusion, phase_spacing_mm=None)
+    aid_prior.sequence_loss(None, windows(), torch.Generator().manual_seed(0), p)
     (x0, context) = seen[0]
     assert context[0, :, 0, 0, 0].tolist() == [1, 2, 3] and x0[0, :, 0, 0, 0].tolist() == [2, 3, 4]
 
 
 def test_loss_of_other_stages_and_starts(seen):
     generator = torch.Generator().manual_seed(0)
-    aid.sequence_loss(None, windows(), generator, aid.TrainSequence(phase_spacing_mm=None, start_dropout=1.0))
-    aid.sequence_loss(None, windows(), generator, aid.TrainSequence(phase_spacing_mm=None, stage="first"))
-    aid.sequence_loss(None, windows(), generator, aid.TrainSequence(phase_spacing_mm=None, model="single"))
+    aid_prior.sequence_loss(
+        None, windows(), generator, aid_prior.TrainSequence(phase_spacing_mm=None, start_dropout=1.0)
+    )
+    aid_prior.sequence_loss(None, windows(), generator, aid_prior.TrainSequence(phase_spacing_mm=None, stage="first"))
+    aid_prior.sequence_loss(None, windows(), generator, aid_prior.TrainSequence(phase_spacing_mm=None, model="single"))
     (begun, blank), (frames, nothing), (image, none) = seen
     assert blank[0, :, 0, 0, 0].tolist() == [0, 1, 2] and begun[0, :, 0, 0, 0].tolist() == [1, 2, 3]
     assert frames.shape == (2, 4, 1, 2, 2) and image.shape == (2, 1, 2, 2) and nothing is None and none is None
@@ -189,7 +196,7 @@ def test_loss_of_other_stages_and_starts(seen):
 
 def test_loss_draws_phases_that_are_smooth_along_the_sequence(seen):
     x = torch.ones(2, 5, 1, SIZE, SIZE)
-    aid.sequence_loss(None, x, torch.Generator().manual_seed(0), aid.TrainSequence(phase_spacing_mm=5.0))
+    aid_prior.sequence_loss(None, x, torch.Generator().manual_seed(0), aid_prior.TrainSequence(phase_spacing_mm=5.0))
     x0, context = seen[0]
     assert torch.allclose(x0.abs(), torch.ones(())) and (sampling.phase_agreement(x0) > 0.95).all()
     assert torch.equal(x0[:, :-1], context[:, 1:])
@@ -200,11 +207,23 @@ def test_loss_draws_phases_that_are_smooth_along_the_sequence(seen):
 
 def tiny(folder, channels=2, size=SIZE, **network):
     """A checkpoint of a random sequence network with a window of 3."""
-    config = {"network": dict(name="CausalUNet", seq_len=3, in_channels=channels, model_channels=32,
-                              out_channels=channels, num_res_blocks=1, channel_mult=[1], patch=4, concat_cond=False,
-                              use_scale_shift_norm=True) | network,
-              "denoiser": {"name": "EDMDenoiser", "sigma_data": 0.34, "complex": channels == 2, "channel_axis": -3},
-              "data": {"source": "nobody", "scale": "none", "frames": FRAMES, "image_size": [size, size]}}
+    config = {
+        "network": dict(
+            name="CausalUNet",
+            seq_len=3,
+            in_channels=channels,
+            model_channels=32,
+            out_channels=channels,
+            num_res_blocks=1,
+            channel_mult=[1],
+            patch=4,
+            concat_cond=False,
+            use_scale_shift_norm=True,
+        )
+        | network,
+        "denoiser": {"name": "EDMDenoiser", "sigma_data": 0.34, "complex": channels == 2, "channel_axis": -3},
+        "data": {"source": "nobody", "scale": "none", "frames": FRAMES, "image_size": [size, size]},
+    }
     torch.manual_seed(0)
     model = build(config)
     for weight in model.parameters():
@@ -215,8 +234,9 @@ def tiny(folder, channels=2, size=SIZE, **network):
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     weights = tiny(tmp_path_factory.mktemp("aid") / "tiny")
-    p = sampling.SampleSequence(weights=weights, subjects=3, draws=2, extra_frames=2, evaluations=3, device="cpu",
-                                autocast=None)
+    p = sampling.SampleSequence(
+        weights=weights, subjects=3, draws=2, extra_frames=2, evaluations=3, device="cpu", autocast=None
+    )
     prior = sampling.SequencePrior.load(p)
     true = sampling.true_sequences(prior, p)
     return p, prior, true, sampling.draw_all(prior, true, p, progress=False)
@@ -226,8 +246,14 @@ def test_every_mode_is_drawn_where_it_belongs(tiny_run):
     p, prior, true, drawn = tiny_run
     assert true.shape == (3, 8, 1, SIZE, SIZE)  # two windows and the extra frames
     assert {d.name: (d.first, d.x.shape[1]) for d in drawn} == {
-        "retrospective": (1, 3), "warm, full": (3, 5), "warm, last": (3, 5), "cold, full": (0, 5), "cold, last": (0, 5),
-        "first stage": (0, 5), "noised start": (3, 5)}
+        "retrospective": (1, 3),
+        "warm, full": (3, 5),
+        "warm, last": (3, 5),
+        "cold, full": (0, 5),
+        "cold, last": (0, 5),
+        "first stage": (0, 5),
+        "noised start": (3, 5),
+    }
     by_name = {d.name: d.x for d in drawn}
     assert torch.equal(by_name["cold, full"][:, 0], by_name["first stage"][:, 0])  # nothing is known either way
     assert not torch.allclose(by_name["cold, full"][:, 1], by_name["first stage"][:, 1])
@@ -238,8 +264,17 @@ def test_every_mode_is_drawn_where_it_belongs(tiny_run):
 def test_warm_starts_continue_their_own_person(tiny_run):
     p, prior, true, drawn = tiny_run
     warm = next(d for d in drawn if d.name == "warm, full")
-    alone = sample_sequence(prior.D, sampling.noise_levels(prior, p), frames=5, shape=true.shape[2:], seeds=[1],
-                            window=3, context=true[1:2, :3], solver=p.solver, dtype=torch.complex64)
+    alone = sample_sequence(
+        prior.D,
+        sampling.noise_levels(prior, p),
+        frames=5,
+        shape=true.shape[2:],
+        seeds=[1],
+        window=3,
+        context=true[1:2, :3],
+        solver=p.solver,
+        dtype=torch.complex64,
+    )
     assert torch.allclose(warm.x[1:], alone.x, atol=1e-4)
     assert warm.bill.denoiser_calls == pytest.approx(3 * 5)
 
@@ -261,7 +296,8 @@ def test_tables_and_lines_hold_every_mode(tiny_run):
     assert torch.equal(played["warm, full"][3:], drawn[1].x[1]) and not played["first stage"][5:].any()
     lines = sampling.signal_by_frame(true, drawn)
     assert lines["warm, full"][0] == [4, 5, 6, 7, 8] and lines["warm, full"][1][0] == pytest.approx(
-        drawn[1].x[:, 0].abs().mean().item(), rel=1e-5)
+        drawn[1].x[:, 0].abs().mean().item(), rel=1e-5
+    )
 
 
 def test_measures_know_the_same_the_different_and_the_turned():
@@ -284,8 +320,10 @@ def test_strangers_share_no_person():
 
 def test_a_draw_of_the_truth_has_no_error():
     true = aid.volumes("heart", "test", 3, 6, SIZE, 5.0)
-    drawn = [sampling.Drawn("warm", "full", true[:2, 3:].clone(), 3, Bill(1, 0, 1)),
-             sampling.Drawn("noised start", "full", true[:2, 3:].roll(1, 0), 3, Bill(1, 0, 1))]
+    drawn = [
+        sampling.Drawn("warm", "full", true[:2, 3:].clone(), 3, Bill(1, 0, 1)),
+        sampling.Drawn("noised start", "full", true[:2, 3:].roll(1, 0), 3, Bill(1, 0, 1)),
+    ]
     lines = sampling.error_by_frame(true, drawn, 3)
     assert lines["warm, full"][0] == [4, 5, 6] and max(lines["warm, full"][1]) < 1e-6
     assert min(lines["noised start"][1]) > 0.1 and set(lines) >= {"last given frame", "another person"}
@@ -296,13 +334,27 @@ def test_a_draw_of_the_truth_has_no_error():
 
 
 def test_latents_are_decoded_after_sampling(tmp_path):
-    codec = {"network": dict(name="VQModel", channels=32, channel_mult=[1, 1, 1], num_res_blocks=1, num_embeddings=16,
-                             middle=False), "data": {"source": "nobody", "scale": "none"}}
+    codec = {
+        "network": dict(
+            name="VQModel", channels=32, channel_mult=[1, 1, 1], num_res_blocks=1, num_embeddings=16, middle=False
+        ),
+        "data": {"source": "nobody", "scale": "none"},
+    }
     torch.manual_seed(1)
     folder = save_checkpoint(tmp_path / "codec", build(codec), codec, {})
-    p = sampling.SampleSequence(weights=tiny(tmp_path / "prior", channels=3, size=16, patch=2), codec=str(folder),
-                                source="heart", subjects=2, draws=2, extra_frames=0, evaluations=2, device="cpu",
-                                autocast=None, contexts=("last",), modes=("warm", "retrospective"))
+    p = sampling.SampleSequence(
+        weights=tiny(tmp_path / "prior", channels=3, size=16, patch=2),
+        codec=str(folder),
+        source="heart",
+        subjects=2,
+        draws=2,
+        extra_frames=0,
+        evaluations=2,
+        device="cpu",
+        autocast=None,
+        contexts=("last",),
+        modes=("warm", "retrospective"),
+    )
     prior = sampling.SequencePrior.load(p)
     true = sampling.true_sequences(prior, p)
     assert true.shape[2:] == (1, 64, 64) and not true.is_complex()
@@ -313,8 +365,12 @@ def test_latents_are_decoded_after_sampling(tmp_path):
 
 
 def test_a_prior_on_latents_from_images_to_samples(tmp_path):
-    codec = {"network": dict(name="VQModel", channels=32, channel_mult=[1, 1, 1], num_res_blocks=1, num_embeddings=16,
-                             middle=False), "data": {"source": "nobody", "scale": "none"}}
+    codec = {
+        "network": dict(
+            name="VQModel", channels=32, channel_mult=[1, 1, 1], num_res_blocks=1, num_embeddings=16, middle=False
+        ),
+        "data": {"source": "nobody", "scale": "none"},
+    }
     torch.manual_seed(1)
     folder = str(save_checkpoint(tmp_path / "codec", build(codec), codec, {}))
     p = prepare(tmp_path, source="heart", codec=folder)
@@ -327,14 +383,38 @@ def test_a_prior_on_latents_from_images_to_samples(tmp_path):
     with pytest.raises(ValueError, match="codec_range; delete it"):
         aid.encode(prepare(tmp_path, source="heart", codec=folder, codec_range=(0.0, 1.0)), aid.prepare(p))
 
-    t = aid.TrainSequence(out=str(tmp_path / "prior"), data=str(latents.path), validation="none", window=3,
-                          mirror=False, phase_spacing_mm=None, sigma_data=1.0, steps=2, batch_size=2, warmup=0,
-                          model_channels=32, channel_mult=(1,), device="cpu", autocast=None)
-    prior = aid.save_sequence(aid.train_sequence(t, progress=False), t, [])
+    t = aid_prior.TrainSequence(
+        out=str(tmp_path / "prior"),
+        data=str(latents.path),
+        validation="none",
+        window=3,
+        mirror=False,
+        phase_spacing_mm=None,
+        sigma_data=1.0,
+        steps=2,
+        batch_size=2,
+        warmup=0,
+        model_channels=32,
+        channel_mult=(1,),
+        device="cpu",
+        autocast=None,
+    )
+    prior = aid_prior.save_sequence(aid_prior.train_sequence(t, progress=False), t, [])
     with pytest.raises(ValueError, match="holds latents.*mirror: false"):
-        aid.sequence_config(replace(t, mirror=True), latents)
-    s = sampling.SampleSequence(weights=str(prior), codec=folder, source="heart", subjects=2, draws=2, extra_frames=0,
-                                evaluations=2, device="cpu", autocast=None, modes=("warm",), contexts=("full",))
+        aid_prior.sequence_config(replace(t, mirror=True), latents)
+    s = sampling.SampleSequence(
+        weights=str(prior),
+        codec=folder,
+        source="heart",
+        subjects=2,
+        draws=2,
+        extra_frames=0,
+        evaluations=2,
+        device="cpu",
+        autocast=None,
+        modes=("warm",),
+        contexts=("full",),
+    )
     loaded = sampling.SequencePrior.load(s)
     assert loaded.space.describe() == space.describe()
     true = sampling.true_sequences(loaded, s)

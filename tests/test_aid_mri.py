@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from companion import baselines
-from companion.diffusion.noise import randn
+from companion.models.architectures import build, network_of
+from companion.models.folder import save_checkpoint
 from companion.operators.mri import birdcage_maps, cartesian_mask, combine, fft, ifft
-from companion.papers import aid_mri
-from companion.papers.aid_mri import (
+from companion.papers.aid import reconstruct as aid_mri
+from companion.papers.aid.reconstruct import (
     METHODS,
     MODELS,
     Prior,
@@ -34,7 +34,8 @@ from companion.papers.aid_mri import (
     turn,
     unfold,
 )
-from companion.weights import build, network_of, save_checkpoint
+from companion.randomness import randn
+from companion.reconstruction import mri as baselines
 
 REFERENCE = 0.8  # magnitude that 99 % of the pixels of `person` do not exceed, nearly
 
@@ -234,8 +235,10 @@ def test_classical_methods_take_other_lines_in_each_slice(tiny, method):
     scan = simulate(tiny(interleave=True, maps="oracle", acs=4), "test", 0, REFERENCE)
     options = {"regularisation": 1e-3, "iterations": 3}
     together = baselines.METHODS[method](scan.y, scan.maps, scan.mask, **options)
-    alone = [baselines.METHODS[method](scan.y[n : n + 1], scan.maps[n], scan.mask.mask[n, 0, 0], **options)
-             for n in range(len(scan.y))]
+    alone = [
+        baselines.METHODS[method](scan.y[n : n + 1], scan.maps[n], scan.mask.mask[n, 0, 0], **options)
+        for n in range(len(scan.y))
+    ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
 
 

@@ -124,10 +124,15 @@ def test_heights_cover_the_slab_in_order():
     assert low <= heights.min() and heights.max() <= high and (torch.diff(heights) > 0).all()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (dict(contrast="T3w"), "T1w, T2w"), (dict(shape=(0, 8, 8)), "positive"), (dict(voxel_mm=-1.0), "voxel_mm"),
-    (dict(shape=(2, 8, 8), slices_mm=HEIGHT), "2 slices"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(contrast="T3w"), "T1w, T2w"),
+        (dict(shape=(0, 8, 8)), "positive"),
+        (dict(voxel_mm=-1.0), "voxel_mm"),
+        (dict(shape=(2, 8, 8), slices_mm=HEIGHT), "2 slices"),
+    ],
+)
 def test_bad_input_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         render(Subject(0), **({"shape": (1, 8, 8)} | arguments))

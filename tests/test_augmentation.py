@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from companion.augmentation import AugmentPipe, Moves, resample
+from companion.data.augmentation import AugmentPipe, Moves, resample
 
 SIZE = 32
 

@@ -5,24 +5,21 @@ import math
 import pytest
 import torch
 
+from companion.diffusion.latent import (
+    LatentDenoiser,
+    LatentSpace,
+    check_terminal_signal,
+    cine_space,
+    fingerprint,
+    statistics,
+)
 from companion.diffusion.losses import edm_loss
 from companion.diffusion.noise import DiscreteSchedule, karras
 from companion.diffusion.sampling import sample
-from companion.latent import (
-    AdversarialCodec,
-    LatentDenoiser,
-    LatentSpace,
-    adversarial_loss,
-    check_terminal_signal,
-    cine_space,
-    codec_loss,
-    fingerprint,
-    load_prior,
-    perceptual_distance,
-    reconstruction_error,
-    save_prior,
-    statistics,
-)
+from companion.models.architectures import build
+from companion.models.checkpoint import load
+from companion.models.folder import save_checkpoint
+from companion.models.latent import load_prior, save_prior
 from companion.networks import VQVAE, AutoencoderKL, DiffusionUNet, VQModel
 from companion.networks.autoencoder import (
     SCALE_FACTOR,
@@ -32,7 +29,13 @@ from companion.networks.autoencoder import (
     sd_vae,
     vq_cardiac_d4,
 )
-from companion.weights import build, load, save_checkpoint
+from companion.training.codec import (
+    AdversarialCodec,
+    adversarial_loss,
+    codec_loss,
+    perceptual_distance,
+    reconstruction_error,
+)
 
 
 def draws(*shape, seed=0):

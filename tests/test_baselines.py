@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from companion.baselines import (
+from companion.evaluation.metrics import psnr
+from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.reconstruction.mri import (
     METHODS,
     available_methods,
     bart_pics,
@@ -18,8 +20,6 @@ from companion.baselines import (
     tune,
     zero_filled,
 )
-from companion.metrics import psnr
-from companion.operators.mri import birdcage_maps, cartesian_mask, sense
 
 
 def boxes(*shape: int) -> torch.Tensor:
@@ -53,9 +53,7 @@ def test_cg_sense_agrees_with_sigpy(scan):
 
     _, maps, mask, _, y = scan
     weights = mask.mask.expand(32, 32).numpy()
-    theirs = SenseRecon(
-        y[0].numpy(), maps.numpy(), 0.05, weights=weights, max_iter=100, show_pbar=False
-    ).run()
+    theirs = SenseRecon(y[0].numpy(), maps.numpy(), 0.05, weights=weights, max_iter=100, show_pbar=False).run()
     np.testing.assert_allclose(cg_sense(y, maps, mask, 0.05, 100)[0, 0].numpy(), theirs, atol=1e-4)
 
 

@@ -3,20 +3,33 @@
 import pytest
 import torch
 
-from companion import metrics
-from companion.papers import brain
-from companion.weights import load_denoiser
+from companion.evaluation import metrics
+from companion.models.checkpoint import load_denoiser
+from companion.papers import start_here as brain
+from companion.papers import train_prior
 
-P = brain.StartHere(image_size=32, subjects=3, validation_subjects=2, draws=3, evaluations=3, device="cpu",
-                    autocast=None)
+P = brain.StartHere(
+    image_size=32, subjects=3, validation_subjects=2, draws=3, evaluations=3, device="cpu", autocast=None
+)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prior")
-    p = brain.TrainPrior(image_size=32, subjects=3, slices_per_subject=2, model_channels=32, channel_mult=(1, 1),
-                         steps=3, batch_size=4, warmup=1, out=str(folder), data=str(folder / "data.h5"), device="cpu")
-    return p, brain.train_prior(p, progress=False)
+    p = train_prior.TrainPrior(
+        image_size=32,
+        subjects=3,
+        slices_per_subject=2,
+        model_channels=32,
+        channel_mult=(1, 1),
+        steps=3,
+        batch_size=4,
+        warmup=1,
+        out=str(folder),
+        data=str(folder / "data.h5"),
+        device="cpu",
+    )
+    return p, train_prior.train_prior(p, progress=False)
 
 
 def test_scan_measures_the_truth_plus_noise_where_the_mask_says():
@@ -61,17 +74,17 @@ def test_score_reports_the_paired_gain():
 
 def test_training_set_is_made_once_and_checked(tiny):
     p, _ = tiny
-    prepared = brain.prepare_training_set(p, p.data)
+    prepared = train_prior.prepare_training_set(p, p.data)
     assert prepared.shapes["magnitude"] == (3, 2, 1, 32, 32) and prepared.seed == 0
     with pytest.raises(ValueError, match="the parameters ask for"):
-        brain.prepare_training_set(brain.TrainPrior(image_size=16), p.data)
+        train_prior.prepare_training_set(train_prior.TrainPrior(image_size=16), p.data)
 
 
 def test_a_prior_survives_the_disk_and_draws_posteriors(tiny):
     p, result = tiny
-    errors = brain.denoising_errors(result.ema, p, [0.1, 1.0], subjects=2)
+    errors = train_prior.denoising_errors(result.ema, p, [0.1, 1.0], subjects=2)
     assert [row["sigma"] for row in errors] == [0.1, 1.0] and all(row["error"] > 0 for row in errors)
-    D = load_denoiser(brain.save_prior(result, p, errors))
+    D = load_denoiser(train_prior.save_prior(result, p, errors))
     scan = brain.acquire(brain.slices("test", P.subjects, 32), 4, P, seed=0)
     C = brain.measured_error(D, P, subjects=2)
     draws, bill = brain.posterior(D, C, scan, P)

@@ -22,15 +22,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from companion.index import write_index
 from companion.parameters import read_yaml
+from companion.workbench.index import write_index
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[1]
 PATIENCE = 600  # seconds until the slowest thing is there: a notebook on a busy machine
-FLAGS = ("--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
-         "--disable-dev-shm-usage", "--window-size=1500,2600", "--disable-background-networking",
-         "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1")  # there is no network
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-dev-shm-usage",
+    "--window-size=1500,2600",
+    "--disable-background-networking",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+)  # there is no network
 
 CELLS = "window.jupyterapp.shell.currentWidget.content.widgets"
 RUN_ALL = """
@@ -88,14 +95,30 @@ def lab(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
-               "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--allow-root",
-               "--ServerApp.root_dir=" + str(folder), "--LabApp.news_url=None", "--LabApp.check_for_updates_class="
-               "jupyterlab.NeverCheckForUpdate"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--IdentityProvider.token=",
+        "--LabApp.expose_app_in_browser=True",
+        "--allow-root",
+        "--ServerApp.root_dir=" + str(folder),
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # figures are shown, as for a reader
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log,
-                                  env=environment | {"OMP_NUM_THREADS": "1", "JUPYTER_PLATFORM_DIRS": "1"})
+        server = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            env=environment | {"OMP_NUM_THREADS": "1", "JUPYTER_PLATFORM_DIRS": "1"},
+        )
     try:
         wait(lambda: answers(f"http://127.0.0.1:{port}/api"), "JupyterLab to start")
         yield f"http://127.0.0.1:{port}", folder
@@ -126,20 +149,27 @@ class Notebook:
     def __init__(self, browser, lab, name: str):
         self.browser, (address, self.folder) = browser, lab
         browser.get(f"{address}/lab/tree/{name}?reset")
-        wait(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-CodeCell'))"),
-             "the notebook to open")
+        wait(
+            lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-CodeCell'))"),
+            "the notebook to open",
+        )
         ready = f"return {CELLS}.length > 5 && window.jupyterapp.shell.currentWidget.sessionContext.isReady"
         wait(lambda: browser.execute_script(ready), "the kernel")
         browser.execute_script(RUN_ALL)
         wait(lambda: browser.execute_script("return window.allCellsRan"), f"{name} to finish")
-        errors = browser.execute_script(f"return {CELLS}.flatMap(c => c.model.outputs ? c.model.outputs.toJSON() : [])"
-                                        ".filter(o => o.output_type == 'error').map(o => o.ename + ': ' + o.evalue)")
+        errors = browser.execute_script(
+            f"return {CELLS}.flatMap(c => c.model.outputs ? c.model.outputs.toJSON() : [])"
+            ".filter(o => o.output_type == 'error').map(o => o.ename + ': ' + o.evalue)"
+        )
         assert not errors, errors
 
     def cell(self, holding: str):
         """The code cell whose source holds a text, once it shows a widget."""
-        found = self.browser.execute_script(f"""return {CELLS}.find(c => c.model.type == 'code' &&
-            c.model.sharedModel.source.includes(arguments[0])).node""", holding)
+        found = self.browser.execute_script(
+            f"""return {CELLS}.find(c => c.model.type == 'code' &&
+            c.model.sharedModel.source.includes(arguments[0])).node""",
+            holding,
+        )
         wait(lambda: found.find_elements("css selector", ".jupyter-widgets"), f"the widgets of {holding}", 120)
         return found
 
@@ -160,8 +190,11 @@ class Notebook:
         """What was seen before and after an arrow key on a slider; the picture must change."""
         before = self.seen(cell)
         self.handle(cell, axis).send_keys(key)
-        return before, wait(lambda: (now := self.seen(cell))["pictures"] != before["pictures"] and now,
-                            f"the pictures to follow {axis}", 120)
+        return before, wait(
+            lambda: (now := self.seen(cell))["pictures"] != before["pictures"] and now,
+            f"the pictures to follow {axis}",
+            120,
+        )
 
     def button(self, cell, text: str):
         buttons = cell.find_elements("css selector", "button")
@@ -177,7 +210,8 @@ class Notebook:
 
     def texts(self, cell, selector: str) -> list[str]:
         return self.browser.execute_script(
-            "return [...arguments[0].querySelectorAll(arguments[1])].map(e => e.textContent.trim())", cell, selector)
+            "return [...arguments[0].querySelectorAll(arguments[1])].map(e => e.textContent.trim())", cell, selector
+        )
 
     def screenshot(self, name: str) -> Path:
         """A picture for people to look at; a renderer too busy for one must not fail the test."""
@@ -253,7 +287,7 @@ def test_start_here_ends_in_a_viewer(browser, lab):
 
 
 def test_index_and_pages_are_whole_without_a_network(browser, tmp_path):
-    from companion.examples import write_examples
+    from companion.show.examples import write_examples
 
     runs = tmp_path / "runs"
     folders = write_examples(runs, accelerations=(4,), doses=(0.3,), people=(0,))
@@ -273,8 +307,10 @@ def test_index_and_pages_are_whole_without_a_network(browser, tmp_path):
         wait(lambda: browser.execute_script("return [...document.images].every(i => i.complete)"), "the pictures", 60)
         images = browser.execute_script("return [...document.images].map(i => [i.naturalWidth, i.alt])")
         assert len(images) == pictures and all(width > 0 and alt for width, alt in images)
-        sizes = browser.execute_script("return [...document.querySelectorAll('math')].map(m => "
-                                       "m.getBoundingClientRect().height * m.getBoundingClientRect().width)")
+        sizes = browser.execute_script(
+            "return [...document.querySelectorAll('math')].map(m => "
+            "m.getBoundingClientRect().height * m.getBoundingClientRect().width)"
+        )
         assert len(sizes) == formulas and all(size > 100 for size in sizes)
         events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
         asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from companion.diffusion.denoisers import EDMDenoiser
 from companion.networks import CausalUNet, UNet, default_channel_mult
-from companion.networks.causal_unet import FrameAttention, Memory, positional_embedding
+from companion.networks.causal_blocks import FrameAttention, Memory, positional_embedding
 
 WINDOW = 4
 VARIANTS = {
@@ -274,16 +274,12 @@ def test_frame_attention_is_the_published_formula():
     """Causal softmax over frames with logits divided by the square root of the full width."""
     torch.manual_seed(0)
     attention, x = FrameAttention(8, 2), torch.randn(2, 5, 3, 8)
-    q, k, v = (
-        layer(x).unflatten(-1, (2, 4)) for layer in (attention.queries, attention.keys, attention.values)
-    )
+    q, k, v = (layer(x).unflatten(-1, (2, 4)) for layer in (attention.queries, attention.keys, attention.values))
     logits = torch.einsum("bnphc,bmphc->bphnm", q, k) / 8**0.5
     logits = logits.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     h = torch.einsum("bphnm,bmphc->bnphc", logits.softmax(-1), v).flatten(-2)
     torch.testing.assert_close(attention(x), attention.fc_out(h), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        attention(x, newest_only=True), attention.fc_out(h)[:, -1:], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(attention(x, newest_only=True), attention.fc_out(h)[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 def test_positions_are_sines_and_cosines_in_turn():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from companion import runs
 from companion.data import cfl
 from companion.data.cfl import read_cfl, write_cfl
+from companion.workbench import run as runs
 
 DIMS = (5, 3, 1, 2)
 
@@ -74,10 +74,17 @@ def test_size_must_fit_dimensions(tmp_path):
             read_cfl(tmp_path / "x")
 
 
-@pytest.mark.parametrize("header, words", [
-    ("", "no line of integers"), ("5 3 1 2\n", "no line"), ("# Dimensions\n", "no line"),
-    ("# Dimensions\n5 a\n", "no line"),
-    ("# Dimensions\n5 0 2\n", "not all positive"), ("# Dimensions\n-5 3\n", "not all positive")])
+@pytest.mark.parametrize(
+    "header, words",
+    [
+        ("", "no line of integers"),
+        ("5 3 1 2\n", "no line"),
+        ("# Dimensions\n", "no line"),
+        ("# Dimensions\n5 a\n", "no line"),
+        ("# Dimensions\n5 0 2\n", "not all positive"),
+        ("# Dimensions\n-5 3\n", "not all positive"),
+    ],
+)
 def test_headers_that_are_refused(tmp_path, header, words):
     bart(tmp_path / "x.cfl", numbers(), header.replace("{", "{{"))
     with pytest.raises(ValueError, match=words):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from companion.complexify import to_channels, to_complex
+from companion.diffusion.complexify import to_channels, to_complex
 
 
 @pytest.mark.parametrize("shape, axis", [((2, 1, 5, 4), 1), ((2, 3, 4, 5, 3), 1), ((2, 4, 3, 5, 6), 2)])

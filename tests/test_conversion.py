@@ -20,9 +20,12 @@ from published_edm import PublishedNetwork
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from companion import conversion, weights
 from companion.diffusion import EDMDenoiser
-from companion.weights import load, save_checkpoint
+from companion.models import architectures, obtain
+from companion.models import checkpoint as weights
+from companion.models import published as conversion
+from companion.models.checkpoint import load
+from companion.models.folder import save_checkpoint
 
 CLASSES = "EDMPrecond DhariwalUNet UNetBlock Conv2d Linear GroupNorm PositionalEmbedding".split()
 
@@ -383,7 +386,7 @@ def pt(aid, tmp_path):
 
 
 def converted(folder):
-    return weights.network_of(load(folder)).state_dict()
+    return architectures.network_of(load(folder)).state_dict()
 
 
 def equal(ours, theirs):
@@ -391,17 +394,17 @@ def equal(ours, theirs):
 
 
 def test_an_aid_file_is_renamed_and_nothing_else(aid, pt, tmp_path):
-    folder = weights.convert(pt, "aid", tmp_path / "ours", published.CONFIG)
+    folder = obtain.convert(pt, "aid", tmp_path / "ours", published.CONFIG)
     assert equal(converted(folder), aid.state_dict())
     config = weights.describe(folder)
     assert config["origin"] == {"file": "model.pt", "sha256": weights.sha256(pt)}
     names = {"model.safetensors", "config.json", "training.json", "README.md"}
     assert {path.name for path in folder.iterdir()} == names
     save_file(aid.state_dict(), tmp_path / "model.safetensors")
-    again = weights.convert(tmp_path / "model.safetensors", "aid", tmp_path / "again", published.CONFIG)
+    again = obtain.convert(tmp_path / "model.safetensors", "aid", tmp_path / "again", published.CONFIG)
     assert equal(converted(again), aid.state_dict())
     with pytest.raises(ValueError, match="does not say which network .* aid/fastmri-320-cplx"):
-        weights.convert(pt, "aid", tmp_path / "c")
+        obtain.convert(pt, "aid", tmp_path / "c")
 
 
 def test_a_conversion_repeats_published_outputs(tmp_path):
@@ -413,12 +416,12 @@ def test_a_conversion_repeats_published_outputs(tmp_path):
     golden = {name: tensors[f"io.{name}"] for name in ("x", "t", "out")}
     save_file(golden, tmp_path / "golden.safetensors")
     network = {"name": "UNet"} | {k: v for k, v in case["constructor"].items() if k != "image_size"}
-    folder = weights.convert(tmp_path / "model.pt", "aid", tmp_path / "ours", {"network": network},
+    folder = obtain.convert(tmp_path / "model.pt", "aid", tmp_path / "ours", {"network": network},
                              tmp_path / "golden.safetensors")  # fmt: skip
     assert json.loads((folder / "training.json").read_text())["parity"]["relative_error"] < 1e-5
     save_file(golden | {"out": golden["out"] * 1.01}, tmp_path / "golden.safetensors")
     with pytest.raises(ValueError, match="does not repeat the output .*relative error 0.0099"):
-        weights.convert(tmp_path / "model.pt", "aid", tmp_path / "no", {"network": network},
+        obtain.convert(tmp_path / "model.pt", "aid", tmp_path / "no", {"network": network},
                         tmp_path / "golden.safetensors")  # fmt: skip
     assert not (tmp_path / "no").exists()
 
@@ -426,7 +429,7 @@ def test_a_conversion_repeats_published_outputs(tmp_path):
 def test_a_lightning_checkpoint_gives_its_autoencoder(tmp_path, monkeypatch):
     """Settings under the class of a callback, a loss network and an optimiser are looked past."""
     config = {"network": dict(name="VQModel", channels=32, channel_mult=[1, 2], num_res_blocks=1, num_embeddings=16)}
-    net = weights.build(config)
+    net = architectures.build(config)
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"):
         place = types.ModuleType(name)
         monkeypatch.setitem(sys.modules, name, place)
@@ -434,11 +437,11 @@ def test_a_lightning_checkpoint_gives_its_autoencoder(tmp_path, monkeypatch):
     content = {"epoch": 3, "callbacks": {callback: {"best": torch.ones(1)}}, "optimizer_states": [{"state": {0: 1}}]}
     content["state_dict"] = dict(net.state_dict()) | {"loss.perceptual.weight": torch.ones(3)}
     torch.save(content, tmp_path / "vq.ckpt")
-    folder = weights.convert(tmp_path / "vq.ckpt", "taming", tmp_path / "ours", config)
+    folder = obtain.convert(tmp_path / "vq.ckpt", "taming", tmp_path / "ours", config)
     assert equal(load(folder).state_dict(), net.state_dict())
     torch.save(content | {"state_dict": Call(callback)}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="it makes a pytorch_lightning.* by itself"):
-        weights.convert(tmp_path / "evil.ckpt", "taming", tmp_path / "no", config)
+        obtain.convert(tmp_path / "evil.ckpt", "taming", tmp_path / "no", config)
 
 
 def test_lmi_files_give_their_averaged_weights(tmp_path):
@@ -447,27 +450,27 @@ def test_lmi_files_give_their_averaged_weights(tmp_path):
     raw, averaged = (published.network({"network": {"name": "UNet"} | options}, seed) for seed in (0, 1))
     content = [{f"module.{k}": x for k, x in raw.state_dict().items()}, {"state": {}}, 1, 10]
     torch.save([*content, dict(averaged.state_dict())], tmp_path / "ckpt.pth")
-    folder = weights.convert(tmp_path / "ckpt.pth", "lmi", tmp_path / "ema")
+    folder = obtain.convert(tmp_path / "ckpt.pth", "lmi", tmp_path / "ema")
     assert equal(converted(folder), averaged.state_dict())
     assert weights.load_denoiser(folder).process.prediction == "epsilon"
     torch.save(content, tmp_path / "ckpt.pth")
-    assert equal(converted(weights.convert(tmp_path / "ckpt.pth", "lmi", tmp_path / "raw")), raw.state_dict())
+    assert equal(converted(obtain.convert(tmp_path / "ckpt.pth", "lmi", tmp_path / "raw")), raw.state_dict())
     with pytest.raises(ValueError, match="is not of kind 'lmi'"):
         torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
-        weights.convert(tmp_path / "a.pth", "lmi", tmp_path / "no")
+        obtain.convert(tmp_path / "a.pth", "lmi", tmp_path / "no")
 
 
 def test_pet_snapshots_convert_by_the_same_command(snapshot, network, tmp_path):
-    D = load(weights.convert(snapshot, "pet", tmp_path / "ours"))
+    D = load(obtain.convert(snapshot, "pet", tmp_path / "ours"))
     x, t, augment, out = network[1]
     torch.testing.assert_close(D.network(x, t, augment=augment), out, rtol=1e-4, atol=1e-4)
 
 
 def test_monai_files_convert(tmp_path):
     config = {"network": dict(name="VQVAE", dims=2, channels=[32, 32], num_embeddings=8, embedding_dim=4)}
-    net = weights.build(config)
+    net = architectures.build(config)
     torch.save(net.state_dict(), tmp_path / "vqvae.pt")
-    folder = weights.convert(tmp_path / "vqvae.pt", "monai", tmp_path / "ours", config)
+    folder = obtain.convert(tmp_path / "vqvae.pt", "monai", tmp_path / "ours", config)
     assert equal(load(folder).state_dict(), net.state_dict())
 
 
@@ -476,7 +479,7 @@ def test_monai_files_convert(tmp_path):
 
 def refuse(file, folder, message):
     with pytest.raises(ValueError, match=message):
-        weights.convert(file, "aid", folder, published.CONFIG)
+        obtain.convert(file, "aid", folder, published.CONFIG)
     assert not folder.exists()
 
 
@@ -498,7 +501,7 @@ def test_wrong_tensors_are_named(aid, tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     refuse(tmp_path / "list.pt", out, "holds a list; expected a dictionary of tensors")
     with pytest.raises(ValueError, match="no kind 'unet' of published file; choose one of aid, taming"):
-        weights.convert(tmp_path / "list.pt", "unet", out)
+        obtain.convert(tmp_path / "list.pt", "unet", out)
 
 
 @pytest.mark.parametrize("way", WAYS)

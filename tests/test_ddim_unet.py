@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from companion.models.architectures import build
 from companion.networks import DDIMUNet, UNet
 from companion.networks.ddim_unet import (
     EndPaddedDownsample,
@@ -15,7 +16,6 @@ from companion.networks.ddim_unet import (
     read_published,
     translate,
 )
-from companion.weights import build
 
 
 def tensors(levels=2, blocks=1, attention=(1,), ch=32, ins=3, seed=0):

@@ -5,18 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from companion.complexify import to_channels
-from companion.diffusion.denoisers import (
-    AnySize,
-    ComplexDenoiser,
-    DiscreteDenoiser,
-    EDMDenoiser,
-    FourierBasis,
-    GaussianDenoiser,
-    GaussianMixtureDenoiser,
-    once,
-)
-from companion.diffusion.noise import DiscreteSchedule, randn
+from companion.diffusion.complexify import to_channels
+from companion.diffusion.denoisers import AnySize, ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, once
+from companion.diffusion.exact import FourierBasis, GaussianDenoiser, GaussianMixtureDenoiser
+from companion.diffusion.noise import DiscreteSchedule
+from companion.randomness import randn
 
 SIGMA = torch.tensor([0.03, 0.7, 9.0], dtype=torch.float64)
 
@@ -114,9 +107,7 @@ def test_autocast_reaches_the_network_and_not_the_result():
 
 @pytest.mark.parametrize("shape, axis", [((1, 6, 5), 1), ((2, 4, 4, 4), 1), ((3, 1, 6, 5), 2)])
 def test_complex_denoiser_is_the_real_one_on_channels(shape, axis):
-    prior = GaussianDenoiser(
-        torch.zeros(shape), torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    )
+    prior = GaussianDenoiser(torch.zeros(shape), torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     variances = to_channels(torch.complex(prior.variances, prior.variances)[None], axis)[0]
     real = GaussianDenoiser(torch.zeros_like(variances), variances)
     x = normal(3, *shape, dtype=torch.complex128)
@@ -181,9 +172,7 @@ class ExactNetwork(nn.Module):
 def test_discrete_networks_become_the_exact_denoiser(make, prediction):
     schedule = getattr(DiscreteSchedule, make)()
     mean, variance = 0.2, 0.3
-    exact = GaussianDenoiser(
-        torch.full((2, 4, 4), mean, dtype=torch.float64), torch.full((2, 4, 4), variance)
-    )
+    exact = GaussianDenoiser(torch.full((2, 4, 4), mean, dtype=torch.float64), torch.full((2, 4, 4), variance))
     network = ExactNetwork(schedule, prediction, mean, variance, learned=False)
     D = DiscreteDenoiser(network, schedule, prediction)
     sigma = torch.tensor([0.05, 0.7, 9.0], dtype=torch.float64)  # between trained levels
@@ -272,8 +261,7 @@ def test_prior_draws_have_the_stated_covariance(dtype):
 
 def two_humps(shape, dtype):
     components = [
-        GaussianDenoiser(normal(*shape, dtype=dtype, seed=k), 0.1 + normal(*shape, seed=9 + k) ** 2)
-        for k in range(2)
+        GaussianDenoiser(normal(*shape, dtype=dtype, seed=k), 0.1 + normal(*shape, seed=9 + k) ** 2) for k in range(2)
     ]
     return GaussianMixtureDenoiser([1.0, 3.0], components)
 

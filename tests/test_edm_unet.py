@@ -6,11 +6,12 @@ import pytest
 import torch
 from published_edm import PublishedNetwork
 
-from companion import conversion
 from companion.diffusion import EDMDenoiser, edm_loss, karras, sample
 from companion.diffusion.class_guidance import ClassGuidance
+from companion.models import published as conversion
+from companion.models.checkpoint import load
+from companion.models.folder import save_checkpoint
 from companion.networks import EDMUNet
-from companion.weights import load, save_checkpoint
 
 TINY = dict(in_channels=1, model_channels=8, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=())
 

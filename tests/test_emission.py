@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from companion.emission import em_update, map_rdp, mlem, osem, region_levels, relative_difference
-from companion.metrics import nrmse
-from companion.operators.pet import (
-    ParallelBeam,
-    Projector,
-    emission_model,
-    poisson_counts,
-    poisson_log_likelihood,
-    sensitivity,
-    with_counts,
-)
+from companion.evaluation.metrics import nrmse
+from companion.operators.counts import poisson_counts, poisson_log_likelihood
+from companion.operators.pet import ParallelBeam, Projector, emission_model, sensitivity, with_counts
+from companion.reconstruction.pet import em_update, map_rdp, mlem, osem, region_levels, relative_difference
 
 N = 24
 
@@ -82,8 +75,11 @@ HARD = {
     "zero": lambda y: torch.zeros_like(y),
     "single count": lambda y: torch.zeros_like(y).index_put_((torch.tensor(0),) * 4, torch.tensor(1.0)),
     "sparse": lambda y: (torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) < 0.02).float(),
-    "one hot bin": lambda y: torch.zeros_like(y).index_fill_(3, torch.tensor(5), 0).index_put_(
-        tuple(torch.tensor(i) for i in (0, 0, 9, 11)), torch.tensor(1e6)),
+    "one hot bin": lambda y: (
+        torch.zeros_like(y)
+        .index_fill_(3, torch.tensor(5), 0)
+        .index_put_(tuple(torch.tensor(i) for i in (0, 0, 9, 11)), torch.tensor(1e6))
+    ),
 }
 
 
@@ -180,15 +176,20 @@ def test_map_climbs_converges_and_beats_mlem(scan):
         total = sensitivity(A).mean((-3, -2, -1)).flatten().double()
         return poisson_log_likelihood(y, A(image) + b) - strength * total * relative_difference(image)[0]
 
-    converged = map_rdp(y, A, b, strength=strength, iterations=400, tol=0,
-                        callback=lambda k, image: values.append(objective(image)))
+    converged = map_rdp(
+        y, A, b, strength=strength, iterations=400, tol=0, callback=lambda k, image: values.append(objective(image))
+    )
     assert (torch.stack(values).diff(dim=0) > -1e-2).all()
     usual = map_rdp(y, A, b, strength=strength)
     assert (nrmse(usual.x, converged.x) < 0.01).all()
     best = torch.stack([nrmse(mlem(y, A, b, iterations=k).x, x) for k in (10, 20, 30, 50)]).amin(0)
     assert (nrmse(usual.x, x) < best).all()
-    alone = map_rdp(y[:1], with_counts(emission_model(ParallelBeam((N, N), pixel_mm=4.0), fwhm_mm=5.0), x[:1], 1e5), b,
-                    strength=strength)
+    alone = map_rdp(
+        y[:1],
+        with_counts(emission_model(ParallelBeam((N, N), pixel_mm=4.0), fwhm_mm=5.0), x[:1], 1e5),
+        b,
+        strength=strength,
+    )
     assert nrmse(usual.x[:1], alone.x).item() < 5e-3
 
 

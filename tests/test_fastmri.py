@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from companion import baselines, metrics
 from companion.data.fastmri import open_volume, parse_header, scan
+from companion.evaluation import metrics
 from companion.operators.mri import cartesian_mask, ifft
+from companion.reconstruction import mri as baselines
 
 SLICES, ROWS, COLUMNS = 3, 45, 37  # of the image; the readout is oversampled to 90
 HEADER = """<?xml version="1.0" encoding="utf-8"?>
@@ -160,9 +161,16 @@ def test_a_folder_is_read_and_what_is_wrong_in_it_reported(tmp_path):
     found = scan(folder)
     assert [v.name for v in found.volumes] == ["good", "good_too"]
     reasons = {path.name: reason for path, reason in found.skipped.items()}
-    expected = {"half.h5": "truncated", "notes.h5": "not an HDF5", "empty.h5": "not an HDF5", "nan.h5": "1 NaN",
-                "flat.h5": "(slice, coil, y, x)", "xml.h5": "ismrmrd_header is damaged",
-                "other.h5": "no dataset 'kspace'", "magnitude.h5": "expected complex"}
+    expected = {
+        "half.h5": "truncated",
+        "notes.h5": "not an HDF5",
+        "empty.h5": "not an HDF5",
+        "nan.h5": "1 NaN",
+        "flat.h5": "(slice, coil, y, x)",
+        "xml.h5": "ismrmrd_header is damaged",
+        "other.h5": "no dataset 'kspace'",
+        "magnitude.h5": "expected complex",
+    }
     assert reasons.keys() == expected.keys()
     for name, words in expected.items():
         assert words in reasons[name] and str(folder) not in reasons[name], reasons[name]
@@ -201,10 +209,17 @@ def test_reading_a_volume_takes_the_memory_of_the_result_and_a_slice(tmp_path):
     assert peak < 1.4 * kspace.nbytes
 
 
-@pytest.mark.parametrize("text, words", [
-    ("<!DOCTYPE a [<!ENTITY b 'c'>]>" + FULL.split("?>")[1], "refused"),
-    ("<a/>", "incomplete"), (FULL[:300], "damaged"), (FULL.replace("<x>90</x>", "<x>0</x>"), "is 0, 37, 1"),
-    (FULL.replace("<x>90</x>", "<x>many</x>"), "damaged"), (FULL.replace("matrixSize", "size"), "incomplete")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]>" + FULL.split("?>")[1], "refused"),
+        ("<a/>", "incomplete"),
+        (FULL[:300], "damaged"),
+        (FULL.replace("<x>90</x>", "<x>0</x>"), "is 0, 37, 1"),
+        (FULL.replace("<x>90</x>", "<x>many</x>"), "damaged"),
+        (FULL.replace("matrixSize", "size"), "incomplete"),
+    ],
+)
 def test_headers_that_are_refused(text, words):
     with pytest.raises(ValueError, match=words):
         parse_header(text)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.figures import animation, curves, image_grid, markdown_table, picture, thumbnail
+from companion.show.figures import animation, curves, image_grid, markdown_table, picture, thumbnail
 
 
 def test_picture_shows_magnitudes_and_drops_singletons():
@@ -18,8 +18,14 @@ def test_picture_shows_magnitudes_and_drops_singletons():
 
 def test_image_grid_shares_one_window_and_gives_other_kinds_their_own():
     images = {"truth": torch.rand(6, 5), "draw": torch.rand(6, 5), "error": torch.rand(6, 5)}
-    fig = image_grid({"R = 4": images, "R = 8": images}, window=(0, 1.1), kinds={"error": ("magma", 0, 0.2)},
-                     notes={("R = 8", "draw"): "31.2 dB"}, unit="signal", voxel_mm=10.0)
+    fig = image_grid(
+        {"R = 4": images, "R = 8": images},
+        window=(0, 1.1),
+        kinds={"error": ("magma", 0, 0.2)},
+        notes={("R = 8", "draw"): "31.2 dB"},
+        unit="signal",
+        voxel_mm=10.0,
+    )
     shown = [ax.images[0] for ax in fig.axes if ax.images]
     assert [image.get_clim() for image in shown[:3]] == [(0, 1.1), (0, 1.1), (0, 0.2)]
     assert np.array_equal(shown[0].get_array(), images["truth"].numpy())

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from companion import weights
 from companion.diffusion.denoisers import DiscreteDenoiser, FlowDenoiser
 from companion.diffusion.losses import flow_loss
-from companion.diffusion.noise import DiscreteSchedule, flow_levels, randn, scaled_linear_betas
+from companion.diffusion.noise import DiscreteSchedule, flow_levels, scaled_linear_betas
 from companion.diffusion.sampling import sample
+from companion.models import architectures, folder
+from companion.models import checkpoint as weights
+from companion.randomness import randn
 
 
 class Velocity(torch.nn.Module):
@@ -43,8 +45,9 @@ def test_order_of_solvers_on_flow_levels(solver, order):
 
     def error(n):
         levels = flow_levels(n, 0.05, 20.0)[:-1]  # the last step, into 0, is of first order for every solver
-        x = sample(FlowDenoiser(Velocity()), levels, shape=(1, 2, 2), seeds=0, solver=solver, state=state,
-                   dtype=torch.float64).x
+        x = sample(
+            FlowDenoiser(Velocity()), levels, shape=(1, 2, 2), seeds=0, solver=solver, state=state, dtype=torch.float64
+        ).x
         exact = state * ((1 + 0.05**2) / (1 + 20.0**2)) ** 0.5
         return (x - exact).abs().max().item()
 
@@ -64,11 +67,21 @@ def test_a_step_of_euler_is_a_straight_step_of_the_flow():
 
 
 def test_flow_priors_are_checkpoints_like_all_others(tmp_path):
-    config = {"network": {"name": "UNet", "in_channels": 1, "model_channels": 32, "out_channels": 1,
-                          "num_res_blocks": 1, "channel_mult": [1], "attention_resolutions": []},
-              "denoiser": {"name": "FlowDenoiser"}, "data": {"source": "noise", "scale": "1"}}
-    D = weights.build(config)
-    weights.save_checkpoint(tmp_path / "flow", D, config, {})
+    config = {
+        "network": {
+            "name": "UNet",
+            "in_channels": 1,
+            "model_channels": 32,
+            "out_channels": 1,
+            "num_res_blocks": 1,
+            "channel_mult": [1],
+            "attention_resolutions": [],
+        },
+        "denoiser": {"name": "FlowDenoiser"},
+        "data": {"source": "noise", "scale": "1"},
+    }
+    D = architectures.build(config)
+    folder.save_checkpoint(tmp_path / "flow", D, config, {})
     again, x = weights.load_denoiser(tmp_path / "flow"), torch.randn(1, 1, 4, 4)
     assert isinstance(again, FlowDenoiser)
     torch.testing.assert_close(again(x, torch.ones(1)), D.eval()(x, torch.ones(1)))

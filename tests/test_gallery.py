@@ -16,15 +16,16 @@ import torch
 from ipywidgets.widgets.widget import _instances as INSTANCES
 from PIL import Image
 
-from companion import gallery as module
 from companion.data.cfl import write_cfl
 from companion.data.nifti import load_nifti, save_nifti
-from companion.examples import write_examples
-from companion.gallery import Gallery, RunGrid, alike, conditions, find_entries, flatten
 from companion.parameters import Parameters, param
-from companion.runs import MANIFEST, Run
-from companion.stack import Stack, make_stack, mosaic, open_stack, paint, pictures, png
-from companion.viewer import Viewer, view
+from companion.show.examples import write_examples
+from companion.show.gallery import Gallery, RunGrid, alike
+from companion.show.stack import Stack, make_stack, mosaic, open_stack, paint, pictures, png
+from companion.show.viewer import Viewer, view
+from companion.workbench import catalogue
+from companion.workbench.catalogue import conditions, find_entries, flatten
+from companion.workbench.run import MANIFEST, Run
 
 AXES = {"truth": ("z", "y", "x"), "draws": ("draw", "z", "y", "x")}
 
@@ -35,8 +36,9 @@ def stack():
     generator = torch.Generator().manual_seed(0)
     truth = torch.rand(4, 6, 5, generator=generator)
     draws = torch.polar(truth + 0.1 * torch.randn(3, 4, 6, 5, generator=generator), torch.rand(3, 4, 6, 5))
-    return Stack({"truth": truth.numpy(), "draws": draws.numpy()}, AXES, voxel_mm={"z": 4.0, "y": 2.0, "x": 2.0},
-                 source="a test")
+    return Stack(
+        {"truth": truth.numpy(), "draws": draws.numpy()}, AXES, voxel_mm={"z": 4.0, "y": 2.0, "x": 2.0}, source="a test"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -113,8 +115,12 @@ def test_files_that_cannot_be_shown_say_why(tmp_path):
     (tmp_path / "a.h5").write_text("no")
     (tmp_path / "b.npz").write_bytes(b"PK\3\4 rubbish")
     np.savez(tmp_path / "c.npz", a=np.zeros(3))
-    for name, reason in (("a.h5", "a.h5 is damaged"), ("b.npz", "b.npz is damaged"), ("c.npz", "holds no image"),
-                         ("d.dcm", "cannot show this kind")):
+    for name, reason in (
+        ("a.h5", "a.h5 is damaged"),
+        ("b.npz", "b.npz is damaged"),
+        ("c.npz", "holds no image"),
+        ("d.dcm", "cannot show this kind"),
+    ):
         with pytest.raises(ValueError, match=reason):
             open_stack(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="gone.npy does not exist"):
@@ -131,8 +137,15 @@ class Plain(Parameters):
 def test_run_images_come_back_with_axes_labels_and_scales(tmp_path):
     run = Run.start(Plain(out=str(tmp_path / "run"), device="cpu"), paper="brain", stage="test")
     x = torch.rand(2, 8, 1, 5, 6)
-    path = run.images("a", truth=(x[0, 0, 0], "y x"), draws=(x, "acceleration draw y x"), voxel_mm=2, unit="signal",
-                      labels={"acceleration": [4, 8]}, window=(0, 1.1))
+    path = run.images(
+        "a",
+        truth=(x[0, 0, 0], "y x"),
+        draws=(x, "acceleration draw y x"),
+        voxel_mm=2,
+        unit="signal",
+        labels={"acceleration": [4, 8]},
+        window=(0, 1.1),
+    )
     stack = open_stack(path)
     assert stack.axes["draws"] == ("acceleration", "draw", "y", "x") and stack.labels == {"acceleration": [4, 8]}
     assert (stack.unit, stack.window, stack.voxel_mm) == ("signal", (0, 1.1), {"z": 2.0, "y": 2.0, "x": 2.0})
@@ -206,8 +219,12 @@ def test_saving_png_gif_and_nifti(stack, tmp_path):
         button.click()
         assert "saved a_test" in viewer.said.value
     names = sorted(path.name for path in (tmp_path / "saved").iterdir())
-    assert names == ["a_test_draw0_z2.gif", "a_test_draw0_z2.png", "a_test_draw0_z2_draws.nii.gz",
-                     "a_test_draw0_z2_truth.nii.gz"]
+    assert names == [
+        "a_test_draw0_z2.gif",
+        "a_test_draw0_z2.png",
+        "a_test_draw0_z2_draws.nii.gz",
+        "a_test_draw0_z2_truth.nii.gz",
+    ]
     assert Image.open(tmp_path / "saved" / names[0]).n_frames == 4 and viewer.at["z"] == 2
     volume = load_nifti(tmp_path / "saved" / names[3])
     assert np.array_equal(volume.array, stack.arrays["truth"]) and volume.voxel_mm == (4.0, 2.0, 2.0)
@@ -263,16 +280,29 @@ def test_memory_stays_over_500_moves(tmp_path):
 
 def test_numbers_are_found_wherever_metrics_keep_them():
     rows = [{"R": 4, "method": "TV", "PSNR": [27.8, 0.2]}, {"R": 8, "method": "TV", "PSNR": [22.2, 0.3]}]
-    metrics = {"a": 1, "flag": True, "curve": [1, 2, 3], "table": rows, "doses": {"5 %": rows[:1]},
-               "nested": {"R = 4": {"ratio": 1.13}}}
+    metrics = {
+        "a": 1,
+        "flag": True,
+        "curve": [1, 2, 3],
+        "table": rows,
+        "doses": {"5 %": rows[:1]},
+        "nested": {"R = 4": {"ratio": 1.13}},
+    }
     assert list(flatten(metrics)) == [
-        ("a", 1, None), ("R 4, TV: PSNR", 27.8, 0.2), ("R 8, TV: PSNR", 22.2, 0.3), ("5 %, R 4, TV: PSNR", 27.8, 0.2),
-        ("nested: R = 4: ratio", 1.13, None)]
+        ("a", 1, None),
+        ("R 4, TV: PSNR", 27.8, 0.2),
+        ("R 8, TV: PSNR", 22.2, 0.3),
+        ("5 %, R 4, TV: PSNR", 27.8, 0.2),
+        ("nested: R = 4: ratio", 1.13, None),
+    ]
 
 
 def test_conditions_are_read_and_mistakes_said():
     assert conditions("acceleration >= 8, mask=random, heart") == [
-        ("acceleration", ">=", "8"), ("mask", "=", "random"), ("heart", "", "")]
+        ("acceleration", ">=", "8"),
+        ("mask", "=", "random"),
+        ("heart", "", ""),
+    ]
     with pytest.raises(ValueError, match="'> 3' needs a name and a value"):
         conditions("> 3")
 
@@ -344,7 +374,11 @@ def test_bad_folders_are_grey_with_their_reason_and_break_nothing(examples, tmp_
     file.write_bytes(file.read_bytes()[:-9] + b"corrupted")  # of the right size
     gallery = Gallery(runs)
     assert {e.name: e.state.state for e in gallery.entries} == {
-        a.name: "incomplete", b.name: "corrupt", c.name: "older", d.name: "done"}
+        a.name: "incomplete",
+        b.name: "corrupt",
+        c.name: "older",
+        d.name: "done",
+    }
     rows = {button.description: cells.value for button, cells in gallery._rows}
     for name, reason in ((a.name, "stopped, failed"), (b.name, "not the file that the run wrote"), (c.name, "0.0.1")):
         assert "stale" in rows[name] and reason in rows[name]
@@ -365,7 +399,7 @@ def test_two_hundred_runs_open_in_less_than_three_seconds(examples, tmp_path, mo
             (folder / name).hardlink_to(source / name)
         record["parameters"]["dose"] = i / 200
         (folder / MANIFEST).write_text(json.dumps(record))
-    monkeypatch.setattr(module, "sha256", None)  # opening a table reads no array
+    monkeypatch.setattr(catalogue, "sha256", None)  # opening a table reads no array
     start = time.process_time()
     gallery = Gallery(tmp_path / "runs")
     assert time.process_time() - start < 3 and len(gallery.shown) == 200

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from companion import generative, metrics
-from companion.segmentation import Segmenter
+from companion.evaluation import metrics
+from companion.evaluation import population as generative
+from companion.evaluation.segmenter import Segmenter
 
 
 def volumes(n, seed=0, size=24):

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from companion.diffusion.denoisers import GaussianDenoiser
+from companion.diffusion.covariance import Factor, Jacobian, Measured
+from companion.diffusion.exact import GaussianDenoiser
 from companion.diffusion.gibbs import annealed_gibbs, split_gibbs
-from companion.diffusion.guidance import Factor, Jacobian, Measured, posterior_mean
-from companion.diffusion.noise import generators, karras, log_uniform, randn
+from companion.diffusion.guidance import posterior_mean
+from companion.diffusion.noise import karras, log_uniform
 from companion.operators.linear import Identity
 from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.randomness import generators, randn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import exact_posterior as bench  # noqa: E402
@@ -65,9 +67,7 @@ def test_annealed_gibbs_samples_the_sense_posterior_with_few_calls_and_many(refr
     assert draws.bill.denoiser_calls == calls
     assert scores["mean_error"] < 0.15 and abs(scores["variance_ratio"] - 1) < 0.08
     with pytest.raises(TypeError, match="Jacobian"):
-        annealed_gibbs(
-            problem.prior, posterior_mean(problem.A, problem.y, 0.05, Jacobian()), [1.0, 0.1], seeds=0
-        )
+        annealed_gibbs(problem.prior, posterior_mean(problem.A, problem.y, 0.05, Jacobian()), [1.0, 0.1], seeds=0)
 
 
 def test_a_seed_gives_the_same_draw_alone_and_in_a_batch():

@@ -7,25 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from companion.diffusion import guidance
-from companion.diffusion.denoisers import GaussianDenoiser
-from companion.diffusion.guidance import (
-    Isotropic,
-    Jacobian,
-    Measured,
-    PerPixel,
-    ddnm,
-    dds,
-    diffpir,
-    dps,
-    landweber,
-    pigdm,
-    posterior_mean,
-)
-from companion.diffusion.noise import karras, randn
+from companion.diffusion import covariance as diffusion_covariance
+from companion.diffusion.covariance import Isotropic, Jacobian, Measured, PerPixel
+from companion.diffusion.exact import GaussianDenoiser
+from companion.diffusion.guidance import ddnm, dds, diffpir, dps, landweber, pigdm, posterior_mean
+from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
 from companion.operators.linear import Identity
 from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.randomness import randn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import exact_posterior as bench  # noqa: E402
@@ -58,11 +48,7 @@ def test_posterior_mean_solves_its_equation(problem, kind, sigma):
     sigma = torch.tensor([sigma])
     x = problem.images(1) + sigma * normal((1, *problem.shape))
     prior_covariance = bench.brain_like(8)[1]
-    true = (
-        sigma.item() ** 2
-        * prior_covariance
-        @ torch.linalg.inv(prior_covariance + sigma.item() ** 2 * torch.eye(64))
-    )
+    true = sigma.item() ** 2 * prior_covariance @ torch.linalg.inv(prior_covariance + sigma.item() ** 2 * torch.eye(64))
     C, model = {
         "isotropic": (Isotropic(0.3).variance(sigma).double() * torch.eye(64), Isotropic(0.3)),
         "per pixel": (torch.diag(true.diagonal().real), PerPixel()),
@@ -124,24 +110,20 @@ def test_measured_covariance_is_nearly_exact_at_one_call_a_step(problem):
         errors[name] = bench.score(draws.x, problem)
     assert errors["measured"]["mean_error"] < 0.15
     assert abs(errors["measured"]["variance_ratio"] - 1) < 0.1
-    assert (
-        errors["measured"]["mean_error"]
-        < errors["per pixel"]["mean_error"]
-        < errors["isotropic"]["mean_error"]
-    )
+    assert errors["measured"]["mean_error"] < errors["per pixel"]["mean_error"] < errors["isotropic"]["mean_error"]
 
 
 def test_measured_fit_finds_a_known_spectrum():
     """For a stationary prior it is s(k) sigma^2 / (s(k) + sigma^2) over the isotropic guess."""
     shape = (1, 24, 24)
-    bins = guidance.radial_bins(shape[1:], 6)
+    bins = diffusion_covariance.radial_bins(shape[1:], 6)
     power = torch.linspace(2.0, 0.1, 6)[bins].double()
 
     class Basis:
-        H = staticmethod(lambda z: guidance.spatial_fft(z, 2, inverse=True))
+        H = staticmethod(lambda z: diffusion_covariance.spatial_fft(z, 2, inverse=True))
 
         def __call__(self, x):
-            return guidance.spatial_fft(x, 2)
+            return diffusion_covariance.spatial_fft(x, 2)
 
     D = bench.NoMoments(GaussianDenoiser(torch.zeros(shape, dtype=torch.complex64), power[None], Basis()))
     images = D.D.draw(64, torch.Generator().manual_seed(7), torch.complex64)
@@ -217,9 +199,7 @@ def test_dps_step_is_the_gradient_of_the_squared_residual():
 
 
 @pytest.mark.parametrize("make", EVERY)
-@pytest.mark.parametrize(
-    "shape", [(3, 1, 6, 7), (3, 1, 4, 5, 6), (3, 2, 1, 6, 6)], ids=["2D", "3D", "sequence"]
-)
+@pytest.mark.parametrize("shape", [(3, 1, 6, 7), (3, 1, 4, 5, 6), (3, 2, 1, 6, 6)], ids=["2D", "3D", "sequence"])
 def test_every_guidance_on_every_shape(make, shape):
     space = shape[-3:] if len(shape) == 5 and shape[1] == 1 else shape[-2:]
     A = sense(birdcage_maps(space, 3), cartesian_mask(space, 2).mask, ndim=len(space))

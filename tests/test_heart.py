@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from companion.data import heart
-from companion.data.heart import LABELS, Heart, bssfp, cohort, render
+from companion.data import heart_parts
+from companion.data.heart import cohort, render
+from companion.data.heart_parts import LABELS, Heart, bssfp
 
 FINE = {"shape": (121, 131), "voxel_mm": 1.0, "breathing": 0.0}  # the heart and little around it
 
@@ -46,7 +47,7 @@ def test_without_breathing_the_second_cycle_repeats_the_first():
 def test_the_cavity_follows_the_volume_curve_and_the_wall_keeps_its_area(seed):
     r = render(Heart(seed), 10, **FINE)
     cavity, wall = areas(r.labels, "lv_blood"), areas(r.labels, "myocardium")
-    power = 1 - heart.LENGTH_SHARE
+    power = 1 - heart_parts.LENGTH_SHARE
     assert torch.allclose(cavity / cavity[0], r.volume.double() ** power, atol=0.02)
     assert ((wall / wall.mean()) - 1).abs().max() < 0.03
     assert areas(r.labels, "rv_blood").min() < 0.75 * areas(r.labels, "rv_blood")[0]
@@ -81,7 +82,7 @@ def test_breathing_moves_heart_and_diaphragm_down_by_what_it_says():
     labels = [render(person, 24, (140, 140), 1.0, cycles=cycles, breathing=b).labels == 1 for b in (0.0, 1.0)]
     rows = torch.arange(140.0)[:, None]
     middle = [(mask * rows).sum((1, 2)) / mask.sum((1, 2)) for mask in labels]
-    expected = heart.HEART_FOLLOWS[0] * person.diaphragm_mm(torch.arange(24) * (person.build.breath_ms / 24))
+    expected = heart_parts.HEART_FOLLOWS[0] * person.diaphragm_mm(torch.arange(24) * (person.build.breath_ms / 24))
     assert torch.allclose(middle[1] - middle[0], expected, atol=0.15)
 
 

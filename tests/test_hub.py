@@ -17,10 +17,13 @@ import torch
 import yaml
 from hub_server import Hub
 
-from companion import cli, registry, weights
-from companion.hub import HubModel, push
-from companion.papers import brain
-from companion.registry import Entry, fetch, moved
+from companion.models import architectures, obtain, registry
+from companion.models import checkpoint as weights
+from companion.models import folder as models_folder
+from companion.models.hub import HubModel, push
+from companion.models.registry import Entry, fetch, moved
+from companion.papers import train_prior
+from companion.workbench import cli
 
 REPO, FILE, NAME = "authors/priors", "AID/model.pt", "test/model"
 
@@ -88,7 +91,7 @@ def client(hub, tmp_path) -> subprocess.Popen:
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    a, b = weights.network_of(a).state_dict(), weights.network_of(b).state_dict()
+    a, b = architectures.network_of(a).state_dict(), architectures.network_of(b).state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -306,7 +309,7 @@ def test_two_processes_pull_at_once(model, hub, net, tmp_path):
 
 
 def test_push_and_load_by_hub_id(hub, net, tmp_path, monkeypatch):
-    folder = weights.save_checkpoint(
+    folder = models_folder.save_checkpoint(
         tmp_path / "mine", net, published.CONFIG, {"steps": 1}, "---\nlicense: mit\n---\n# mine\n"
     )
     with pytest.raises(OSError, match="hf auth login"):
@@ -350,17 +353,17 @@ def test_fine_tuning_is_the_same_from_embedded_converted_and_hub_checkpoints(hub
     """The same weights from three places: the same training, to the bit."""
     start = weights.load("brain/t1w")
     config = {key: weights.describe("brain/t1w")[key] for key in ("network", "denoiser", "data")}
-    published.aid_file(tmp_path / "prior.pt", weights.network_of(start))
-    folder = weights.convert(tmp_path / "prior.pt", "aid", tmp_path / "converted", config)
+    published.aid_file(tmp_path / "prior.pt", architectures.network_of(start))
+    folder = obtain.convert(tmp_path / "prior.pt", "aid", tmp_path / "converted", config)
     hub.commit("me/prior", {path.name: path.read_bytes() for path in folder.iterdir()})
 
     trained = []
     for name in ("brain/t1w", str(folder), "hf:me/prior"):
-        p = brain.TrainPrior(
+        p = train_prior.TrainPrior(
             out=str(tmp_path / f"run{len(trained)}"), data=str(tmp_path / "slices.h5"), image_size=16, subjects=1,
             slices_per_subject=2, steps=2, batch_size=2, grad_accumulation=1, warmup=0, autocast=None, start_from=name,
         )  # fmt: skip
-        trained.append(brain.train_prior(p, progress=False))
+        trained.append(train_prior.train_prior(p, progress=False))
     assert all(same(trained[0].ema, other.ema) for other in trained[1:]) and not same(trained[0].ema, start)
 
 

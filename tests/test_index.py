@@ -11,10 +11,10 @@ import nbformat
 import nbformat.v4 as nb
 import pytest
 
-from companion.index import find_runs, numbers, write_index
-from companion.pages import mathml, write_page
 from companion.parameters import Parameters
-from companion.runs import MANIFEST, Run
+from companion.workbench.index import find_runs, numbers, write_index
+from companion.workbench.pages import mathml, write_page
+from companion.workbench.run import MANIFEST, Run
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,15 @@ def test_every_kind_of_folder_has_its_state_and_reason(runs):
         states = {state.folder.name: state for state in find_runs(runs)}
         assert states["stopped"].state == "running"
     assert {name: state.state for name, state in states.items()} == {
-        "good <1>": "done", "bad <1>": "corrupt", "stopped": "running", "future": "done", "old": "older",
-        "ancient": "older", "foreign": "older", "rubbish": "corrupt"}
+        "good <1>": "done",
+        "bad <1>": "corrupt",
+        "stopped": "running",
+        "future": "done",
+        "old": "older",
+        "ancient": "older",
+        "foreign": "older",
+        "rubbish": "corrupt",
+    }
     assert "0.0.9" in states["old"].reason and "lacks parameters, end" in states["ancient"].reason
     states = {state.folder.name: state.state for state in find_runs(runs)}
     assert states["stopped"] == "incomplete"
@@ -138,10 +145,15 @@ echo $a $b
 
 def test_a_notebook_becomes_one_page_without_requests(tmp_path):
     png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-    outputs = [nb.new_output("display_data", {"image/png": png, "text/plain": "<Figure>",
-                                              "application/vnd.jupyter.widget-view+json": {"model_id": "1"}},
-                             metadata={"image/png": {"alt": "a head <1>"}}),
-               nb.new_output("display_data", {"image/png": png}), nb.new_output("stream", text="a < b & c")]
+    outputs = [
+        nb.new_output(
+            "display_data",
+            {"image/png": png, "text/plain": "<Figure>", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}},
+            metadata={"image/png": {"alt": "a head <1>"}},
+        ),
+        nb.new_output("display_data", {"image/png": png}),
+        nb.new_output("stream", text="a < b & c"),
+    ]
     cell = nb.new_code_cell("print('hello $x$')", outputs=outputs)
     notebook = nb.new_notebook(cells=[nb.new_markdown_cell(MATHS), cell], metadata={"widgets": {"state": {}}})
     path = tmp_path / "notebook.ipynb"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from companion.diffusion.denoisers import GaussianDenoiser
+from companion.diffusion.exact import GaussianDenoiser
 from companion.diffusion.guidance import posterior_mean
 from companion.diffusion.langevin import langevin
 from companion.operators.linear import Diagonal

@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from companion import latent, weights
 from companion.data import volumes
 from companion.data.nifti import save_nifti
 from companion.data.store import write_dataset
+from companion.diffusion import latent
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
-from companion.papers import latent3d
+from companion.models import architectures
+from companion.models import checkpoint as weights
+from companion.papers.latent3d import autoencoder as latent3d_autoencoder
+from companion.papers.latent3d import data as latent3d
+from companion.papers.latent3d import prior as latent3d_prior
+from companion.training import codec as training_codec
 
 SHAPE = (8, 12, 16)  # no cube, and no multiple of 16
 
@@ -26,31 +31,52 @@ def prepared(tmp_path):
     tissue = rng.uniform(100, 900, (6, 3)).astype(np.float32)
     affine = np.repeat(volumes.grid_affine(SHAPE, (2, 2, 2), (0, 0, 0))[None], 6, 0)
     path = write_dataset(
-        tmp_path / "toy.h5", {"image": image, "tissue_ml": tissue, "affine": affine}, units=dict.fromkeys(
-            ("image", "tissue_ml", "affine"), "1"), scale=dict.fromkeys(("image", "tissue_ml", "affine"), "1"),
-        source="toy", seed=0, split={"train": range(5), "test": [5]}, attrs={"voxel_mm": [2, 2, 2]})
+        tmp_path / "toy.h5",
+        {"image": image, "tissue_ml": tissue, "affine": affine},
+        units=dict.fromkeys(("image", "tissue_ml", "affine"), "1"),
+        scale=dict.fromkeys(("image", "tissue_ml", "affine"), "1"),
+        source="toy",
+        seed=0,
+        split={"train": range(5), "test": [5]},
+        attrs={"voxel_mm": [2, 2, 2]},
+    )
     return latent3d.open_dataset(path)
 
 
 @pytest.fixture
 def toy(prepared, tmp_path):
-    return latent3d.TrainLatent(
-        data=str(prepared.path), out=str(tmp_path / "run"), channels=(8, 8), patch=2, latent_channels=3, ae_steps=3,
-        ae_warmup=1, model_channels=32, prior_res_blocks=1, attention_resolutions=(), prior_patch=1, steps=4, warmup=1,
-        batch_size=2, autocast=None, checkpoint_every=1, device="cpu")
+    return latent3d_autoencoder.TrainLatent(
+        data=str(prepared.path),
+        out=str(tmp_path / "run"),
+        channels=(8, 8),
+        patch=2,
+        latent_channels=3,
+        ae_steps=3,
+        ae_warmup=1,
+        model_channels=32,
+        prior_res_blocks=1,
+        attention_resolutions=(),
+        prior_patch=1,
+        steps=4,
+        warmup=1,
+        batch_size=2,
+        autocast=None,
+        checkpoint_every=1,
+        device="cpu",
+    )
 
 
 @pytest.fixture
 def trained(toy):
     """The parameters of a toy run whose autoencoder is there."""
-    result = latent3d.train_autoencoder(toy, progress=False)
-    latent3d.save_autoencoder(result, toy, {})
+    result = latent3d_autoencoder.train_autoencoder(toy, progress=False)
+    latent3d_autoencoder.save_autoencoder(result, toy, {})
     return toy
 
 
 def saved_prior(p):
-    result, space = latent3d.train_prior(p, progress=False)
-    return latent3d.save_prior(result, space, p, []), result
+    result, space = latent3d_prior.train_prior(p, progress=False)
+    return latent3d_prior.save_prior(result, space, p, []), result
 
 
 # --- data
@@ -62,8 +88,14 @@ def test_a_folder_is_prepared_by_person_and_says_what_it_left_out(tmp_path):
         for session in range(2):
             save_nifti(tmp_path / "files" / f"sub-{person}_ses-{session}_T1w.nii.gz", ball * (person + 1), voxel_mm=6.0)
     save_nifti(tmp_path / "files" / "sub-9_T1w.nii.gz", ball + 1, voxel_mm=6.0)
-    p = latent3d.PrepareData(source=str(tmp_path / "files"), data=str(tmp_path / "made.h5"), shape=(16, 18, 20),
-                             voxel_mm=(10, 9, 8), validation_share=0.25, test_share=0.25)
+    p = latent3d.PrepareData(
+        source=str(tmp_path / "files"),
+        data=str(tmp_path / "made.h5"),
+        shape=(16, 18, 20),
+        voxel_mm=(10, 9, 8),
+        validation_share=0.25,
+        test_share=0.25,
+    )
     made = latent3d.prepare(p, progress=False)
     assert made.shapes["image"] == (8, 1, 16, 18, 20) and list(made.attrs["skipped"]) == ["sub-9_T1w.nii.gz"]
     people = {part: {name.split("_")[0] for name in names} for part, names in made.split.items()}
@@ -84,9 +116,9 @@ def test_a_folder_is_prepared_by_person_and_says_what_it_left_out(tmp_path):
 
 
 def test_cached_latents_are_normalised_and_belong_to_one_autoencoder(trained, prepared, tmp_path):
-    codec = latent3d.load_autoencoder(latent3d.autoencoder_name(trained))
+    codec = latent3d_autoencoder.load_autoencoder(latent3d_prior.autoencoder_name(trained))
     path = tmp_path / "z.h5"
-    space, cached = latent3d.cache_latents(codec, prepared, path, autocast=None, progress=False)
+    space, cached = latent3d_prior.cache_latents(codec, prepared, path, autocast=None, progress=False)
     z = torch.from_numpy(cached.read("z")).float()
     assert z.shape == (5, 2, 3, 2, 3, 4)
     torch.testing.assert_close(z.mean((0, 1, 3, 4, 5)), torch.zeros(3), atol=2e-3, rtol=0)
@@ -96,19 +128,26 @@ def test_cached_latents_are_normalised_and_belong_to_one_autoencoder(trained, pr
     torch.testing.assert_close(space.encode(x.flip(-1)), z[0, 1:], atol=5e-3, rtol=0)
 
     before = path.stat().st_mtime_ns
-    latent3d.cache_latents(codec, prepared, path, progress=False)
+    latent3d_prior.cache_latents(codec, prepared, path, progress=False)
     assert path.stat().st_mtime_ns == before
     codec.quant_conv.bias.data += 1
     with pytest.raises(ValueError, match="made with another autoencoder"):
-        latent3d.cache_latents(codec, prepared, path, progress=False)
+        latent3d_prior.cache_latents(codec, prepared, path, progress=False)
     codec.quant_conv.bias.data -= 1
     other = tmp_path / "other.h5"
     other.write_bytes(prepared.path.read_bytes())
     image = np.zeros((2, 1, *SHAPE), np.float16)
-    write_dataset(other, {"image": image}, units={"image": "1"}, scale={"image": "1"}, source="other", seed=0,
-                  split={"train": [0, 1]})
+    write_dataset(
+        other,
+        {"image": image},
+        units={"image": "1"},
+        scale={"image": "1"},
+        source="other",
+        seed=0,
+        split={"train": [0, 1]},
+    )
     with pytest.raises(ValueError, match="of other volumes"):
-        latent3d.cache_latents(codec, latent3d.open_dataset(other), path, progress=False)
+        latent3d_prior.cache_latents(codec, latent3d.open_dataset(other), path, progress=False)
 
 
 # --- priors
@@ -118,31 +157,33 @@ def test_cached_latents_are_normalised_and_belong_to_one_autoencoder(trained, pr
 def test_a_prior_loads_with_its_autoencoder_and_draws_volumes(trained, kind, tmp_path):
     p = replace(trained, diffusion=kind, schedule="linear")
     folder, result = saved_prior(p)
-    prior = latent3d.load_latent(folder, autocast=None)
+    prior = latent3d_prior.load_latent(folder, autocast=None)
     assert prior.shape == SHAPE and prior.voxel_mm == (2, 2, 2) and prior.latent_shape == (3, 2, 3, 4)
     z = sample(prior.D, karras(3, 0.01, 20.0), shape=prior.latent_shape, seeds="0-1").x
     x = prior.decode(z, batch=1)
     assert x.shape == (2, 1, *SHAPE) and torch.isfinite(x).all()
     torch.testing.assert_close(prior.decode(z), x)
-    rows = latent3d.denoising_errors(prior.D, z, [0.1, 10.0])
+    rows = latent3d_prior.denoising_errors(prior.D, z, [0.1, 10.0])
     assert rows[0]["blank"] == pytest.approx(0.0995) and rows[0]["error"] > 0
 
-    stranger = latent3d.load_autoencoder(latent3d.autoencoder_name(p))
+    stranger = latent3d_autoencoder.load_autoencoder(latent3d_prior.autoencoder_name(p))
     stranger.quant_conv.bias.data += 1
-    config = weights.describe(latent3d.autoencoder_name(p))
-    weights.save_checkpoint(tmp_path / "stranger", stranger, config, {})
+    config = weights.describe(latent3d_prior.autoencoder_name(p))
+    folder.save_checkpoint(tmp_path / "stranger", stranger, config, {})
     with pytest.raises(ValueError, match="another autoencoder"):
-        latent3d.load_latent(folder, tmp_path / "stranger")
+        latent3d_prior.load_latent(folder, tmp_path / "stranger")
     with pytest.raises(ValueError, match="no autoencoder"):
-        latent3d.load_autoencoder(folder)
+        latent3d_autoencoder.load_autoencoder(folder)
 
 
 def test_training_resumes_exactly(trained, tmp_path):
     _, whole = saved_prior(trained)
-    p = replace(trained, out=str(tmp_path / "again"), stage="prior", autoencoder=latent3d.autoencoder_name(trained))
-    part, _ = latent3d.train_prior(replace(p, seconds=1e-9), progress=False)
+    p = replace(
+        trained, out=str(tmp_path / "again"), stage="prior", autoencoder=latent3d_prior.autoencoder_name(trained)
+    )
+    part, _ = latent3d_prior.train_prior(replace(p, seconds=1e-9), progress=False)
     assert part.step == 1 and not part.finished
-    again, _ = latent3d.train_prior(p, progress=False)
+    again, _ = latent3d_prior.train_prior(p, progress=False)
     for a, b in zip(whole.ema.parameters(), again.ema.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -150,61 +191,71 @@ def test_training_resumes_exactly(trained, tmp_path):
 def test_covariates_reach_the_prior_in_their_own_units(trained, prepared):
     p = replace(trained, covariates=("brain_ml", "csf_share"))
     folder, _ = saved_prior(p)
-    prior = latent3d.load_latent(folder, autocast=None)
-    values = latent3d.covariates(torch.from_numpy(prepared.read("tissue_ml", "train")), p.covariates)
-    cond = latent3d.condition(values, prior.config, prior.latent_shape[1:])
+    prior = latent3d_prior.load_latent(folder, autocast=None)
+    values = latent3d_autoencoder.covariates(torch.from_numpy(prepared.read("tissue_ml", "train")), p.covariates)
+    cond = latent3d_prior.condition(values, prior.config, prior.latent_shape[1:])
     assert cond.shape == (5, 2, 2, 3, 4)
     torch.testing.assert_close(cond.mean((0, 2, 3, 4)), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(cond[..., 0, 0, 0].std(0), torch.ones(2))
     x = sample(prior.D, karras(2, 0.1, 10.0), shape=prior.latent_shape, seeds="0-1", cond=cond[:2]).x
     assert torch.isfinite(x).all()
     with pytest.raises(ValueError, match="this prior takes .*brain_ml, csf_share"):
-        latent3d.condition(values[:, :1], prior.config, (2, 3, 4))
+        latent3d_prior.condition(values[:, :1], prior.config, (2, 3, 4))
 
 
 def test_schedules_that_leave_signal_are_refused_before_training(trained, monkeypatch):
     short = latent.DiscreteSchedule.linear(steps=300)
-    assert latent3d.check_levels(weights.build({"network": {"name": "UNet", "in_channels": 1, "model_channels": 32,
+    assert latent3d_prior.check_levels(
+        architectures.build({"network": {"name": "UNet", "in_channels": 1, "model_channels": 32,
         "out_channels": 1, "num_res_blocks": 1, "attention_resolutions": [], "channel_mult": [1]},
         "denoiser": {"name": "EDMDenoiser"}})) == pytest.approx(1 / 80, rel=1e-3)  # fmt: skip
-    monkeypatch.setitem(weights.SCHEDULES, "linear", lambda: short)
+    monkeypatch.setitem(architectures.SCHEDULES, "linear", lambda: short)
     with pytest.raises(ValueError, match="21.9 % of the signal is left"):
-        latent3d.train_prior(replace(trained, diffusion="v", schedule="linear"), progress=False)
+        latent3d_prior.train_prior(replace(trained, diffusion="v", schedule="linear"), progress=False)
     with pytest.raises(ValueError, match="choose diffusion v or x0"):
-        latent3d.train_prior(replace(trained, diffusion="epsilon", schedule="zero_terminal"), progress=False)
+        latent3d_prior.train_prior(replace(trained, diffusion="epsilon", schedule="zero_terminal"), progress=False)
 
 
 @pytest.mark.parametrize("architecture", ["vq", "plain"])
 def test_codebook_autoencoders_train_too(toy, prepared, architecture):
     p = replace(toy, architecture=architecture, channels=(8, 8), codes=16, ae_steps=2)
-    result = latent3d.train_autoencoder(p, progress=False)
-    codec = latent3d.load_autoencoder(latent3d.save_autoencoder(result, p, {}))
+    result = latent3d_autoencoder.train_autoencoder(p, progress=False)
+    codec = latent3d_autoencoder.load_autoencoder(latent3d_autoencoder.save_autoencoder(result, p, {}))
     x = latent3d.held_out(prepared, "test", 1)
-    assert latent3d.reconstruct(codec, x).shape == x.shape == (1, 1, *SHAPE)
+    assert latent3d_autoencoder.reconstruct(codec, x).shape == x.shape == (1, 1, *SHAPE)
 
 
 def test_a_better_decoder_leaves_latents_and_prior_valid(trained, prepared, tmp_path):
     folder, _ = saved_prior(trained)
-    name = latent3d.autoencoder_name(trained)
+    name = latent3d_prior.autoencoder_name(trained)
     p = replace(trained, stage="decoder", autoencoder=name, out=str(tmp_path / "decoder"))
-    latent3d.save_autoencoder(latent3d.train_autoencoder(p, progress=False), p, {})
-    prior, codec = latent3d.load_latent(folder, autocast=None), latent3d.load_autoencoder(latent3d.autoencoder_name(p))
+    latent3d_autoencoder.save_autoencoder(latent3d_autoencoder.train_autoencoder(p, progress=False), p, {})
+    prior, codec = (
+        latent3d_prior.load_latent(folder, autocast=None),
+        latent3d_autoencoder.load_autoencoder(latent3d_prior.autoencoder_name(p)),
+    )
     x = torch.from_numpy(prepared.read("image")[:1]).float()
     assert torch.equal(codec.encode(x), prior.space.codec.encode(x))
-    better = latent3d.with_decoder(prior, codec)
+    better = latent3d_prior.with_decoder(prior, codec)
     z = better.space.encode(x)
     torch.testing.assert_close(z, prior.encode(x))
     assert not torch.equal(better.space.decode(z), prior.decode(z))
     codec.encoder.conv_in.bias.data += 1
     with pytest.raises(ValueError, match="the encoders differ"):
-        latent3d.with_decoder(prior, codec)
+        latent3d_prior.with_decoder(prior, codec)
 
 
 def test_an_adversary_trains_beside_the_autoencoder(toy, monkeypatch):
-    monkeypatch.setattr(latent3d, "PatchDiscriminator", partial(latent3d.PatchDiscriminator, channels=4, levels=1))
+    monkeypatch.setattr(
+        latent3d_autoencoder,
+        "PatchDiscriminator",
+        partial(latent3d_autoencoder.PatchDiscriminator, channels=4, levels=1),
+    )
     p = replace(toy, adversary=0.01, ae_steps=2, out=toy.out + "-gan")
-    result = latent3d.train_autoencoder(p, progress=False)
-    assert latent3d.load_autoencoder(latent3d.save_autoencoder(result, p, {})).latent_channels == 3
+    result = latent3d_autoencoder.train_autoencoder(p, progress=False)
+    assert (
+        latent3d_autoencoder.load_autoencoder(latent3d_autoencoder.save_autoencoder(result, p, {})).latent_channels == 3
+    )
 
 
 def test_blur_costs_more_with_the_edge_term():
@@ -213,14 +264,14 @@ def test_blur_costs_more_with_the_edge_term():
     soft = x.clone()
     soft[..., 3], soft[..., 4] = 0.25, 0.75
     shifted = x + 0.0625  # the same mean absolute error, without blur
-    assert latent.reconstruction_error(soft, x) == latent.reconstruction_error(shifted, x)
-    assert latent.edge_error(shifted, x) == 0 < latent.edge_error(soft, x)
+    assert training_codec.reconstruction_error(soft, x) == training_codec.reconstruction_error(shifted, x)
+    assert training_codec.edge_error(shifted, x) == 0 < training_codec.edge_error(soft, x)
 
 
 def test_reconstruction_figures_of_a_perfect_and_a_poor_copy():
     x = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * (torch.arange(16) > 4)
-    poor = latent3d.reconstruction_figures(x * 0.9, x)
-    good = latent3d.reconstruction_figures(x + 1e-4, x)
+    poor = latent3d_autoencoder.reconstruction_figures(x * 0.9, x)
+    good = latent3d_autoencoder.reconstruction_figures(x + 1e-4, x)
     assert good["SSIM (brain)"][0] > 0.999 > poor["SSIM (brain)"][0]
     assert poor["L1 (brain)"][0] == pytest.approx(0.05, rel=0.05)
     assert good["PSNR (dB)"][0] == pytest.approx(80, abs=0.1)
@@ -234,16 +285,39 @@ def test_digits_come_out_of_latents(tmp_path):
     """Digits drawn through an autoencoder look like digits: nearer to test digits than noise of the same latents is."""
     data = latent3d.PrepareData(source="digits", data=str(tmp_path / "digits.h5"), shape=(16, 16), subjects=1500)
     prepared = latent3d.prepare(data, progress=False)
-    p = latent3d.TrainLatent(
-        data=str(prepared.path), out=str(tmp_path / "run"), channels=(32, 32), patch=1, latent_channels=4, mirror=False,
-        background=1.0, ae_steps=400, ae_batch_size=16, ae_learning_rate=3e-3, model_channels=32, prior_patch=1,
-        channel_mult=(1, 2), prior_res_blocks=1, attention_resolutions=(2,), steps=500, batch_size=32,
-        learning_rate=2e-3, ema_decay=0.99, checkpoint_every=1000, device="cpu")
-    latent3d.save_autoencoder(latent3d.train_autoencoder(p, progress=False), p, {})
+    p = latent3d_autoencoder.TrainLatent(
+        data=str(prepared.path),
+        out=str(tmp_path / "run"),
+        channels=(32, 32),
+        patch=1,
+        latent_channels=4,
+        mirror=False,
+        background=1.0,
+        ae_steps=400,
+        ae_batch_size=16,
+        ae_learning_rate=3e-3,
+        model_channels=32,
+        prior_patch=1,
+        channel_mult=(1, 2),
+        prior_res_blocks=1,
+        attention_resolutions=(2,),
+        steps=500,
+        batch_size=32,
+        learning_rate=2e-3,
+        ema_decay=0.99,
+        checkpoint_every=1000,
+        device="cpu",
+    )
+    latent3d_autoencoder.save_autoencoder(latent3d_autoencoder.train_autoencoder(p, progress=False), p, {})
     folder, _ = saved_prior(p)
-    prior = latent3d.load_latent(folder, autocast=None)
+    prior = latent3d_prior.load_latent(folder, autocast=None)
     real = latent3d.held_out(prepared, "test", 297)
-    assert latent3d.reconstruction_figures(latent3d.reconstruct(prior.space.codec, real), real)["PSNR (dB)"][0] > 22
+    assert (
+        latent3d_autoencoder.reconstruction_figures(latent3d_autoencoder.reconstruct(prior.space.codec, real), real)[
+            "PSNR (dB)"
+        ][0]
+        > 22
+    )
     drawn = prior.decode(sample(prior.D, karras(20, 0.01, 80.0), shape=prior.latent_shape, seeds="0-31").x)
     noise = prior.decode(torch.randn(32, *prior.latent_shape, generator=torch.Generator().manual_seed(0)))
 

@@ -6,14 +6,29 @@ import pytest
 import torch
 from test_latent3d_sample import SHAPE, tiny_prior
 
-from companion import metrics
+from companion.diffusion import latent_guidance
+from companion.diffusion.covariance import Factor
 from companion.diffusion.guidance import posterior_mean
+from companion.evaluation import metrics
 from companion.operators.linear import adjoint_error
-from companion.papers import latent3d_mri as mri
+from companion.papers.latent3d import reconstruct as mri
 
-P = mri.ReconstructVolumes(data="data/none.h5", people=2, subjects=1, validation_subjects=2, coils=3, acceleration=3,
-                           acs=10, draws=2, evaluations=3, iterations=3, start_sigmas=(0.01, 5.0), device="cpu",
-                           autocast=None, sparse_iterations=20)
+P = mri.ReconstructVolumes(
+    data="data/none.h5",
+    people=2,
+    subjects=1,
+    validation_subjects=2,
+    coils=3,
+    acceleration=3,
+    acs=10,
+    draws=2,
+    evaluations=3,
+    iterations=3,
+    start_sigmas=(0.01, 5.0),
+    device="cpu",
+    autocast=None,
+    sparse_iterations=20,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +112,7 @@ def test_guidance_is_exact_for_a_linear_decoder(gaussian, kind):
     G = kind(scan.A, scan.y, 0.1, 60, space=Itself(), errors=errors)
 
     def belief(D, x, sigma, cond=None):
-        return D(x, sigma), mri.Factor.diagonal(errors.at(sigma))
+        return D(x, sigma), Factor.diagonal(errors.at(sigma))
 
     exact = posterior_mean(scan.A, scan.y, 0.1, belief, 60, 1e-6)(white)(x, sigma)
     found = G(white)(x, sigma)
@@ -106,7 +121,7 @@ def test_guidance_is_exact_for_a_linear_decoder(gaussian, kind):
 
 def test_products_with_the_derivative_of_a_decoder(prior):
     z, v = torch.randn(2, 1, *prior.latent_shape, generator=torch.Generator().manual_seed(0))
-    x, forward, transposed = mri.linearised(prior.space.decode, z)
+    x, forward, transposed = latent_guidance.linearised(prior.space.decode, z)
     step = 1e-2 * v
     assert torch.allclose(forward(step), prior.decode(z + step) - x, atol=0.05 * (prior.decode(z + step) - x).std())
     w = torch.randn_like(x)
@@ -135,5 +150,7 @@ def test_little_noise_brings_the_same_code_back(prior, person):
 
 
 def test_power_of_white_noise_is_flat():
-    frequency, power = mri.power_spectrum(torch.randn(2, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0)), 6)
+    frequency, power = latent_guidance.power_spectrum(
+        torch.randn(2, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0)), 6
+    )
     assert power[1:] == pytest.approx([1.0] * 5, abs=0.1) and frequency[-1] < 0.5

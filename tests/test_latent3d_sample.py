@@ -9,16 +9,26 @@ import torch
 from companion.data import volumes
 from companion.data.nifti import load_nifti
 from companion.diffusion.denoisers import EDMDenoiser
+from companion.diffusion.latent import LatentDenoiser, LatentSpace
 from companion.diffusion.noise import DiscreteSchedule
-from companion.latent import LatentDenoiser, LatentSpace
 from companion.networks.autoencoder import AutoencoderKL
 from companion.networks.unet import UNet
-from companion.papers import latent3d_sample as latent3d
-from companion.papers.latent3d import LatentPrior
+from companion.papers.latent3d import sample as latent3d
+from companion.papers.latent3d.prior import LatentPrior
 
 SHAPE = (32, 32, 32)
-P = latent3d.SampleVolumes(draws=2, evaluations=4, solvers=("ddim", "heun", "ddpm"), real=4, training=2, pairs=2,
-                           data="data/none.h5", segmenter=None, device="cpu", autocast=None)
+P = latent3d.SampleVolumes(
+    draws=2,
+    evaluations=4,
+    solvers=("ddim", "heun", "ddpm"),
+    real=4,
+    training=2,
+    pairs=2,
+    data="data/none.h5",
+    segmenter=None,
+    device="cpu",
+    autocast=None,
+)
 
 
 def tiny_prior(D=None) -> LatentPrior:

@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from companion.operators.linear import (
-    Diagonal,
-    Identity,
-    LinearOperator,
-    Stack,
-    Zero,
-    adjoint_error,
-    check_finite,
-    conjugate_gradient,
-)
+from companion.operators.linear import Diagonal, Identity, LinearOperator, Stack, Zero, adjoint_error, check_finite
+from companion.operators.solve import conjugate_gradient
 
 REAL, COMPLEX = torch.float32, torch.complex64
 
@@ -163,9 +155,7 @@ def test_cg_treats_items_independently():
 
 def test_cg_stops_each_item_at_its_tolerance():
     N, calls = system(), []
-    b = torch.stack(
-        [N.matrix @ torch.ones(6, dtype=torch.complex128), torch.zeros(6, dtype=torch.complex128)]
-    )
+    b = torch.stack([N.matrix @ torch.ones(6, dtype=torch.complex128), torch.zeros(6, dtype=torch.complex128)])
 
     def normal(x):
         calls.append(x)

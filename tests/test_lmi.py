@@ -12,11 +12,16 @@ from companion.data import anatomy
 from companion.data.nifti import save_nifti
 from companion.data.store import write_dataset
 from companion.diffusion.denoisers import DiscreteDenoiser, EDMDenoiser
-from companion.diffusion.noise import DiscreteSchedule, randn
-from companion.networks.box_mi import BoxMI
-from companion.networks.local_mi import LocalMI
-from companion.papers import lmi
-from companion.weights import build, load
+from companion.diffusion.noise import DiscreteSchedule
+from companion.information.box_mi import BoxMI
+from companion.information.local_mi import LocalMI
+from companion.models.architectures import build
+from companion.models.checkpoint import load
+from companion.papers.lmi import conditions as lmi
+from companion.papers.lmi import data as lmi_data
+from companion.papers.lmi import prior as lmi_prior
+from companion.papers.lmi import remap
+from companion.randomness import randn
 
 SMALL = lmi.Conditioning(patches=(3, 5), bins=8)
 
@@ -24,7 +29,7 @@ SMALL = lmi.Conditioning(patches=(3, 5), bins=8)
 @pytest.fixture(scope="module")
 def slices() -> dict[str, torch.Tensor]:
     """Slices (4, 1, 32, 32) of each contrast and "labels"."""
-    return {name: x.flatten(0, 1) for name, x in lmi.cohort_slices("train", 2, 2, image_size=32).items()}
+    return {name: x.flatten(0, 1) for name, x in lmi_data.cohort_slices("train", 2, 2, image_size=32).items()}
 
 
 class Recorder(nn.Module):
@@ -35,10 +40,20 @@ class Recorder(nn.Module):
         return torch.zeros_like(x)
 
 
-def small(**others) -> lmi.TrainTranslator:
-    settings = {"patches": (3,), "bins": 8, "channel_mult": (1, 1), "steps": 3, "batch_size": 2, "warmup": 1,
-                "checkpoint_every": 2, "autocast": None, "device": "cpu", "schedule": "constant"}
-    return lmi.TrainTranslator(**settings | others)
+def small(**others) -> lmi_prior.TrainTranslator:
+    settings = {
+        "patches": (3,),
+        "bins": 8,
+        "channel_mult": (1, 1),
+        "steps": 3,
+        "batch_size": 2,
+        "warmup": 1,
+        "checkpoint_every": 2,
+        "autocast": None,
+        "device": "cpu",
+        "schedule": "constant",
+    }
+    return lmi_prior.TrainTranslator(**settings | others)
 
 
 # ------------------------------------------------------------------------------------------------- the fast maps
@@ -77,7 +92,7 @@ def test_training_and_sampling_are_told_the_same(slices):
     p = small(maps=lmi.MAPS, patches=(3, 5), remapped_share=0.0, dropout=0.0, mirror=False)
     x0, network = slices["T2w"], Recorder()
     D = EDMDenoiser(network, 0.4)
-    lmi.translation_loss(D, x0, torch.Generator().manual_seed(3), p)
+    lmi_prior.translation_loss(D, x0, torch.Generator().manual_seed(3), p)
     trained, x_in = network.cond, network.x
     generator = torch.Generator().manual_seed(3)
     lmi.told(4, 3, 0.0, generator)
@@ -130,10 +145,20 @@ def test_the_published_mismatch_has_a_name(slices):
     c, source = lmi.Conditioning.published(), slices["T1w"][:1]
     schedule = DiscreteSchedule.linear()
     x0, network = slices["T2w"][:1], Recorder()
-    p = small(maps=c.maps, patches=c.patches, bins=None, mode="published", diffusion="ddpm", look_ahead=True,
-              remapped_share=0.0, dropout=0.0, mirror=False, equalised=False)
+    p = small(
+        maps=c.maps,
+        patches=c.patches,
+        bins=None,
+        mode="published",
+        diffusion="ddpm",
+        look_ahead=True,
+        remapped_share=0.0,
+        dropout=0.0,
+        mirror=False,
+        equalised=False,
+    )
     assert p.conditioning == c
-    lmi.translation_loss(DiscreteDenoiser(network, schedule), x0, torch.Generator().manual_seed(0), p)
+    lmi_prior.translation_loss(DiscreteDenoiser(network, schedule), x0, torch.Generator().manual_seed(0), p)
     generator = torch.Generator().manual_seed(0)
     lmi.told(1, 2, 0.0, generator)
     noise = randn(x0.shape, x0.dtype, generator, x0.device)
@@ -159,20 +184,25 @@ def test_guidance_exaggerates_what_the_source_says(slices):
     assert torch.allclose(strong, 2.5 * plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda x: lmi.conditions(x, 1.0, torch.rand(1, 1, 16, 16), SMALL), "same size"),
-    (lambda x: lmi.conditions(x, 1.0, torch.rand(3, 1, 32, 32), SMALL), "one source"),
-    (lambda x: lmi.conditions(x, 1.0, x, SMALL, ["edges"]), "no map edges"),
-    (lambda x: lmi.conditions(x, 1.0, x, SMALL, torch.ones(2, 2)), "keep has shape"),
-    (lambda x: lmi.conditions(x, 1.0, lmi.prepare_source(x, lmi.Conditioning()), SMALL), "prepare it again"),
-    (lambda x: lmi.prepare_source(torch.zeros_like(x), SMALL), "constant"),
-    (lambda x: lmi.prepare_source(x * torch.nan, SMALL), "NaN"),
-    (lambda x: lmi.prepare_source(300 * x, SMALL), "expected 0 to 1"),
-    (lambda x: lmi.prepare_source(x.expand(-1, 2, -1, -1), SMALL), "2 channels"),
-    (lambda x: lmi.Conditioning(("cross", "edges")), "maps"), (lambda x: lmi.Conditioning(patches=(4,)), "odd"),
-    (lambda x: lmi.Conditioning(normalise=False), "bits"), (lambda x: lmi.Conditioning.of("brain/t1w"), "lmi/t2w"),
-    (lambda x: BoxMI((5, 3)), "smallest first"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda x: lmi.conditions(x, 1.0, torch.rand(1, 1, 16, 16), SMALL), "same size"),
+        (lambda x: lmi.conditions(x, 1.0, torch.rand(3, 1, 32, 32), SMALL), "one source"),
+        (lambda x: lmi.conditions(x, 1.0, x, SMALL, ["edges"]), "no map edges"),
+        (lambda x: lmi.conditions(x, 1.0, x, SMALL, torch.ones(2, 2)), "keep has shape"),
+        (lambda x: lmi.conditions(x, 1.0, lmi.prepare_source(x, lmi.Conditioning()), SMALL), "prepare it again"),
+        (lambda x: lmi.prepare_source(torch.zeros_like(x), SMALL), "constant"),
+        (lambda x: lmi.prepare_source(x * torch.nan, SMALL), "NaN"),
+        (lambda x: lmi.prepare_source(300 * x, SMALL), "expected 0 to 1"),
+        (lambda x: lmi.prepare_source(x.expand(-1, 2, -1, -1), SMALL), "2 channels"),
+        (lambda x: lmi.Conditioning(("cross", "edges")), "maps"),
+        (lambda x: lmi.Conditioning(patches=(4,)), "odd"),
+        (lambda x: lmi.Conditioning(normalise=False), "bits"),
+        (lambda x: lmi.Conditioning.of("brain/t1w"), "lmi/t2w"),
+        (lambda x: BoxMI((5, 3)), "smallest first"),
+    ],
+)
 def test_errors_say_what_to_do(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.rand(2, 1, 32, 32))
@@ -198,22 +228,23 @@ def test_equalised_sources_depend_on_the_order_of_grey_levels_only(slices):
 def test_knots_lie_at_the_tissues():
     """Clusters of values are found from any start, however many there are."""
     x = torch.tensor([0.0, 0.2, 0.21, 0.6, 0.61, 0.9, 0.91]).repeat(40).view(1, 1, 20, 14)
-    at = lmi._knots(x, torch.tensor([[0.1, 0.5, 0.9]]), torch.tensor([[True]]))
+    at = remap._knots(x, torch.tensor([[0.1, 0.5, 0.9]]), torch.tensor([[True]]))
     assert torch.allclose(at, torch.tensor([[0.0, 0.205, 0.605, 0.905, 0.91]]), atol=1e-3)
 
 
 def test_remapped_sources_are_images_of_the_same_anatomy(slices):
     x0 = slices["T2w"].repeat(8, 1, 1, 1)
-    y = lmi.remapped(x0, torch.Generator().manual_seed(0))
-    assert torch.equal(y, lmi.remapped(x0, torch.Generator().manual_seed(0)))
+    y = remap.remapped(x0, torch.Generator().manual_seed(0))
+    assert torch.equal(y, remap.remapped(x0, torch.Generator().manual_seed(0)))
     assert y.shape == x0.shape and y.min() >= 0 and y.max() <= 1
     inside = (slices["labels"] > 0).repeat(8, 1, 1, 1)
-    signs = [np.sign(np.corrcoef(a[m], b[m])[0, 1]) for a, b, m in zip(y.numpy(), x0.numpy(), inside.numpy(),
-                                                                       strict=True)]
+    signs = [
+        np.sign(np.corrcoef(a[m], b[m])[0, 1]) for a, b, m in zip(y.numpy(), x0.numpy(), inside.numpy(), strict=True)
+    ]
     assert 4 < signs.count(1) < 28  # bright and dark change places, or not
     dark = (y * ~inside).flatten(1).sum(1) / (~inside).flatten(1).sum(1) < 0.15
     assert dark.sum() >= 24  # air mostly stays air
-    assert torch.equal(lmi.remapped(x0, torch.Generator(), share=0.0), x0)
+    assert torch.equal(remap.remapped(x0, torch.Generator(), share=0.0), x0)
 
 
 def test_partial_volumes_are_mixed_linearly():
@@ -221,9 +252,9 @@ def test_partial_volumes_are_mixed_linearly():
     row = torch.tensor([0.2, 0.2, 0.5, 0.8, 0.8])
     x = row.expand(1, 1, 5, 5)
     at, heights = torch.tensor([[0.0, 0.2, 0.5, 0.8]]), torch.tensor([[0.0, 0.9, 1.0, 0.1]])
-    mixed = lmi._transfer(x, at, heights, torch.tensor(True))
+    mixed = remap._transfer(x, at, heights, torch.tensor(True))
     assert torch.allclose(mixed[0, 0, 0], torch.tensor([0.9, 0.9, 0.5, 0.1, 0.1]), atol=1e-5)
-    assert torch.allclose(lmi._transfer(x, at, heights, torch.tensor(False))[0, 0, 0, 2], torch.tensor(1.0))
+    assert torch.allclose(remap._transfer(x, at, heights, torch.tensor(False))[0, 0, 0, 2], torch.tensor(1.0))
 
 
 def test_told_says_all_or_less():
@@ -239,7 +270,7 @@ def test_told_says_all_or_less():
 def test_contrasts_are_those_of_anatomy():
     person = anatomy.cohort("test", 1)[0]
     heights = anatomy.slice_heights(person, 2)
-    found = lmi.magnitudes(person, lmi.CONTRASTS, heights, 32)
+    found = lmi_data.magnitudes(person, lmi.CONTRASTS, heights, 32)
     for contrast in lmi.CONTRASTS:
         same = anatomy.render(person, contrast, (2, 32, 32), slices_mm=heights)
         assert torch.allclose(found[contrast], same.image.abs(), atol=1e-5)
@@ -259,17 +290,18 @@ def test_no_contrast_is_a_rising_function_of_another(slices):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     path = tmp_path_factory.mktemp("lmi") / "data.h5"
-    p = lmi.PrepareData(data=str(path), image_size=32, slices_per_subject=2, subjects=2, validation_subjects=1,
-                        test_subjects=1)
-    return p, lmi.prepare(p, progress=False)
+    p = lmi_data.PrepareData(
+        data=str(path), image_size=32, slices_per_subject=2, subjects=2, validation_subjects=1, test_subjects=1
+    )
+    return p, lmi_data.prepare(p, progress=False)
 
 
 def test_prepared_cohort(prepared):
     p, data = prepared
     assert data.shapes["T1w"] == (4, 2, 1, 32, 32) and {len(data.rows(s)) for s in ("validation", "test")} == {1}
-    assert lmi.prepare(p, progress=False).path == data.path
+    assert lmi_data.prepare(p, progress=False).path == data.path
     with pytest.raises(ValueError, match="subjects = 2 .now 3"):
-        lmi.prepare(replace(p, subjects=3))
+        lmi_data.prepare(replace(p, subjects=3))
 
 
 def save_images(folder, count, subject=lambda i: i // 2, mode="L", size=(24, 20), names=None):
@@ -284,16 +316,22 @@ def save_images(folder, count, subject=lambda i: i // 2, mode="L", size=(24, 20)
 def test_folders_of_slices(tmp_path):
     for contrast in ("A", "B"):
         save_images(tmp_path / contrast, 8)
-    p = lmi.PrepareData(source=str(tmp_path), data=str(tmp_path / "d.h5"), contrasts=("A", "B"), image_size=32,
-                        validation_share=0.25, test_share=0.25)
-    data = lmi.prepare(p, progress=False)
+    p = lmi_data.PrepareData(
+        source=str(tmp_path),
+        data=str(tmp_path / "d.h5"),
+        contrasts=("A", "B"),
+        image_size=32,
+        validation_share=0.25,
+        test_share=0.25,
+    )
+    data = lmi_data.prepare(p, progress=False)
     assert data.shapes["A"] == (8, 1, 1, 32, 32) and [len(data.split[s]) for s in data.split] == [4, 2, 2]
     save_images(tmp_path / "C", 8, mode="RGB")
     with pytest.raises(ValueError, match="mode RGB where grey was expected"):
-        lmi.prepare(replace(p, contrasts=("A", "C"), data=str(tmp_path / "e.h5")))
+        lmi_data.prepare(replace(p, contrasts=("A", "C"), data=str(tmp_path / "e.h5")))
     save_images(tmp_path / "D", 8, names=[f"other_{i}.png" for i in range(8)])
     with pytest.raises(ValueError, match="not paired"):
-        lmi.prepare(replace(p, contrasts=("A", "D"), data=str(tmp_path / "e.h5")))
+        lmi_data.prepare(replace(p, contrasts=("A", "D"), data=str(tmp_path / "e.h5")))
 
 
 def test_volumes(tmp_path):
@@ -301,9 +339,17 @@ def test_volumes(tmp_path):
         for contrast, name in (("T1w", "T1"), ("T2w", "T2"), ("PDw", "PD")):
             volume = anatomy.render(person, contrast, (6, 24, 24))
             save_nifti(tmp_path / f"IXI{i:03d}-{name}.nii.gz", volume.image.abs().numpy(), affine=volume.affine)
-    p = lmi.PrepareData(source=str(tmp_path), data=str(tmp_path / "d.h5"), layout="IXI", contrasts=("T1", "T2"),
-                        image_size=32, slices_per_subject=2, validation_share=0.33, test_share=0.33)
-    data = lmi.prepare(p, progress=False)
+    p = lmi_data.PrepareData(
+        source=str(tmp_path),
+        data=str(tmp_path / "d.h5"),
+        layout="IXI",
+        contrasts=("T1", "T2"),
+        image_size=32,
+        slices_per_subject=2,
+        validation_share=0.33,
+        test_share=0.33,
+    )
+    data = lmi_data.prepare(p, progress=False)
     assert data.shapes["T2"] == (3, 2, 1, 32, 32) and "slicing" in data.attrs["subjects"][data.subjects[0]]
 
 
@@ -316,9 +362,17 @@ def test_training_never_sees_another_contrast(prepared, tmp_path):
     weights = []
     for name in ("there", "garbage"):
         arrays = {"T2w": data.read("T2w"), "T1w": data.read("T1w") if name == "there" else np.ones((4, 2, 1, 8, 8))}
-        path = write_dataset(tmp_path / f"{name}.h5", arrays, units=dict.fromkeys(arrays, "1"), source="test",
-                             scale=dict.fromkeys(arrays, "1"), seed=0, subjects=data.subjects, split=data.split)
-        result = lmi.train_translator(small(data=str(path), out=str(tmp_path / name)), progress=False)
+        path = write_dataset(
+            tmp_path / f"{name}.h5",
+            arrays,
+            units=dict.fromkeys(arrays, "1"),
+            source="test",
+            scale=dict.fromkeys(arrays, "1"),
+            seed=0,
+            subjects=data.subjects,
+            split=data.split,
+        )
+        result = lmi_prior.train_translator(small(data=str(path), out=str(tmp_path / name)), progress=False)
         weights.append(result.model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
 
@@ -327,25 +381,33 @@ def test_training_resumes_exactly_and_exports(prepared, tmp_path):
     p, data = prepared
     once = small(data=p.data, out=str(tmp_path / "once"), steps=4)
     twice = replace(once, out=str(tmp_path / "twice"), steps=2)
-    whole = lmi.train_translator(once, progress=False)
-    lmi.train_translator(twice, progress=False)
-    again = lmi.train_translator(replace(twice, steps=4), progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(),
-                                                 strict=True))
-    errors = lmi.denoising_errors(whole.ema, once, [1.0])
+    whole = lmi_prior.train_translator(once, progress=False)
+    lmi_prior.train_translator(twice, progress=False)
+    again = lmi_prior.train_translator(replace(twice, steps=4), progress=False)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    )
+    errors = lmi_prior.denoising_errors(whole.ema, once, [1.0])
     assert set(errors[0]) == {"sigma", "nothing", "itself", "remapped", "T1w", "PDw"}
-    folder = lmi.save_translator(whole, once, errors)
+    folder = lmi_prior.save_translator(whole, once, errors)
     D = load(folder)
     assert isinstance(D, EDMDenoiser) and lmi.Conditioning.of(folder) == once.conditioning
     assert D(torch.randn(1, 1, 32, 32), torch.ones(1), torch.zeros(1, 3, 32, 32)).shape == (1, 1, 32, 32)
 
 
-@pytest.mark.parametrize("others", [{"network": "DDIMUNet", "diffusion": "ddpm", "look_ahead": True, "patch": 1},
-                                    {"maps": ("source",)}, {"mode": "shifts", "dropout": 0.0}])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"network": "DDIMUNet", "diffusion": "ddpm", "look_ahead": True, "patch": 1},
+        {"maps": ("source",)},
+        {"mode": "shifts", "dropout": 0.0},
+    ],
+)
 def test_other_models_learn(prepared, slices, others):
     p = small(data=prepared[0].data, **others)
-    D = build(lmi.translator_config(p))
-    loss = lmi.translation_loss(D, slices["T2w"], torch.Generator().manual_seed(0), p)
+    D = build(lmi_prior.translator_config(p))
+    loss = lmi_prior.translation_loss(D, slices["T2w"], torch.Generator().manual_seed(0), p)
     loss.mean().backward()
     assert loss.shape == (4,) and torch.isfinite(loss).all()
 
@@ -353,13 +415,22 @@ def test_other_models_learn(prepared, slices, others):
 def test_colours(tmp_path):
     """Colours in, colours out: the maps compare luma, and every channel of the image counts in the loss."""
     save_images(tmp_path / "he", 3, mode="RGB", subject=lambda i: i)
-    data = lmi.prepare(lmi.PrepareData(source=str(tmp_path), data=str(tmp_path / "d.h5"), contrasts=("he",),
-                                       channels=3, image_size=32, validation_share=0.33, test_share=0.33),
-                       progress=False)
+    data = lmi_data.prepare(
+        lmi_data.PrepareData(
+            source=str(tmp_path),
+            data=str(tmp_path / "d.h5"),
+            contrasts=("he",),
+            channels=3,
+            image_size=32,
+            validation_share=0.33,
+            test_share=0.33,
+        ),
+        progress=False,
+    )
     assert data.shapes["he"] == (3, 1, 3, 32, 32)
     p = small(data=str(tmp_path / "d.h5"), target="he")
-    D = build(lmi.translator_config(p))
+    D = build(lmi_prior.translator_config(p))
     x0 = torch.from_numpy(data.read("he"))[:, 0]
-    assert lmi.translation_loss(D, x0, torch.Generator().manual_seed(0), p).isfinite().all()
+    assert lmi_prior.translation_loss(D, x0, torch.Generator().manual_seed(0), p).isfinite().all()
     informed = lmi.Informed(D, torch.rand(1, 1, 32, 32), p.conditioning)  # a grey source will do
     assert informed(torch.randn(2, 3, 32, 32), torch.ones(2)).shape == (2, 3, 32, 32)

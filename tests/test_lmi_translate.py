@@ -9,11 +9,15 @@ from companion.data import anatomy
 from companion.data.nifti import load_nifti, save_nifti
 from companion.diffusion.ddpm import DiscreteProcess
 from companion.diffusion.denoisers import DiscreteDenoiser, EDMDenoiser
-from companion.diffusion.noise import randn
 from companion.networks.unet import UNet
-from companion.papers import lmi, lmi_translate
-from companion.papers.lmi import Conditioning, conditions
-from companion.papers.lmi_translate import Setting, Translate, Translator, translate, translate_file
+from companion.papers.lmi import conditions as lmi
+from companion.papers.lmi import data as lmi_data
+from companion.papers.lmi import people as lmi_people
+from companion.papers.lmi import translate as lmi_translate
+from companion.papers.lmi.conditions import Conditioning, conditions
+from companion.papers.lmi.people import Translate
+from companion.papers.lmi.translate import Setting, Translator, translate, translate_file
+from companion.randomness import randn
 
 
 def network(inputs: int, outputs: int = 1, seed: int = 0) -> UNet:
@@ -32,7 +36,7 @@ def prior() -> Translator:
 
 @pytest.fixture(scope="module")
 def people() -> dict:
-    return lmi.cohort_slices("test", 2, 2, ("T1w", "T2w"), 16)
+    return lmi_data.cohort_slices("test", 2, 2, ("T1w", "T2w"), 16)
 
 
 def test_denoiser_sees_the_conditions_of_the_step_it_is_in(prior, people, monkeypatch):
@@ -75,7 +79,7 @@ def test_every_second_draw_may_be_mirrored(prior, people):
 
 
 def test_a_draw_is_given_the_shading_of_its_source(people):
-    source, truth = (lmi.cohort_slices("test", 2, 2, (c,), 48)[c].flatten(0, 1) for c in ("T1w", "PDw"))
+    source, truth = (lmi_data.cohort_slices("test", 2, 2, (c,), 48)[c].flatten(0, 1) for c in ("T1w", "PDw"))
     tilt = torch.tensor([[0.2, -0.1], [-0.15, 0.0], [0.0, 0.25], [0.1, 0.1]])
     field = torch.einsum("nc,cyx->nyx", tilt, lmi_translate.positions(source))[:, None].exp()
     plain, shaded = (lmi_translate.shaded_like(s, truth) for s in (source, source * field))
@@ -111,8 +115,9 @@ def test_estimates_may_be_cut_to_the_range_of_images(prior, people):
 def test_guidance_goes_further_away_from_the_untold(prior, people):
     source = people["T1w"].flatten(0, 1)[:1]
     x, sigma = source + 0.3, torch.tensor([0.5])
-    told, untold, guided = (lmi_translate.informed(prior, source, s)(x, sigma) for s in (
-        Setting(), Setting(()), Setting(guidance=3.0)))
+    told, untold, guided = (
+        lmi_translate.informed(prior, source, s)(x, sigma) for s in (Setting(), Setting(()), Setting(guidance=3.0))
+    )
     assert torch.allclose(guided - untold, 3 * (told - untold), atol=1e-5)
     assert translate(prior, source, Setting(evaluations=2, draws=1, guidance=2.0)).bill.denoiser_calls == 4
 
@@ -139,8 +144,9 @@ def test_published_chain_is_the_ancestral_one_with_noise_at_the_end(people):
     D = DiscreteDenoiser(network(3), lmi_translate.PUBLISHED)
     prior = Translator(D, conditioning, "T2w")
     source, steps = people["T1w"].flatten(0, 1)[1:2], 6
-    setting = Setting(solver="published", evaluations=1000, start=float(lmi_translate.PUBLISHED.sigmas[steps - 1]),
-                      draws=1)
+    setting = Setting(
+        solver="published", evaluations=1000, start=float(lmi_translate.PUBLISHED.sigmas[steps - 1]), draws=1
+    )
     ours = translate(prior, source, setting, seed=3).x
     process = DiscreteProcess(lmi_translate.PUBLISHED, variance="fixed_large")
     generator = [torch.Generator().manual_seed(3)]
@@ -182,22 +188,28 @@ def test_odd_sizes(prior):
     assert translate(prior, x, Setting(evaluations=2, draws=1)).x.shape == x.shape
 
 
-@pytest.mark.parametrize("x, error, match", [
-    (torch.full((1, 1, 16, 16), 0.3), ValueError, "constant"),
-    (torch.rand(1, 2, 16, 16), ValueError, "RGB"),
-    (torch.rand(1, 16, 16), ValueError, "expected grey or RGB"),
-    (300 * torch.rand(1, 1, 16, 16), ValueError, "expected 0 to 1"),
-    (torch.rand(1, 1, 16, 16) / 0, ValueError, "NaN or infinity"),
-    (torch.ones(1, 1, 16, 16, dtype=torch.int64), TypeError, "floating-point"),
-])
+@pytest.mark.parametrize(
+    "x, error, match",
+    [
+        (torch.full((1, 1, 16, 16), 0.3), ValueError, "constant"),
+        (torch.rand(1, 2, 16, 16), ValueError, "RGB"),
+        (torch.rand(1, 16, 16), ValueError, "expected grey or RGB"),
+        (300 * torch.rand(1, 1, 16, 16), ValueError, "expected 0 to 1"),
+        (torch.rand(1, 1, 16, 16) / 0, ValueError, "NaN or infinity"),
+        (torch.ones(1, 1, 16, 16, dtype=torch.int64), TypeError, "floating-point"),
+    ],
+)
 def test_sources_that_cannot_be_translated(prior, x, error, match):
     with pytest.raises(error, match=match):
         translate(prior, x, Setting(evaluations=1, draws=1))
 
 
 def test_settings_that_make_no_sense():
-    for options, match in (({"begin": "middle"}, "noise or source"), ({"draws": 0}, "1 or more"),
-                           ({"start": -1.0}, "above 0")):
+    for options, match in (
+        ({"begin": "middle"}, "noise or source"),
+        ({"draws": 0}, "1 or more"),
+        ({"start": -1.0}, "above 0"),
+    ):
         with pytest.raises(ValueError, match=match):
             Setting(**options)
     with pytest.raises(ValueError, match="no map tissue"):
@@ -237,39 +249,55 @@ def test_histogram_matching_is_right_where_contrast_is_monotone():
     source = torch.rand(1, 2, 1, 16, 16, generator=g)
     inside = torch.ones_like(source, dtype=torch.bool)
     truth = source**2
-    assert (lmi_translate.matched(source, inside, truth[inside]) - truth).abs().max() < 0.1
+    assert (lmi_people.matched(source, inside, truth[inside]) - truth).abs().max() < 0.1
     inverted = 1 - source
-    assert (lmi_translate.matched(source, inside, inverted[inside]) - inverted).abs().mean() > 0.3
+    assert (lmi_people.matched(source, inside, inverted[inside]) - inverted).abs().mean() > 0.3
 
 
 def test_scores_of_the_truth_and_of_another(people):
     truth, labels = people["T2w"], people["labels"]
     inside = labels > 0
-    best = lmi_translate.score(truth + 1e-6, truth, inside)
-    other = lmi_translate.score(people["T1w"], truth, inside)
+    best = lmi_people.score(truth + 1e-6, truth, inside)
+    other = lmi_people.score(people["T1w"], truth, inside)
     assert (best["PSNR"] > 100).all() and (best["SSIM"] > 0.999).all() and (best["MAE"] < 1e-5).all()
     assert (other["PSNR"] < 25).all() and set(best) == {"PSNR", "SSIM", "MS-SSIM", "MAE", "NMI"}
     shifted = truth + 0.1
-    assert lmi_translate.score(shifted, truth, inside)["PSNR"] == pytest.approx([20, 20], abs=1e-3)
+    assert lmi_people.score(shifted, truth, inside)["PSNR"] == pytest.approx([20, 20], abs=1e-3)
 
 
 def test_a_study_has_every_row_for_every_subject(prior, people):
-    p = Translate(targets=("T2w",), sources=("T1w",), image_size=16, subjects=2, slices=2, evaluations=2, draws=2,
-                  sdedit=(0.5,), rows=("unconditional", "oracle: LMI of the truth", "recommended"), segmenters=None)
-    held_out = lmi_translate.People.of(p)
-    found = lmi_translate.translate_people(prior, None, held_out, "T1w", p)
+    p = Translate(
+        targets=("T2w",),
+        sources=("T1w",),
+        image_size=16,
+        subjects=2,
+        slices=2,
+        evaluations=2,
+        draws=2,
+        sdedit=(0.5,),
+        rows=("unconditional", "oracle: LMI of the truth", "recommended"),
+        segmenters=None,
+    )
+    held_out = lmi_people.People.of(p)
+    found = lmi_people.translate_people(prior, None, held_out, "T1w", p)
     methods = {r["method"] for r in found.rows}
-    assert methods == {"no translation", "histogram matching", "SDEdit from sigma = 0.5", "unconditional",
-                       "recommended", "oracle: LMI of the truth", "true target"}
+    assert methods == {
+        "no translation",
+        "histogram matching",
+        "SDEdit from sigma = 0.5",
+        "unconditional",
+        "recommended",
+        "oracle: LMI of the truth",
+        "true target",
+    }
     assert len(found.rows) == 2 * len(methods)
-    table = lmi_translate.summary(found.rows)
+    table = lmi_people.summary(found.rows)
     assert table[-1]["method"] == "true target" and table[-1]["PSNR"] == ""
     assert table[-1]["SSIM"][0] == pytest.approx(1)
-    (gain,) = lmi_translate.verdict(found.rows)
+    (gain,) = lmi_people.verdict(found.rows)
     psnr = {m: [r["PSNR"] for r in found.rows if r["method"] == m] for m in methods}
     assert gain["direction"] == "T1w to T2w" and "PSNR over best SDEdit" in gain
-    assert gain["PSNR over none"][0] == pytest.approx(
-        np.mean(psnr["recommended"]) - np.mean(psnr["no translation"]))
+    assert gain["PSNR over none"][0] == pytest.approx(np.mean(psnr["recommended"]) - np.mean(psnr["no translation"]))
     drawn = next(r for r in found.rows if r["method"] == "recommended")
     assert drawn["PSNR, one draw"] < drawn["PSNR"] and drawn["PSNR, spread"] > 0
     assert anatomy.LABELS["white"] == held_out.labels.max()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from companion.networks import local_mi
-from companion.networks.local_mi import LocalMI, SelfMaps, grey_levels, luma, mutual_information
+from companion.information import local_mi
+from companion.information.local_mi import LocalMI, SelfMaps, mutual_information
+from companion.information.pairs import grey_levels, luma
 
 
 def images(*shape, seed=0, count=2, dtype=torch.float32):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from companion.complexify import to_channels
+from companion.diffusion.complexify import to_channels
 from companion.diffusion.ddpm import DiscreteProcess
 from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser
 from companion.diffusion.losses import (
@@ -14,7 +14,8 @@ from companion.diffusion.losses import (
     edm_loss,
     variational_bound,
 )
-from companion.diffusion.noise import DiscreteSchedule, randn
+from companion.diffusion.noise import DiscreteSchedule
+from companion.randomness import randn
 
 
 def rng(seed=0):
@@ -173,10 +174,7 @@ def test_hybrid_loss_terms_and_their_weights():
     schedule = DiscreteSchedule.linear(500)
     D = DiscreteDenoiser(Net(2, 4), schedule, learned_variance=True)
     kwargs = dict(t=torch.tensor([0, 1, 250, 499]), noise=randn(X0.shape, torch.float32, rng(1)))
-    terms = {
-        kind: discrete_terms(D, X0, kind=kind, **kwargs)
-        for kind in ("mse", "rescaled_mse", "kl", "rescaled_kl")
-    }
+    terms = {kind: discrete_terms(D, X0, kind=kind, **kwargs) for kind in ("mse", "rescaled_mse", "kl", "rescaled_kl")}
     torch.testing.assert_close(terms["mse"].loss, terms["mse"].mse + terms["mse"].vb)
     torch.testing.assert_close(terms["rescaled_mse"].vb, terms["mse"].vb / 2)
     torch.testing.assert_close(terms["kl"].loss, terms["mse"].vb)

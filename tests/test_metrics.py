@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from companion.metrics import calibration_ratio, coverage, mean_and_error, nrmse, psnr, ssim
+from companion.evaluation.metrics import calibration_ratio, coverage, mean_and_error, nrmse, psnr, ssim
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -22,9 +22,7 @@ def test_against_scikit_image(pair):
     x, reference = pair
     for i in range(3):
         a, b = reference[i, 0].numpy(), x[i, 0].numpy()
-        assert psnr(x, reference, 2.0)[i].item() == pytest.approx(
-            peak_signal_noise_ratio(a, b, data_range=2.0)
-        )
+        assert psnr(x, reference, 2.0)[i].item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=2.0))
         options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "full": True}
         full = structural_similarity(a, b, data_range=a.max(), **options)[1]
         assert ssim(x, reference)[i].item() == pytest.approx(full.mean())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from companion.metrics import lesion_recovery, linearity, region_bias, region_noise
+from companion.evaluation.metrics import lesion_recovery, linearity, region_bias, region_noise
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from companion.metrics import dice, frechet_distance, mae, ms_ssim, nmi, ssim
+from companion.evaluation.metrics import dice, frechet_distance, mae, ms_ssim, nmi, ssim
 
 
 def draw(*shape, seed=0):

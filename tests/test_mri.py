@@ -42,9 +42,7 @@ def test_fourier_is_unitary_and_centred(shape):
     assert fft(x, ndim).norm().item() == pytest.approx(x.norm().item())
     middle = tuple(n // 2 for n in shape)
     constant = torch.ones(shape, dtype=torch.complex128)
-    assert fft(constant, ndim)[middle].real == pytest.approx(
-        np.prod(shape) ** 0.5
-    )  # zero frequency at n // 2
+    assert fft(constant, ndim)[middle].real == pytest.approx(np.prod(shape) ** 0.5)  # zero frequency at n // 2
     impulse = torch.zeros_like(constant)
     impulse[middle] = 1
     assert torch.allclose(fft(impulse, ndim), constant / np.prod(shape) ** 0.5)  # real: x = 0 is at n // 2
@@ -115,9 +113,7 @@ def test_masks_are_seeded_and_say_what_they_do(kind, shape):
     mask = cartesian_mask(shape, R, kind, acs=acs, seed=5)
     again = cartesian_mask(shape, R, kind, acs=acs, seed=5)
     assert isinstance(mask, CartesianMask) and torch.equal(mask.mask, again.mask)
-    assert np.array_equal(before[0], np.random.get_state()[1]) and torch.equal(
-        before[1], torch.get_rng_state()
-    )
+    assert np.array_equal(before[0], np.random.get_state()[1]) and torch.equal(before[1], torch.get_rng_state())
     assert set(mask.mask.unique().tolist()) == {0.0, 1.0}
     assert mask.acceleration == pytest.approx(mask.mask.numel() / mask.mask.sum().item())
     width = mask.mask.shape[-1]

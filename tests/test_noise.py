@@ -3,16 +3,8 @@ import math
 import pytest
 import torch
 
-from companion.diffusion.noise import (
-    DiscreteSchedule,
-    generators,
-    karras,
-    linear,
-    log_uniform,
-    parse_seeds,
-    randn,
-    respaced_indices,
-)
+from companion.diffusion.noise import DiscreteSchedule, karras, linear, log_uniform, respaced_indices
+from companion.randomness import generators, parse_seeds, randn
 
 SCHEDULES = {
     "linear": DiscreteSchedule.linear(),
@@ -79,9 +71,7 @@ def test_respacing_keeps_signal_levels_and_original_times(name, spec):
     schedule = SCHEDULES[name]
     short = schedule.respace(spec)
     assert (short.timesteps.diff() > 0).all()
-    torch.testing.assert_close(
-        short.alphas_cumprod, schedule.alphas_cumprod[short.timesteps], rtol=1e-8, atol=1e-12
-    )
+    torch.testing.assert_close(short.alphas_cumprod, schedule.alphas_cumprod[short.timesteps], rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(short.levels()[:-1], schedule.sigmas[short.timesteps].flip(0))
     assert short.levels()[-1] == 0
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from companion.parameters import read_yaml
-from companion.runner import read_signature, run_notebook
-from companion.runs import read_run
+from companion.workbench.run import read_run
+from companion.workbench.runner import read_signature, run_notebook
 
 ROOT = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path for path in ROOT.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)

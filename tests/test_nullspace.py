@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from companion.diffusion.noise import randn
-from companion.nullspace import agreement, measured_fraction, measured_part
 from companion.operators.linear import Diagonal
 from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.randomness import randn
+from companion.reconstruction.nullspace import agreement, measured_fraction, measured_part
 
 
 def draw(*shape, dtype=torch.complex64, seed=0):

@@ -10,29 +10,20 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter, rotate
 
+from companion.data.alignment import alignment, grid_distance_mm, resample
+from companion.data.intensity import Scale, ct_window, percentile_scale, scaled
 from companion.data.nifti import Volume, centred_affine, load_nifti, save_nifti
 from companion.data.paired import (
     LAYOUTS,
-    PLANES,
-    Scale,
     SlicePairs,
-    Slicing,
-    alignment,
-    ct_window,
-    cut_file,
     find_subjects,
-    grid_distance_mm,
-    percentile_scale,
     prepare,
-    read_image,
     read_subject,
-    resample,
-    save_translation,
-    scaled,
     split_subjects,
     stored_scale,
     stored_slicing,
 )
+from companion.data.slicing import PLANES, Slicing, cut_file, read_image, save_translation
 from companion.data.store import open_dataset
 
 SHAPE = (9, 23, 17)  # odd everywhere
@@ -86,11 +77,14 @@ def test_air_around_a_head_does_not_change_its_brightness():
     assert percentile_scale(padded).high == pytest.approx(percentile_scale(image).high, rel=0.03)
 
 
-@pytest.mark.parametrize(("bad", "match"), [
-    (np.full((4, 4), 3.0), "constant, 3.0"),
-    (np.array([[0.0, np.nan], [1, 2]]), "1 NaN"),
-    (np.ones((2, 2), complex), "real numbers"),
-])
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (np.full((4, 4), 3.0), "constant, 3.0"),
+        (np.array([[0.0, np.nan], [1, 2]]), "1 NaN"),
+        (np.ones((2, 2), complex), "real numbers"),
+    ],
+)
 def test_images_nothing_can_be_done_with(bad, match):
     with pytest.raises(ValueError, match=match):
         scaled(bad)
@@ -253,8 +247,16 @@ def test_prepare_writes_pairs_split_by_subject(tmp_path):
     with pytest.raises(ValueError, match="different grids: shapes .* reference='T1'"):
         read_subject(next(iter(cohort.files.values())))
     split = split_subjects(cohort.files, (0.5, 0.25, 0.25), seed=1)
-    data = prepare(tmp_path / "ixi.h5", cohort, contrasts=("PD", "T1"), reference="PD", per_subject=3, size=(32, 32),
-                   split=split, scales={"T1": Scale(0.0, 600.0)})
+    data = prepare(
+        tmp_path / "ixi.h5",
+        cohort,
+        contrasts=("PD", "T1"),
+        reference="PD",
+        per_subject=3,
+        size=(32, 32),
+        split=split,
+        scales={"T1": Scale(0.0, 600.0)},
+    )
     assert data.shapes["T1"] == (4, 3, 1, 32, 32) and len(data.slices(("PD", "T1"), "train")) == 6
     subject = split["test"][0]
     pd, t1 = data.slices(("PD", "T1"), "test")[0]
@@ -302,8 +304,13 @@ def test_missing_contrasts_are_named(tmp_path):
 
 
 def test_layouts_find_their_files(tmp_path):
-    for name in ("Case2/MRI/Case2-T1", "Case2/MRI/Case2-FLAIR", "Case10/MRI/Case10-T1", "Case10/MRI/Case10-FLAIR",
-                 "Case2/US/Case2-US-before"):
+    for name in (
+        "Case2/MRI/Case2-T1",
+        "Case2/MRI/Case2-FLAIR",
+        "Case10/MRI/Case10-T1",
+        "Case10/MRI/Case10-FLAIR",
+        "Case2/US/Case2-US-before",
+    ):
         save_nifti(tmp_path / "RESECT" / f"{name}.nii.gz", head((2, 3, 4)), voxel_mm=1)
     assert list(find_subjects(tmp_path, LAYOUTS["CuRIOUS"]).files) == ["Case2", "Case10"]
     for name in ("1_01_P/CT", "1_01_P/MR"):
@@ -395,9 +402,11 @@ def test_wrong_sizes_and_modes(tmp_path):
 
 def test_images_that_cannot_be_used(tmp_path):
     path = tmp_path / "image.tif"
-    for array, match in ((np.full((4, 5), 7, np.uint8), "constant, 7"),
-                         (np.array([[0, np.nan], [1, 0.5]], np.float32), "1 NaN"),
-                         (np.array([[0, 300.0]], np.float32), "scale them first")):
+    for array, match in (
+        (np.full((4, 5), 7, np.uint8), "constant, 7"),
+        (np.array([[0, np.nan], [1, 0.5]], np.float32), "1 NaN"),
+        (np.array([[0, 300.0]], np.float32), "scale them first"),
+    ):
         Image.fromarray(array).save(path)
         with pytest.raises(ValueError, match=match):
             read_image(path)

@@ -7,6 +7,15 @@ import pytest
 import torch
 from skimage.transform import radon
 
+from companion.operators.counts import (
+    check_counts,
+    expected_deviance,
+    poisson_counts,
+    poisson_deviance,
+    poisson_gradient,
+    poisson_log_likelihood,
+    thin,
+)
 from companion.operators.linear import adjoint_error
 from companion.operators.pet import (
     Blur,
@@ -14,18 +23,11 @@ from companion.operators.pet import (
     Projector,
     attenuation_factors,
     background,
-    check_counts,
     column_normalised,
     emission_model,
-    expected_deviance,
     mean_activity,
-    poisson_counts,
-    poisson_deviance,
-    poisson_gradient,
-    poisson_log_likelihood,
     sensitivity,
     subset,
-    thin,
     with_counts,
 )
 

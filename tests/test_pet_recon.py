@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from companion import metrics
+from companion.acquisition.pet import scanner
 from companion.data.pet import Slices
-from companion.diffusion.denoisers import GaussianDenoiser
-from companion.diffusion.guidance import Measured
-from companion.papers import pet_recon
-from companion.papers.pet import scanner
-from companion.papers.pet_recon import Enhance, Level, Prior
+from companion.diffusion.covariance import Measured
+from companion.diffusion.exact import GaussianDenoiser
+from companion.evaluation import metrics
+from companion.papers.pet import reconstruct as pet_recon
+from companion.papers.pet import regions as pet_regions
+from companion.papers.pet import study as pet_study
+from companion.papers.pet.reconstruct import Enhance, Level, Prior
 
 SIZE = 24
 
@@ -69,15 +71,15 @@ def test_tuning_finds_the_best_setting_and_nobody_beats_the_oracle(people, monke
 
 
 def test_the_truth_scores_perfectly(people):
-    scores = pet_recon.score(people.image, people)
+    scores = pet_study.score(people.image, people)
     assert scores["NRMSE"].max() == 0 and torch.allclose(scores["recovery"], torch.ones(3).double())
     assert torch.allclose(scores["SSIM"], torch.ones(3).double())
     assert all(scores[name].nan_to_num().abs().max() < 1e-12 for name in scores if name.startswith("bias"))
-    twice = pet_recon.score(2 * people.image, people)
+    twice = pet_study.score(2 * people.image, people)
     assert torch.allclose(twice["bias, grey"], torch.ones(3).double())
-    blurred = pet_recon.score(pet_recon.filtered(people.image, 1.0), people)
+    blurred = pet_study.score(pet_recon.filtered(people.image, 1.0), people)
     assert (blurred["bias, white inside"].abs() < 0.3 * blurred["bias, white"].abs()).all(), "no blur from outside"
-    ring = pet_recon.surroundings(people)
+    ring = pet_study.surroundings(people)
     assert not (ring & (people.lesions > 0)).any() and ring.flatten(1).sum(1).min() > 10
 
 
@@ -129,15 +131,20 @@ def test_regions_come_from_the_counts_where_the_maps_are_right(people):
     shares = torch.stack([(people.labels == k).float() for k in (1, 2, 3)], 1)
     scan = pet_recon.ladder(people, parameters(fractions=(1.0,), factors=(), randoms=0.2))[0].scan
     blurred = pet_recon.filtered(people.image, 2.0)
-    before, after, off = (metrics.region_bias(x, people.image, healthy, (2, 3)).abs().mean(0) for x in (
-        blurred, pet_recon.regional(blurred, scan, shares),
-        pet_recon.regional(blurred, scan, pet_recon.misplaced(shares))))
+    before, after, off = (
+        metrics.region_bias(x, people.image, healthy, (2, 3)).abs().mean(0)
+        for x in (
+            blurred,
+            pet_regions.regional(blurred, scan, shares),
+            pet_regions.regional(blurred, scan, pet_regions.misplaced(shares)),
+        )
+    )
     assert (after < 0.02).all() and (before > 0.05).all() and (off > after).all()
-    found = pet_recon.regional(people.image, scan, shares)
-    contrast = metrics.lesion_recovery(found, people.image, people.lesions > 0, pet_recon.surroundings(people))
+    found = pet_regions.regional(people.image, scan, shares)
+    contrast = metrics.lesion_recovery(found, people.image, people.lesions > 0, pet_study.surroundings(people))
     assert (contrast - 1).abs().max() < 0.1, "a lesion is a region of its own"
-    assert torch.equal(pet_recon.decided(shares), shares), "tissues without partial volume"
-    right = pet_recon.misplaced(shares, 1.0)
+    assert torch.equal(pet_regions.decided(shares), shares), "tissues without partial volume"
+    right = pet_regions.misplaced(shares, 1.0)
     torch.testing.assert_close(right[..., 1:], shares[..., :-1])
 
 
@@ -145,9 +152,11 @@ def test_region_rows_have_every_method_and_kind_of_maps():
     people = pet_recon.test_people(Enhance(device="cpu", subjects=2, image_size=32))
     level = pet_recon.ladder(people, Enhance(device="cpu", fractions=(1.0,), factors=()))[0]
     study = pet_recon.Study()
-    study.regions = pet_recon.region_rows(dict.fromkeys(("MLEM", "MAP", "posterior mean"), people.image), people, level)
-    assert len(study.regions) == 3 * len(pet_recon.MAPS) * 2
-    lines = pet_recon.region_table(study, "100% dose")
+    study.regions = pet_regions.region_rows(
+        dict.fromkeys(("MLEM", "MAP", "posterior mean"), people.image), people, level
+    )
+    assert len(study.regions) == 3 * len(pet_regions.MAPS) * 2
+    lines = pet_regions.region_table(study, "100% dose")
     exact = {line["anatomical maps"]: line["bias, grey (%)"][0] for line in lines if line["method"] == "MAP"}
     assert exact["none"] == 0 and abs(exact["exact"]) < 1.5 < abs(exact["half a pixel off"])
 
@@ -156,21 +165,33 @@ def study_of(values: dict[str, list[float]], counts=(1e4, 1e5, 1e6)) -> pet_reco
     study = pet_recon.Study()
     for name, errors in values.items():
         for n, error in zip(counts, errors, strict=True):
-            study.rows += [{"level": f"{n:g}", "counts": int(n), "method": name, "person": i, "NRMSE": error + 0.01 * i,
-                            "PSNR": 30.0, "SSIM": 0.9, "bias, grey": 0.01, "noise, white": 0.1,
-                            "recovery": float("nan") if i else 0.8} for i in range(3)]
+            study.rows += [
+                {
+                    "level": f"{n:g}",
+                    "counts": int(n),
+                    "method": name,
+                    "person": i,
+                    "NRMSE": error + 0.01 * i,
+                    "PSNR": 30.0,
+                    "SSIM": 0.9,
+                    "bias, grey": 0.01,
+                    "noise, white": 0.1,
+                    "recovery": float("nan") if i else 0.8,
+                }
+                for i in range(3)
+            ]
     return study
 
 
 def test_tables_and_curves_say_what_the_rows_hold():
     study = study_of({"MAP": [0.4, 0.3, 0.2], "posterior mean": [0.3, 0.2, 0.1]})
-    line = pet_recon.table(study, "10000")[0]
+    line = pet_study.table(study, "10000")[0]
     assert line["method"] == "MAP" and abs(line["NRMSE"][0] - 0.41) < 1e-9
     assert abs(line["gain (%)"][0] - 100 * (0.1 / torch.tensor([0.4, 0.41, 0.42])).mean()) < 1e-3
     assert line["lesion recovery"][0] == 0.8
-    counts, means, _ = pet_recon.curves(study, ["posterior mean", "none of these"])["posterior mean"]
+    counts, means, _ = pet_study.curves(study, ["posterior mean", "none of these"])["posterior mean"]
     assert counts == [10_000, 100_000, 1_000_000] and np.allclose(means, [0.31, 0.21, 0.11])
-    equal = pet_recon.same_quality(study, "MAP")
+    equal = pet_study.same_quality(study, "MAP")
     assert equal[0]["times fewer"] is None, "lower counts than were measured"
     assert abs(equal[1]["times fewer"] - 10) < 0.5 and abs(equal[2]["times fewer"] - 10) < 0.5
 
@@ -195,16 +216,19 @@ def test_own_counts_become_a_level(tmp_path):
     assert torch.isfinite(pet_recon.METHODS["MAP"](level.scan, 0.1)).all()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(counts=-np.ones(SHAPE)), "must not be negative"),
-    (dict(counts=np.full(SHAPE, 0.5)), "whole numbers"),
-    (dict(counts=np.ones((2, SIZE, SIZE))), "this geometry measures"),
-    (dict(counts=np.zeros(SHAPE)), "empty"),
-    (dict(counts=np.full(SHAPE, np.nan)), "NaN"),
-    (dict(factors=-np.ones(SHAPE[1:])), "factors must not be negative"),
-    (dict(factors=np.ones((3, *SHAPE[1:]))), "must fit counts"),
-    (dict(counts=np.array([{}], object)), "npz of plain arrays"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(counts=-np.ones(SHAPE)), "must not be negative"),
+        (dict(counts=np.full(SHAPE, 0.5)), "whole numbers"),
+        (dict(counts=np.ones((2, SIZE, SIZE))), "this geometry measures"),
+        (dict(counts=np.zeros(SHAPE)), "empty"),
+        (dict(counts=np.full(SHAPE, np.nan)), "NaN"),
+        (dict(factors=-np.ones(SHAPE[1:])), "factors must not be negative"),
+        (dict(factors=np.ones((3, *SHAPE[1:]))), "must fit counts"),
+        (dict(counts=np.array([{}], object)), "npz of plain arrays"),
+    ],
+)
 def test_what_cannot_be_reconstructed_is_refused(tmp_path, change, message):
     arrays = dict(counts=np.ones(SHAPE), factors=np.ones(SHAPE[1:])) | change
     with pytest.raises(ValueError, match=message):

@@ -12,9 +12,10 @@ from PIL import Image
 from companion.data.store import open_dataset, write_dataset
 from companion.diffusion.class_guidance import ClassGuidance
 from companion.diffusion.sampling import Bill
-from companion.papers import pet
-from companion.papers import pet_sample as sampling
-from companion.weights import build, save_checkpoint
+from companion.models.architectures import build
+from companion.models.folder import save_checkpoint
+from companion.papers.pet import data as pet
+from companion.papers.pet import sample as sampling
 
 SIZE = 32
 
@@ -22,10 +23,25 @@ SIZE = 32
 def checkpoint(folder, task="unconditional", **network):
     """A network with random weights that knows its units."""
     conditional = task == "conditional"
-    network = {"name": "EDMUNet", "in_channels": 1 + 3 * conditional, "model_channels": 32, "out_channels": 1,
-               "num_res_blocks": 1, "channel_mult": [1, 1], "attention_resolutions": []} | network
-    data = {"source": "test", "scale": "1 is 20 kBq/mL", "scale_kbq": 20.0, "units": "kBq/mL", "task": task,
-            "target": "phantom", "image_size": [SIZE, SIZE], "pixel_mm": 7.0}
+    network = {
+        "name": "EDMUNet",
+        "in_channels": 1 + 3 * conditional,
+        "model_channels": 32,
+        "out_channels": 1,
+        "num_res_blocks": 1,
+        "channel_mult": [1, 1],
+        "attention_resolutions": [],
+    } | network
+    data = {
+        "source": "test",
+        "scale": "1 is 20 kBq/mL",
+        "scale_kbq": 20.0,
+        "units": "kBq/mL",
+        "task": task,
+        "target": "phantom",
+        "image_size": [SIZE, SIZE],
+        "pixel_mm": 7.0,
+    }
     data |= {"iterations": [2, 5], "dose_channel": True, "attenuation": True} if conditional else {}
     config = {"network": network, "denoiser": {"name": "EDMDenoiser", "sigma_data": 0.4}, "data": data}
     torch.manual_seed(0)
@@ -39,8 +55,11 @@ def checkpoint(folder, task="unconditional", **network):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    return {"unconditional": checkpoint(folder / "prior"), "conditional": checkpoint(folder / "enhance", "conditional"),
-            "classes": checkpoint(folder / "classes", num_classes=3)}
+    return {
+        "unconditional": checkpoint(folder / "prior"),
+        "conditional": checkpoint(folder / "enhance", "conditional"),
+        "classes": checkpoint(folder / "classes", num_classes=3),
+    }
 
 
 def parameters(weights, kind, **values):
@@ -76,12 +95,21 @@ def test_cases_are_scans_of_held_out_people(weights, enhanced):
 
 
 def test_a_prepared_file_has_its_own_cases(weights, tmp_path):
-    p = pet.PrepareData(data=str(tmp_path / "a.h5"), image_size=SIZE, subjects=2, slices_per_subject=3,
-                        iterations=(2, 5))
+    p = pet.PrepareData(
+        data=str(tmp_path / "a.h5"), image_size=SIZE, subjects=2, slices_per_subject=3, iterations=(2, 5)
+    )
     made = pet.prepare(p, progress=False)
     arrays = {name: made.read(name) for name in made.shapes}
-    write_dataset(tmp_path / "b.h5", arrays, units=made.units, scale=made.scale, source="a clinic", seed=0,
-                  split={"train": [0], "test": [1]}, attrs=made.attrs)
+    write_dataset(
+        tmp_path / "b.h5",
+        arrays,
+        units=made.units,
+        scale=made.scale,
+        source="a clinic",
+        seed=0,
+        split={"train": [0], "test": [1]},
+        attrs=made.attrs,
+    )
     data = sampling.load_model(parameters(weights, "conditional"))[1]
     cases = sampling.held_out_cases(data, parameters(weights, "conditional", source=str(tmp_path / "b.h5")))
     assert np.array_equal(cases.truth.numpy(), arrays["activity"][1, [0, 2]])
@@ -89,8 +117,9 @@ def test_a_prepared_file_has_its_own_cases(weights, tmp_path):
     with pytest.raises(ValueError, match="no test split"):
         sampling.held_out_cases(data, parameters(weights, "conditional", source=p.data))
     with pytest.raises(ValueError, match=r"iterates \[2, 5\].*trained on \[50\]"):
-        sampling.held_out_cases(data | {"iterations": [50]},
-                                parameters(weights, "conditional", source=str(tmp_path / "b.h5")))
+        sampling.held_out_cases(
+            data | {"iterations": [50]}, parameters(weights, "conditional", source=str(tmp_path / "b.h5"))
+        )
 
 
 @pytest.mark.parametrize("solver", ["heun", "heun_churn", "dpmpp_2m", "ddpm"])

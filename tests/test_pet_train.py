@@ -12,18 +12,29 @@ import pytest
 import torch
 import yaml
 
+from companion.acquisition import pet as acquisition_pet
 from companion.data.nifti import save_nifti
-from companion.papers import pet
+from companion.models.architectures import build
+from companion.models.checkpoint import describe, load_denoiser
+from companion.papers.pet import data as pet
+from companion.papers.pet import prior as pet_prior
 from companion.parameters import check, read_yaml
-from companion.training import TrainConfig
-from companion.weights import build, describe, load_denoiser
+from companion.training.loop import TrainConfig
 
 PROFILES = Path(__file__).parents[1] / "notebooks/params/pet"
 
 
 def preparation(folder, **values):
-    defaults = dict(data=str(folder / "data.h5"), image_size=32, subjects=3, slices_per_subject=2, lesion_share=1.0,
-                    iterations=(2, 5), fraction=0.25, classes=4)
+    defaults = dict(
+        data=str(folder / "data.h5"),
+        image_size=32,
+        subjects=3,
+        slices_per_subject=2,
+        lesion_share=1.0,
+        iterations=(2, 5),
+        fraction=0.25,
+        classes=4,
+    )
     return pet.PrepareData(**defaults | values)
 
 
@@ -38,9 +49,19 @@ def people():
 
 
 def training(prepared, folder, **values):
-    defaults = dict(data=str(prepared.path), out=str(folder), steps=4, batch_size=4, warmup=1, model_channels=32,
-                    channel_mult=(1, 1), checkpoint_every=2, autocast=None, device="cpu")
-    return pet.TrainModel(**defaults | values)
+    defaults = dict(
+        data=str(prepared.path),
+        out=str(folder),
+        steps=4,
+        batch_size=4,
+        warmup=1,
+        model_channels=32,
+        channel_mult=(1, 1),
+        checkpoint_every=2,
+        autocast=None,
+        device="cpu",
+    )
+    return pet_prior.TrainModel(**defaults | values)
 
 
 KINDS = {
@@ -61,7 +82,10 @@ def test_activity_keeps_its_units_at_every_dose(people):
         assert scan.y.sum((1, 2, 3)).tolist() == pytest.approx([counts] * 3, rel=0.05)
         level = pet.iterates(scan, (8,)).mean((1, 2, 3)) / people.image.mean((1, 2, 3))
         assert level.tolist() == pytest.approx([1] * 3, abs=0.06)
-    dose = [pet.dose_channel(pet.mean_sensitivity(pet.scanner((32, 32), 7.0) * c), 25.0) for c in (1.0, 10.0)]
+    dose = [
+        acquisition_pet.dose_channel(pet.mean_sensitivity(acquisition_pet.scanner((32, 32), 7.0) * c), 25.0)
+        for c in (1.0, 10.0)
+    ]
     assert (dose[1] - dose[0]).item() == pytest.approx(np.log(10) / 7, abs=1e-5)
 
 
@@ -70,8 +94,10 @@ def test_a_condition_depends_on_its_own_scan_only(people):
     three = pet.acquire(people.image, people.mu, torch.tensor([1e4, 1e5, 1e6]), [7, 8, 9], **options)
     alone = pet.acquire(people.image[1:2], people.mu[1:2], 1e5, [8], **options)
     assert torch.equal(three.y[1], alone.y[0])
-    cond = pet.condition(three, (2, 5), scale_kbq=20.0)
-    assert cond.shape == (3, 3, 32, 32) and torch.allclose(cond[1], pet.condition(alone, (2, 5), 20.0)[0], atol=1e-4)
+    cond = acquisition_pet.condition(three, (2, 5), scale_kbq=20.0)
+    assert cond.shape == (3, 3, 32, 32) and torch.allclose(
+        cond[1], acquisition_pet.condition(alone, (2, 5), 20.0)[0], atol=1e-4
+    )
     assert torch.allclose(20 * cond[:, :2], pet.iterates(three, (2, 5)).clamp(max=80), rtol=1e-5)
     assert cond[:, 2].flatten(1).std(1).max() < 1e-6 and (cond[:, 2, 0, 0].diff() > 0).all()  # the dose, a constant
 
@@ -105,8 +131,14 @@ def test_held_out_people_sweep_the_slab(people):
 
 def test_slices_are_prepared_once(prepared):
     p = preparation(prepared.path.parent)
-    shapes = {"activity": (3, 2, 1, 32, 32), "mlem": (3, 2, 2, 32, 32), "high": (3, 2, 1, 32, 32), "counts": (3, 2),
-              "sensitivity": (3, 2), "label": (3, 2)}
+    shapes = {
+        "activity": (3, 2, 1, 32, 32),
+        "mlem": (3, 2, 2, 32, 32),
+        "high": (3, 2, 1, 32, 32),
+        "counts": (3, 2),
+        "sensitivity": (3, 2),
+        "label": (3, 2),
+    }
     assert dict(prepared.shapes) == shapes and prepared.units["activity"] == "kBq/mL"
     activity = prepared.read("activity")
     assert prepared.attrs["rms"] == pytest.approx(np.sqrt((activity**2).mean()), rel=1e-6)
@@ -122,8 +154,14 @@ def test_published_phantoms_and_activity_maps_can_be_prepared(tmp_path):
     smooth = torch.nn.functional.avg_pool1d(torch.rand(1024, 1, 290, generator=generator), 10, 1)[:, 0]  # 281 slices
     order = sorted(range(281), key=str)
     np.savez(tmp_path / "phantoms.npz", phantoms=(12 * smooth.T[order]).round().byte().numpy())
-    p = preparation(tmp_path, source=str(tmp_path / "phantoms.npz"), attenuation=False, iterations=(3,),
-                    slices_per_subject=4, held_out_share=0.0)
+    p = preparation(
+        tmp_path,
+        source=str(tmp_path / "phantoms.npz"),
+        attenuation=False,
+        iterations=(3,),
+        slices_per_subject=4,
+        held_out_share=0.0,
+    )
     prepared = pet.prepare(p, progress=False)
     assert prepared.shapes["high"] == (1, 4, 1, 32, 32) and prepared.units["activity"] == "relative"
 
@@ -151,12 +189,12 @@ def test_published_phantoms_and_activity_maps_can_be_prepared(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_and_comes_back_from_disk(prepared, tmp_path, kind):
     p = training(prepared, tmp_path, validation_people=2, **KINDS[kind])
-    result = pet.train_model(p, progress=False)
-    errors = pet.validation_errors(result.ema, p, people=2)
-    logged = pet.logged_errors(errors)
+    result = pet_prior.train_model(p, progress=False)
+    errors = pet_prior.validation_errors(result.ema, p, people=2)
+    logged = pet_prior.logged_errors(errors)
     assert len(logged) == len(errors) and [line for line in result.stats if logged.items() <= line.items()]
-    assert result.finished and errors and pet.errors_figure(errors).axes
-    D, config = load_denoiser(pet.save_model(result, p, errors)), describe(tmp_path / "checkpoint")
+    assert result.finished and errors and pet_prior.errors_figure(errors).axes
+    D, config = load_denoiser(pet_prior.save_model(result, p, errors)), describe(tmp_path / "checkpoint")
     assert config["data"]["scale_kbq"] == 25.0 and config["data"]["pixel_mm"] == 7.0
     assert hasattr(D, "moments") == (p.variance_weight > 0)
     channels = {"unconditional": 1, "conditional": 4, "high dose": 3, "classes": 1}
@@ -166,8 +204,8 @@ def test_every_kind_trains_and_comes_back_from_disk(prepared, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["conditional", "classes"])
 def test_resume_continues_the_same_loss_stream(prepared, tmp_path, monkeypatch, kind):
-    whole = pet.train_model(training(prepared, tmp_path / "whole", **KINDS[kind]), progress=False)
-    model_loss, calls = pet.model_loss, []
+    whole = pet_prior.train_model(training(prepared, tmp_path / "whole", **KINDS[kind]), progress=False)
+    model_loss, calls = pet_prior.model_loss, []
 
     def killed(*args):
         calls.append(0)
@@ -175,11 +213,13 @@ def test_resume_continues_the_same_loss_stream(prepared, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
         return model_loss(*args)
 
-    monkeypatch.setattr(pet, "model_loss", killed)
+    monkeypatch.setattr(pet_prior, "model_loss", killed)
     p = training(prepared, tmp_path / "cut", **KINDS[kind])
     with pytest.raises(KeyboardInterrupt):
-        pet.train_model(p, progress=False)
-    assert pet.train_model(p, progress=False).loss == whole.loss and len(calls) == 6  # from the checkpoint at 2 on
+        pet_prior.train_model(p, progress=False)
+    assert (
+        pet_prior.train_model(p, progress=False).loss == whole.loss and len(calls) == 6
+    )  # from the checkpoint at 2 on
 
 
 @pytest.mark.slow
@@ -187,25 +227,37 @@ def test_two_processes_agree_with_one(prepared, tmp_path):
     p = training(prepared, tmp_path / "two", grad_accumulation=2, steps=2, **KINDS["classes"])
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(p).items()}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-               "companion.papers.pet", str(tmp_path / "p.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "companion.papers.pet.data",
+        str(tmp_path / "p.yaml"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    one = pet.train_model(replace(p, out=str(tmp_path / "one")), progress=False)
+    one = pet_prior.train_model(replace(p, out=str(tmp_path / "one")), progress=False)
     last = json.loads((tmp_path / "two" / "stats.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and last["loss"] == pytest.approx(one.loss, rel=1e-6)
 
 
 def test_target_and_condition_move_together(prepared, monkeypatch):
     seen = {}
-    monkeypatch.setattr(pet, "edm_loss", lambda D, x0, *args, **labels: seen.update(x0=x0, cond=args[3], **labels))
+    monkeypatch.setattr(
+        pet_prior, "edm_loss", lambda D, x0, *args, **labels: seen.update(x0=x0, cond=args[3], **labels)
+    )
     generator = torch.Generator().manual_seed(0)
     x = 20 * torch.rand(12, 1, 32, 32, generator=generator)
     batch = {"activity": x, "mlem": x.repeat(1, 2, 1, 1), "sensitivity": torch.full((12,), 3.0)}
-    for p in (training(prepared, "x", task="conditional"),
-              training(prepared, "x", task="conditional", network="EDMUNet", augment=0.5)):
-        pet.model_loss(None, batch, generator, p)
+    for p in (
+        training(prepared, "x", task="conditional"),
+        training(prepared, "x", task="conditional", network="EDMUNet", augment=0.5),
+    ):
+        pet_prior.model_loss(None, batch, generator, p)
         assert torch.allclose(seen["x0"], seen["cond"][:, :1], atol=1e-6) and seen["cond"].shape[1] == 3
         assert not torch.equal(seen["x0"], x / 25) and seen["x0"].max() < 1
     assert seen["augment"].shape == (12, 9)
@@ -213,38 +265,44 @@ def test_target_and_condition_move_together(prepared, monkeypatch):
 
 def test_class_guidance_needs_labels_that_were_dropped_at_times(prepared, tmp_path):
     torch.manual_seed(0)
-    config = pet.model_config(training(prepared, tmp_path, **KINDS["classes"]), prepared)
+    config = pet_prior.model_config(training(prepared, tmp_path, **KINDS["classes"]), prepared)
     assert config["network"]["num_classes"] == 4 and config["network"]["label_dropout"] == 0.5
-    batch = pet.training_slices(training(prepared, tmp_path, **KINDS["classes"]), prepared)[3]
+    batch = pet_prior.training_slices(training(prepared, tmp_path, **KINDS["classes"]), prepared)[3]
     assert set(batch) == {"activity", "label"} and 0 <= batch["label"] < 4
-    shown = pet.first_batch(training(prepared, tmp_path, task="conditional"), prepared, 2)
+    shown = pet_prior.first_batch(training(prepared, tmp_path, task="conditional"), prepared, 2)
     assert list(shown) == ["activity", "MLEM, 2", "MLEM, 5", "dose"] and shown["dose"].shape == (2, 1, 32, 32)
 
 
 def test_impossible_trainings_are_refused(prepared, tmp_path):
     with pytest.raises(ValueError, match="set network: EDMUNet"):
-        pet.train_model(training(prepared, tmp_path, augment=0.1), progress=False)
+        pet_prior.train_model(training(prepared, tmp_path, augment=0.1), progress=False)
     plain = pet.prepare(preparation(tmp_path, fraction=1.0), progress=False)
     with pytest.raises(ValueError, match="prepare it with a fraction below 1"):
-        pet.train_model(training(plain, tmp_path, target="high_dose"), progress=False)
+        pet_prior.train_model(training(plain, tmp_path, target="high_dose"), progress=False)
     with pytest.raises(ValueError, match="unknown parameter labell"):
-        check(pet.TrainModel, {"labell_dropout": 0.1})
+        check(pet_prior.TrainModel, {"labell_dropout": 0.1})
     with pytest.raises(FileNotFoundError, match="run the data notebook"):
-        pet.train_model(training(prepared, tmp_path, data=str(tmp_path / "none.h5")), progress=False)
+        pet_prior.train_model(training(prepared, tmp_path, data=str(tmp_path / "none.h5")), progress=False)
 
 
 def test_paper_profile_is_the_published_training(prepared):
-    p = pet.TrainModel(**read_yaml(PROFILES / "2_train/paper.yaml"))
+    p = pet_prior.TrainModel(**read_yaml(PROFILES / "2_train/paper.yaml"))
     made = {"iterations": [50], "classes": 8, "counts": [1e6], "fraction": 0.25, "attenuation": False}
-    config = pet.model_config(p, replace(prepared, attrs=prepared.attrs | {"parameters": made}))
+    config = pet_prior.model_config(p, replace(prepared, attrs=prepared.attrs | {"parameters": made}))
     with torch.device("meta"):
         D = build(config)
     assert sum(v.numel() for v in D.network.parameters()) == 57_088_897 and D.network.augment_dim == 9
     assert D.sigma_data == 0.5 and D.cond_scale == 2.0 and not D.learned_variance
-    options = TrainConfig(steps=p.steps, batch_size=p.batch_size, learning_rate=p.learning_rate, warmup=p.warmup,
-                          schedule="cosine", ema_halflife=p.ema_halflife)
+    options = TrainConfig(
+        steps=p.steps,
+        batch_size=p.batch_size,
+        learning_rate=p.learning_rate,
+        warmup=p.warmup,
+        schedule="cosine",
+        ema_halflife=p.ema_halflife,
+    )
     assert p.steps * p.batch_size == 600_000 and p.warmup * p.batch_size == 60_000
     assert [options.rate(n) for n in (0, p.warmup, p.steps)] == pytest.approx([1e-5, 2e-4, 4e-6])
     assert options.ema_beta(0) == 0 and options.ema_beta(p.steps) == pytest.approx(0.5 ** (32 / 15_000))
     for name in ("paper_unconditional", "paper_classes"):
-        check(pet.TrainModel, read_yaml(PROFILES / f"2_train/{name}.yaml"))
+        check(pet_prior.TrainModel, read_yaml(PROFILES / f"2_train/{name}.yaml"))

@@ -6,10 +6,10 @@ from functools import cache
 import pytest
 import torch
 
-from companion.diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from companion.diffusion.covariance import Measured
+from companion.diffusion.exact import GaussianDenoiser, GaussianMixtureDenoiser
 from companion.diffusion.gibbs import annealed_gibbs
-from companion.diffusion.guidance import Measured
-from companion.diffusion.noise import generators, karras
+from companion.diffusion.noise import karras
 from companion.diffusion.poisson import (
     Widened,
     anchored_em,
@@ -20,9 +20,11 @@ from companion.diffusion.poisson import (
     poisson_pigdm,
 )
 from companion.diffusion.sampling import sample
-from companion.emission import mlem
+from companion.operators.counts import poisson_counts
 from companion.operators.linear import Identity
-from companion.operators.pet import ParallelBeam, background, emission_model, poisson_counts, with_counts
+from companion.operators.pet import ParallelBeam, background, emission_model, with_counts
+from companion.randomness import generators
+from companion.reconstruction.pet import mlem
 
 SIZE = 6
 LEVELS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -143,12 +145,16 @@ def test_heavy_tails_widen_only_where_the_last_draw_contradicts_the_denoiser():
     assert torch.allclose(calm, torch.tensor(0.5 * 8 / 17))
 
 
-@pytest.mark.parametrize(("rule", "error", "ratio"), [
-    (lambda *a, **k: poisson_mean(*a, **k), 0.3, 0.3),
-    (lambda *a, **k: em_steps(*a, iterations=8, **k), 0.3, 0.3),
-    (lambda *a, **k: poisson_dps(*a, **k), 0.25, 0.3),
-    (lambda *a, **k: poisson_pigdm(*a, prior_std=2.5, **k), 0.2, 0.15),
-], ids=["poisson_mean", "em_steps", "dps", "pigdm"])
+@pytest.mark.parametrize(
+    ("rule", "error", "ratio"),
+    [
+        (lambda *a, **k: poisson_mean(*a, **k), 0.3, 0.3),
+        (lambda *a, **k: em_steps(*a, iterations=8, **k), 0.3, 0.3),
+        (lambda *a, **k: poisson_dps(*a, **k), 0.25, 0.3),
+        (lambda *a, **k: poisson_pigdm(*a, prior_std=2.5, **k), 0.2, 0.15),
+    ],
+    ids=["poisson_mean", "em_steps", "dps", "pigdm"],
+)
 def test_guided_samplers_come_near_the_posterior(rule, error, ratio):
     """What each of them is known to miss is in docs/pet.md; none may be further off than this."""
     D, A, b, y, mean, variance = problem("background", 1000)
@@ -219,6 +225,8 @@ def test_what_is_not_counts_is_refused():
 def test_scaling_the_units_scales_the_draws():
     D, A, _, y, *_ = problem("gaussian", 5000)
     scaled = GaussianDenoiser(D.mean / 10, D.basis.U @ torch.diag(D.variances.flatten()) @ D.basis.U.T / 100)
-    x = [annealed_gibbs(E, poisson_mean(k * A, y), karras(5, 0.3 / k, 60.0 / k), seeds=range(3), dtype=torch.float32).x
-         for E, k in ((D, 1), (scaled, 10))]
+    x = [
+        annealed_gibbs(E, poisson_mean(k * A, y), karras(5, 0.3 / k, 60.0 / k), seeds=range(3), dtype=torch.float32).x
+        for E, k in ((D, 1), (scaled, 10))
+    ]
     assert torch.allclose(x[0], 10 * x[1], rtol=2e-2, atol=2e-2)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from companion.diffusion.denoisers import GaussianDenoiser
-from companion.diffusion.noise import randn
+from companion.diffusion.exact import GaussianDenoiser
 from companion.diffusion.recalibration import Recalibrated
+from companion.randomness import randn
 
 TRUTH = torch.ones(1, 16, 16)
 TRUTH[:, :, 8:] = 0.01  # half of the image hardly varies

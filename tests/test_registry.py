@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from companion import registry, weights
-from companion.conversion import KINDS
-from companion.registry import entries, find
+from companion.models import checkpoint as weights
+from companion.models import registry
+from companion.models.published import KINDS
+from companion.models.registry import entries, find
 
 # From the published lists of parameters: tensors, parameters, and the SHA-256 of the sorted [name, shape] as JSON.
 AID = {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from companion.gallery import find_entries
-from companion.index import write_index
+from companion.papers.reported import NONE, PAPERS, Reported, balance, compare, counts, ours, read_reported, write_csv
 from companion.parameters import Parameters, param
-from companion.reported import NONE, PAPERS, Reported, balance, compare, counts, ours, read_reported, write_csv
-from companion.runs import Run
+from companion.workbench.catalogue import find_entries
+from companion.workbench.index import write_index
+from companion.workbench.run import Run
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,21 @@ def test_every_paper_is_listed_and_every_pattern_is_valid():
 
 
 def test_ours_come_from_the_run_that_fits(entries):
-    row = Reported("aid", "PSNR", stage="4_reconstruct", where="acceleration = 12, interleave = false",
-                   metric="^AID: PSNR", make="companion batch x")
+    row = Reported(
+        "aid",
+        "PSNR",
+        stage="4_reconstruct",
+        where="acceleration = 12, interleave = false",
+        metric="^AID: PSNR",
+        make="companion batch x",
+    )
     assert ours(row, entries)[0] == "42.00 ± 0.25" and ours(row, entries)[1].name == "R=12"
     setting = Reported("aid", "R", stage="4_reconstruct", where="acceleration = 4", parameter="acceleration")
     assert ours(setting, entries)[0] == "4"
     assert ours(Reported("aid", "error", stage="4_reconstruct", metric="NRMSE"), entries)[0] == "0.0500 ± 0.0020"
-    absent = Reported("aid", "PSNR", stage="4_reconstruct", where="acceleration = 8", metric="PSNR",
-                      make="companion batch x")
+    absent = Reported(
+        "aid", "PSNR", stage="4_reconstruct", where="acceleration = 8", metric="PSNR", make="companion batch x"
+    )
     assert ours(absent, entries) == ("no run yet: `companion batch x`", None)
     assert ours(Reported("aid", "FID", stage="4_reconstruct", metric="FID"), entries)[0] == "the run does not give it"
     assert ours(Reported("aid", "GPU"), entries) == ("no counterpart", None)

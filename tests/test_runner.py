@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from companion import runner
-from companion.runner import RunFailed, merge, read_signature, run_notebook
-from companion.runs import read_run
+from companion.workbench import runner
+from companion.workbench.run import read_run
+from companion.workbench.runner import RunFailed, merge, read_signature, run_notebook
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").rglob("*.ipynb"))
 NOTEBOOKS = [path for path in NOTEBOOKS if ".ipynb_checkpoints" not in path.parts]
@@ -27,7 +27,7 @@ def no_kernel(monkeypatch):
 
 
 def companion(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "companion.cli", *arguments], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "companion.workbench.cli", *arguments], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from companion.files import atomic_write, project_root, sha256
 from companion.parameters import Parameters, check, param, read_yaml, resolve
-from companion.runs import Run, atomic_write, clear, project_root, read_run, sha256
+from companion.workbench.run import Run, clear, read_run
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from companion.diffusion.denoisers import ComplexDenoiser, EDMDenoiser, GaussianDenoiser
-from companion.diffusion.noise import generators, karras, log_uniform
+from companion.diffusion.denoisers import ComplexDenoiser, EDMDenoiser
+from companion.diffusion.exact import GaussianDenoiser
+from companion.diffusion.noise import karras, log_uniform
 from companion.diffusion.sampling import sample
 from companion.diffusion.solvers import SOLVERS, ddpm, heun_churn
+from companion.randomness import generators
 
 SHAPES = [
     pytest.param((1, 7, 6), torch.float32, id="2D"),

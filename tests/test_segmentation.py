@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from companion import segmentation
 from companion.data import anatomy
-from companion.segmentation import load_segmenter, save_segmenter, segmenter_config, train_segmenter, training_slices
+from companion.evaluation import segmenter as segmentation
+from companion.evaluation.segmenter import (
+    load_segmenter,
+    save_segmenter,
+    segmenter_config,
+    train_segmenter,
+    training_slices,
+)
 
 
 def blobs(count: int = 24, size: int = 16):
@@ -73,12 +79,15 @@ def test_training_slices_are_those_of_the_cohort():
     assert torch.equal(images, again)
 
 
-@pytest.mark.parametrize("x, match", [
-    (torch.zeros(2, 16, 16), "batch, 1, y, x"),
-    (torch.zeros(1, 2, 16, 16), "batch, 1, y, x"),
-    (torch.zeros(1, 1, 16, 16, dtype=torch.complex64), "magnitude"),
-    (torch.full((1, 1, 16, 16), torch.nan), "NaN"),
-])
+@pytest.mark.parametrize(
+    "x, match",
+    [
+        (torch.zeros(2, 16, 16), "batch, 1, y, x"),
+        (torch.zeros(1, 2, 16, 16), "batch, 1, y, x"),
+        (torch.zeros(1, 1, 16, 16, dtype=torch.complex64), "magnitude"),
+        (torch.full((1, 1, 16, 16), torch.nan), "NaN"),
+    ],
+)
 def test_images_it_cannot_read(trained, x, match):
     with pytest.raises(ValueError, match=match):
         trained[0].labels(x)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from companion.diffusion.covariance import Isotropic
 from companion.diffusion.denoisers import ComplexDenoiser, EDMDenoiser
-from companion.diffusion.guidance import Isotropic, dds, landweber, posterior_mean
-from companion.diffusion.noise import generators, karras, randn
+from companion.diffusion.guidance import dds, landweber, posterior_mean
+from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Bill, Samples, sample
 from companion.diffusion.sequence import (
     draw_sequence,
@@ -17,6 +18,7 @@ from companion.diffusion.sequence import (
 from companion.diffusion.solvers import ddpm
 from companion.networks import CausalUNet
 from companion.operators.linear import Identity
+from companion.randomness import generators, randn
 
 STEPS = 4
 LEVELS = karras(STEPS, 0.02, 10.0)

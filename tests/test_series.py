@@ -96,7 +96,8 @@ def test_resizing_complex_equals_resizing_its_parts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "frames, length, count, left", [(16, 11, 1, 5), (22, 11, 2, 0), (5, 11, 0, 5), (3, 1, 3, 0), (0, 4, 0, 0)])
+    "frames, length, count, left", [(16, 11, 1, 5), (22, 11, 2, 0), (5, 11, 0, 5), (3, 1, 3, 0), (0, 4, 0, 0)]
+)
 def test_windows_lose_nothing_silently(frames, length, count, left):
     cut, dropped = windows(frames, length)
     assert len(cut) == count and dropped == left

@@ -7,20 +7,11 @@ import pytest
 import torch
 
 from companion.diffusion.ddpm import DiscreteProcess
-from companion.diffusion.denoisers import DiscreteDenoiser, GaussianDenoiser
+from companion.diffusion.denoisers import DiscreteDenoiser
+from companion.diffusion.exact import GaussianDenoiser
 from companion.diffusion.noise import DiscreteSchedule, karras, log_uniform
 from companion.diffusion.sampling import sample
-from companion.diffusion.solvers import (
-    DDIM,
-    DDPM,
-    SOLVERS,
-    AIDStochastic,
-    DPMpp2M,
-    DPMpp2MSDE,
-    Euler,
-    Heun,
-    HeunChurn,
-)
+from companion.diffusion.solvers import DDIM, DDPM, SOLVERS, AIDStochastic, DPMpp2M, DPMpp2MSDE, Euler, Heun, HeunChurn
 
 VARIANTS = [
     Euler(),
@@ -188,9 +179,7 @@ def test_discrete_ancestral_chain_is_the_ddpm_solver():
         torch.testing.assert_close(x_t / scale, x)
 
 
-@pytest.mark.parametrize(
-    "wrong", [lambda: DDIM(1.5), lambda: DDIM(-0.1), lambda: DDPM("tiny"), lambda: DPMpp2MSDE(-1)]
-)
+@pytest.mark.parametrize("wrong", [lambda: DDIM(1.5), lambda: DDIM(-0.1), lambda: DDPM("tiny"), lambda: DPMpp2MSDE(-1)])
 def test_impossible_parameters_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         wrong()

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny_training import DATA, augment, loss, new_model
 from torch import nn
 
-from companion.runs import sha256
-from companion.training import TrainConfig, derive, permutation, train
+from companion.files import sha256
+from companion.training.loop import TrainConfig, derive, permutation, train
 
 CONFIG = dataclasses.replace(tiny.CONFIG, grad_accumulation=1, ema_halflife=None, channels_last=False)
 
@@ -47,9 +47,7 @@ def losses(folder) -> list[float]:
 def start(*command) -> str:
     """The output of `python *command` in a process with one thread; fails with its errors."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -95,9 +93,7 @@ def test_loop_is_plain_adamw_with_clipping_and_averaging(tmp_path):
         for piece in range(2):
             torch.manual_seed(derive(0, 3, step, piece))
             generator = torch.Generator().manual_seed(derive(0, 4, step, piece))
-            batch_loss = (
-                batch_loss + loss(model, DATA[indices[piece * 4 : piece * 4 + 4]], generator).sum() / 8
-            )
+            batch_loss = batch_loss + loss(model, DATA[indices[piece * 4 : piece * 4 + 4]], generator).sum() / 8
         optimiser.zero_grad()
         batch_loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.3)

@@ -7,13 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from companion.networks import UNet, default_channel_mult
-from companion.networks.blocks import (
-    AttentionBlock,
-    GroupNorm32,
-    pixel_shuffle,
-    pixel_unshuffle,
-    timestep_embedding,
-)
+from companion.networks.blocks import AttentionBlock, GroupNorm32, pixel_shuffle, pixel_unshuffle, timestep_embedding
 
 
 def randomise(network, seed=0):

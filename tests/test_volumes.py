@@ -38,10 +38,15 @@ def test_percentile_scale_ignores_the_background_and_a_few_bright_voxels():
     assert other == pytest.approx(scale, rel=1e-3) and again.max() == np.float32(volumes.CEILING)
 
 
-@pytest.mark.parametrize("case, message", [
-    ("empty", "mask is empty"), ("nan", "1 voxels are NaN"), ("other", "they must agree"),
-    ("dark", "no positive signal"),
-])
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("empty", "mask is empty"),
+        ("nan", "1 voxels are NaN"),
+        ("other", "they must agree"),
+        ("dark", "no positive signal"),
+    ],
+)
 def test_unusable_volumes_are_refused(case, message):
     array, mask = ball()
     if case == "nan":
@@ -88,8 +93,12 @@ def test_nfbs_and_cc359_layouts_are_found(tmp_path):
         (nfbs / f"sub-A00028185_ses-NFB3_T1w{end}.nii.gz").parent.mkdir(parents=True, exist_ok=True)
         (nfbs / f"sub-A00028185_ses-NFB3_T1w{end}.nii.gz").touch()
     cc = tmp_path / "CC359"
-    for part in ("Original/CC0001_philips_15_55_M", "Silver-standard-machine-learning/CC0001_philips_15_55_M_ss",
-                 "Original/CC0300_ge_3_41_F", "Silver-standard-STAPLE/CC0300_ge_3_41_F_staple"):
+    for part in (
+        "Original/CC0001_philips_15_55_M",
+        "Silver-standard-machine-learning/CC0001_philips_15_55_M_ss",
+        "Original/CC0300_ge_3_41_F",
+        "Silver-standard-STAPLE/CC0300_ge_3_41_F_staple",
+    ):
         (cc / f"{part}.nii.gz").parent.mkdir(parents=True, exist_ok=True)
         (cc / f"{part}.nii.gz").touch()
     (one,) = volumes.find_scans(tmp_path / "NFBS")
@@ -118,19 +127,34 @@ def test_a_scan_comes_to_the_grid_around_its_brain(tmp_path):
     volume, scale = volumes.load_scan(scan, (33, 31, 35), (5.0, 5.0, 5.0))
     assert volume.array.shape == (33, 31, 35) and volume.voxel_mm == (5.0, 5.0, 5.0)
     assert scale == pytest.approx(np.percentile(array[array > 0], 99.5), rel=1e-3)
-    z, y, x = (np.average(np.arange(n), weights=volume.array.sum(axes)) for n, axes in
-               zip(volume.array.shape, [(1, 2), (0, 2), (0, 1)], strict=True))
+    z, y, x = (
+        np.average(np.arange(n), weights=volume.array.sum(axes))
+        for n, axes in zip(volume.array.shape, [(1, 2), (0, 2), (0, 1)], strict=True)
+    )
     where = volume.affine @ (x, y, z, 1)
     stored = nibabel.load(scan.image)
-    old = stored.affine @ (*[np.average(np.arange(n), weights=array.sum(axes)) for n, axes in
-                             zip(array.shape[::-1], [(0, 1), (0, 2), (1, 2)], strict=True)], 1)
+    old = stored.affine @ (
+        *[
+            np.average(np.arange(n), weights=array.sum(axes))
+            for n, axes in zip(array.shape[::-1], [(0, 1), (0, 2), (1, 2)], strict=True)
+        ],
+        1,
+    )
     np.testing.assert_allclose(where, old, atol=0.2)  # mm: the same place in the same world
 
 
-@pytest.mark.parametrize("case, message", [
-    ("metres", "no head"), ("4d", "4D"), ("small grid", "the brain measures"), ("no affine", "has no affine"),
-    ("mask elsewhere", "must lie on the grid"), ("no mask", "brain is not marked"), ("sheared", "sheared"),
-])
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("metres", "no head"),
+        ("4d", "4D"),
+        ("small grid", "the brain measures"),
+        ("no affine", "has no affine"),
+        ("mask elsewhere", "must lie on the grid"),
+        ("no mask", "brain is not marked"),
+        ("sheared", "sheared"),
+    ],
+)
 def test_files_that_cannot_be_right_are_refused(tmp_path, case, message):
     shape, grid = (40, 50, 44), (32, 32, 32)
     affine = volumes.grid_affine(shape, (4, 4, 4), (0, 0, 0))

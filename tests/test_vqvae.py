@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from companion.networks import VQVAE, PlainVQVAE
-from companion.networks.vqvae import EMAQuantizer, Quantizer, perplexity, tiled
+from companion.networks.codec import tiled
+from companion.networks.vqvae import EMAQuantizer, Quantizer, perplexity
 
 
 def draws(*shape, seed=0):

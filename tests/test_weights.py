@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from companion import weights
 from companion.diffusion.noise import DiscreteSchedule
-from companion.weights import build, describe, load, load_denoiser, save_checkpoint, write_sums
+from companion.models import architectures
+from companion.models import checkpoint as weights
+from companion.models.architectures import build
+from companion.models.checkpoint import describe, load, load_denoiser
+from companion.models.folder import save_checkpoint, write_sums
 
 CONFIG = {
     "network": dict(name="UNet", in_channels=2, model_channels=32, out_channels=3, channel_mult=[1, 1]),
-    "denoiser": dict(
-        name="EDMDenoiser", complex=True, sigma_data=0.35, learned_variance=True, variance_channels=1
-    ),
+    "denoiser": dict(name="EDMDenoiser", complex=True, sigma_data=0.35, learned_variance=True, variance_channels=1),
     "data": dict(source="noise", scale="standard deviation 1"),
 }
 RECORD = {"steps": 7, "seed": 0}
@@ -98,7 +99,7 @@ def test_discrete_denoisers_keep_their_schedule(tmp_path):
 
 def test_bare_networks_are_loaded_but_are_no_denoisers(tmp_path):
     config = {k: v for k, v in CONFIG.items() if k != "denoiser"}
-    save_checkpoint(tmp_path / "net", weights.network_of(trained()), config, RECORD)
+    save_checkpoint(tmp_path / "net", architectures.network_of(trained()), config, RECORD)
     assert type(load(tmp_path / "net")).__name__ == "UNet"
     with pytest.raises(ValueError, match="bare network"):
         load_denoiser(tmp_path / "net")
@@ -118,9 +119,9 @@ def test_half_precision_files_become_float32_and_autocast_is_only_rounding(folde
 def test_saving_again_replaces_the_checkpoint(folder):
     D = trained()
     with torch.no_grad():
-        weights.network_of(D).out[2].bias.fill_(5)
+        architectures.network_of(D).out[2].bias.fill_(5)
     save_checkpoint(folder, D, CONFIG, RECORD)
-    assert (weights.network_of(load(folder)).out[2].bias == 5).all()
+    assert (architectures.network_of(load(folder)).out[2].bias == 5).all()
     assert [path.name for path in folder.parent.iterdir()] == ["prior"]
 
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import yaml
 
-from companion.batch import WORKFLOW, all_runs, run_batch
-from companion.runs import read_run
+from companion.workbench.batch import WORKFLOW, all_runs, run_batch
+from companion.workbench.run import read_run
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def project(tmp_path, tiny_notebook, monkeypatch):
 
 
 def batch(project: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "companion.cli", "batch", "--config", "config.yaml"]
+    command = [sys.executable, "-m", "companion.workbench.cli", "batch", "--config", "config.yaml"]
     command += ["--folder", str(project), "--cores", "1", *options]
     with open(project / "said.txt", "w") as said:  # not a pipe: the orphans of a kill would keep it open
         return subprocess.Popen(command, cwd=project, stdout=said, stderr=said, start_new_session=True)
@@ -107,9 +107,14 @@ def test_a_failure_is_reported_and_indexed(project):
 
 
 def test_a_grid_is_one_target(project):
-    grid = {"name": "grid", "notebook": "tiny.ipynb", "out": "runs/grid", "threads": 1,
-            "vary": {"scale": [2.0, 3.0], "mode": ["none", "other"]},
-            "gather": {"notebook": "tiny.ipynb", "out": "runs/gathered", "set": ["scale=5.0"]}}
+    grid = {
+        "name": "grid",
+        "notebook": "tiny.ipynb",
+        "out": "runs/grid",
+        "threads": 1,
+        "vary": {"scale": [2.0, 3.0], "mode": ["none", "other"]},
+        "gather": {"notebook": "tiny.ipynb", "out": "runs/gathered", "set": ["scale=5.0"]},
+    }
     config = yaml.safe_load(Path("config.yaml").read_text()) | {"grids": [grid]}
     Path("config.yaml").write_text(yaml.safe_dump(config))
     runs = all_runs(config)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from companion.training import TrainConfig, train
+from companion.training.loop import TrainConfig, train
 
 DATA = torch.randn(29, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 CONFIG = TrainConfig(
@@ -34,9 +34,7 @@ CONFIG = TrainConfig(
 
 def new_model() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1), nn.SiLU(), nn.Dropout(0.1), nn.Conv2d(12, 1, 3, padding=1)
-    )
+    return nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.SiLU(), nn.Dropout(0.1), nn.Conv2d(12, 1, 3, padding=1))
 
 
 def loss(model, x, generator):

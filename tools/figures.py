@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from companion.gallery import RunGrid, find_entries
-from companion.runs import atomic_write, project_root
-from companion.stack import colour_table
+from companion.files import atomic_write, project_root
+from companion.show.gallery import RunGrid
+from companion.show.stack import colour_table
+from companion.workbench.catalogue import find_entries
 
 WIDTH = 1000
 # picture: run, figure in it (a pattern), how to make the run
@@ -21,8 +22,11 @@ PICTURES = {
     "aid.png": ("aid/4_reconstruct/demo", "volume.png", "companion batch aid_reconstruct"),
     "lmi.png": ("lmi/4_translate/demo", "T1w*T2w.png", "companion batch lmi_translate"),
     "latent3d.png": ("latent3d/3_sample/demo", "real_reconstructed_synthetic.png", "companion batch latent3d_sample"),
-    "pet-images.png": ("pet/4_enhance/table", "images.png",
-                       "companion run notebooks/pet/4_enhance.ipynb -f notebooks/params/pet/4_enhance/table.yaml"),
+    "pet-images.png": (
+        "pet/4_enhance/table",
+        "images.png",
+        "companion run notebooks/pet/4_enhance.ipynb -f notebooks/params/pet/4_enhance/table.yaml",
+    ),
 }
 
 
@@ -43,7 +47,7 @@ def main() -> int:
 
 def gallery(root: Path) -> Image.Image:
     """Three planes of an example volume as the gallery's viewer saves them."""
-    from companion.examples import write_examples
+    from companion.show.examples import write_examples
 
     folder = root / "build" / "examples"
     write_examples(folder, accelerations=(3,), doses=(), people=(0,))

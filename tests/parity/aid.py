@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from companion.complexify import to_channels, to_complex
+from companion.diffusion.complexify import to_channels, to_complex
 from companion.diffusion.ddpm import DiscreteProcess
 from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser
 from companion.diffusion.guidance import landweber
@@ -16,9 +16,9 @@ from companion.diffusion.noise import DiscreteSchedule
 from companion.diffusion.solvers import aid_stochastic
 from companion.networks import CausalUNet, UNet
 from companion.networks.blocks import timestep_embedding
-from companion.networks.causal_unet import positional_embedding
+from companion.networks.causal_blocks import positional_embedding
 from companion.operators.mri import crop_kspace, normalise, sense
-from companion.papers.aid import published_columns
+from companion.papers.aid.prior import published_columns
 
 from .ledger import Case, Folder, handles
 

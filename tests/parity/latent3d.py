@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from companion.diffusion.ddpm import DiscreteProcess
+from companion.diffusion.latent import statistics
 from companion.diffusion.noise import DiscreteSchedule
-from companion.latent import statistics
 from companion.networks import VQVAE, AutoencoderKL, DiffusionUNet, VQModel, autoencoder, diffusion_unet
 from companion.networks.vqvae import Quantizer
 

@@ -70,9 +70,7 @@ class Folder:
         self.path = Path(path)
         manifest = self.path / "manifest.json"
         if not manifest.is_file():
-            raise FileNotFoundError(
-                f"{manifest} does not exist; FOLDER must hold golden data and its manifest.json"
-            )
+            raise FileNotFoundError(f"{manifest} does not exist; FOLDER must hold golden data and its manifest.json")
         try:
             self.manifest = json.loads(manifest.read_text())
         except json.JSONDecodeError as problem:
@@ -202,8 +200,6 @@ def table(checks: list[Check]) -> str:
         verdict = "pass" if c.passed else f"FAIL {c.reason}".rstrip()
         rows.append((c.case, c.quantity, f"{c.error:.1e}", f"{c.tolerance:.0e}", verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows
-    ]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
     passed = sum(c.passed for c in checks)
     return "\n".join([*lines, f"{passed} passed, {len(checks) - passed} failed"])

@@ -8,17 +8,10 @@ from torch import Tensor
 
 from companion.diffusion.ddpm import DiscreteProcess
 from companion.diffusion.noise import DiscreteSchedule, linear_betas, scaled_linear_betas
+from companion.information.local_mi import Grid, LocalMI, mutual_information
+from companion.information.pairs import grey_levels, joint, kernels, marginal
 from companion.networks import UNet
 from companion.networks.ddim_unet import DDIMUNet, describe, load_published, read_published, translate
-from companion.networks.local_mi import (
-    Grid,
-    LocalMI,
-    grey_levels,
-    joint,
-    kernels,
-    marginal,
-    mutual_information,
-)
 
 from .ledger import Case, handles
 

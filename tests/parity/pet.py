@@ -6,18 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from companion.emission import mlem
+from companion.operators.counts import expected_deviance, poisson_deviance, thin
 from companion.operators.linear import adjoint_error
-from companion.operators.pet import (
-    ParallelBeam,
-    Projector,
-    column_normalised,
-    expected_deviance,
-    poisson_deviance,
-    sensitivity,
-    thin,
-    with_counts,
-)
+from companion.operators.pet import ParallelBeam, Projector, column_normalised, sensitivity, with_counts
+from companion.reconstruction.pet import mlem
 
 from .ledger import Case, handles
 

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from companion import conversion
-from companion.augmentation import AugmentPipe
+from companion.data.augmentation import AugmentPipe
 from companion.diffusion.class_guidance import ClassGuidance
 from companion.diffusion.denoisers import EDMDenoiser
 from companion.diffusion.losses import edm_loss
 from companion.diffusion.noise import karras
 from companion.diffusion.solvers import heun, heun_churn
+from companion.models import published as conversion
 from companion.networks import EDMUNet
 from companion.networks.blocks import AttentionBlock, ResBlock, Stage, Upsample, timestep_embedding
 from companion.networks.edm_unet import edm_norm
-from companion.training import TrainConfig, permutation, train
+from companion.training.loop import TrainConfig, permutation, train
 
 from .ledger import Case, handles
 

@@ -82,8 +82,10 @@ class Subject:
         draws = torch.randn(len(TISSUES), 3, generator=self.generator("relax")).clamp(-2, 2)
         spread = torch.tensor([RELAXATION_SPREAD / 4, RELAXATION_SPREAD, RELAXATION_SPREAD])
         factors = (draws * spread).exp().tolist()
-        return {k: tuple(v * f for v, f in zip(RELAXATION[k], row, strict=True))
-                for k, row in zip(TISSUES, factors, strict=True)}
+        return {
+            k: tuple(v * f for v, f in zip(RELAXATION[k], row, strict=True))
+            for k, row in zip(TISSUES, factors, strict=True)
+        }
 
 
 def cohort(split: str, count: int) -> list[Subject]:
@@ -187,8 +189,10 @@ def _template(voxel_mm: float) -> tuple[Tensor, Tensor]:
     from nilearn import datasets
     from scipy.ndimage import binary_fill_holes, gaussian_filter
 
-    images = [load(resolution=1) for load in
-              (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)]
+    images = [
+        load(resolution=1)
+        for load in (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)
+    ]
     t1, grey, white = (np.asarray(image.dataobj, np.float32).transpose(2, 1, 0) for image in images)
     mask = t1 > 0.05
     mask = np.stack([binary_fill_holes(slice_) for slice_ in mask]).astype(np.float32)
@@ -263,9 +267,16 @@ class Rendered:
     affine: np.ndarray
 
 
-def render(subject: Subject, contrast: str = "T1w", shape: tuple[int, int, int] = (64, 64, 64),
-           voxel_mm: float | None = None, slices_mm: Tensor | None = None, *, phase_rad: float = PHASE_RAD,
-           bias: float = 0.08) -> Rendered:
+def render(
+    subject: Subject,
+    contrast: str = "T1w",
+    shape: tuple[int, int, int] = (64, 64, 64),
+    voxel_mm: float | None = None,
+    slices_mm: Tensor | None = None,
+    *,
+    phase_rad: float = PHASE_RAD,
+    bias: float = 0.08,
+) -> Rendered:
     """Return a complex image of a subject with the labels it came from.
 
     shape      (z, y, x), any sizes; `voxel_mm` defaults to filling the field of view with the larger of y and x

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runs import atomic_write
+from companion.files import atomic_write
 
 DIMENSIONS = 16
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..operators.mri import crop_kspace
+from companion.operators.mri import crop_kspace
 
 NAMESPACE = "{http://www.ismrm.org/ISMRMRD}"
 REFERENCES = ("reconstruction_rss", "reconstruction_esc")

@@ -15,7 +15,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from ..runs import atomic_write
+from companion.files import atomic_write
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,7 @@ def save_nifti(path: str | os.PathLike, array, *, affine=None, voxel_mm=None, un
             f"{path.name}: expected a volume (z, y, x), got shape {array.shape}; save one frame and channel"
         )
     if (affine is None) == (voxel_mm is None):
-        raise ValueError(
-            f"{path.name}: give affine=... or voxel_mm=..., one of them, so that positions are right"
-        )
+        raise ValueError(f"{path.name}: give affine=... or voxel_mm=..., one of them, so that positions are right")
     array = _supported(_finite(array, path.name), path.name)
     affine = centred_affine(array.shape, voxel_mm) if affine is None else _check_affine(affine, path.name)
     image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
@@ -76,9 +74,7 @@ def load_nifti(path: str | os.PathLike, *, frame: int | None = None, affine=None
         image = nibabel.load(path)
         array = _data(image, frame, path)
     except (nibabel.filebasedimages.ImageFileError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path}: not a readable NIfTI file ({error}); download or export it again"
-        ) from error
+        raise ValueError(f"{path}: not a readable NIfTI file ({error}); download or export it again") from error
     if affine is None:
         coded = any(int(image.header[code]) for code in ("sform_code", "qform_code"))
         if not coded:
@@ -112,11 +108,7 @@ def _data(image, frame: int | None, path: Path) -> np.ndarray:
         raise ValueError(f"{path}: frame {frame} of a file with {shape[3]}")
     data = image.dataobj[..., frame] if len(shape) == 4 else image.dataobj
     array = np.asarray(data).reshape(shape[:3])
-    return (
-        array.astype(np.float32)
-        if array.dtype == np.float64 and image.get_data_dtype().kind in "iu"
-        else array
-    )
+    return array.astype(np.float32) if array.dtype == np.float64 and image.get_data_dtype().kind in "iu" else array
 
 
 def _supported(array: np.ndarray, name: str) -> np.ndarray:
@@ -136,9 +128,7 @@ def _supported(array: np.ndarray, name: str) -> np.ndarray:
 def _check_affine(affine, name: str) -> np.ndarray:
     affine = np.asarray(affine, dtype=float)
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise ValueError(
-            f"{name}: the affine must be a finite, invertible 4 x 4 matrix, got {affine.tolist()}"
-        )
+        raise ValueError(f"{name}: the affine must be a finite, invertible 4 x 4 matrix, got {affine.tolist()}")
     return affine
 
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from . import anatomy
-from .anatomy import FIELD_OF_VIEW_MM, SLAB_MM, TISSUES, Subject, grid_mm
-from .nifti import Volume, centred_affine, load_nifti
+from companion.data import anatomy
+from companion.data.anatomy import FIELD_OF_VIEW_MM, SLAB_MM, TISSUES, Subject, grid_mm
+from companion.data.nifti import Volume, centred_affine, load_nifti
 
 # FDG 45 minutes after injection, about 200 MBq in 70 kg: kBq/mL.
 UPTAKE = {"csf": 1.0, "grey": 22.0, "white": 5.5}
@@ -36,8 +36,20 @@ MU_WATER, MU_SKULL = 0.0096, 0.0151  # 1/mm at 511 keV
 SKULL_MM, SKIN_MM = (3.0, 9.0), 12.0  # outside the brain's surface
 
 # Classes of the BrainWeb anatomical models, in the order of their labels, and what they mean here.
-BRAINWEB = ("background", "csf", "grey", "white", "fat", "muscle", "skin", "skull", "vessels", "around fat", "dura",
-            "marrow")
+BRAINWEB = (
+    "background",
+    "csf",
+    "grey",
+    "white",
+    "fat",
+    "muscle",
+    "skin",
+    "skull",
+    "vessels",
+    "around fat",
+    "dura",
+    "marrow",
+)
 BRAINWEB_SHAPE, BRAINWEB_MM = (362, 434, 362), 0.5
 BRAINWEB_UPTAKE = UPTAKE | {"skin": 2.75, "muscle": 2.75, "vessels": 4.0, "fat": 1.0, "around fat": 1.0, "marrow": 2.0}
 PHANTOM_SLICES = 281  # of each subject in the published file
@@ -95,8 +107,10 @@ def uptake(subject: Subject) -> dict[str, float]:
     """This subject's activity in each pure tissue, kBq/mL."""
     draws = torch.randn(1 + len(TISSUES), generator=subject.generator("uptake")).clamp(-2, 2).tolist()
     person = UPTAKE_SPREAD["all"] * draws[0]
-    return {tissue: UPTAKE[tissue] * math.exp(person + UPTAKE_SPREAD["tissue"] * draw)
-            for tissue, draw in zip(TISSUES, draws[1:], strict=True)}
+    return {
+        tissue: UPTAKE[tissue] * math.exp(person + UPTAKE_SPREAD["tissue"] * draw)
+        for tissue, draw in zip(TISSUES, draws[1:], strict=True)
+    }
 
 
 def place_lesions(subject: Subject, count: int, slices_mm: Tensor | None = None) -> list[Lesion]:
@@ -160,16 +174,28 @@ def render(
 
 def _attenuation(brain: Tensor, pixel_mm: float) -> Tensor:
     """Brain and skin as water, and a skull around each slice of the brain."""
-    away = torch.from_numpy(np.stack([
-        distance_transform_edt(~plane, sampling=pixel_mm) if plane.any() else np.full(plane.shape, np.inf)
-        for plane in brain.numpy()
-    ])).to(torch.float32)
+    away = torch.from_numpy(
+        np.stack(
+            [
+                distance_transform_edt(~plane, sampling=pixel_mm) if plane.any() else np.full(plane.shape, np.inf)
+                for plane in brain.numpy()
+            ]
+        )
+    ).to(torch.float32)
     skull = (away > SKULL_MM[0]) & (away <= SKULL_MM[1])
     return torch.where(skull, MU_SKULL, torch.where(away <= SKIN_MM, MU_WATER, 0.0))
 
 
-def cohort_slices(split: str, subjects: int, size: int = 64, per_subject: int = 8, lesions: int = 0,
-                  pixel_mm: float | None = None, lesion_share: float = 1.0, first: int = 0) -> Slices:
+def cohort_slices(
+    split: str,
+    subjects: int,
+    size: int = 64,
+    per_subject: int = 8,
+    lesions: int = 0,
+    pixel_mm: float | None = None,
+    lesion_share: float = 1.0,
+    first: int = 0,
+) -> Slices:
     """`per_subject` axial slices of each of `subjects` people of a split ("train", "validation", "test").
 
     lesions: how many each person has, centred in some of the slices; lesion_share: the share of people who have any.
@@ -183,8 +209,16 @@ def cohort_slices(split: str, subjects: int, size: int = 64, per_subject: int = 
         ill = lesions and torch.rand((), generator=subject.generator("ill")) < lesion_share
         found = place_lesions(subject, lesions, heights) if ill else []
         one = render(subject, (per_subject, size, size), pixel_mm, heights, found)
-        parts.append((one.slices(), one.slices("labels"), one.slices("lesions"), one.slices("mu"),
-                      torch.full((per_subject,), subject.seed), heights))
+        parts.append(
+            (
+                one.slices(),
+                one.slices("labels"),
+                one.slices("lesions"),
+                one.slices("mu"),
+                torch.full((per_subject,), subject.seed),
+                heights,
+            )
+        )
     return Slices(*(torch.cat(column) for column in zip(*parts, strict=True)), pixel_mm=pixel_mm)
 
 
@@ -194,8 +228,10 @@ def tissue_shares(people: Slices) -> Tensor:
     Of virtual people only: lesions are not in it, as they are in no anatomical scan.
     """
     shape = (1, *people.image.shape[-2:])
-    maps = [anatomy.tissue_maps(Subject(int(seed)), grid_mm(shape, people.pixel_mm, height[None]), people.pixel_mm)
-            for seed, height in zip(people.subject, people.height_mm, strict=True)]
+    maps = [
+        anatomy.tissue_maps(Subject(int(seed)), grid_mm(shape, people.pixel_mm, height[None]), people.pixel_mm)
+        for seed, height in zip(people.subject, people.height_mm, strict=True)
+    ]
     return torch.stack([one[:3].clamp(min=0) for one in maps])
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators.mri import normalise
-from .cfl import read_cfl
-from .nifti import load_nifti
+from companion.data.cfl import read_cfl
+from companion.data.nifti import load_nifti
+from companion.operators.mri import normalise
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..runs import atomic_write
+from companion.files import atomic_write
 
 FORMAT = "companion-prepared-1"
 HEADER = "header"
@@ -107,9 +107,7 @@ class Prepared:
         position = {subject: row for row, subject in enumerate(self.subjects)}
         return [position[subject] for subject in self.split[split]]
 
-    def slices(
-        self, names: str | Sequence[str], split: str, transform: Callable | None = None
-    ) -> SliceDataset:
+    def slices(self, names: str | Sequence[str], split: str, transform: Callable | None = None) -> SliceDataset:
         """A torch Dataset over (subject, slice) of one split; see `SliceDataset`."""
         names = (names,) if isinstance(names, str) else tuple(names)
         for name in names:
@@ -173,17 +171,13 @@ class SliceDataset(Dataset):
     forked or spawned. `transform`, if given, is applied to the tensor or the tuple.
     """
 
-    def __init__(
-        self, prepared: Prepared, names: Sequence[str], split: str, transform: Callable | None = None
-    ):
+    def __init__(self, prepared: Prepared, names: Sequence[str], split: str, transform: Callable | None = None):
         self.prepared, self.names, self.transform = prepared, tuple(names), transform
         self.rows = prepared.rows(split)
         shapes = {name: prepared.shapes[name] for name in self.names}
         depths = {shape[1] if len(shape) > 1 else 0 for shape in shapes.values()}
         if len(depths) != 1 or 0 in depths:
-            raise ValueError(
-                f"slices need arrays (subject, slice, ...) with the same number of slices, got {shapes}"
-            )
+            raise ValueError(f"slices need arrays (subject, slice, ...) with the same number of slices, got {shapes}")
         self.depth = depths.pop()
         self._file, self._owner = None, None
 
@@ -195,9 +189,7 @@ class SliceDataset(Dataset):
             raise IndexError(f"slice {index} of {len(self)}")
         row, position = divmod(index % len(self), self.depth)
         key = (self.rows[row], position)
-        values = tuple(
-            torch.from_numpy(_read(self._handle(), self.prepared.path, name, key)) for name in self.names
-        )
+        values = tuple(torch.from_numpy(_read(self._handle(), self.prepared.path, name, key)) for name in self.names)
         value = values[0] if len(values) == 1 else values
         return value if self.transform is None else self.transform(value)
 
@@ -249,9 +241,7 @@ class SequenceDataset(Dataset):
 
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; run the data notebook that prepares it, or check the path"
-        )
+        raise FileNotFoundError(f"{path} does not exist; run the data notebook that prepares it, or check the path")
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -264,18 +254,14 @@ def _read(file: h5py.File, path: Path, name: str, key) -> np.ndarray:
     try:
         value = np.asarray(file[name][key])
     except OSError as error:
-        raise ValueError(
-            f"{path}: array {name!r} is damaged ({error}); prepare or download it again"
-        ) from error
+        raise ValueError(f"{path}: array {name!r} is damaged ({error}); prepare or download it again") from error
     return _finite(value, f"{path}: array {name!r}")
 
 
 def _finite(value: np.ndarray, name: str) -> np.ndarray:
     if value.dtype.kind in "fc" and not np.isfinite(value).all():
         bad = int((~np.isfinite(value)).sum())
-        raise ValueError(
-            f"{name} has {bad} NaN or infinite values of {value.size}; mask or repair them first"
-        )
+        raise ValueError(f"{name} has {bad} NaN or infinite values of {value.size}; mask or repair them first")
     return value
 
 
@@ -293,9 +279,7 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], units: Mapping, scale: Mappi
         _finite(value, f"array {name!r}")
         for what, given in (("units", units), ("scale", scale)):
             if name not in given:
-                raise ValueError(
-                    f"array {name!r} has no {what}; give {what}={{{name!r}: ...}} ('1' if it has none)"
-                )
+                raise ValueError(f"array {name!r} has no {what}; give {what}={{{name!r}: ...}} ('1' if it has none)")
 
 
 def _check_split(where: str, subjects: Sequence[str], split: Mapping[str, Sequence[str]]) -> None:
@@ -307,13 +291,9 @@ def _check_split(where: str, subjects: Sequence[str], split: Mapping[str, Sequen
     for name, members in split.items():
         for member in members:
             if member not in subjects:
-                raise ValueError(
-                    f"{where}: split {name!r} names subject {member!r}, which is not in the file"
-                )
+                raise ValueError(f"{where}: split {name!r} names subject {member!r}, which is not in the file")
             if member in seen:
-                raise ValueError(
-                    f"{where}: {member!r} is in both {seen[member]!r} and {name!r}; split by subject"
-                )
+                raise ValueError(f"{where}: {member!r} is in both {seen[member]!r} and {name!r}; split by subject")
             seen[member] = name
 
 

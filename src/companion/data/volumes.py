@@ -19,8 +19,8 @@ import torch
 from scipy.ndimage import affine_transform, gaussian_filter
 from torch import Tensor
 
-from . import anatomy
-from .nifti import Volume, load_nifti
+from companion.data import anatomy
+from companion.data.nifti import Volume, load_nifti
 
 PERCENTILE, CEILING = 99.5, 1.2
 SCALE = f"1 is the {PERCENTILE}th percentile of the brain, values end at {CEILING}; outside the brain 0"
@@ -108,8 +108,16 @@ def find_scans(folder: str | os.PathLike) -> list[Scan]:
         if stem.endswith(MASK_ENDINGS) or (plain != stem and _mask(plain, path, paths)):
             continue
         named = CC359_NAME.match(stem)
-        about = {"age": int(named["age"]), "sex": named["sex"], "vendor": named["vendor"],
-                 "tesla": 1.5 if named["field"] == "15" else 3.0} if named else {}
+        about = (
+            {
+                "age": int(named["age"]),
+                "sex": named["sex"],
+                "vendor": named["vendor"],
+                "tesla": 1.5 if named["field"] == "15" else 3.0,
+            }
+            if named
+            else {}
+        )
         subject = path.parent.name if stems[stem] > 1 else stem.split("_")[0]
         scans.append(Scan(named["subject"] if named else subject, path, _mask(stem, path, paths), about))
     if not scans:
@@ -143,13 +151,17 @@ def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float]) -> tu
     if scan.mask is None:
         mask = volume.array > 0
         if mask.mean() > 0.9:
-            raise ValueError(f"{scan.image.name}: has no mask file and no background of 0, so the brain is not marked; "
-                             f"strip the skull, or add {_stem(scan.image)}_mask.nii.gz")
+            raise ValueError(
+                f"{scan.image.name}: has no mask file and no background of 0, so the brain is not marked; "
+                f"strip the skull, or add {_stem(scan.image)}_mask.nii.gz"
+            )
     else:
         given = load_nifti(scan.mask)
         if given.array.shape != volume.array.shape or not np.allclose(given.affine, volume.affine, atol=1e-2):
-            raise ValueError(f"{scan.mask.name}: shape or affine differ from those of {scan.image.name}; a mask must "
-                             "lie on the grid of its volume")
+            raise ValueError(
+                f"{scan.mask.name}: shape or affine differ from those of {scan.image.name}; a mask must "
+                "lie on the grid of its volume"
+            )
         mask = given.array > 0
     array, scale = normalise_percentile(np.asarray(volume.array, np.float32), mask, scan.image.name)
     ends = np.array([(axis.min(), axis.max()) for axis in np.nonzero(mask)], float)[::-1]  # (x, y, z)
@@ -158,8 +170,10 @@ def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float]) -> tu
     size = np.abs(volume.affine[:3, :3]) @ (ends[:, 1] - ends[:, 0])
     room = np.array(shape[::-1]) * np.array(voxel_mm)[::-1]
     if (size > room * 1.05).any():
-        raise ValueError(f"{scan.image.name}: the brain measures {_mm(size)} mm (x, y, z), the grid {_mm(room)} mm; "
-                         "give more or larger voxels")
+        raise ValueError(
+            f"{scan.image.name}: the brain measures {_mm(size)} mm (x, y, z), the grid {_mm(room)} mm; "
+            "give more or larger voxels"
+        )
     return Volume(resample(Volume(array, volume.affine), affine, shape), affine), scale
 
 
@@ -171,12 +185,16 @@ def check_affine(volume: Volume, name: str | os.PathLike) -> None:
     voxel = volume.voxel_mm
     extent = [n * mm for n, mm in zip(volume.array.shape, voxel, strict=True)]
     if min(voxel) < 0.1 or max(voxel) > 20 or max(extent) < 60 or max(extent) > 1000:
-        raise ValueError(f"{Path(name).name}: the affine gives voxels of {_mm(voxel)} mm and a field of view of "
-                         f"{_mm(extent)} mm (z, y, x), which is no head; correct the header (units of mm?)")
+        raise ValueError(
+            f"{Path(name).name}: the affine gives voxels of {_mm(voxel)} mm and a field of view of "
+            f"{_mm(extent)} mm (z, y, x), which is no head; correct the header (units of mm?)"
+        )
     axes = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
     if abs(np.linalg.det(axes)) < 0.9:
-        raise ValueError(f"{Path(name).name}: the axes of the affine are not at right angles (sheared); resample the "
-                         "volume to a straight grid first")
+        raise ValueError(
+            f"{Path(name).name}: the axes of the affine are not at right angles (sheared); resample the "
+            "volume to a straight grid first"
+        )
 
 
 def _mm(values: Sequence[float]) -> str:

@@ -1,18 +1,11 @@
 """Diffusion: noise, denoisers, losses, solvers, guidance and the one sampling loop; no MRI, no PET."""
 
-from .denoisers import (
-    ComplexDenoiser,
-    Denoiser,
-    DiscreteDenoiser,
-    EDMDenoiser,
-    FourierBasis,
-    GaussianDenoiser,
-    GaussianMixtureDenoiser,
-)
-from .losses import discrete_loss, edm_loss
-from .noise import DiscreteSchedule, karras, linear, log_uniform, randn
-from .sampling import Bill, Samples, sample
-from .solvers import (
+from companion.diffusion.denoisers import ComplexDenoiser, Denoiser, DiscreteDenoiser, EDMDenoiser
+from companion.diffusion.exact import FourierBasis, GaussianDenoiser, GaussianMixtureDenoiser
+from companion.diffusion.losses import discrete_loss, edm_loss
+from companion.diffusion.noise import DiscreteSchedule, karras, linear, log_uniform
+from companion.diffusion.sampling import Bill, Samples, sample
+from companion.diffusion.solvers import (
     SOLVERS,
     Solver,
     aid_stochastic,
@@ -24,6 +17,7 @@ from .solvers import (
     heun,
     heun_churn,
 )
+from companion.randomness import randn
 
 __all__ = [
     "SOLVERS",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import DiscreteSchedule
+from companion.diffusion.noise import DiscreteSchedule
 
 PREDICTIONS = ("epsilon", "v", "x0")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
@@ -114,10 +114,7 @@ class DiscreteProcess:
         # the noise that leads from the (clipped) x0 to x_t
         n = (x_t - schedule.at(abar.sqrt(), t, x_t) * x0) / schedule.at((1 - abar).sqrt(), t, x_t)
         up = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
-        mean = (
-            schedule.at(abar_prev.sqrt(), t, x_t) * x0
-            + schedule.at((1 - abar_prev - up**2).sqrt(), t, x_t) * n
-        )
+        mean = schedule.at(abar_prev.sqrt(), t, x_t) * x0 + schedule.at((1 - abar_prev - up**2).sqrt(), t, x_t) * n
         return mean if eta == 0 else mean + schedule.at(up, t, x_t) * noise
 
     def stochastic_step(self, output: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -125,8 +122,7 @@ class DiscreteProcess:
         x0 = self.x0_hat(self.split(output, x_t.shape[self.channel_axis])[0], x_t, t)
         abar_prev = self.schedule.alphas_cumprod_prev
         return (
-            self.schedule.at(abar_prev.sqrt(), t, x_t) * x0
-            + self.schedule.at((1 - abar_prev).sqrt(), t, x_t) * noise
+            self.schedule.at(abar_prev.sqrt(), t, x_t) * x0 + self.schedule.at((1 - abar_prev).sqrt(), t, x_t) * noise
         )
 
 

@@ -14,12 +14,14 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from ..operators.linear import LinearOperator
-from .denoisers import Denoiser
-from .guidance import Factor, Jacobian, posterior_mean
-from .noise import generators, karras, randn
-from .sampling import Bill, Samples, evaluating, per_draw, sample
-from .solvers import Solver
+from companion.diffusion.covariance import Factor, Jacobian
+from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.guidance import posterior_mean
+from companion.diffusion.noise import karras
+from companion.diffusion.sampling import Bill, Samples, evaluating, per_draw, sample
+from companion.diffusion.solvers import Solver
+from companion.operators.linear import LinearOperator
+from companion.randomness import generators, randn
 
 
 def annealed_gibbs(

@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from .denoisers import Denoiser, column
-from .gibbs import chain, check_levels
-from .guidance import posterior_mean
-from .noise import randn
-from .sampling import Samples
+from companion.diffusion.denoisers import Denoiser, column
+from companion.diffusion.gibbs import chain, check_levels
+from companion.diffusion.guidance import posterior_mean
+from companion.diffusion.sampling import Samples
+from companion.randomness import randn
 
 
 def langevin(

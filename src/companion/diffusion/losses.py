@@ -7,10 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ..complexify import to_channels
-from .ddpm import DiscreteProcess
-from .denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser, column, run_network
-from .noise import randn
+from companion.diffusion.complexify import to_channels
+from companion.diffusion.ddpm import DiscreteProcess
+from companion.diffusion.denoisers import (
+    ComplexDenoiser,
+    DiscreteDenoiser,
+    EDMDenoiser,
+    FlowDenoiser,
+    column,
+    run_network,
+)
+from companion.randomness import randn
 
 
 def edm_loss(

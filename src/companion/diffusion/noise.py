@@ -1,12 +1,12 @@
 """Noise: the levels a sampler visits, the discrete schedules a network was trained with, and the draws."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 # --- levels for samplers
 
@@ -22,9 +22,7 @@ def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float
 def log_uniform(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     """n levels of constant ratio from sigma_max to sigma_min and a final 0, float64 (n+1,)."""
     _check_range(n, sigma_min, sigma_max)
-    return _end_with_zero(
-        torch.linspace(math.log(sigma_max), math.log(sigma_min), n, dtype=torch.float64).exp()
-    )
+    return _end_with_zero(torch.linspace(math.log(sigma_max), math.log(sigma_min), n, dtype=torch.float64).exp())
 
 
 def linear(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
@@ -44,9 +42,7 @@ def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:
     if n < 1:
         raise ValueError(f"{n} noise levels were asked for; at least 1 is needed")
     if not 0 < sigma_min <= sigma_max < math.inf:
-        raise ValueError(
-            f"sigma_min={sigma_min}, sigma_max={sigma_max}: expected 0 < sigma_min <= sigma_max < inf"
-        )
+        raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: expected 0 < sigma_min <= sigma_max < inf")
 
 
 def _end_with_zero(levels: Tensor) -> Tensor:
@@ -106,9 +102,7 @@ class DiscreteSchedule:
         object.__setattr__(self, "timesteps", timesteps)
 
     @classmethod
-    def linear(
-        cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
-    ) -> "DiscreteSchedule":
+    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "DiscreteSchedule":
         return cls(linear_betas(steps, beta_start, beta_end))
 
     @classmethod
@@ -220,9 +214,7 @@ class DiscreteSchedule:
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0): Eqs. (6, 7) of Ho et al. 2020."""
-        mean = (
-            self.at(self.posterior_mean_coef1, t, x_t) * x0 + self.at(self.posterior_mean_coef2, t, x_t) * x_t
-        )
+        mean = self.at(self.posterior_mean_coef1, t, x_t) * x0 + self.at(self.posterior_mean_coef2, t, x_t) * x_t
         variance = self.at(self.posterior_variance, t, x_t)
         return mean, variance, self.at(self.posterior_log_variance_clipped, t, x_t)
 
@@ -251,60 +243,3 @@ def respaced_indices(steps: int, spec: str | int | Sequence[int]) -> list[int]:
         kept += [first + round(stride * i) for i in range(count)]
         first += size
     return kept
-
-
-# --- the draws
-
-
-def parse_seeds(seeds: str | int | Iterable[int]) -> list[int]:
-    """List of seeds from an int, a list, or text such as "0-63,80"; "3-1" is an error."""
-    if isinstance(seeds, int):
-        return [seeds]
-    if not isinstance(seeds, str):
-        return [int(seed) for seed in seeds]
-    numbers = []
-    for part in seeds.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
-            raise ValueError(f"seeds {seeds!r}: {part!r} is neither a number nor a range such as '0-63'")
-        low, high = int(first), int(last) if dash else int(first)
-        if high < low:
-            raise ValueError(f"seeds {seeds!r}: the range {part!r} runs backwards; write '{high}-{low}'")
-        numbers += range(low, high + 1)
-    return numbers
-
-
-def generators(seeds: str | int | Iterable[int] | Iterable[Generator]) -> list[Generator]:
-    """One CPU generator per seed. Generators pass through, so that a chain may go on with its own."""
-    if isinstance(seeds, Generator):
-        return [seeds]
-    if not isinstance(seeds, str | int):
-        seeds = list(seeds)
-        if seeds and all(isinstance(seed, Generator) for seed in seeds):
-            return seeds
-    return [Generator().manual_seed(seed) for seed in parse_seeds(seeds)]
-
-
-def randn(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    generator: Generator | Sequence[Generator],
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Standard normal noise; for complex dtypes the real and the imaginary part have standard deviation 1
-    each.
-
-    generator: one, which fills the whole shape; or a list, one per batch item, whose draws (*shape) are
-    stacked to (batch, *shape): then an item's noise does not depend on its batch. Drawn where the generator
-    lives, then moved.
-    """
-    if generator is None:
-        raise TypeError(
-            "randn got no generator; randomness is an argument here: torch.Generator().manual_seed(seed)"
-        )
-    if not isinstance(generator, Generator):
-        return torch.stack([randn(shape, dtype, one, device) for one in generator])
-    real = dtype.to_real()
-    parts = (*shape, 2) if dtype.is_complex else tuple(shape)
-    noise = torch.randn(parts, dtype=real, generator=generator, device=generator.device)
-    return (torch.view_as_complex(noise) if dtype.is_complex else noise).to(device or generator.device)

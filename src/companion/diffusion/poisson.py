@@ -33,13 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..operators.linear import Diagonal, LinearOperator, check_finite
-from ..operators.pet import check_counts, counts_ratio, expected_counts, sensitivity
-from .denoisers import Denoiser, column
-from .gibbs import chain
-from .guidance import Factor, Guidance, Isotropic, PerPixel, pigdm, pixel_moments, posterior_mean, with_vjp
-from .noise import randn
-from .sampling import Bill
+from companion.diffusion.covariance import Factor, Isotropic, PerPixel, pixel_moments, with_vjp
+from companion.diffusion.denoisers import Denoiser, column
+from companion.diffusion.gibbs import chain
+from companion.diffusion.guidance import Guidance, pigdm, posterior_mean
+from companion.diffusion.sampling import Bill
+from companion.operators.counts import check_counts, counts_ratio, expected_counts
+from companion.operators.linear import Diagonal, LinearOperator, check_finite
+from companion.operators.pet import sensitivity
+from companion.randomness import randn
 
 # No bin's variance is below this share of the mean bin's: a line through nothing but air must not weigh infinitely.
 FLOOR = 0.05
@@ -251,8 +253,14 @@ class em_steps(Counts):
         return 1 + 2 * self.iterations
 
 
-def anchored_em(anchor: Tensor, variance: Tensor, y: Tensor, A: LinearOperator, background: Tensor | None = None,
-                iterations: int = 5) -> Tensor:
+def anchored_em(
+    anchor: Tensor,
+    variance: Tensor,
+    y: Tensor,
+    A: LinearOperator,
+    background: Tensor | None = None,
+    iterations: int = 5,
+) -> Tensor:
     """MAP-EM steps for the prior N(anchor, variance) of independent pixels, from the anchor: (batch, ...), positive.
 
     Each step solves s x - e + x (x - anchor) / variance = 0 for x > 0, with s = A^T 1 and e the EM numerator, and

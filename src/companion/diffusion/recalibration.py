@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .denoisers import Denoiser, column
-from .noise import randn
+from companion.diffusion.denoisers import Denoiser, column
+from companion.randomness import randn
 
 
 @dataclass(frozen=True, eq=False)

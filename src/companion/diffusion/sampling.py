@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from .denoisers import Denoiser
-from .noise import generators, randn
-from .solvers import SOLVERS, Solver
+from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.solvers import SOLVERS, Solver
+from companion.randomness import generators, randn
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ def sample(
     if count == 0:
         raise ValueError("no seeds were given; sample draws one image per seed")
     if start is not None and state is not None:
-        raise ValueError(
-            "give start (clean images, noised here) or state (noisy images, used as they are), not both"
-        )
+        raise ValueError("give start (clean images, noised here) or state (noisy images, used as they are), not both")
     cond = per_draw("cond", cond, count)
     first = per_draw("state" if start is None else "start", state if start is None else start, count, shape)
     if first is not None and first.is_complex() and not dtype.is_complex:

@@ -22,12 +22,12 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from .denoisers import Denoiser
-from .gibbs import annealed_gibbs
-from .guidance import Guidance, posterior_mean
-from .noise import parse_seeds
-from .sampling import Bill, Samples, check_sigmas, sample
-from .solvers import Solver
+from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.gibbs import annealed_gibbs
+from companion.diffusion.guidance import Guidance, posterior_mean
+from companion.diffusion.sampling import Bill, Samples, check_sigmas, sample
+from companion.diffusion.solvers import Solver
+from companion.randomness import parse_seeds
 
 DrawFrame = Callable[[int, Tensor | None, list[Generator]], Samples]
 

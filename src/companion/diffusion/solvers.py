@@ -35,9 +35,7 @@ class Solver:
     def check(self, sigmas: Sequence[float]) -> None:
         """Warns or raises before the first step when these levels do not suit the solver."""
 
-    def step(
-        self, D: Callable, x: Tensor, sigmas: Sequence[float], i: int, noise: Callable, memory: Any
-    ) -> Step:
+    def step(self, D: Callable, x: Tensor, sigmas: Sequence[float], i: int, noise: Callable, memory: Any) -> Step:
         raise NotImplementedError
 
 

@@ -1,11 +1,11 @@
 """Neural networks: they know images, times and conditions, and nothing of diffusion."""
 
+from companion.information.local_mi import LocalMI
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
 from companion.networks.ddim_unet import DDIMUNet
 from companion.networks.diffusion_unet import DiffusionUNet
 from companion.networks.edm_unet import EDMUNet
-from companion.networks.local_mi import LocalMI
 from companion.networks.unet import UNet, default_channel_mult
 from companion.networks.vqvae import VQVAE, PlainVQVAE
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from companion.networks.blocks import CONV, GroupNorm32, conv, pixel_shuffle, pixel_unshuffle
-from companion.networks.vqvae import Autoencoded, Codec, Quantised, Quantizer
+from companion.networks.codec import Autoencoded, Codec
+from companion.networks.vqvae import Quantised, Quantizer
 
 # The factor that brings the latents of the published natural-image autoencoders to about unit variance.
 SCALE_FACTOR = 0.18215

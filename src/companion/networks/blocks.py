@@ -130,9 +130,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = resample or nn.Identity()
-        self.in_layers = nn.Sequential(
-            norm(in_channels), nn.SiLU(), conv(dims, in_channels, out_channels)
-        )
+        self.in_layers = nn.Sequential(norm(in_channels), nn.SiLU(), conv(dims, in_channels, out_channels))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
         )

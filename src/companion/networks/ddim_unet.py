@@ -113,7 +113,7 @@ def read_published(path: str | os.PathLike, ema: bool = True) -> dict[str, Tenso
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict:
-    """What `companion.weights` builds the network from, read off the published names and shapes.
+    """What `companion.models.checkpoint` builds the network from, read off the published names and shapes.
 
     Dropout leaves no trace. One attention head, as published. Raises ValueError for other networks.
     """

@@ -34,7 +34,7 @@ class EDMUNet(UNet):
     emb_mult: width of the embedding over model_channels.
     num_classes: how many class labels y the network knows. It also works without a label (the null class);
         label_dropout is the probability that a label is dropped in training, so that it learns to.
-    augment_dim: how many numbers say how a training image was augmented (see companion.augmentation); all
+    augment_dim: how many numbers say how a training image was augmented (see companion.data.augmentation); all
         zero, or absent, means not at all.
     """
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Number
 
@@ -71,8 +70,7 @@ class LinearOperator:
             )
         if self.domain_dtype.is_complex != other.range_dtype.is_complex:
             raise TypeError(
-                f"cannot compose: {_name(self)} takes {self.domain_dtype} but {_name(other)} gives "
-                f"{other.range_dtype}"
+                f"cannot compose: {_name(self)} takes {self.domain_dtype} but {_name(other)} gives {other.range_dtype}"
             )
         if isinstance(other, Identity):
             return self
@@ -93,9 +91,7 @@ class LinearOperator:
                 f"{theirs[0]} to {theirs[1]}"
             )
         if self.domain_dtype.is_complex != other.domain_dtype.is_complex:
-            raise TypeError(
-                f"cannot add: {_name(self)} takes {self.domain_dtype}, {_name(other)} {other.domain_dtype}"
-            )
+            raise TypeError(f"cannot add: {_name(self)} takes {self.domain_dtype}, {_name(other)} {other.domain_dtype}")
         if isinstance(other, Zero):
             return self
         return other if isinstance(self, Zero) else Sum(self, other)
@@ -105,9 +101,7 @@ class LinearOperator:
         if not isinstance(scalar, Number | Tensor):
             return NotImplemented
         if isinstance(scalar, Tensor) and scalar.numel() != 1:
-            raise ValueError(
-                f"a scalar has one element, got shape {tuple(scalar.shape)}; use Diagonal for weights"
-            )
+            raise ValueError(f"a scalar has one element, got shape {tuple(scalar.shape)}; use Diagonal for weights")
         if isinstance(scalar, Tensor):
             scalar = scalar.reshape(())
         is_complex = scalar.is_complex() if isinstance(scalar, Tensor) else isinstance(scalar, complex)
@@ -117,9 +111,7 @@ class LinearOperator:
             return Zero(self.domain_shape, self.range_shape, self.domain_dtype, self.range_dtype)
         if isinstance(self, Zero) or (isinstance(scalar, Number) and scalar == 1):
             return self
-        return (
-            Scaled(self.scalar * scalar, self.operator) if isinstance(self, Scaled) else Scaled(scalar, self)
-        )
+        return Scaled(self.scalar * scalar, self.operator) if isinstance(self, Scaled) else Scaled(scalar, self)
 
     __rmul__ = __mul__
 
@@ -291,17 +283,13 @@ class Diagonal(LinearOperator):
         dtype = self.weights.dtype if self.domain_dtype is None else self.domain_dtype
         object.__setattr__(self, "domain_dtype", dtype)
         if self.weights.is_complex() and not dtype.is_complex:
-            raise TypeError(
-                f"complex weights on {dtype} data; use domain_dtype=torch.complex64 or real weights"
-            )
+            raise TypeError(f"complex weights on {dtype} data; use domain_dtype=torch.complex64 or real weights")
         check_finite(self.weights, "weights")
         _broadcasts(self.weights, self.domain_shape, "weights")
 
     range_shape = property(lambda self: self.domain_shape)
     range_dtype = property(lambda self: self.domain_dtype)
-    batch_shape = property(
-        lambda self: tuple(self.weights.shape[: max(0, self.weights.ndim - len(self.domain_shape))])
-    )
+    batch_shape = property(lambda self: tuple(self.weights.shape[: max(0, self.weights.ndim - len(self.domain_shape))]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weights * x
@@ -381,66 +369,11 @@ def adjoint_error(A: LinearOperator, seed: int = 0, batch: int = 2, device="cpu"
     return difference / scale if scale > 0 else difference
 
 
-def conjugate_gradient(
-    normal: Callable[[Tensor], Tensor],
-    b: Tensor,
-    x0: Tensor | None = None,
-    iterations: int = 10,
-    tol: float = 0.0,
-    item_ndim: int | None = None,
-) -> Tensor:
-    """x with normal(x) = b, for a Hermitian positive (semi)definite `normal`; same shape as b.
-
-    Each batch item has step sizes of its own and stops for itself once |b - normal(x)| <= tol |b|, so an item
-    gives the same answer alone and in a batch; a zero right-hand side gives zero. The last `item_ndim` axes
-    make an item: by default the domain axes of an operator, else all axes but the first.
-
-    Raises ValueError for NaN or infinite b, and when `normal` turns out not to be positive or overflows.
-    Hestenes and Stiefel 1952; unrolled, so gradients flow into b, x0 and the parameters of `normal`.
-    """
-    if item_ndim is None:
-        item_ndim = len(normal.domain_shape) if isinstance(normal, LinearOperator) else max(1, b.ndim - 1)
-    if x0 is not None and x0.shape != b.shape:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)} but b has {tuple(b.shape)}")
-    check_finite(b, "the right-hand side b")
-
-    def dot(u: Tensor, v: Tensor) -> Tensor:  # real part of <u, v>, one number per item, kept broadcastable
-        value = torch.linalg.vecdot(u.flatten(-item_ndim), v.flatten(-item_ndim)).real
-        return value[(...,) + (None,) * item_ndim]
-
-    x = torch.zeros_like(b) if x0 is None else x0
-    r = b if x0 is None else b - normal(x)
-    p, rr = r, dot(r, r)
-    smallest = torch.finfo(rr.dtype).tiny
-    stop = torch.clamp(tol**2 * dot(b, b), min=smallest)
-    for step in range(iterations):
-        active = rr > stop
-        if not active.any():
-            break
-        q = normal(p)
-        curvature = dot(p, q)
-        if step == 0 and (curvature < -1e-5 * rr).any():
-            raise ValueError(
-                "conjugate gradients need a positive operator, but <p, normal(p)> is negative; use A.normal"
-            )
-        active = active & ~(curvature <= smallest)  # NaN passes, to be reported below
-        alpha = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
-        x = x + alpha * p
-        r = r - alpha * q
-        rr_next = dot(r, r)
-        beta = torch.where(active, rr_next / torch.where(active, rr, 1.0), 0.0)
-        p, rr = r + beta * p, torch.where(active, rr_next, 0.0)
-    check_finite(x, "the conjugate gradient solution (overflow in `normal`, or it is not positive)")
-    return x
-
-
 def check_finite(x: Tensor, name: str) -> Tensor:
     """x itself; ValueError when it holds NaN or infinite values."""
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).sum())
-        raise ValueError(
-            f"{name}: {bad} of {math.prod(x.shape)} values are NaN or infinite; mask or repair them first"
-        )
+        raise ValueError(f"{name}: {bad} of {math.prod(x.shape)} values are NaN or infinite; mask or repair them first")
     return x
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .linear import LinearOperator, Shape, _broadcasts, _check, check_finite
+from companion.operators.linear import LinearOperator, Shape, _broadcasts, _check, check_finite
 
 MASKS = ("equispaced", "random", "variable_density", "poisson_disc")
 
@@ -118,9 +118,7 @@ class Sense(_Complex):
 
     domain_shape = property(lambda self: self.coils.domain_shape)
     range_shape = property(lambda self: self.coils.range_shape)
-    batch_shape = property(
-        lambda self: np.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape)
-    )
+    batch_shape = property(lambda self: np.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mask.forward(fft(self.coils.forward(x), self.coils.ndim))
@@ -201,9 +199,7 @@ def cartesian_mask(
     if kind not in MASKS:
         raise ValueError(f"mask kind {kind!r} is unknown; use one of {', '.join(MASKS)}")
     if not shape or min(shape) < 1 or not 1 <= acceleration <= shape[-1]:
-        raise ValueError(
-            f"mask of shape {shape} at acceleration {acceleration}: need 1 <= acceleration <= width"
-        )
+        raise ValueError(f"mask of shape {shape} at acceleration {acceleration}: need 1 <= acceleration <= width")
     if not 0 <= acs <= shape[-1]:
         raise ValueError(f"{acs} ACS lines do not fit into a width of {shape[-1]}")
     if kind == "poisson_disc":
@@ -239,9 +235,7 @@ def _poisson_disc(shape: Shape, acceleration: float, acs: int, seed: int) -> np.
     from sigpy.mri import poisson  # compiles with numba at the first call, a few seconds
 
     if len(shape) < 2:
-        raise ValueError(
-            f"a Poisson disc needs two axes to undersample, got shape {shape}; use kind='random'"
-        )
+        raise ValueError(f"a Poisson disc needs two axes to undersample, got shape {shape}; use kind='random'")
     if acs > min(shape[-2:]):
         raise ValueError(f"an ACS of {acs} x {acs} does not fit into {shape[-2:]}")
     if acceleration == 1:
@@ -263,9 +257,7 @@ def birdcage_maps(shape: Shape, coils: int = 8) -> Tensor:
     from sigpy.mri import birdcage_maps as birdcage
 
     if len(shape) not in (2, 3) or min(*shape, coils) < 1:
-        raise ValueError(
-            f"birdcage maps need a shape (y, x) or (z, y, x) and at least one coil, got {shape}, {coils}"
-        )
+        raise ValueError(f"birdcage maps need a shape (y, x) or (z, y, x) and at least one coil, got {shape}, {coils}")
     maps = birdcage((coils, *shape), nzz=min(coils, 8))
     maps = maps / np.sqrt(np.sum(np.abs(maps) ** 2, axis=0))
     return torch.from_numpy(maps.astype(np.complex64))
@@ -293,9 +285,7 @@ def estimate_maps(
     space = kspace.shape[-ndim:]
     kernel = min(6, max(3, acs // 3)) if kernel is None else kernel
     if kspace.ndim < ndim + 1 or not kspace.is_complex():
-        raise ValueError(
-            f"kspace must be complex (..., coil, *space), got {tuple(kspace.shape)} {kspace.dtype}"
-        )
+        raise ValueError(f"kspace must be complex (..., coil, *space), got {tuple(kspace.shape)} {kspace.dtype}")
     if not kernel <= acs <= min(space):
         raise ValueError(
             f"an ACS of {acs} does not suit kernel {kernel} and shape {tuple(space)}: need kernel <= acs <= "

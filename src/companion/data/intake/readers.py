@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .records import Reader
+from companion.data.intake.records import Reader
 
 READERS: tuple[Reader, ...] = ()

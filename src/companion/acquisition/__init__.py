@@ -1,0 +1,1 @@
+"""Scanners: how a measurement comes about."""

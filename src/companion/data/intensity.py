@@ -1,0 +1,95 @@
+"""Intensity scales of images: percentiles, windows, typical values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+Array = np.ndarray | Tensor
+Size = tuple[int, int]
+FOREGROUND = 0.1  # scaled values above this are foreground when slices are chosen
+
+
+# ------------------------------------------------------------------------------------------------------- intensity
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The linear map that takes `low` to 0 and `high` to 1, in `units`; values beyond are clipped."""
+
+    low: float
+    high: float
+    units: str = ""
+
+    def __post_init__(self):
+        if not (np.isfinite([self.low, self.high]).all() and self.low < self.high):
+            raise ValueError(f"a scale needs finite low < high, got {self.low} and {self.high}")
+
+    def apply(self, x: Array) -> Array:
+        """`x` (any shape) in [0, 1]."""
+        return ((x - self.low) / (self.high - self.low)).clip(0, 1)
+
+    def undo(self, x: Array) -> Array:
+        """`x` (any shape) in the units of the file: exact where `apply` did not clip."""
+        return x * (self.high - self.low) + self.low
+
+    def clipped(self, x: Array) -> float:
+        """The fraction of `x` that `apply` changes for good."""
+        return float(((x < self.low) | (x > self.high)).sum()) / np.prod(x.shape)
+
+
+def percentile_scale(array: np.ndarray, low: float = 0.5, high: float = 99.5) -> Scale:
+    """The scale from percentile `low` of all values to percentile `high` of the foreground, those above the mean.
+
+    The mean lies between air and tissue, so that the amount of air around a head does not change its brightness.
+    Raises ValueError for NaN and constant images.
+    """
+    _check_values(array, "the image")
+    if not 0 <= low < high <= 100:
+        raise ValueError(f"percentiles must satisfy 0 <= low < high <= 100, got {low} and {high}")
+    bottom = float(np.percentile(array, low))
+    return Scale(bottom, float(np.percentile(array[array > array.mean(dtype=np.float64)], high)))
+
+
+def ct_window(centre: float = 40.0, width: float = 400.0) -> Scale:
+    """The scale of a CT window, Hounsfield units; by default soft tissue, bone clipped (300 and 2000 keep it)."""
+    return Scale(centre - width / 2, centre + width / 2, "HU")
+
+
+def scaled(array: np.ndarray, scale: Scale | None = None, name: str = "the image") -> tuple[np.ndarray, Scale]:
+    """`array` in [0, 1], float32, and its scale, by default `percentile_scale`.
+
+    Raises ValueError for NaN, complex values, constant images, and windows in which nothing is to be seen.
+    """
+    _check_values(array, name)
+    scale = percentile_scale(array) if scale is None else scale
+    values = scale.apply(array.astype(np.float32))
+    if values.min() == values.max():
+        raise ValueError(
+            f"{name}: values from {array.min():.4g} to {array.max():.4g} all lie outside the window {scale.low:.4g} "
+            f"to {scale.high:.4g} {scale.units}; is the image in these units (a CT with its rescale intercept)?"
+        )
+    return values, scale
+
+
+def typical_scale(scales: Iterable[Scale]) -> Scale:
+    """The median scale of several subjects: what a translated image, whose own scale nobody knows, is written with."""
+    scales = list(scales)
+    if not scales:
+        raise ValueError("no scales to take the median of")
+    return Scale(*(float(np.median([getattr(s, end) for s in scales])) for end in ("low", "high")), scales[0].units)
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _check_values(array: np.ndarray, name: str) -> None:
+    if array.dtype.kind not in "iuf" or not array.size:
+        raise ValueError(f"{name}: expected real numbers, got {array.dtype} of shape {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name}: {int((~np.isfinite(array)).sum())} NaN or infinite values; mask or repair them")
+    if array.min() == array.max():
+        raise ValueError(f"{name}: constant, {array.min()} everywhere: nothing to learn or translate; remove it")

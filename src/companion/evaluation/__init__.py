@@ -1,0 +1,1 @@
+"""Judges: metrics, populations, a segmenter."""

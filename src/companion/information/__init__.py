@@ -1,0 +1,1 @@
+"""Estimators of mutual information: no weights, not networks."""

@@ -1,0 +1,1 @@
+"""Files of weights: checkpoints, the registry, the hub, published formats."""

@@ -1,0 +1,1 @@
+"""Autoregressive image diffusion (AID)."""

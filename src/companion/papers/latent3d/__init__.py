@@ -1,0 +1,1 @@
+"""Latent diffusion of 3D brains (latent3d)."""

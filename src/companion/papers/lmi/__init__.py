@@ -1,0 +1,1 @@
+"""Translation between contrasts guided by local mutual information (LMI)."""

@@ -1,0 +1,1 @@
+"""PET dose enhancement (PET)."""

@@ -1,0 +1,60 @@
+"""Seeds and noise: one generator per draw, so that a seed gives the same draw in any batch."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+# --- the draws
+
+
+def parse_seeds(seeds: str | int | Iterable[int]) -> list[int]:
+    """List of seeds from an int, a list, or text such as "0-63,80"; "3-1" is an error."""
+    if isinstance(seeds, int):
+        return [seeds]
+    if not isinstance(seeds, str):
+        return [int(seed) for seed in seeds]
+    numbers = []
+    for part in seeds.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+            raise ValueError(f"seeds {seeds!r}: {part!r} is neither a number nor a range such as '0-63'")
+        low, high = int(first), int(last) if dash else int(first)
+        if high < low:
+            raise ValueError(f"seeds {seeds!r}: the range {part!r} runs backwards; write '{high}-{low}'")
+        numbers += range(low, high + 1)
+    return numbers
+
+
+def generators(seeds: str | int | Iterable[int] | Iterable[Generator]) -> list[Generator]:
+    """One CPU generator per seed. Generators pass through, so that a chain may go on with its own."""
+    if isinstance(seeds, Generator):
+        return [seeds]
+    if not isinstance(seeds, str | int):
+        seeds = list(seeds)
+        if seeds and all(isinstance(seed, Generator) for seed in seeds):
+            return seeds
+    return [Generator().manual_seed(seed) for seed in parse_seeds(seeds)]
+
+
+def randn(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    generator: Generator | Sequence[Generator],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal noise; for complex dtypes the real and the imaginary part have standard deviation 1
+    each.
+
+    generator: one, which fills the whole shape; or a list, one per batch item, whose draws (*shape) are
+    stacked to (batch, *shape): then an item's noise does not depend on its batch. Drawn where the generator
+    lives, then moved.
+    """
+    if generator is None:
+        raise TypeError("randn got no generator; randomness is an argument here: torch.Generator().manual_seed(seed)")
+    if not isinstance(generator, Generator):
+        return torch.stack([randn(shape, dtype, one, device) for one in generator])
+    real = dtype.to_real()
+    parts = (*shape, 2) if dtype.is_complex else tuple(shape)
+    noise = torch.randn(parts, dtype=real, generator=generator, device=generator.device)
+    return (torch.view_as_complex(noise) if dtype.is_complex else noise).to(device or generator.device)

@@ -1,0 +1,1 @@
+"""Classical reconstructions: what a posterior has to beat."""

@@ -1,0 +1,1 @@
+"""Looking: figures, stacks of images, the viewer, the gallery."""

@@ -1,0 +1,153 @@
+"""The `companion` command: notebooks, the workflow, the index of results, weights, and a look at this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import companion
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+weights = typer.Typer(no_args_is_help=True, help="List, fetch, check, convert and publish weights.")
+app.add_typer(weights, name="weights")
+
+Name = Annotated[str, typer.Argument(help="as in `companion weights list`, or hf:owner/name@revision:folder")]
+
+
+@app.command()
+def run(
+    notebook: Annotated[Path, typer.Argument(help="notebook with one cell tagged 'parameters'")],
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="YAML file of parameters")] = None,
+    pairs: Annotated[list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="a parameter")] = None,
+    out: Annotated[str | None, typer.Option(help="folder of the results (parameter 'out')")] = None,
+):
+    """Execute NOTEBOOK; its results, run.json and executed copy land in one folder."""
+    from companion.workbench.runner import merge, run_notebook
+
+    print(run_notebook(notebook, merge(file, pairs or []), out))
+
+
+@app.command()
+def index(runs: Annotated[Path, typer.Argument(help="folder that holds the runs")] = Path("runs")):
+    """Write RUNS/index.html: one offline page with every run, its figures and numbers."""
+    from companion.workbench.index import write_index
+
+    print(write_index(runs))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def batch(
+    context: typer.Context,
+    profile: Annotated[str, typer.Option(help="local, slurm, or a Snakemake profile's folder")] = "local",
+    config: Annotated[Path | None, typer.Option(help="YAML file that lists the runs")] = None,
+    folder: Annotated[Path | None, typer.Option(help="where runs/ is; default: the project")] = None,
+):
+    """Do all runs of workflow/config.yaml that are not up to date. Other options go to Snakemake."""
+    from companion.workbench.batch import run_batch
+
+    raise typer.Exit(run_batch(profile, config, folder, context.args))
+
+
+@weights.command("list")
+def list_weights():
+    """Show all weights and sample data by name, and whether they are here."""
+    from companion.workbench.doctor import slots, weights_table
+
+    print(weights_table(), slots(), sep="\n\n")
+
+
+@weights.command()
+def pull(
+    name: Name,
+    accept_change: Annotated[bool, typer.Option(help="take the hub's file though it is not the recorded one")] = False,
+):
+    """Download NAME, check it, convert it; print where it is."""
+    from companion.models import registry
+    from companion.models.checkpoint import describe_source
+    from companion.models.checkpoint import pull as pull_weights
+
+    path = pull_weights(name, accept_change)
+    print(describe_source(name) if path.is_dir() else path)
+    entry = registry.find(name)
+    if entry and (note := registry.moved(entry)):
+        print(f"note: {note}", file=sys.stderr)
+
+
+@weights.command()
+def verify():
+    """Hash everything that is here; exit code 1 if anything is damaged."""
+    from companion.workbench.doctor import verified
+
+    damaged = 0
+    for name, problem in verified():
+        print(f"{name}: {problem or 'whole'}")
+        damaged += problem is not None
+    raise typer.Exit(min(damaged, 1))
+
+
+@weights.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="a published file: .pt, .pth, .ckpt, .pkl or .safetensors")],
+    kind: Annotated[str, typer.Option(help="aid, taming, lmi, monai, pet, or a name of `companion weights list`")],
+    out: Annotated[Path, typer.Option(help="folder of the checkpoint")],
+    config: Annotated[Path | None, typer.Option(help="JSON or YAML with network, denoiser, data")] = None,
+    golden: Annotated[Path | None, typer.Option(help="safetensors with inputs and output to be repeated")] = None,
+):
+    """Make a checkpoint of a published FILE without running anything in it."""
+    import yaml
+
+    from companion.models.obtain import convert as convert_file
+
+    options = yaml.safe_load(config.read_text()) if config else None
+    print(convert_file(file, kind, out, options, golden))
+
+
+@weights.command()
+def push(
+    name: Annotated[str, typer.Argument(help="a checkpoint: name or folder")],
+    repo: Annotated[str, typer.Option(help="owner/name on the Hugging Face Hub; made if need be")],
+    private: Annotated[bool, typer.Option(help="make it visible to you only")] = False,
+):
+    """Publish a checkpoint, with its card and hash, on the Hugging Face Hub."""
+    from companion.models.hub import push as push_weights
+
+    print(push_weights(name, repo, private))
+
+
+@weights.command()
+def where(name: Name):
+    """Print where NAME is on this machine, without fetching it; exit code 1 if it is not here."""
+    from companion.workbench.doctor import place
+
+    path = place(name)
+    print(path or f"{name} is not here: companion weights pull {name}")
+    raise typer.Exit(0 if path else 1)
+
+
+@app.command()
+def doctor():
+    """One page: this machine, its weights and data, and what each paper can run now."""
+    from companion.workbench.doctor import report
+
+    print(report())
+
+
+@app.command()
+def version():
+    """Print the version."""
+    print(companion.__version__)
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one line and exit code 1, never a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        sys.exit(f"companion: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
