@@ -20,7 +20,7 @@ from companion.data.cfl import write_cfl
 from companion.data.nifti import load_nifti, save_nifti
 from companion.parameters import Parameters, param
 from companion.show.examples import write_examples
-from companion.show.gallery import Gallery, RunGrid, alike
+from companion.show.gallery import ROWS, Gallery, RunGrid, alike
 from companion.show.stack import Stack, make_stack, mosaic, open_stack, paint, pictures, png
 from companion.show.viewer import Viewer, view
 from companion.workbench import catalogue
@@ -403,7 +403,7 @@ def test_two_hundred_runs_open_in_less_than_three_seconds(examples, tmp_path, mo
     start = time.process_time()
     gallery = Gallery(tmp_path / "runs")
     assert time.process_time() - start < 3 and len(gallery.shown) == 200
-    assert len(gallery._rows) == module.ROWS, "rows are reused, not multiplied"
+    assert len(gallery._rows) == ROWS, "rows are reused, not multiplied"
     start = time.process_time()
     gallery.headers["run"].click()
     assert time.process_time() - start < 0.1
@@ -416,7 +416,7 @@ def test_runs_that_differ_in_many_parameters_are_no_grid(examples):
     (group, *_) = alike(entries)
     first = group[0]
     record = first.record | {"parameters": {f"option {i}": i for i in range(5)}}
-    other = module.Entry(replace(first.state, record=record), first.name)
+    other = catalogue.Entry(replace(first.state, record=record), first.name)
     assert alike(group) == [group] and alike([first, other]) == []
 
 
