@@ -9,9 +9,10 @@ import torch
 from companion.acquisition.maps import centre_of_mask, echo_of, espirit
 from companion.acquisition.measurement import compression, hybrid_slices, prepare_kspace, remove_oversampling
 from companion.acquisition.noise import Noise, mix, noise_of_edges, noise_of_samples, noise_of_scan, whiten
-from companion.operators.linear import adjoint_error, conjugate_gradient
+from companion.operators.linear import adjoint_error
 from companion.operators.mri import birdcage_maps, cartesian_mask, fft, ifft
 from companion.operators.soft_sense import CoilSets, soft_sense
+from companion.operators.solve import conjugate_gradient
 
 REAL = Path(__file__).parents[2] / "shared" / "real" / "kspace"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs shared/real beside the checkout")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..operators.linear import check_finite
-from ..operators.mri import Shape, ifft
+from companion.operators.linear import check_finite
+from companion.operators.mri import Shape, ifft
 
 Box = tuple[tuple[int, int], ...]  # [first, last) along each space axis
 

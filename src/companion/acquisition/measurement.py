@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..operators.linear import LinearOperator, check_finite
-from ..operators.mri import CartesianMask, Sense, Shape, crop_kspace, ifft
-from ..operators.soft_sense import soft_sense
-from .maps import Box, Maps, centre_of_mask, echo_of, espirit, low_resolution
-from .noise import Noise, mix, noise_of_edges, noise_of_scan
+from companion.acquisition.maps import Box, Maps, centre_of_mask, echo_of, espirit, low_resolution
+from companion.acquisition.noise import Noise, mix, noise_of_edges, noise_of_scan
+from companion.operators.linear import LinearOperator, check_finite
+from companion.operators.mri import CartesianMask, Sense, Shape, crop_kspace, ifft
+from companion.operators.soft_sense import soft_sense
 
 KEPT_ENERGY = 0.999  # of the signal, by the virtual coils that coil compression keeps
 BRIGHTNESS_QUANTILE = 0.99  # share of pixels of the low-resolution image below the stated brightness

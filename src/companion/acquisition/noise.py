@@ -14,8 +14,8 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from ..operators.linear import check_finite
-from ..operators.mri import Shape, ifft
+from companion.operators.linear import check_finite
+from companion.operators.mri import Shape, ifft
 
 EDGE = 0.1  # share of the measured samples, furthest from the echo, that is taken for noise
 BAND = (0.02, 0.08)  # part of the field of view at either end of a fully sampled axis that may be air

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear import LinearOperator
-from .mri import CartesianMask, Coils, Mask, Sense, _check_maps
+from companion.operators.linear import LinearOperator
+from companion.operators.mri import CartesianMask, Coils, Mask, Sense, _check_maps
 
 
 @dataclass(frozen=True, eq=False, repr=False)
