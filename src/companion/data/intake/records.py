@@ -33,7 +33,7 @@ class Description:
 
     kind      one of `KINDS`; an image is anything that shows anatomy or activity, in 2, 3 or 4 dimensions
     format    in words: "NIfTI-1", "DICOM", "fastMRI HDF5"
-    axes      names of the stored axes, slowest first: ("z", "y", "x"), ("t", "z", "y", "x"), ("slice", "coil", "y", "x")
+    axes      names of the axes as read: ("z", "y", "x"), ("t", "z", "y", "x"), ("slice", "coil", "y", "x")
     shape     their lengths
     voxel_mm  (z, y, x), or None where the file does not say
     dtype     of NumPy, as read: "int16", "complex64"
