@@ -15,9 +15,9 @@ import nibabel
 import numpy as np
 from nibabel.nifti1 import data_type_codes, intent_codes
 
-from companion.data.nifti import Volume
 from companion.data.intake import kinds, streams
 from companion.data.intake.records import Description, Unreadable
+from companion.data.nifti import Volume
 
 NIFTI = (".nii", ".nii.gz", ".nii.bz2", ".hdr", ".hdr.gz", ".img", ".img.gz")
 UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # mm of a unit of length, by NIfTI's code; 0, not said, is mm in practice
@@ -27,7 +27,7 @@ SPOKEN = {128: "RGB colour", 2304: "RGBA colour", 1: "bits", 1536: "128-bit floa
 
 @dataclass(frozen=True)
 class _Nifti:
-    """What a NIfTI header says, checked: where the values are, of which type and shape (x, y, z, t), and their scale."""
+    """What a NIfTI header says, checked: where the values are, their type, shape (x, y, z, t) and scale."""
 
     data: Path
     offset: int
@@ -50,12 +50,19 @@ def sniff_nifti(path: Path) -> Description | None:
     header = _nifti(Path(path), None)
     if header is None:
         return None
-    name = path.as_posix()
-    kind = kinds.kind_of(name) or ("labels" if header.intent == "label" else "image")
+    kind = kinds.kind_of(path.name) or ("labels" if header.intent == "label" else "image")
     shape = header.shape[::-1] if header.frames > 1 else header.shape[2::-1]
     axes = ("t", "z", "y", "x")[-len(shape) :]
-    return Description(kind, header.version, axes, shape, _voxel_mm(header.affine), header.dtype.name,
-                       contrast=kinds.contrast_of(path.name), parts=header.parts)
+    return Description(
+        kind,
+        header.version,
+        axes,
+        shape,
+        _voxel_mm(header.affine),
+        header.dtype.name,
+        contrast=kinds.contrast_of(path.name),
+        parts=header.parts,
+    )
 
 
 def read_nifti(files: Sequence[Path], frame: int | None = None, affine=None) -> Volume:
@@ -95,7 +102,9 @@ def _values(header: _Nifti, path: Path, frame: int | None) -> np.ndarray:
     """Values (x, y, z) of a frame or (x, y, z, t) of all, finite, in the file's type or scaled to float."""
     size = int(np.prod(header.shape[:3])) * header.dtype.itemsize
     first, count = (0, header.frames) if frame is None else (frame, 1)
-    content = streams.part(header.data, header.offset + first * size, count * size, header.offset + header.frames * size)
+    content = streams.part(
+        header.data, header.offset + first * size, count * size, header.offset + header.frames * size
+    )
     stored = np.frombuffer(content, header.dtype)
     stored = stored.astype(header.dtype.newbyteorder("="), copy=False)
     if (header.slope, header.inter) != (1.0, 0.0):
@@ -135,7 +144,7 @@ def _nifti(path: Path, affine) -> _Nifti | None:
                 raise Unreadable(path, f"its other half, {_base(path)}{there}, is missing; NIfTI pairs need both")
             header, data = (path, other) if here == ".hdr" else (other, path)
             parts = (other,)
-    if reason := streams.instead(path):
+    if reason := streams.instead(header):
         raise Unreadable(path, reason)
     raw = streams.head(header, 540)
     if not _is_header(raw):
@@ -164,7 +173,9 @@ def _parsed(path: Path, data: Path, raw: bytes, affine, parts) -> _Nifti:
         raise Unreadable(path, f"{len(raw)} bytes, less than a header; download it again")
     magic = raw[4:8] if two else raw[344:348]
     if magic[:2] not in (b"n+", b"ni") or magic[3:4] != b"\0":
-        raise Unreadable(path, "Analyze 7.5, which does not say what is left and right; convert it to NIfTI knowing that")
+        raise Unreadable(
+            path, "Analyze 7.5, which does not say what is left and right; convert it to NIfTI knowing that"
+        )
     header = kind(raw[:size], check=False)
     if magic[:2] == b"ni" and data == path and not parts:
         raise Unreadable(path, "the header of a NIfTI pair without its .img; give both")
@@ -245,8 +256,9 @@ def _affine(path: Path, header) -> np.ndarray:
     s, q = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
     if not (s or q):
         raise Unreadable(
-            path, "has no affine (sform and qform codes are 0), so nobody knows left from right; give "
-            "affine=centred_affine(shape, mm), or write one into the file"
+            path,
+            "has no affine (sform and qform codes are 0), so nobody knows left from right; give "
+            "affine=centred_affine(shape, mm), or write one into the file",
         )
     steps = np.array([float(v) for v in header["pixdim"][1:4]])
     if not s and not (np.isfinite(steps).all() and (steps > 0).all()):
@@ -269,8 +281,11 @@ def check_affine(affine, path: str | Path) -> np.ndarray:
     affine = np.asarray(affine, dtype=float)
     lengths = np.linalg.norm(affine[:3, :3], axis=0) if affine.shape == (4, 4) else np.zeros(3)
     if not np.isfinite(affine).all() or not (lengths > 0).all():
-        raise Unreadable(path, f"voxel size {' x '.join(f'{v:g}' for v in lengths)} mm, the affine is {affine.tolist()}; "
-                         "it must be finite and positive")
+        raise Unreadable(
+            path,
+            f"voxel size {' x '.join(f'{v:g}' for v in lengths)} mm, the affine is {affine.tolist()}; "
+            "it must be finite and positive",
+        )
     if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
         raise Unreadable(path, f"its affine is singular, {affine.tolist()}; write the header again")
     return affine

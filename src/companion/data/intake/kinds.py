@@ -12,17 +12,30 @@ from companion.data.intake.records import Item, Unreadable
 
 _EDGE, _END = r"(?:^|[_\-. /])", r"(?=$|[_\-. /])"
 LABELS = re.compile(
-    _EDGE + r"(?:dseg|aseg\w*|a\d+s?\w*aseg|aparc\w*|w?m?parc\w*|segs?|segmentations?|labels?(?:tr|ts)?|labelmap|gt|ground_?truth"
-    r"|parcellations?|atlas\w*|tissues?|lesions?(?:_?mask)?|tumou?r|manual|ribbon)" + _END, re.IGNORECASE)
-MASK = re.compile(_EDGE + r"(?:brain_?)?masks?" + _END + r"|" + _EDGE + r"(?:ss|staple|brainmask)" + _END, re.IGNORECASE)
-PROBABILITY = re.compile(_EDGE + r"(?:probseg|prob(?:abilit(?:y|ies)|map)?s?|pve(?:_?\d)?|posteriors?\d*)" + _END, re.IGNORECASE)
+    _EDGE + r"(?:dseg|aseg\w*|a\d+s?\w*aseg|aparc\w*|w?m?parc\w*|segs?|segmentations?|labels?(?:tr|ts)?|labelmap|gt"
+    r"|ground_?truth|parcellations?|atlas\w*|tissues?|lesions?(?:_?mask)?|tumou?r|manual|ribbon)" + _END,
+    re.IGNORECASE,
+)
+MASK = re.compile(
+    _EDGE + r"(?:brain_?)?masks?" + _END + r"|" + _EDGE + r"(?:ss|staple|brainmask)" + _END, re.IGNORECASE
+)
+PROBABILITY = re.compile(
+    _EDGE + r"(?:probseg|prob(?:abilit(?:y|ies)|map)?s?|pve(?:_?\d)?|posteriors?\d*)" + _END, re.IGNORECASE
+)
 FIELD = re.compile(_EDGE + r"(?:xfm|warps?\d*\w*|displacement|deformation|ddf|jacobian)" + _END, re.IGNORECASE)
 CONTRASTS = (  # the first that fits; BIDS's names
-    ("FLAIR", r"\w*flair|t2f"), ("T2starw", r"t2star\w*|swi|qsm"), ("PET", r"pet|fdg|suv\w*"), ("CT", r"cta?"),
-    ("T1ce", r"t1(?:_?ce|c|gd|_?post)|axt1post"), ("PDw", r"(?:ax|cor)?pd(?:w|fs)?(?:_fbk)?"),
+    ("FLAIR", r"\w*flair|t2f"),
+    ("T2starw", r"t2star\w*|swi|qsm"),
+    ("PET", r"pet|fdg|suv\w*"),
+    ("CT", r"cta?"),
+    ("T1ce", r"t1(?:_?ce|c|gd|_?post)|axt1post"),
+    ("PDw", r"(?:ax|cor)?pd(?:w|fs)?(?:_fbk)?"),
     ("T2w", r"(?:ax|sag|cor|w)?t2(?:w|wi|n)?(?:\d\d)?"),
     ("T1w", r"(?:ax|sag|cor|w)?t1(?:w|wi|n|pre)?(?:\d\d)?|mp2?rage\w*|i?r?f?spgr|unit1"),
-    ("bold", r"bold|rest|task\w*"), ("dwi", r"dwi|dti|adc"), ("angio", r"mra|angio|tof"), ("MR", r"mri?"),
+    ("bold", r"bold|rest|task\w*"),
+    ("dwi", r"dwi|dti|adc"),
+    ("angio", r"mra|angio|tof"),
+    ("MR", r"mri?"),
 )
 _CONTRASTS = [(name, re.compile(_EDGE + f"(?:{form})" + _END, re.IGNORECASE)) for name, form in CONTRASTS]
 BRAIN_MASK = re.compile(r"desc-brain|brain_?mask|(?:^|_)(?:bet|ss|staple)(?:_|$)", re.IGNORECASE)
@@ -30,8 +43,12 @@ BRAIN_MASK = re.compile(r"desc-brain|brain_?mask|(?:^|_)(?:bet|ss|staple)(?:_|$)
 
 def stem(name: str) -> str:
     """Return the last part of a name without its ending: what .nii.gz and the like hide."""
-    return re.sub(r"(?:\.(?:nii|mnc|mgz|mgh|img|hdr|mha|mhd|nrrd|nhdr|h5|hdf5|npy|cfl|png|tiff?|bmp|jpe?g|gz|bz2))+$", "",
-                  name.rsplit("/", 1)[-1], flags=re.IGNORECASE)
+    return re.sub(
+        r"(?:\.(?:nii|mnc|mgz|mgh|img|hdr|mha|mhd|nrrd|nhdr|h5|hdf5|npy|cfl|png|tiff?|bmp|jpe?g|gz|bz2))+$",
+        "",
+        name.rsplit("/", 1)[-1],
+        flags=re.IGNORECASE,
+    )
 
 
 def kind_of(name: str) -> str:
@@ -41,7 +58,10 @@ def kind_of(name: str) -> str:
         if form.search(last):
             return kind
     nearest = folders.rsplit("/", 1)[-1]
-    for kind, form in (("mask", r"(?:brain)?_?masks?(?:tr|ts)?"), ("labels", r"labels?(?:tr|ts)?|seg(?:mentation)?s?|gt|ground_?truth")):
+    for kind, form in (
+        ("mask", r"(?:brain)?_?masks?(?:tr|ts)?"),
+        ("labels", r"labels?(?:tr|ts)?|seg(?:mentation)?s?|gt|ground_?truth"),
+    ):
         if re.fullmatch(form, nearest, re.IGNORECASE):
             return kind
     return ""
@@ -104,9 +124,14 @@ def mask_of(image: Item, items: Iterable[Item]) -> Item | None:
         return sorted(beside or named, key=lambda m: m.name)[0]
     mine = entities(image.name)
     keys = ("sub", "ses", "space", "res", "run", "acq")
-    fit = [m for m in masks if m.session == image.session and "label" not in (e := entities(m.name))
-           and all(e.get(k) in (mine.get(k), None) or (k in ("run", "acq") and k not in e) for k in keys)
-           and (mine.get("space") == e.get("space"))]
+    fit = [
+        m
+        for m in masks
+        if m.session == image.session
+        and "label" not in (e := entities(m.name))
+        and all(e.get(k) in (mine.get(k), None) or (k in ("run", "acq") and k not in e) for k in keys)
+        and (mine.get("space") == e.get("space"))
+    ]
     brains = [m for m in fit if BRAIN_MASK.search(stem(m.name))] or fit
     near = [m for m in brains if m.path.parent == image.path.parent] or brains
     return near[0] if len(near) == 1 else None

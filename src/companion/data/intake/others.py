@@ -1,4 +1,4 @@
-"""Readers of other images: FreeSurfer's .mgz and MINC by nibabel, MetaImage and NRRD by SimpleITK, pictures by Pillow."""
+"""Readers of other images: FreeSurfer's .mgz, MINC by nibabel, MetaImage and NRRD by SimpleITK, pictures by Pillow."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from companion.data.nifti import Volume
 from companion.data.intake import kinds, streams
 from companion.data.intake.images import _frame, _voxel_mm, check_affine, finite
 from companion.data.intake.records import Description, Unreadable
+from companion.data.nifti import Volume
 
 MGH, MINC, ITK = (".mgz", ".mgh"), (".mnc", ".mnc.gz"), (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
@@ -98,8 +98,14 @@ def sniff_itk(path: Path) -> Description | None:
     """What a MetaImage or NRRD file is."""
     reader = _itk(path)
     shape = tuple(int(n) for n in reader.GetSize())
-    return _described(path, "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage", shape,
-                      _itk_type(path, reader), _itk_affine(path, reader), _itk_parts(path))
+    return _described(
+        path,
+        "NRRD" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImage",
+        shape,
+        _itk_type(path, reader),
+        _itk_affine(path, reader),
+        _itk_parts(path),
+    )
 
 
 def read_itk(files: Sequence[Path], frame: int | None = None) -> Volume:
@@ -162,8 +168,11 @@ def _itk_affine(path: Path, reader) -> np.ndarray:
 
 def _itk_parts(path: Path) -> tuple[Path, ...]:
     """The files with the values of a header; refused where they lie in other folders, or orientation is missing."""
-    text = streams.head(path, 1 << 14).split(b"\n\n", 1)[0] if path.suffix.lower() in (".nrrd", ".nhdr") else (
-        streams.head(path, 1 << 14))
+    text = (
+        streams.head(path, 1 << 14).split(b"\n\n", 1)[0]
+        if path.suffix.lower() in (".nrrd", ".nhdr")
+        else (streams.head(path, 1 << 14))
+    )
     if path.suffix.lower() in (".nrrd", ".nhdr"):
         if not text.startswith(b"NRRD"):
             raise Unreadable(path, "not an NRRD file; export it again")
@@ -198,9 +207,16 @@ def _described(path: Path, form: str, shape, dtype, affine, parts=()) -> Descrip
     shape = tuple(int(n) for n in shape)
     shape = shape + (1,) * (3 - len(shape))
     shape = shape[::-1] if len(shape) > 3 and shape[3] > 1 else shape[2::-1]
-    return Description(kinds.kind_of(path.as_posix()) or "image", form, ("t", "z", "y", "x")[-len(shape) :], shape,
-                       _voxel_mm(check_affine(affine, path)), np.dtype(dtype).newbyteorder("=").name,
-                       contrast=kinds.contrast_of(path.name), parts=parts)
+    return Description(
+        kinds.kind_of(path.name) or "image",
+        form,
+        ("t", "z", "y", "x")[-len(shape) :],
+        shape,
+        _voxel_mm(check_affine(affine, path)),
+        np.dtype(dtype).newbyteorder("=").name,
+        contrast=kinds.contrast_of(path.name),
+        parts=parts,
+    )
 
 
 def sniff_picture(path: Path) -> Description | None:

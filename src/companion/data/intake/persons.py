@@ -1,4 +1,4 @@
-"""Who is who: the person and the session of every file, from a table, BIDS names, the content, or what the names vary in.
+"""Who is who: person and session of every file, from a table, BIDS names, the content, or what the names vary in.
 
 The guarantee is one-sided: two visits or repetitions of one person are never taken for two people, or nobody's scan
 could be trusted to be new to a model. Where a name may be read in two ways, the coarser one is taken if that is safe,
@@ -37,46 +37,69 @@ EDGE, END = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"
 BIDS = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9+]+)(?=[/_.]|$)")
 BIDS_SESSION = re.compile(r"(?:^|[/_])ses-([A-Za-z0-9+]+)(?=[/_.]|$)")
 # Names of well-known collections in which the first number is not the person, or not all of it.
-KNOWN = [re.compile(form) for form in (
-    r"(?P<person>\d{3}_S_\d{4,5})(?!\d)",  # ADNI: site _S_ subject
-    r"(?P<person>OAS\d_\d{4})(?:_(?P<session>MR\d+))?",  # OASIS 1 and 2
-    r"(?P<person>OAS\d{5})(?:_\w+?_(?P<session>d\d{4}))?",  # OASIS 3
-    r"(?P<person>TCGA-\w\w-\w{4})",
-    r"(?P<person>[Bb]ra[Tt][Ss]1[789]_\w+?)_(?P<session>\d+)(?=[_/.]|$)",  # BraTS 2017 to 2019
-    r"(?P<person>BraTS-\w+-\d{5})-(?P<session>\d{3})",  # BraTS 2023
-    r"(?P<person>IXI\d{3})(?=-)",
-    r"(?P<person>CC\d{4})_[a-z]+_(?:15|3)_\d+_[MF]",  # CC359
-    r"file_(?:brain|knee|prostate|breast)_\w+?_\d+_(?P<person>\d{5,})",  # fastMRI
-    r"(?:^|/)(?P<person>[^/]+)/mri/",  # FreeSurfer
-)]
+KNOWN = [
+    re.compile(form)
+    for form in (
+        r"(?P<person>\d{3}_S_\d{4,5})(?!\d)",  # ADNI: site _S_ subject
+        r"(?P<person>OAS\d_\d{4})(?:_(?P<session>MR\d+))?",  # OASIS 1 and 2
+        r"(?P<person>OAS\d{5})(?:_\w+?_(?P<session>d\d{4}))?",  # OASIS 3
+        r"(?P<person>TCGA-\w\w-\w{4})",
+        r"(?P<person>[Bb]ra[Tt][Ss]1[789]_\w+?)_(?P<session>\d+)(?=[_/.]|$)",  # BraTS 2017 to 2019
+        r"(?P<person>BraTS-\w+-\d{5})-(?P<session>\d{3})",  # BraTS 2023
+        r"(?P<person>IXI\d{3})(?=-)",
+        r"(?P<person>CC\d{4})_[a-z]+_(?:15|3)_\d+_[MF]",  # CC359
+        r"file_(?:brain|knee|prostate|breast)_\w+?_\d+_(?P<person>\d{5,})",  # fastMRI
+        r"(?:^|/)(?P<person>[^/]+)/mri/",  # FreeSurfer
+    )
+]
 EXPLICIT = re.compile(
     EDGE + r"(?P<person>(?:sub|subj|subject|patient|pat|pt|participant|person|volunteer|healthy|control|case|proband)"
-    r"s?[-_ ]?[A-Za-z]{0,4}[-_]?\d+)(?!\d)", re.IGNORECASE)
-_NUMBERED = "ses|sess|session|visit|tp|timepoint|time|scan|run|rep|repeat|repetition|mr|mpr|echo|acq|frame|phase|slice|day|week|month|mon|year|wave|avg"
+    r"s?[-_ ]?[A-Za-z]{0,4}[-_]?\d+)(?!\d)",
+    re.IGNORECASE,
+)
+_NUMBERED = (
+    "ses|sess|session|visit|tp|timepoint|time|scan|run|rep|repeat|repetition|mr|mpr|echo|acq|frame|phase|slice|day|week"
+    "|month|mon|year|wave|avg"
+)
+_DATE = (
+    r"(?:19|20)\d\d[-_]?(?:0[1-9]|1[0-2])[-_]?(?:0[1-9]|[12]\d|3[01])"
+    r"(?:[-_T]?\d\d[-_.:]?\d\d[-_.:]?\d\d(?:\.\d+)?)?"
+)
 SESSION = re.compile(
     EDGE + rf"(?:(?:{_NUMBERED})[-_ ]?\d+|(?:ses|session|visit)-?[A-Z]|baseline|followup|follow-up|retest|pre|post"
-    r"|preop|postop|(?:19|20)\d\d[-_]?(?:0[1-9]|1[0-2])[-_]?(?:0[1-9]|[12]\d|3[01])(?:[-_T]?\d\d[-_.:]?\d\d[-_.:]?\d\d(?:\.\d+)?)?"
-    rf")(?:w)?{END}", re.IGNORECASE)
+    rf"|preop|postop|{_DATE}){END}",
+    re.IGNORECASE,
+)
 WEAK_SESSION = re.compile(EDGE + r"[mvydtb]\d{1,3}" + END, re.IGNORECASE)  # m12, v1: a session beside something else
 # What is in a file, not whose it is. A contrast may end in the number of a repetition: T101, FLAIR02 (M4Raw).
 _CONTRAST = (
-    r"(?:ax|sag|cor|tra|se|tse|gre|w)?(?:t1|t2|t2star|pd|flair|t2flair)(?:w|wi|c|ce|gd|n|f|fs|s|rho|post|pre|fse|tse|map|_?mprage|w?_?brain)?"
-    r"|corpd(?:fs)?(?:_fbk)?|mp2?rage|i?r?spgr|fspgr|dwi|adc|dti|swi|mra|angio|bold|func|asl|cbf|qsm|ct|cta|pet|fdg|mri?|anat|unit1|inv[12]"
+    r"(?:ax|sag|cor|tra|se|tse|gre|w)?(?:t1|t2|t2star|pd|flair|t2flair)"
+    r"(?:w|wi|c|ce|gd|n|f|fs|s|rho|post|pre|fse|tse|map|_?mprage|w?_?brain)?"
+    r"|corpd(?:fs)?(?:_fbk)?|mp2?rage|i?r?spgr|fspgr|dwi|adc|dti|swi|mra|angio|bold|func|asl|cbf|qsm|ct|cta|pet|fdg"
+    r"|mri?|anat|unit1|inv[12]"
 )
 CONTRAST = re.compile(EDGE + rf"(?P<contrast>{_CONTRAST})(?P<repeat>\d\d)?{END}", re.IGNORECASE)
 PROCESSING = re.compile(
-    EDGE + r"(?:(?:space|desc|res|label|acq|rec|dir|den|hemi|task|ce|mod|part|inv|from|to|mode)-[A-Za-z0-9+]+|brain|bet|stripped|skullstripped|ss|staple"
-    r"|(?:brain)?masks?|preproc|restored?|acpc|dc|norm|n4|bias|corrected|reg|registered|warped|mni(?:152)?\w*|crop(?:ped)?"
-    r"|resampled|denoised|defaced?|orig|raw|final|segs?|segmentations?|aseg|aparc|gt|dseg|probseg|prob|pve|mean|magnitude"
-    r"|labels?(?:tr|ts)?|images?(?:tr|ts)?|mag|real|imag|nii|nifti|dicom|dcm|derivatives|sourcedata|rawdata"
-    r"|[123]d|\d+(?:\.\d+)?mm|(?:ge|philips|siemens)?(?:1\.5|3|7)t)" + END, re.IGNORECASE)
+    EDGE
+    + r"(?:(?:space|desc|res|label|acq|rec|dir|den|hemi|task|ce|mod|part|inv|from|to|mode)-[A-Za-z0-9+]+"
+    + r"|brain|bet|stripped|skullstripped|ss|staple|(?:brain)?masks?|preproc|restored?|acpc|dc|norm|n4|bias|corrected"
+    + r"|reg|registered|warped|mni(?:152)?\w*|crop(?:ped)?|resampled|denoised|defaced?|orig|raw|final|segs?"
+    + r"|segmentations?|aseg|aparc|gt|dseg|probseg|prob|pve|mean|magnitude|labels?(?:tr|ts)?|images?(?:tr|ts)?|mag"
+    + r"|real|imag|nii|nifti|dicom|dcm|derivatives|sourcedata|rawdata|[123]d|\d+(?:\.\d+)?mm"
+    + r"|(?:ge|philips|siemens)?(?:1\.5|3|7)t)"
+    + END,
+    re.IGNORECASE,
+)
 GROUP = re.compile(
     r"(?:site|cent(?:er|re)|hospital|clinic|group|cohort|batch|part|set|fold|scanner|vendor|dataset|ds|grade)[-_ ]?\d*"
     r"|hgg|lgg|train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing|s)?|controls?|patients?|healthy|male|female|ad|cn|mci|tr|ts",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 
 
-def whose(names: Sequence[str], said: Mapping[str, tuple[str, str]] | None = None, folder: str = "") -> dict[str, Whose]:
+def whose(
+    names: Sequence[str], said: Mapping[str, tuple[str, str]] | None = None, folder: str = ""
+) -> dict[str, Whose]:
     """Return the person and session of each file of a folder, by the names of the files below it.
 
     said: name -> (person, session) that the content states, "" where it is silent. folder: the name of the folder
@@ -143,7 +166,9 @@ def _certain(name: str) -> re.Match | None:
 def _key(match: re.Match) -> str:
     """The person's name of a match, with the site's folder before it, if that numbers people anew."""
     before = match.string[: match.start("person")].split("/")[:-1]
-    site = [part for part in before if re.fullmatch(r"(?:site|cent(?:er|re)|hospital|dataset|ds|scanner)[-_ ]?\w+", part)]
+    site = [
+        part for part in before if re.fullmatch(r"(?:site|cent(?:er|re)|hospital|dataset|ds|scanner)[-_ ]?\w+", part)
+    ]
     return "/".join([*site, re.sub(r"[ _-]+", "_", match["person"]) if match.re is EXPLICIT else match["person"]])
 
 

@@ -18,4 +18,5 @@ def readers_for(name: str) -> list[Reader]:
     """Return the readers whose endings a file's name has, the longest ending first; case does not matter."""
     lower = name.lower()
     fits = [(max(map(len, ends)), r) for r in READERS if (ends := [s for s in r.suffixes if lower.endswith(s)])]
-    return [reader for _, reader in sorted(fits, key=lambda fit: -fit[0])]
+    longest = max((length for length, _ in fits), default=0)
+    return [r for length, r in sorted(fits, key=lambda fit: -fit[0]) if length or not longest]

@@ -69,7 +69,10 @@ class Description:
 
 @dataclass(frozen=True)
 class Reader:
-    """A format: its name, the endings of its files (lower case, () for files without one), and its two functions."""
+    """A format: its name, the endings of its files in lower case, and its two functions.
+
+    The ending "" stands for any name that no other reader has an ending for: DICOM files are called IM0001 or 1.2.840.
+    """
 
     name: str
     suffixes: tuple[str, ...]
@@ -104,13 +107,26 @@ class Item:
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds: `items` in the order of their names, `left` name -> why it cannot be used, `notes` that are
-    no data (README, JSON, tables), by name."""
+    """What a folder holds, and what became of every file.
+
+    items in the order of their names; left: name -> why it is not used; notes: names that are no data (README, JSON);
+    unclear: why nobody can tell whose the files are, "" if it is known; split: person -> part, where a table says it.
+    """
 
     root: Path
     items: tuple[Item, ...]
     left: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unclear: str = ""
+    split: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def people(self) -> dict[str, list[Item]]:
+        """Person -> items, in the order of the items."""
+        people: dict[str, list[Item]] = {}
+        for item in self.items:
+            people.setdefault(item.person, []).append(item)
+        return people
 
 
 def pseudonym(identity: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from companion.data.store import SPLITS
 from companion.data.intake.walk import natural
+from companion.data.store import SPLITS
 
 
 def split_people(
@@ -62,5 +62,7 @@ def split_table(split: Mapping[str, Sequence[str]], files: Mapping[str, Sequence
     for part, people in split.items():
         count = f", {sum(len(files.get(p, ())) for p in people)} files" if files else ""
         who = ", ".join(list(people)[:12]) + (f" and {len(people) - 12} more" if len(people) > 12 else "")
-        lines.append(f"{part:<11} {len(people):>4} {'person' if len(people) == 1 else 'people'}{count}: {who or 'nobody'}")
+        lines.append(
+            f"{part:<11} {len(people):>4} {'person' if len(people) == 1 else 'people'}{count}: {who or 'nobody'}"
+        )
     return "\n".join(lines)

@@ -17,8 +17,14 @@ COLUMNS = {
     "split": ("split", "set", "partition", "fold"),
 }
 SPLIT_WORDS = {
-    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
-    "dev": "validation", "test": "test", "testing": "test",
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
 }
 
 
@@ -59,7 +65,13 @@ def read_table(path: str | os.PathLike) -> Table:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error}); save the table as CSV") from error
-    separator = "\t" if path.suffix.lower() == ".tsv" or "\t" in (lines or [""])[0] else ";" if ";" in (lines or [""])[0] else ","
+    separator = (
+        "\t"
+        if path.suffix.lower() == ".tsv" or "\t" in (lines or [""])[0]
+        else ";"
+        if ";" in (lines or [""])[0]
+        else ","
+    )
     rows = list(csv.DictReader(lines, delimiter=separator))
     names = {(n or "").strip().lower(): n for n in (rows[0] if rows else ())}
     column = {what: next((names[n] for n in usual if n in names), None) for what, usual in COLUMNS.items()}

@@ -54,8 +54,12 @@ def walk(root: str | os.PathLike) -> Walked:
         else:
             files[name] = path
     order = sorted(files, key=natural)
-    return Walked(root, {n: files[n] for n in order}, tuple(sorted(notes, key=natural)),
-                  {n: left[n] for n in sorted(left, key=natural)})
+    return Walked(
+        root,
+        {n: files[n] for n in order},
+        tuple(sorted(notes, key=natural)),
+        {n: left[n] for n in sorted(left, key=natural)},
+    )
 
 
 def natural(name: str) -> tuple:
@@ -121,7 +125,7 @@ def _inside(prefix: str, folder: Path) -> Iterator[tuple[str, Path, str, bool]]:
         path, trouble = folder / entry.name, ""
         try:
             if not path.exists():
-                trouble = _dangling(path)
+                trouble = dangling(path)
             elif not (path.is_dir() or path.is_file()):
                 trouble = "neither a file nor a folder"
         except OSError as error:  # links in a circle
@@ -134,7 +138,8 @@ def _identity(path: Path) -> tuple:
     return (stat.st_dev, stat.st_ino) if stat.st_ino else (str(path.resolve()),)
 
 
-def _dangling(path: Path) -> str:
+def dangling(path: Path) -> str:
+    """Return why a link leads to nothing, and what to do."""
     target = os.readlink(path) if path.is_symlink() else ""
     if ".git/annex" in target.replace("\\", "/"):
         return "its content is not here, only git-annex's link; fetch it with `datalad get` or `git annex get`"

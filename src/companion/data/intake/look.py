@@ -1,0 +1,156 @@
+"""The intake itself: what a file or folder holds, whose each scan is, and what became of every file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from companion.data.intake import kinds
+from companion.data.intake.persons import Unclear, Whose, whose
+from companion.data.intake.readers import readers_for
+from companion.data.intake.records import Description, Found, Item, Reader, Unreadable
+from companion.data.intake.tables import Table, own_table, read_table
+from companion.data.intake.walk import dangling, natural, walk
+
+HEADERS = (".hdr", ".hdr.gz", ".mhd", ".nhdr")  # read before the files that they describe
+
+
+def look(path: str | os.PathLike, table: str | os.PathLike | None = None) -> Found:
+    """Return what a file or folder holds, from the headers alone: no values are read.
+
+    table: a CSV or TSV that says whose the files are, see `tables.read_table`; by default the folder's own
+    participants.tsv, if it does. Where nobody can tell whose the files are, `Found.unclear` says so and what to do.
+    Raises FileNotFoundError, or ValueError for a table that is wrong.
+    """
+    walked = walk(path)
+    items, left = _sniffed(walked.files, walked.left)
+    rows = read_table(table) if table else own_table(walked.root) if walked.root.is_dir() else None
+    unclear, split = "", {}
+    try:
+        items, strangers, split = _assigned(items, rows, _folder_name(walked.root))
+        left |= strangers
+    except Unclear as error:
+        unclear = str(error)
+    order = sorted(items, key=lambda item: natural(item.name))
+    return Found(walked.root, tuple(order), dict(sorted(left.items(), key=lambda e: natural(e[0]))), walked.notes,
+                 unclear, split)  # fmt: skip
+
+
+def find(path: str | os.PathLike, table: str | os.PathLike | None = None, kinds: Sequence[str] = ("image",)) -> Found:
+    """Return `look`, with the items of these kinds only and the others among `left`, for a preparation to use.
+
+    Raises Unclear where it cannot be told whose the files are, Unreadable where nothing of these kinds is there, or as
+    `look`.
+    """
+    found = look(path, table)
+    if found.unclear:
+        raise Unclear(f"{found.root}: {found.unclear}")
+    items = tuple(item for item in found.items if item.what.kind in kinds)
+    other = {item.name: f"{item.what.kind}, not {' or '.join(kinds)}" for item in found.items if item not in items}
+    found = replace(found, items=items, left=found.left | other)
+    if not items:
+        raise Unreadable(found.root, f"nothing to use there ({' or '.join(kinds)}){_reasons(found.left)}")
+    return found
+
+
+def _reasons(left: Mapping[str, str], most: int = 20) -> str:
+    lines = [f"\n  {name}: {why}" for name, why in list(left.items())[:most]]
+    return ":" + "".join(lines) + (f"\n  and {len(left) - most} more" if len(left) > most else "") if lines else ""
+
+
+def _folder_name(root: Path) -> str:
+    return root.resolve().name if root.is_dir() else ""
+
+
+def _sniffed(files: Mapping[str, Path], left: Mapping[str, str]) -> tuple[list[Item], dict[str, str]]:
+    items, left, taken = [], dict(left), set()
+    series: dict[tuple, list[tuple[str, Path, Description, Reader]]] = {}
+    for name in sorted(files, key=lambda n: not n.lower().endswith(HEADERS)):
+        path = files[name]
+        if path in taken:
+            continue
+        try:
+            what, reader = sniff(path)
+        except (Unreadable, OSError) as error:
+            left[name] = error.reason if isinstance(error, Unreadable) else str(error).removeprefix(f"{path}: ")
+            continue
+        taken.update(what.parts)
+        if what.kind == "image" and (kind := kinds.kind_of(name)):
+            what = replace(what, kind=kind)
+        if not what.contrast:
+            what = replace(what, contrast=kinds.contrast_of(name))
+        if what.series:
+            series.setdefault((reader.name, what.series), []).append((name, path, what, reader))
+        else:
+            items.append(Item(name, (path, *what.parts), what, reader))
+    return items + _series(series), {name: why for name, why in left.items() if files.get(name) not in taken}
+
+
+def _series(series: Mapping[tuple, list]) -> list[Item]:
+    """One item for each DICOM series, called by its first file."""
+    items = []
+    for members in series.values():
+        members = sorted(members, key=lambda m: natural(m[0]))
+        name, _, what, reader = members[0]
+        items.append(Item(name, tuple(path for _, path, _, _ in members), what, reader))
+    return items
+
+
+def sniff(path: str | os.PathLike) -> tuple[Description, Reader]:
+    """Return what one file is and who reads it, from its header; raises Unreadable with the reason."""
+    path = Path(path)
+    for reader in readers_for(path.name):
+        if (what := reader.sniff(path)) is not None:
+            return what, reader
+    from companion.data.intake import streams
+
+    raise Unreadable(path, streams.instead(path) or f"of no format that is known here ({path.suffix or 'no ending'})")
+
+
+def read_image(path: str | os.PathLike, frame: int | None = None):
+    """Return the `data.nifti.Volume` of an image file of any format, magnitude and phase kept; frame: of a 4D file.
+
+    Raises FileNotFoundError or Unreadable, also for label maps, masks and probability maps by their names.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: {dangling(path)}" if path.is_symlink() else f"{path} does not exist")
+    what, reader = sniff(path)
+    if what.kind in ("k-space", "sinogram", "picture"):
+        raise Unreadable(path, f"{what.kind} ({what.format}), not an image volume")
+    return reader.read((path, *what.parts), frame=frame)
+
+
+def _assigned(items: list[Item], table: Table | None, folder: str) -> tuple[list[Item], dict[str, str], dict[str, str]]:
+    """The items with their people, why others have none in the table, and the split that the table gives."""
+    split, strangers = dict(table.split) if table else {}, {}
+    if table and table.files:
+        if unmet := table.unmet([n for item in items for n in (item.name,)]):
+            raise ValueError(f"{table.path} names {', '.join(unmet[:4])}, which is not below the folder or no data; "
+                             "give paths below the folder")  # fmt: skip
+        told = {item.name: table.of(item.name) for item in items}
+        strangers = {name: f"not in {table.path.name}" for name, who in told.items() if who is None}
+    else:
+        told = _told(items, folder)
+    named = [replace(i, person=w.person, session=w.session, told=w.told) for i in items if (w := told.get(i.name))]
+    if (
+        split
+        and (unknown := {i.person for i in named} - set(split))
+        and set(split).isdisjoint({i.person for i in named})
+    ):
+        raise ValueError(f"{table.path} has the split of {', '.join(list(split)[:3])}, but the people here are "
+                         f"{', '.join(sorted(unknown, key=natural)[:3])}; use the same names")  # fmt: skip
+    return named, strangers, split
+
+
+def _told(items: Iterable[Item], folder: str) -> dict[str, Whose]:
+    said = {item.name: (item.what.person, item.what.session) for item in items}
+    try:
+        return whose(list(said), said, folder)
+    except Unclear:
+        scans = [i.name for i in items if i.what.kind not in ("labels", "probability")]
+        if len(scans) == len(said):
+            raise
+        return whose(scans, said, folder) | {n: Whose("", "", "") for n in said if n not in scans}
