@@ -8,7 +8,8 @@ non-linear denoiser and a posterior of several modes), or a Gaussian that the de
 few images (the prior of a short training). The mean and covariance of the posterior are then
 matrices, and a sampler has nowhere to hide. Columns:
     mean error  rms over pixels of (mean of draws - posterior mean), in posterior standard deviations, with
-                what the finite number of draws explains removed; "MC" is that part.
+                what the finite number of draws explains removed; "MC" is that part. Rows of conditional means take
+                the average of E[x0 | x, y] of the last level instead, and their MC part; all else is of the draws.
     variance    mean over pixels of the draws' variance / mean of the true one; 5 and 95 % pixel of the ratio.
     coverage    share of true posterior draws inside the sampler's central 90 % interval, mean +- 1.645 std.
     D, A        calls per draw (a gradient through D is one more call), and milliseconds per draw.
@@ -160,15 +161,18 @@ def make_problem(name: str, size=16, coils=4, R=4, noise_std=0.02, seed=3, draws
 
 
 # ---------------------------------------------------------------------------------------------------- scores
-def score(x: Tensor, problem: Problem) -> dict:
-    """The columns of the table for draws x (draw, 1, y, x); see the head of this file."""
+def score(x: Tensor, problem: Problem, means: Tensor | None = None) -> dict:
+    """The columns of the table for draws x (draw, 1, y, x), or their conditional means; see the head of this file."""
     x = x.to(torch.complex128)
     mean, n = x.mean(0), len(x)
     energy = (x - mean).abs().square() / 2  # per real component
     variance = energy.sum(0) / (n - 1)
     ratio = variance / problem.variance
-    squared = ((mean - problem.mean).abs().square() / (2 * problem.variance)).mean().item()
-    monte_carlo = ratio.mean().item() / n
+    estimates = x if means is None else means.to(torch.complex128)
+    centre = estimates.mean(0)
+    squared = ((centre - problem.mean).abs().square() / (2 * problem.variance)).mean().item()
+    scatter = (estimates - centre).abs().square().sum(0) / (2 * (n - 1))
+    monte_carlo = (scatter / problem.variance).mean().item() / n
     low_high = 1.645 * variance.sqrt()
     inside = [
         ((part(problem.draws) - part(mean)).abs() < low_high).double().mean().item()
@@ -228,9 +232,9 @@ def run(problem: Problem, draws: int, calls: int, only: str = "") -> list[dict]:
     """One dict per guidance x solver, and one per budget of split Gibbs, printed as they come."""
     rows = []
 
-    def add(guidance, solver, samples):
+    def add(guidance, solver, samples, means=None):
         bill = asdict(samples.bill)
-        row = dict(prior=problem.name, guidance=guidance, solver=solver, **score(samples.x, problem), **bill)
+        row = dict(prior=problem.name, guidance=guidance, solver=solver, **score(samples.x, problem, means), **bill)
         rows.append(row)
         print(" | ".join(v if isinstance(v, str) else f"{v:.3g}" for v in row.values()), flush=True)
 
@@ -253,6 +257,7 @@ def run(problem: Problem, draws: int, calls: int, only: str = "") -> list[dict]:
             sigmas = karras(calls, sigma_min=last * problem.noise_std, sigma_max=5.0)
             draw = annealed_gibbs(D_y.D, D_y.guidance, sigmas, seeds=range(draws))
             add(name, f"annealed_gibbs to {last:g}", draw)
+            add(name, f"annealed_gibbs to {last:g}, conditional means", draw, draw.mean)
     for steps, sweeps in ((2, calls // 2), (5, 2 * calls)):
         if only in "split_gibbs":
             rhos = log_uniform(sweeps, problem.noise_std / 2, 0.5)[:-1]

@@ -89,3 +89,26 @@ def test_couplings_are_checked(rhos):
     D = GaussianDenoiser(torch.zeros(1, 5, 5, dtype=torch.complex64), torch.ones(1, 5, 5))
     with pytest.raises(ValueError, match="levels must be"):
         split_gibbs(D, Identity((1, 5, 5)), torch.ones(1, 1, 5, 5, dtype=torch.complex64), 0.1, rhos, seeds=0)
+
+
+def test_conditional_means_average_to_the_posterior_mean_with_less_noise_and_leave_the_draws_alone():
+    """For a Gaussian prior E[x0 | x, y] at the last level is unbiased, and a draw is one of its neighbours."""
+    problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
+    covariance = Measured.fit(problem.prior, problem.images(64), bench.LEVELS)
+    G = posterior_mean(problem.A, problem.y, 0.05, covariance, iterations=40)
+    levels = karras(12, 0.25, 5.0)
+    result = annealed_gibbs(problem.prior, G, levels, seeds=range(300), batch_size=128)
+    assert result.mean.shape == result.x.shape
+    assert result.bill.denoiser_calls == 12 and result.bill.operator_calls == 13 * G.operator_calls
+    draws, means = (bench.score(result.x, problem, m) for m in (None, result.mean))
+    assert means["mean_error"] < 0.15 and means["mean_mc"] < 0.8 * draws["mean_mc"]
+    alone = annealed_gibbs(problem.prior, G, levels, seeds=7).mean
+    assert torch.allclose(alone[0], result.mean[7], atol=1e-4)
+
+
+def test_without_noise_to_add_the_mean_is_the_exact_one():
+    """One level so high that x tells nothing: E[x0 | x, y] of every draw is E[x0 | y], which is known."""
+    D = GaussianDenoiser(torch.zeros(1, 6, 6, dtype=torch.complex64), torch.ones(1, 6, 6))
+    y = torch.full((1, 1, 6, 6), 1 + 1j, dtype=torch.complex64)
+    result = annealed_gibbs(D, posterior_mean(Identity((1, 6, 6)), y, 0.5), [1e4], seeds=range(3))
+    assert torch.allclose(result.mean, (y / 1.25).expand_as(result.mean), atol=1e-3)

@@ -38,7 +38,7 @@ def annealed_gibbs(
     callback: Callable[[dict], None] | None = None,
     progress: bool = False,
 ) -> Samples:
-    """Draws from p(x0 | y), x (draw, *A.domain_shape), by one sweep for each noise level sigma:
+    """Draws from p(x0 | y), x (draw, *A.domain_shape), and their conditional means, by one sweep for each level sigma:
 
         x = x0 + sigma e,   e <- sqrt(1 - f) e + sqrt(f) n           a part f of the noise is fresh,
         x0 | x, y ~ N(x0; D(x), C) N(y; A x0, noise_std^2)           exactly: perturb, solve by CG,
@@ -50,6 +50,7 @@ def annealed_gibbs(
     then standard normal and independent of x0: few levels cost no variance, unlike ancestral steps. Where the model
     is wrong, which is at high noise, fresh noise lets later sweeps forget what earlier ones got wrong; hundreds of
     sweeps with nothing but fresh noise, though, drift to wherever the errors of the model lead.
+    `mean` of the result is E[x0 | x, y] at the last level, which costs one solution by CG more and no evaluation of D.
     refresh: how often the noise is renewed while sigma falls by a factor e, f = 1 - (sigma / last sigma)^refresh, so
     that many sweeps tend to a limit, a guided reverse diffusion. None: all of it in every sweep, f = 1.
     Raises ValueError as `sample` does and for a negative refresh, TypeError for a covariance without factor.
@@ -67,7 +68,7 @@ def annealed_gibbs(
     levels = levels[:-1] if levels[-1] == 0 else levels
     noise: list[Tensor] = []  # of the last sweep
 
-    def sweep(data: posterior_mean, z: Tensor, step: int, sigma: float, draws, cond) -> Tensor:
+    def sweep(data: posterior_mean, z: Tensor, step: int, sigma: float, draws, cond) -> tuple[Tensor, Tensor | None]:
         e = randn(z.shape[1:], z.dtype, draws, z.device)
         if step and refresh is not None:
             kept = (sigma / levels[step - 1].item()) ** refresh
@@ -77,9 +78,12 @@ def annealed_gibbs(
         x0_hat, C = data.covariance(D, x, level, cond)
         z = data.draw(x0_hat, C, draws)
         noise[:] = [(x - z) / sigma]
-        return z
+        last = step == len(levels) - 1
+        return z, data.mean(x0_hat, C) if last else None
 
-    return chain(sweep, D, levels, G, 1, seeds, dtype, device, cond, batch_size, callback, progress)
+    samples = chain(sweep, D, levels, G, 1, seeds, dtype, device, cond, batch_size, callback, progress)
+    calls = samples.bill.operator_calls + G.operator_calls  # those of the mean
+    return replace(samples, bill=replace(samples.bill, operator_calls=calls))
 
 
 def split_gibbs(
@@ -115,11 +119,11 @@ def split_gibbs(
     Wu et al. 2024 (PnP-DM), Algorithm 1.
     """
 
-    def sweep(data: posterior_mean, z: Tensor, step: int, rho: float, draws, cond) -> Tensor:
+    def sweep(data: posterior_mean, z: Tensor, step: int, rho: float, draws, cond) -> tuple[Tensor, None]:
         C = Factor.diagonal(torch.tensor(rho**2, dtype=z.real.dtype, device=z.device))
         levels = karras(steps, rho / 20, rho) if steps > 1 else [rho, 0.0]
         x = data.draw(z, C, draws)
-        return sample(
+        z = sample(
             D,
             levels,
             shape=z.shape[1:],
@@ -130,6 +134,7 @@ def split_gibbs(
             cond=cond,
             state=x,
         ).x
+        return z, None
 
     G = posterior_mean(A, y, noise_std, iterations=iterations)
     return chain(sweep, D, rhos, G, steps, seeds, dtype, device, cond, batch_size, callback, progress)
@@ -137,9 +142,10 @@ def split_gibbs(
 
 @torch.no_grad()
 def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, callback, progress) -> Samples:
-    """z <- sweep(data, z, step, level, generators, cond) for every level, from z = 0, in batches of draws.
+    """z, mean <- sweep(data, z, step, level, generators, cond) for every level, from z = 0, in batches of draws.
 
-    calls: of D in a sweep, for the bill; G: what the sweeps get as `data`, its y cut to the batch.
+    calls: of D in a sweep, for the bill; G: what the sweeps get as `data`, its y cut to the batch. The mean of the last
+    sweep is kept, None for a sampler without one.
     """
     levels = check_levels(levels)
     draws = generators(seeds)
@@ -149,7 +155,7 @@ def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, ca
     y, cond = per_draw("y", G.y, count), per_draw("cond", cond, count)
     batch_size = batch_size or count
     parts = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    results, began = [], time.perf_counter()
+    results, means, began = [], [], time.perf_counter()
     with (
         evaluating(D),
         tqdm(total=len(parts) * len(levels), desc="Gibbs sweeps", disable=not progress) as bar,
@@ -159,17 +165,18 @@ def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, ca
             condition = None if cond is None else cond[part].to(device)
             z = torch.zeros(len(draws[part]), *shape, dtype=dtype, device=device)
             for step, level in enumerate(levels):
-                z = sweep(data, z, step, level, draws[part], condition)
+                z, mean = sweep(data, z, step, level, draws[part], condition)
                 bar.update()
                 if callback is not None:
                     callback(dict(step=step, sigma=level, x=z, x0_hat=z))
             results.append(z)
+            means.append(mean)
     bill = Bill(
         getattr(D, "denoiser_calls", 1) * calls * len(levels),
         G.operator_calls * len(levels),
         (time.perf_counter() - began) / count,
     )
-    return Samples(torch.cat(results), bill)
+    return Samples(torch.cat(results), bill, mean=None if means[0] is None else torch.cat(means))
 
 
 def check_levels(levels: Tensor | Sequence[float]) -> list[float]:

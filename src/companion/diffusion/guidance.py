@@ -272,8 +272,11 @@ class posterior_mean(Guidance):
     def estimate(self, D, x, sigma, cond=None):
         if isinstance(self.covariance, Jacobian):
             return self.estimate_by_gradient(D, x, sigma, cond)
-        x0_hat, C = self.covariance(D, x, sigma, cond)
-        return x0_hat + self.correction(C, self.y - self.A(x0_hat), len(x))
+        return self.mean(*self.covariance(D, x, sigma, cond))
+
+    def mean(self, x0_hat: Tensor, C: Factor) -> Tensor:
+        """The mean of p(x0 | y) for the prior N(x0_hat, C)."""
+        return x0_hat + self.correction(C, self.y - self.A(x0_hat), len(x0_hat))
 
     def correction(self, C: Factor, r: Tensor, batch: int) -> Tensor:
         """C A^H (A C A^H + noise_std^2)^-1 r for the residual r."""

@@ -46,7 +46,7 @@ def langevin(
     if steps < 1 or not 0 < step_size < 1:
         raise ValueError(f"got steps={steps}, step_size={step_size}; expected at least 1 step, of a size within (0, 1)")
 
-    def sweep(data: posterior_mean, x: Tensor, step: int, sigma: float, draws, cond) -> Tensor:
+    def sweep(data: posterior_mean, x: Tensor, step: int, sigma: float, draws, cond) -> tuple[Tensor, None]:
         level = torch.full((len(x),), sigma, dtype=x.real.dtype, device=x.device)
         if step == 0:
             x = sigma * randn(x.shape[1:], x.dtype, draws, x.device)
@@ -54,7 +54,7 @@ def langevin(
         for _ in range(steps):
             drift = step_size * (D(x, level, cond) - x) + pull * data.A.H(data.y - data.A(x))
             x = x + drift + (2 * step_size) ** 0.5 * column(level, x) * randn(x.shape[1:], x.dtype, draws, x.device)
-        return D(x, level, cond) if step == len(levels) - 1 else x
+        return D(x, level, cond) if step == len(levels) - 1 else x, None
 
     samples = chain(sweep, D, levels, G, steps, seeds, dtype, device, cond, batch_size, callback, progress)
     count = steps * len(levels)

@@ -97,9 +97,11 @@ class poisson_mean(Counts):
         return posterior_mean(A, y, self.noise_std, self.covariance, self.iterations, self.tol)
 
     def estimate(self, D, x, sigma, cond=None):
-        x0_hat, C = self.covariance(D, x, sigma, cond)
-        G = self.near(x0_hat)
-        return x0_hat + G.correction(C, G.y - G.A(x0_hat), len(x))
+        return self.mean(*self.covariance(D, x, sigma, cond))
+
+    def mean(self, x0_hat: Tensor, C: Factor) -> Tensor:
+        """The mean of N(x0; x0_hat, C) times the likelihood, as it is near x0_hat."""
+        return self.near(x0_hat).mean(x0_hat, C)
 
     def draw(self, x0_hat: Tensor, C: Factor, draws: list[Generator]) -> Tensor:
         """A draw from N(x0; x0_hat, C) times the likelihood, as it is near x0_hat; a generator for each item."""
@@ -146,22 +148,20 @@ def poisson_gibbs(
     error (`Recalibrated`, `Measured`) is part of the recipe. Other arguments as for `annealed_gibbs`.
     Lange, Little and Taylor 1989 (robust t); Zhang et al. 2024 (DAPS) for the sweeps.
     """
-    means = []
 
-    def sweep(data: poisson_mean, z: Tensor, step: int, sigma: float, draws, cond) -> Tensor:
+    def sweep(data: poisson_mean, z: Tensor, step: int, sigma: float, draws, cond) -> tuple[Tensor, Tensor | None]:
         x = z + sigma * randn(z.shape[1:], z.dtype, draws, z.device)
         level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
         seen = Widened(D, z, tails, window) if tails is not None and step else D
         x0_hat, C = data.covariance(seen, x, level, cond)
         near = data.near(x0_hat)
-        if step == len(levels) - 1:
-            means.append(x0_hat + near.correction(C, near.y - near.A(x0_hat), len(x)))
-        return near.draw(x0_hat, C, draws)
+        z, last = near.draw(x0_hat, C, draws), step == len(levels) - 1
+        return z, near.mean(x0_hat, C) if last else None
 
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     levels = levels[:-1] if levels[-1] == 0 else levels
     samples = chain(sweep, D, levels, G, 1, seeds, G.y.dtype, device, cond, None, callback, progress)
-    return Posterior(samples.x, means[0], samples.bill)
+    return Posterior(samples.x, samples.mean, samples.bill)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,11 +26,18 @@ class Bill:
 
 @dataclass(frozen=True)
 class Samples:
-    """x: (draw, *shape) in the order of the seeds. trajectory: x0_hat (step, draw, *shape), if kept."""
+    """x: draws (draw, *shape) in the order of the seeds. trajectory: x0_hat (step, draw, *shape), if kept.
+
+    mean: E[x0 | x at the last level], alike, with the data if D has seen them; None where a sampler has none. Its
+    average over draws and that of `x` estimate the same posterior mean, that of `mean` with less Monte-Carlo noise
+    (Rao, Blackwell) and without the texture that a draw has where nothing is seen: take `mean` for an image and its
+    PSNR, `x` for error bars.
+    """
 
     x: Tensor
     bill: Bill
     trajectory: Tensor | None = field(default=None, repr=False)
+    mean: Tensor | None = field(default=None, repr=False)
 
 
 @torch.no_grad()
@@ -51,7 +58,7 @@ def sample(
     progress: bool = False,
     trajectory: bool = False,
 ) -> Samples:
-    """Draws from the prior in D, or from the posterior if D has seen data: Samples(x, bill, trajectory).
+    """Draws from the prior in D, or from the posterior if D has seen data: Samples(x, bill, trajectory, mean).
 
     sigmas: decreasing noise levels, usually ending in 0.
     shape: of one draw, without the batch axis.
@@ -85,7 +92,7 @@ def sample(
 
     batch_size = batch_size or count
     parts = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    results, paths, calls, began = [], [], 0, time.perf_counter()
+    results, means, paths, calls, began = [], [], [], 0, time.perf_counter()
     with (
         evaluating(D),
         tqdm(total=len(parts) * (len(levels) - 1), desc=solver.name, disable=not progress) as bar,
@@ -104,6 +111,7 @@ def sample(
                 if callback is not None:
                     callback(info)
             results.append(info["x"])
+            means.append(info["x0_hat"])
             paths.append(path)
             calls += bound.calls * len(info["x"]) / count
     bill = Bill(
@@ -112,7 +120,7 @@ def sample(
         (time.perf_counter() - began) / count,
     )
     kept = torch.cat([torch.stack(path) for path in paths], dim=1) if trajectory else None
-    return Samples(torch.cat(results), bill, kept)
+    return Samples(torch.cat(results), bill, kept, torch.cat(means))
 
 
 class Bound:

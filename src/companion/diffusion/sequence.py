@@ -34,10 +34,14 @@ DrawFrame = Callable[[int, Tensor | None, list[Generator]], Samples]
 
 @dataclass(frozen=True)
 class SequenceSamples:
-    """x: the drawn frames (draw, frame, *shape), without given context. bill: the cost of them, per draw."""
+    """x: the drawn frames (draw, frame, *shape), without given context. bill: the cost of them, per draw.
+
+    mean: the conditional means of the last noise level, alike, see `Samples`; None where a frame has none.
+    """
 
     x: Tensor
     bill: Bill
+    mean: Tensor | None = None
 
 
 @torch.no_grad()
@@ -95,7 +99,7 @@ def draw_sequence(
 
     past = [remembered(frame) for frame in (*given, *drawn)]
     blank = torch.zeros(1, 1, *shape, dtype=dtype, device=device) if start else None
-    bill = Bill(0.0, 0.0, 0.0)
+    bill, means = Bill(0.0, 0.0, 0.0), [None] * len(drawn)
     with tqdm(initial=len(drawn), total=frames, desc="frames", disable=not progress) as bar:
         for n in range(len(drawn), frames):
             newest = past[-window:] if window else past
@@ -103,12 +107,14 @@ def draw_sequence(
             samples = draw_frame(n, cond, frame_generators(numbers, n))
             check_drawn(n, samples.x, (len(numbers), *shape))
             drawn.append(samples.x)
+            means.append(samples.mean)
             past.append(remembered(samples.x))
             bill = add(bill, samples.bill)
             bar.update()
             if callback is not None:
                 callback(dict(frame=n, x=samples.x, cond=cond, bill=bill))
-    return SequenceSamples(torch.stack(drawn, 1), bill)
+    whole = not any(mean is None for mean in means)
+    return SequenceSamples(torch.stack(drawn, 1), bill, torch.stack(means, 1) if whole else None)
 
 
 def sample_sequence(
