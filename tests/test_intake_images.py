@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nibabel import orientations
 
-from companion.data.intake.look import read_image, sniff
+from companion.data.intake.readers import read_image, sniff
 from companion.data.intake.records import Unreadable
 
 AFFINE = np.array([[-4.0, 0, 0, 80], [0, 4, 0, -80], [0, 0, 4, -60], [0, 0, 0, 1]])

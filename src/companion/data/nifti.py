@@ -9,27 +9,16 @@ from __future__ import annotations
 
 import gzip
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
+from companion.data.intake.readers import read_image
+from companion.data.intake.records import Volume
 from companion.files import atomic_write
 
-
-@dataclass(frozen=True, eq=False)
-class Volume:
-    """`array` (z, y, x) and its 4 x 4 `affine` from voxel indices (x, y, z) to mm."""
-
-    array: np.ndarray
-    affine: np.ndarray
-
-    @property
-    def voxel_mm(self) -> tuple[float, float, float]:
-        """Voxel size in mm, (z, y, x)."""
-        x, y, z = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
-        return z, y, x
+__all__ = ["Volume", "centred_affine", "load_nifti", "save_nifti"]
 
 
 def save_nifti(path: str | os.PathLike, array, *, affine=None, voxel_mm=None, units: str = "") -> Path:
@@ -61,28 +50,13 @@ def save_nifti(path: str | os.PathLike, array, *, affine=None, voxel_mm=None, un
 
 
 def load_nifti(path: str | os.PathLike, *, frame: int | None = None, affine=None) -> Volume:
-    """The volume `(z, y, x)` of a NIfTI file as it is stored (float32 if the file scales its values), and its
-    affine.
+    """The volume `(z, y, x)` of a NIfTI file, or of another image file that `data.intake` knows, and its affine in mm.
 
-    frame: which volume of a 4D file. affine: only for files that carry none. Raises FileNotFoundError, or
-    ValueError for a damaged file, NaN, 4D without `frame`, or a missing affine.
+    Values are as stored, or float32 where the file scales them. frame: which volume of a 4D file. affine: for files
+    that carry none. Raises FileNotFoundError, or Unreadable (a ValueError) for a damaged file, NaN, 4D without `frame`,
+    a missing affine, and anything else that `data.intake` refuses.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; check the path")
-    try:
-        image = nibabel.load(path)
-        array = _data(image, frame, path)
-    except (nibabel.filebasedimages.ImageFileError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable NIfTI file ({error}); download or export it again") from error
-    if affine is None:
-        coded = any(int(image.header[code]) for code in ("sform_code", "qform_code"))
-        if not coded:
-            raise ValueError(
-                f"{path}: has no affine (sform and qform codes are 0); give affine=centred_affine(shape, mm)"
-            )
-        affine = image.affine
-    return Volume(_finite(array.transpose(2, 1, 0), str(path)), _check_affine(affine, str(path)))
+    return read_image(path, frame=frame, affine=affine)
 
 
 def centred_affine(shape: tuple[int, int, int], voxel_mm) -> np.ndarray:
@@ -94,21 +68,6 @@ def centred_affine(shape: tuple[int, int, int], voxel_mm) -> np.ndarray:
     affine = np.diag([*size, 1.0])
     affine[:3, 3] = -size * (np.asarray(shape[::-1]) - 1) / 2
     return affine
-
-
-def _data(image, frame: int | None, path: Path) -> np.ndarray:
-    shape = image.shape
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) == 4 and frame is None:
-        raise ValueError(f"{path}: 4D, {shape[3]} volumes of {shape[:3]} (x, y, z); choose one with frame=0")
-    if len(shape) not in (3, 4):
-        raise ValueError(f"{path}: shape {image.shape}; expected a volume (x, y, z) or a series of them")
-    if len(shape) == 4 and not 0 <= frame < shape[3]:
-        raise ValueError(f"{path}: frame {frame} of a file with {shape[3]}")
-    data = image.dataobj[..., frame] if len(shape) == 4 else image.dataobj
-    array = np.asarray(data).reshape(shape[:3])
-    return array.astype(np.float32) if array.dtype == np.float64 and image.get_data_dtype().kind in "iu" else array
 
 
 def _supported(array: np.ndarray, name: str) -> np.ndarray:

@@ -6,14 +6,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from companion.data.cfl import read_cfl
-from companion.data.nifti import load_nifti
+from companion.data.intake.readers import is_image, read_frames, read_image, sniff
+from companion.data.intake.records import Unreadable, Volume
 from companion.operators.mri import normalise
 
 
@@ -59,7 +59,7 @@ def load_series(
     shape: tuple[int, int] | None = None,
     magnitude: bool = False,
 ) -> Series:
-    """A series from NIfTI (.nii, .nii.gz), NumPy (.npy) or BART (.cfl), divided by its largest magnitude.
+    """A series from NIfTI or any image volume of `data.intake`, NumPy (.npy) or BART (.cfl), divided by its maximum.
 
     The phase stays as it is (dividing by the complex maximum would turn it).
     axis       of the stored array that counts the frames: NIfTI volumes are (z, y, x), by default z; NumPy (frame, y,
@@ -73,15 +73,17 @@ def load_series(
     path = Path(path)
     if not path.is_file() and path.suffix not in (".cfl", ".hdr"):
         raise FileNotFoundError(f"{path} does not exist; check the path")
-    if path.name.endswith((".nii", ".nii.gz")):
-        array, mm = _nifti(path, position)
+    if is_image(path):
+        array, mm = _image(path, position)
         array, mm = _frames_first(array, 0 if axis is None else axis, mm, path)
     elif path.suffix == ".npy":
         array, mm = _frames_first(_npy(path), 0 if axis is None else axis, None, path)
     elif path.suffix in (".cfl", ".hdr"):
         array, mm = _frames_first(read_cfl(path, squeeze=True).numpy(), -1 if axis is None else axis, None, path)
     else:
-        raise ValueError(f"{path.name}: expected .nii, .nii.gz, .npy or .cfl; convert it to one of these")
+        raise Unreadable(
+            path, "expected .nii, .nii.gz or another image volume, .npy or .cfl; convert it to one of these"
+        )
     array = array[frames]
     if not array.size:
         raise ValueError(f"{path}: {frames} leaves no frames; choose a part of what there is")
@@ -107,23 +109,23 @@ def windows(frames: int, length: int) -> tuple[list[slice], int]:
     return [slice(i * length, (i + 1) * length) for i in range(count)], frames - count * length
 
 
-def _nifti(path: Path, position: int | None):
-    """The array (z, y, x), or (time, y, x) at one z of a 4D file, and the sizes of its voxels in mm (None for time)."""
+def _image(path: Path, position: int | None):
+    """The array (z, y, x), or (time, y, x) at one z of a 4D file, and the sizes of its voxels in mm (None for time).
+
+    A 4D file of one slice is its frames in time.
+    """
+    what, _ = sniff(path)
+    if what.axes[0] == "t" and position is None and what.shape[1] == 1:
+        position = 0
     if position is None:
-        volume = load_nifti(path)
+        volume = read_image(path)
         return volume.array, volume.voxel_mm
-    first = load_nifti(path, frame=0)
-    depth = first.array.shape[0]
-    if not 0 <= position < depth:
-        raise ValueError(f"{path}: position {position} of a series with {depth} slices")
-    stored = nibabel.load(path)
-    if len(stored.shape) != 4:
-        raise ValueError(f"{path}: position is for series of volumes, 4D; this has shape {stored.shape}")
-    try:
-        array = np.asarray(stored.dataobj[:, :, position]).transpose(2, 1, 0)
-    except (EOFError, OSError) as error:
-        raise ValueError(f"{path}: damaged ({error}); download or export it again") from error
-    return array, (None, *first.voxel_mm[1:])
+    if what.axes[0] != "t":
+        raise Unreadable(path, f"position is for series of volumes, 4D; this has shape {what.shape} (z, y, x)")
+    if not 0 <= position < what.shape[1]:
+        raise Unreadable(path, f"position {position} of a series with {what.shape[1]} slices")
+    frames, affine = read_frames(path)
+    return frames[:, position], (None, *Volume(frames[0], affine).voxel_mm[1:])
 
 
 def _npy(path: Path) -> np.ndarray:

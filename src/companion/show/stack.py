@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,8 @@ import numpy as np
 from PIL import Image
 
 from companion.data.cfl import read_cfl
+from companion.data.intake.readers import is_image, read_frames
+from companion.data.intake.records import Volume
 from companion.workbench.run import IMAGES
 
 PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -195,16 +198,16 @@ def make_stack(arrays, source: str = "", **about) -> Stack:
 
 
 def open_stack(path: str | os.PathLike, only: Sequence[str] = ()) -> Stack:
-    """The images of a .h5, .npz, .npy, .nii, .nii.gz or .cfl file.
+    """The images of a .h5, .npz, .npy or .cfl file, or of an image volume that `data.intake` reads (.nii, ...).
 
     only: names of arrays to read from a file of many. Raises FileNotFoundError, or ValueError for a file that is
     damaged, holds no image, or is too large for memory, with the reason.
     """
     path = Path(path)
-    suffix = ".nii" if path.name.endswith(".nii.gz") else path.suffix.lower()
+    suffix = ".nii" if is_image(path) else path.suffix.lower()
     if suffix not in READERS:
         raise ValueError(f"{path.name}: cannot show this kind of file; known are {', '.join(READERS)}, .png and .gif")
-    if not path.is_file() and suffix not in (".cfl", ".hdr"):
+    if not path.exists() and suffix not in (".cfl", ".hdr"):
         raise FileNotFoundError(f"{path} does not exist")
     try:
         return READERS[suffix](path, tuple(only))
@@ -270,26 +273,12 @@ def _read_hdf5(path: Path, only: tuple[str, ...]) -> Stack:
 
 
 def _read_nifti(path: Path, only: tuple[str, ...]) -> Stack:
-    import nibabel
-
-    from companion.data.nifti import Volume, load_nifti
-
-    try:
-        shape = nibabel.load(path).shape
-    except nibabel.filebasedimages.ImageFileError as error:
-        raise OSError(str(error)) from None
-    frames = shape[3] if len(shape) > 3 and shape[3] > 1 else None
-    volumes: list[Volume] = [load_nifti(path, frame=i) for i in (range(frames) if frames else [None])]
-    array = np.stack([v.array for v in volumes]) if frames else volumes[0].array
-    axes = ("frame", "z", "y", "x") if frames else ("z", "y", "x")
-    name = path.name.removesuffix(".gz").removesuffix(".nii")
-    return Stack(
-        {name: array},
-        {name: axes},
-        voxel_mm=dict(zip("zyx", volumes[0].voxel_mm, strict=True)),
-        affine=volumes[0].affine,
-        source=path.name,
-    )
+    frames, affine = read_frames(path)
+    volume = Volume(frames[0], affine)
+    array, axes = (frames, ("frame", "z", "y", "x")) if len(frames) > 1 else (volume.array, ("z", "y", "x"))
+    name = re.sub(r"(\.gz|\.bz2)?$", "", path.name, flags=re.IGNORECASE).rsplit(".", 1)[0]
+    voxel_mm = dict(zip("zyx", volume.voxel_mm, strict=True))
+    return Stack({name: array}, {name: axes}, voxel_mm=voxel_mm, affine=affine, source=path.name)
 
 
 def _read_cfl(path: Path, only: tuple[str, ...]) -> Stack:

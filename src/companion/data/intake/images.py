@@ -1,6 +1,6 @@
 """Readers of images: NIfTI and its pairs here, by the standard and with every check; others by nibabel and SimpleITK.
 
-An image is a `data.nifti.Volume`: values (z, y, x) as stored, or scaled to what the file says they mean, and the affine
+An image is a `Volume`: values (z, y, x) as stored, or scaled to what the file says they mean, and the affine
 from (x, y, z) indices to mm, RAS+, whatever the unit and the order of axes of the file. Complex values stay complex.
 """
 
@@ -16,8 +16,7 @@ import numpy as np
 from nibabel.nifti1 import data_type_codes, intent_codes
 
 from companion.data.intake import kinds, streams
-from companion.data.intake.records import Description, Unreadable
-from companion.data.nifti import Volume
+from companion.data.intake.records import Description, Unreadable, Volume
 
 NIFTI = (".nii", ".nii.gz", ".nii.bz2", ".hdr", ".hdr.gz", ".img", ".img.gz")
 UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # mm of a unit of length, by NIfTI's code; 0, not said, is mm in practice

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from companion.data.intake import kinds
 from companion.data.intake.persons import Unclear, Whose, whose
-from companion.data.intake.readers import readers_for
+from companion.data.intake.readers import sniff
 from companion.data.intake.records import Description, Found, Item, Reader, Unreadable
 from companion.data.intake.tables import Table, own_table, read_table
-from companion.data.intake.walk import dangling, natural, walk
+from companion.data.intake.walk import natural, walk
 
 HEADERS = (".hdr", ".hdr.gz", ".mhd", ".nhdr")  # read before the files that they describe
 
@@ -96,31 +96,6 @@ def _series(series: Mapping[tuple, list]) -> list[Item]:
         name, _, what, reader = members[0]
         items.append(Item(name, tuple(path for _, path, _, _ in members), what, reader))
     return items
-
-
-def sniff(path: str | os.PathLike) -> tuple[Description, Reader]:
-    """Return what one file is and who reads it, from its header; raises Unreadable with the reason."""
-    path = Path(path)
-    for reader in readers_for(path.name):
-        if (what := reader.sniff(path)) is not None:
-            return what, reader
-    from companion.data.intake import streams
-
-    raise Unreadable(path, streams.instead(path) or f"of no format that is known here ({path.suffix or 'no ending'})")
-
-
-def read_image(path: str | os.PathLike, frame: int | None = None):
-    """Return the `data.nifti.Volume` of an image file of any format, magnitude and phase kept; frame: of a 4D file.
-
-    Raises FileNotFoundError or Unreadable, also for label maps, masks and probability maps by their names.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: {dangling(path)}" if path.is_symlink() else f"{path} does not exist")
-    what, reader = sniff(path)
-    if what.kind in ("k-space", "sinogram", "picture"):
-        raise Unreadable(path, f"{what.kind} ({what.format}), not an image volume")
-    return reader.read((path, *what.parts), frame=frame)
 
 
 def _assigned(items: list[Item], table: Table | None, folder: str) -> tuple[list[Item], dict[str, str], dict[str, str]]:

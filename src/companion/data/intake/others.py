@@ -11,8 +11,7 @@ import numpy as np
 
 from companion.data.intake import kinds, streams
 from companion.data.intake.images import _frame, _voxel_mm, check_affine, finite
-from companion.data.intake.records import Description, Unreadable
-from companion.data.nifti import Volume
+from companion.data.intake.records import Description, Unreadable, Volume
 
 MGH, MINC, ITK = (".mgz", ".mgh"), (".mnc", ".mnc.gz"), (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")

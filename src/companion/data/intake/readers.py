@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from companion.data.intake import images, others
-from companion.data.intake.records import Reader
+import os
+from pathlib import Path
+
+import numpy as np
+
+from companion.data.intake import images, others, streams
+from companion.data.intake.records import Description, Reader, Unreadable, Volume
+from companion.data.intake.walk import dangling
 
 READERS: tuple[Reader, ...] = (
     Reader("NIfTI", images.NIFTI, images.sniff_nifti, images.read_nifti),
@@ -13,6 +19,15 @@ READERS: tuple[Reader, ...] = (
     Reader("picture", others.PICTURES, others.sniff_picture, others.read_picture),
 )
 
+IMAGES = (*images.NIFTI, *others.MGH, *others.MINC, *others.ITK)
+
+
+def is_image(path: str | os.PathLike) -> bool:
+    """Whether a file's name is that of an image volume; .hdr is BART's too, and then has a .cfl beside it."""
+    path = Path(path)
+    bart = path.suffix.lower() == ".hdr" and path.with_suffix(".cfl").exists()
+    return path.name.lower().endswith(IMAGES) and not bart
+
 
 def readers_for(name: str) -> list[Reader]:
     """Return the readers whose endings a file's name has, the longest ending first; case does not matter."""
@@ -20,3 +35,48 @@ def readers_for(name: str) -> list[Reader]:
     fits = [(max(map(len, ends)), r) for r in READERS if (ends := [s for s in r.suffixes if lower.endswith(s)])]
     longest = max((length for length, _ in fits), default=0)
     return [r for length, r in sorted(fits, key=lambda fit: -fit[0]) if length or not longest]
+
+
+def sniff(path: str | os.PathLike) -> tuple[Description, Reader]:
+    """Return what one file is and who reads it, from its header; raises FileNotFoundError, or Unreadable with why."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: {dangling(path)}" if path.is_symlink() else f"{path} does not exist")
+    if path.is_dir():
+        raise Unreadable(path, "a folder; give a file in it, or look at what it holds with `companion look`")
+    readers = readers_for(path.name)
+    for reader in readers:
+        if (what := reader.sniff(path)) is not None:
+            return what, reader
+    named = (
+        f"not a readable {' or '.join(r.name for r in readers)} file; download or export it again" if readers else ""
+    )
+    raise Unreadable(
+        path, streams.instead(path) or named or f"of no format that is known here ({path.suffix or 'none'})"
+    )
+
+
+def read_image(path: str | os.PathLike, frame: int | None = None, affine=None) -> Volume:
+    """Return the volume of an image file of any format, complex values kept.
+
+    frame: of a 4D file. affine: for a NIfTI file that carries none. Raises FileNotFoundError, or Unreadable for a file
+    that is damaged, or no image.
+    """
+    path = Path(path).expanduser()
+    if affine is not None and path.name.lower().endswith(images.NIFTI):
+        return images.read_nifti((path,), frame, affine)
+    what, reader = sniff(path)
+    if what.kind in ("k-space", "sinogram", "picture"):
+        raise Unreadable(path, f"{what.kind} ({what.format}), not an image volume")
+    return reader.read((path, *what.parts), frame=frame)
+
+
+def read_frames(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return all volumes of an image file, (t, z, y, x), and the affine; raises as `read_image`."""
+    path = Path(path).expanduser()
+    what, reader = sniff(path)
+    if reader.sniff is images.sniff_nifti:
+        return images.read_frames(path)
+    count = what.shape[0] if what.axes[0] == "t" else 1
+    volumes = [read_image(path, frame=i if count > 1 else None) for i in range(count)]
+    return np.stack([v.array for v in volumes]), volumes[0].affine

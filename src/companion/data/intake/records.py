@@ -2,7 +2,7 @@
 
 A reader is two functions. `sniff(path)` returns the `Description` of a file from its header alone, None where the file
 is of another format, and raises `Unreadable` where it is of this format but damaged or of a kind that nobody here can
-use. `read(files, ...)` returns the values: an image as `data.nifti.Volume`, other kinds as their module says.
+use. `read(files, ...)` returns the values: an image as a `Volume`, other kinds as their module says.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 KINDS = ("image", "labels", "mask", "probability", "k-space", "sinogram", "picture")
 
@@ -25,6 +27,20 @@ class Unreadable(ValueError):
 
     def __reduce__(self):
         return type(self), (self.path, self.reason)
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """`array` (z, y, x) and its 4 x 4 `affine` from voxel indices (x, y, z) to mm."""
+
+    array: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def voxel_mm(self) -> tuple[float, float, float]:
+        """Voxel size in mm, (z, y, x)."""
+        x, y, z = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return z, y, x
 
 
 @dataclass(frozen=True)
