@@ -22,6 +22,9 @@ import yaml
 
 Value = Any  # int, float, bool, str, None, or a tuple of them
 
+# Former names of parameters: a file that still uses one is told the new one.
+RENAMED: dict[str, str] = {}
+
 
 def param(default: Value, help: str, *, choices: Iterable | None = None, minimum=None, maximum=None):
     """A dataclass field with a default, one line of help, and the values it accepts (bounds inclusive)."""
@@ -41,9 +44,21 @@ class Parameters:
     device: str = param("auto", "auto, cpu, cuda or cuda:N")
     out: str = param("runs/unnamed", "folder of the results")
 
+    def __init_subclass__(cls, **defaults):
+        """Other defaults for inherited fields, which keep their help and range: `class Train(Training, steps=4000)`."""
+        super().__init_subclass__()
+        for name, value in defaults.items():
+            inherited = cls.__dataclass_fields__[name]
+            cls.__annotations__[name] = inherited.type
+            setattr(cls, name, dataclasses.field(default=value, metadata=inherited.metadata))
+
     def __post_init__(self):
         for name, value in check(type(self), dataclasses.asdict(self)).items():
             object.__setattr__(self, name, value)
+
+    def pick(self, *names: str) -> dict[str, Value]:
+        """Some of the values by name: what a function takes, or a record keeps."""
+        return {name: getattr(self, name) for name in names}
 
 
 P = typing.TypeVar("P", bound=Parameters)
@@ -67,6 +82,8 @@ def check(cls: type[Parameters], values: Mapping[str, Value]) -> dict[str, Value
 def unknown_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raise ValueError for the first name that is not known, with the nearest one that is."""
     for name in given:
+        if name in RENAMED and name not in known and RENAMED[name] in known:
+            raise ValueError(f"parameter {name} of {where} was renamed to {RENAMED[name]}; write {RENAMED[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"

@@ -78,6 +78,39 @@ def write_dataset(
     return path
 
 
+_NOTHING = "nothing"
+
+
+def prepare_once(
+    path: str | os.PathLike,
+    parameters: Mapping[str, object],
+    make: Callable[[], Mapping[str, object]],
+    require: Sequence[str] = (),
+) -> Prepared:
+    """The prepared file at `path`; `make()` gives the arguments of `write_dataset` when it is not there yet.
+
+    parameters: what the contents depend on, JSON-able, kept as attrs["parameters"]. require: as for `open_dataset`.
+    Raises ValueError for a file that was prepared with others, and what `make` and `open_dataset` raise.
+    """
+    path, wanted = Path(path), json.loads(json.dumps(dict(parameters)))
+    if not path.exists():
+        made = dict(make())
+        write_dataset(path, **made | {"attrs": dict(made.get("attrs") or {}) | {"parameters": wanted}})
+    prepared = open_dataset(path, require)
+    found = prepared.attrs.get("parameters")
+    if found != wanted:
+        found = found or {}
+        names = [name for name in found | wanted if found.get(name, _NOTHING) != wanted.get(name, _NOTHING)]
+        says, asked = (
+            ", ".join(f"{name} = {these.get(name, _NOTHING)}" for name in names) for these in (found, wanted)
+        )
+        raise ValueError(
+            f"{path} was prepared with {says} where the parameters ask for {asked}; "
+            "delete the file, or give another data file"
+        )
+    return prepared
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What a prepared file holds; the arrays stay on disk until `read` or `slices`."""

@@ -88,6 +88,9 @@ class PerPixel:
         return x0_hat, Factor.diagonal(variance)
 
 
+FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """C = diag(v)^1/2 F^H diag(s(sigma, |k|)) F diag(v)^1/2 with s measured on validation images.
@@ -106,7 +109,9 @@ class Measured:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, D, images: Tensor, sigmas, *, bins=12, prior_std=0.5, ndim=2, seed=0, cond=None) -> "Measured":
+    def fit(
+        cls, D, images: Tensor, sigmas=FIT_SIGMAS, *, bins=12, prior_std=0.5, ndim=2, seed=0, cond=None
+    ) -> "Measured":
         """The table for D at the noise levels `sigmas`, from images (batch, channel, *space) that D was not
         trained on; a few dozen are enough, in one batch."""
         generator = torch.Generator().manual_seed(seed)

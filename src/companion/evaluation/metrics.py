@@ -73,6 +73,15 @@ def calibration_ratio(draws: Tensor, truth: Tensor, mask=None) -> Tensor:
     return (1 + 1 / n) * _mean(variance, mask) / _mean((mean - truth).abs().square(), mask)
 
 
+def pooled_calibration(draws: Tensor, truth: Tensor) -> float:
+    """`calibration_ratio` of all images together, as if they were one: a ratio of sums over subjects.
+
+    draws `(draw, batch, channel, y, x)`, truth `(batch, channel, y, x)`.
+    """
+    rows = draws.movedim(1, 2).flatten(2, 3)[:, None]  # the images become rows of one
+    return calibration_ratio(rows, truth.movedim(0, 1).flatten(1, 2)[None]).item()
+
+
 def coverage(
     draws: Tensor, truth: Tensor, levels: Sequence[float] = (0.5, 0.68, 0.8, 0.9, 0.95), mask=None
 ) -> tuple[Tensor, Tensor]:

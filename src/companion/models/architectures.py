@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from companion.diffusion.denoisers import AnySize, ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
+from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
 from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
@@ -78,11 +78,27 @@ def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args):
         raise ValueError(f'config["{part}"] does not describe a {name}: {error}') from error
 
 
+def inner_denoiser(D: nn.Module) -> nn.Module:
+    """The denoiser that holds the network, under any number of wrappers: what they wrap is their `D`."""
+    while hasattr(D, "D"):
+        D = D.D
+    return D
+
+
 def network_of(model: nn.Module) -> nn.Module:
     """The network inside a denoiser, under any number of wrappers; a bare network is returned as it is."""
-    while isinstance(model, (AnySize, ComplexDenoiser, EDMDenoiser, FlowDenoiser, DiscreteDenoiser)):
-        model = model.D if isinstance(model, (AnySize, ComplexDenoiser)) else model.network
-    return model
+    inner = inner_denoiser(model)
+    return getattr(inner, "network", inner)
+
+
+def set_autocast(D: nn.Module, autocast: str | None) -> nn.Module:
+    """D, whose network now computes in the number format `autocast`, such as "bfloat16"; None: in that of its weights.
+
+    Bare networks have no such switch and are returned as they are.
+    """
+    if network_of(D) is not (inner := inner_denoiser(D)):
+        inner.autocast = getattr(torch, autocast) if autocast else None
+    return D
 
 
 def _blank(config: Mapping) -> nn.Module:

@@ -37,10 +37,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from companion.diffusion.denoisers import ComplexDenoiser
 from companion.files import sha256
 from companion.models import registry
-from companion.models.architectures import _blank, _check_finite, _check_match, _shapes, _wrap
+from companion.models.architectures import _blank, _check_finite, _check_match, _shapes, _wrap, set_autocast
 from companion.models.folder import CONFIG, MODEL, SUMS, _not_found, _read, _sums, _verify, embedded, read_config, root
 from companion.models.obtain import converted, damage, obtain
 
@@ -76,9 +75,7 @@ def load(
     tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
     network.load_state_dict(tensors, assign=True)
     model = _wrap(network, config).to(device).eval().requires_grad_(False)
-    if autocast is not None:
-        (model.D if isinstance(model, ComplexDenoiser) else model).autocast = getattr(torch, autocast)
-    return model
+    return set_autocast(model, autocast) if autocast else model
 
 
 def load_denoiser(

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from companion.diffusion.latent import LatentDenoiser, LatentSpace
 from companion.models import checkpoint as weights
+from companion.models.folder import save_checkpoint
 from companion.networks.codec import Codec
 
 
 def save_prior(folder: str | os.PathLike, prior: LatentDenoiser, config: Mapping, record: Mapping) -> Path:
     """The folder of a checkpoint of prior.D whose config says under "latent" what its latents are."""
     config = dict(config) | {"latent": prior.space.describe()}
-    return folder.save_checkpoint(folder, prior.D, config, record)
+    return save_checkpoint(folder, prior.D, config, record)
 
 
 def load_prior(name: str | os.PathLike, codec: Codec, device="cpu", autocast: str | None = None) -> LatentDenoiser:

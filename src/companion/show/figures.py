@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from companion.evaluation.tables import markdown as markdown_table  # noqa: F401  its former place
 from companion.files import atomic_write
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: safe for the colour-blind
@@ -235,22 +236,3 @@ def panels(
         fig.tight_layout()
     plt.close(fig)
     return fig
-
-
-def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return a Markdown table with one line per mapping, columns in the order of the first.
-
-    A pair of numbers is shown as mean ± standard error, floats with three significant decimals at most.
-    """
-    if not rows:
-        raise ValueError("a table needs at least one row")
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows])
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, tuple):
-        digits = 2 if abs(value[0]) >= 1 else 3
-        return " ± ".join(f"{number:.{digits}f}" for number in value)
-    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

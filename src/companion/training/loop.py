@@ -158,6 +158,14 @@ class TrainResult:
         """The lines of stats.jsonl."""
         return _read_stats(self.folder / "stats.jsonl")
 
+    def curve(self, points: int = 60) -> tuple[list[float], list[float]]:
+        """(items seen, mean loss) in about so many pieces of the log, for `figures.curves`."""
+        lines = [line for line in self.stats if "loss" in line]
+        width = max(1, len(lines) // points)
+        pieces = [lines[i : i + width] for i in range(0, len(lines), width)]
+        means = [sum(line["loss"] for line in piece) / len(piece) for piece in pieces]
+        return [piece[-1]["images"] for piece in pieces], means
+
 
 def train(
     model: torch.nn.Module,

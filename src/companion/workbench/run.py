@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import companion
 from companion.files import atomic_write, code_version, project_root, sha256
+from companion.parameters import P, resolve
 
 MANIFEST = "run.json"
 NOTEBOOK = "notebook.ipynb"
@@ -29,10 +30,21 @@ IMAGES = "companion-images-1"  # the format of Run.images
 EXECUTION = "COMPANION_EXECUTION"  # set by the runner: a manifest without this mark is from another run
 
 
+def begin(form: type[P], namespace: Mapping[str, Any], *, paper: str, stage: str) -> tuple[P, Run]:
+    """The checked parameters of a notebook and its run; the line after its imports:
+
+        p, run = begin(StartHere, globals(), paper="brain", stage="start_here")
+
+    Prints the parameters. Raises what `parameters.resolve` and `Run.start` raise.
+    """
+    p = resolve(form, namespace)
+    return p, Run.start(p, paper=paper, stage=stage)
+
+
 class Run:
     """A run in progress: collects the results of one notebook in one folder.
 
-    run = Run.start(p, paper="brain", stage="start_here")
+    run = Run.start(p, paper="brain", stage="start_here")     # `begin` does this
     run.figure(fig, "overview", alt="Four reconstructions of one slice ...")
     run.metrics({"psnr_db": 31.2})
     run.finish()
@@ -175,6 +187,25 @@ class Run:
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
         self._record["inputs"] |= {_relative(f): sha256(f) for f in files}
         return path
+
+    def weights(self, *names: str, default: str | None = None) -> None:
+        """Record the checkpoints of these names with their hashes, and print where each comes from.
+
+        default: what the name "embedded" means.
+        """
+        from companion.models.checkpoint import (
+            describe_source,
+        )  # here: torch, which a run without weights does not need
+
+        for name in names:
+            source = describe_source(name, default)
+            self.uses(source.path.parent)
+            print(source)
+
+    def checkpoint(self, folder: str | os.PathLike) -> None:
+        """List the files of a checkpoint that was written inside the run's folder among its results."""
+        for file in sorted(Path(folder).iterdir()):
+            self.add(file, kind="checkpoint")
 
     def bill(self, label: str, bill=None, **numbers: float) -> None:
         """Record what a step cost: a `Bill` (or mapping), or numbers by name, under `label`."""
