@@ -88,37 +88,65 @@ def test_resampling_to_larger_voxels_does_not_alias():
 
 
 def test_nfbs_and_cc359_layouts_are_found(tmp_path):
-    nfbs = tmp_path / "NFBS" / "A00028185"
-    for end in ("", "_brain", "_brainmask"):
-        (nfbs / f"sub-A00028185_ses-NFB3_T1w{end}.nii.gz").parent.mkdir(parents=True, exist_ok=True)
-        (nfbs / f"sub-A00028185_ses-NFB3_T1w{end}.nii.gz").touch()
-    cc = tmp_path / "CC359"
-    for part in (
-        "Original/CC0001_philips_15_55_M",
-        "Silver-standard-machine-learning/CC0001_philips_15_55_M_ss",
-        "Original/CC0300_ge_3_41_F",
-        "Silver-standard-STAPLE/CC0300_ge_3_41_F_staple",
-    ):
-        (cc / f"{part}.nii.gz").parent.mkdir(parents=True, exist_ok=True)
-        (cc / f"{part}.nii.gz").touch()
+    nfbs = "NFBS/A00028185/sub-A00028185_ses-NFB3_T1w"
+    cc = ("Original/CC0001_philips_15_55_M", "Silver-standard-machine-learning/CC0001_philips_15_55_M_ss",
+          "Original/CC0300_ge_3_41_F", "Silver-standard-STAPLE/CC0300_ge_3_41_F_staple")  # fmt: skip
+    for name in (*(nfbs + end for end in ("", "_brain", "_brainmask")), *(f"CC359/{part}" for part in cc)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        head(tmp_path, name, (4, 5, 6), mask="")
     (one,) = volumes.find_scans(tmp_path / "NFBS")
     assert one.subject == "sub-A00028185" and one.image.name.endswith("_T1w.nii.gz")
     assert one.mask.name.endswith("_brainmask.nii.gz")
-    first, second = volumes.find_scans(cc)
+    first, second = volumes.find_scans(tmp_path / "CC359")
     assert first.about == {"age": 55, "sex": "M", "vendor": "philips", "tesla": 1.5} and first.subject == "CC0001"
     assert first.mask.name.endswith("_ss.nii.gz") and second.mask.name.endswith("_staple.nii.gz")
-    with pytest.raises(FileNotFoundError, match="no volumes"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         volumes.find_scans(tmp_path / "nothing")
 
 
 def test_files_of_one_name_in_many_folders_are_different_people(tmp_path):
     for person in ("anna", "bert"):
         (tmp_path / person).mkdir()
-        for name in ("t1.nii.gz", "t1_mask.nii.gz"):
-            (tmp_path / person / name).touch()
+        head(tmp_path / person, "t1", (4, 5, 6))
     scans = volumes.find_scans(tmp_path)
     assert [scan.subject for scan in scans] == ["anna", "bert"]
     assert all(scan.mask.parent == scan.image.parent for scan in scans)
+
+
+def test_a_volume_and_its_stripped_copy_are_one_scan(tmp_path):
+    for name in ("s1/T1w_restore", "s1/T1w_restore_brain", "s2/T1w_restore", "s2/T1w_restore_brain"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        head(tmp_path, name, (4, 5, 6), mask="_mask" if name == "s1/T1w_restore" else "")
+    scans = volumes.find_scans(tmp_path)
+    assert [scan.name for scan in scans] == ["s1/T1w_restore.nii.gz", "s2/T1w_restore_brain.nii.gz"]
+    assert all("the same scan as" in why for why in scans.left.values()) and len(scans.left) == 2
+
+
+def test_of_several_contrasts_t1w_is_taken_unless_another_is_asked_for(tmp_path):
+    for name in ("sub-1_T1w", "sub-1_T2w", "sub-2_T1w", "sub-2_FLAIR"):
+        head(tmp_path, name, (4, 5, 6), mask="")
+    scans = volumes.find_scans(tmp_path)
+    assert [s.name for s in scans] == ["sub-1_T1w.nii.gz", "sub-2_T1w.nii.gz"]
+    assert scans.left["sub-1_T2w.nii.gz"] == "T2w, T1w is used"
+    assert [s.name for s in volumes.find_scans(tmp_path, "FLAIR")] == ["sub-2_FLAIR.nii.gz"]
+    with pytest.raises(ValueError, match="no PDw there"):
+        volumes.find_scans(tmp_path, "PDw")
+
+
+def test_complex_volumes_are_read_as_magnitudes_and_label_maps_refused(tmp_path):
+    array, mask = ball()
+    turned = array * np.exp(1j * np.linspace(-3, 3, array.shape[0]))[:, None, None]
+    save_nifti(tmp_path / "a.nii.gz", array, voxel_mm=4.0)
+    save_nifti(tmp_path / "b.nii.gz", turned.astype(np.complex64), voxel_mm=4.0)
+    plain, other = (
+        volumes.load_scan(volumes.Scan("s", tmp_path / n), (24,) * 3, (8.0,) * 3)[0].array
+        for n in ("a.nii.gz", "b.nii.gz")
+    )
+    np.testing.assert_allclose(plain, other, atol=1e-5)
+    for values, kind in ((mask, "a mask"), (mask.astype(int) + 1 * (array > 120), "a label map")):
+        save_nifti(tmp_path / "c.nii.gz", values.astype(np.uint8), voxel_mm=4.0)
+        with pytest.raises(ValueError, match=kind):
+            volumes.load_scan(volumes.Scan("s", tmp_path / "c.nii.gz"), (24,) * 3, (8.0,) * 3)
 
 
 def test_a_scan_comes_to_the_grid_around_its_brain(tmp_path):
@@ -173,8 +201,8 @@ def test_files_that_cannot_be_right_are_refused(tmp_path, case, message):
         nibabel.save(image, path)
     if case == "mask elsewhere":
         save_nifti(tmp_path / "one_T1w_mask.nii.gz", mask, affine=affine + np.diag([0, 0, 0, 0]) + 3 * np.eye(4, k=3))
-    (scan,) = volumes.find_scans(tmp_path)
     with pytest.raises(ValueError, match=message):
+        (scan,) = volumes.find_scans(tmp_path)
         volumes.load_scan(scan, (8, 8, 8) if case == "small grid" else grid, (4.0, 4.0, 4.0))
 
 

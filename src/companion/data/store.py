@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from companion.data.rows import Rows
 from companion.files import atomic_write
 
 FORMAT = "companion-prepared-1"
@@ -27,7 +28,7 @@ SPLITS = ("train", "validation", "test")
 
 def write_dataset(
     path: str | os.PathLike,
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray | Rows],
     *,
     units: Mapping[str, str],
     scale: Mapping[str, str | float],
@@ -39,14 +40,14 @@ def write_dataset(
 ) -> Path:
     """The path of the file written, atomically, with everything a reader needs to trust it.
 
-    arrays: name -> `(subject, ...)`, finite. units: name -> "1", "mm", "kBq/mL". scale: name -> how the
-    values were scaled, in words or as the factor that multiplies them back to the source. source: where the
-    data come from. split: "train", "validation", "test" -> subject identifiers; disjoint. subjects:
+    arrays: name -> `(subject, ...)`, finite; `Rows` are copied one by one. units: name -> "1", "mm",
+    "kBq/mL". scale: name -> how the values were scaled, in words or as the factor that multiplies them back to the
+    source. source: where the data come from. split: "train", "validation", "test" -> subject identifiers; disjoint. subjects:
     identifiers in the order of the first axis, by default 0, 1, ... attrs: anything else that JSON can hold.
     Raises ValueError for NaN, arrays of different lengths, missing units or scale, or overlapping splits.
     """
     path = Path(path)
-    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    arrays = {name: v if isinstance(v, Rows) else np.asarray(v) for name, v in arrays.items()}
     _check_arrays(arrays, units, scale)
     count = len(next(iter(arrays.values())))
     subjects = [str(s) for s in (range(count) if subjects is None else subjects)]
@@ -70,7 +71,12 @@ def write_dataset(
             options = {"chunks": chunks, "fletcher32": True} if value.size else {}
             if value.size and value.dtype.kind in "iub":
                 options |= {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-            stored = file.create_dataset(name, data=value, **options)
+            stored = file.create_dataset(name, value.shape, value.dtype, **options)
+            if isinstance(value, Rows):
+                for i, row in enumerate(value):
+                    stored[i] = row
+            elif value.size:
+                stored[...] = value
             stored.attrs["units"] = units[name]
             stored.attrs["scale"] = scale[name]
         file[HEADER] = json.dumps(header)  # a dataset: attributes end at 64 KiB
@@ -309,7 +315,8 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], units: Mapping, scale: Mappi
     for name, value in arrays.items():
         if value.dtype.kind not in "fciub":
             raise ValueError(f"array {name!r} has type {value.dtype}; store numbers")
-        _finite(value, f"array {name!r}")
+        if not isinstance(value, Rows):  # which has checked each
+            _finite(value, f"array {name!r}")
         for what, given in (("units", units), ("scale", scale)):
             if name not in given:
                 raise ValueError(f"array {name!r} has no {what}; give {what}={{{name!r}: ...}} ('1' if it has none)")

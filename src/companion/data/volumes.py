@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +19,23 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from torch import Tensor
 
 from companion.data import anatomy
-from companion.data.nifti import Volume, load_nifti
+from companion.data.intake.kinds import (
+    contrast_of,
+    mask_of,
+    one_contrast,
+    one_each,
+    refuse_labels,
+    stem,
+    without_copies,
+)
+from companion.data.intake.look import find
+from companion.data.intake.readers import read_image
+from companion.data.intake.records import Unreadable, Volume
 
 PERCENTILE, CEILING = 99.5, 1.2
 SCALE = f"1 is the {PERCENTILE}th percentile of the brain, values end at {CEILING}; outside the brain 0"
 # Grids for virtual heads, mm. Along y, 192 mm, the longest of them lose a slice of their rim in front or behind.
 SPACING = {(64, 64, 64): (3.0, 3.0, 3.0), (64, 96, 96): (2.6, 2.0, 2.0)}
-MASK_ENDINGS = ("_brainmask", "_ss", "_staple", "_mask")  # NFBS; CC359, silver standard by CNN and by STAPLE; usual
 CC359_NAME = re.compile(r"(?P<subject>CC\d{4})_(?P<vendor>[a-z]+)_(?P<field>15|3)_(?P<age>\d+)_(?P<sex>[MF])")
 
 
@@ -81,82 +90,81 @@ def resample(volume: Volume, affine: np.ndarray, shape: Sequence[int], order: in
 
 @dataclass(frozen=True)
 class Scan:
-    """A volume on disk, its mask if there is one, whose it is, and what the file's name says about them."""
+    """A volume on disk, its mask if there is one, whose it is, what its name says, and its name in the folder."""
 
     subject: str
     image: Path
     mask: Path | None = None
     about: dict[str, object] = field(default_factory=dict)
+    name: str = ""
 
 
-def find_scans(folder: str | os.PathLike) -> list[Scan]:
-    """Return the scans below a folder, by subject: NFBS, CC359, or any other folder of .nii and .nii.gz files.
+class Scans(tuple):
+    """The scans of a folder, in the order of their names; `left`: name -> why a file is not among them; `split`: person
+    -> part, where a table says it."""
 
-    The mask of NAME.nii.gz is NAME_brainmask (NFBS), NAME_ss or NAME_staple (CC359) or NAME_mask, in any folder. NFBS's
-    skull-stripped copies (NAME_brain) are left out where the volume itself and its mask are there. The subject is the
-    name up to the session, or the folder's where files of different folders share one name: two sessions of one person
-    never come into different splits. Of CC359's names age, sex, vendor and field strength are read. Raises
-    FileNotFoundError if there is nothing.
+    left: dict[str, str]
+    split: dict[str, str]
+
+
+def find_scans(folder: str | os.PathLike, contrast: str | None = None, table: str | os.PathLike | None = None) -> Scans:
+    """Return the scans below a folder, by `data.intake`: one image each of NFBS, CC359, BIDS, fMRIPrep or any other.
+
+    The mask of NAME.nii.gz is NAME_brainmask (NFBS), NAME_ss or NAME_staple (CC359), NAME_mask, or BIDS's brain mask.
+    Of a volume and its skull-stripped copy (NAME_brain), the copy is left out where there is a mask, the volume where
+    there is none. contrast: as in "T1w"; by default T1w where there are several. table: whose the files are, see
+    `intake.tables`. Of CC359's names age, sex, vendor and field strength are read. Raises FileNotFoundError,
+    `intake.persons.Unclear` where nobody can tell the people apart, and ValueError if there is nothing.
     """
-    folder = Path(folder)
-    paths = sorted(p for p in folder.rglob("*.nii*") if p.name.endswith((".nii", ".nii.gz")))
-    stems = Counter(_stem(p) for p in paths)
-    scans = []
-    for path in paths:
-        stem = _stem(path)
-        plain = stem.removesuffix("_brain")
-        if stem.endswith(MASK_ENDINGS) or (plain != stem and _mask(plain, path, paths)):
-            continue
-        named = CC359_NAME.match(stem)
-        about = (
-            {
-                "age": int(named["age"]),
-                "sex": named["sex"],
-                "vendor": named["vendor"],
-                "tesla": 1.5 if named["field"] == "15" else 3.0,
-            }
-            if named
-            else {}
-        )
-        subject = path.parent.name if stems[stem] > 1 else stem.split("_")[0]
-        scans.append(Scan(named["subject"] if named else subject, path, _mask(stem, path, paths), about))
-    if not scans:
-        raise FileNotFoundError(f"{folder}: no volumes (.nii, .nii.gz) there or below; check the path")
+    found = find(folder, table, ("image", "mask"))
+    masks = [item for item in found.items if item.what.kind == "mask"]
+    images, left = one_contrast([item for item in found.items if item.what.kind == "image"], contrast)
+    images, versions = one_each(images)
+    mask = {item.name: mask_of(item, masks) for item in images}
+    images, copies = without_copies(images, mask)
+    used = {mask[i.name].name for i in images if mask[i.name]}
+    left = dict(found.left) | left | versions | copies
+    left |= {m.name: "a mask of no image that is used" for m in masks if m.name not in used}
+    if not images:
+        raise Unreadable(folder, "no image volumes there or below; check the path")
+    scans = Scans(
+        Scan(i.person, i.path, mask[i.name] and mask[i.name].path, _cc359(i.path.name), i.name) for i in images
+    )
+    scans.left, scans.split = left, dict(found.split)
     return scans
 
 
-def _mask(stem: str, path: Path, paths: Sequence[Path]) -> Path | None:
-    """The mask of the volume called `stem`: beside it, or anywhere if there is only one of that name."""
-    for name in (stem + end for end in MASK_ENDINGS):
-        found = [p for p in paths if _stem(p) == name]
-        beside = [p for p in found if p.parent == path.parent]
-        if beside or len(found) == 1:
-            return (beside or found)[0]
-    return None
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+def _cc359(name: str) -> dict[str, object]:
+    named = CC359_NAME.match(name)
+    if not named:
+        return {}
+    tesla = 1.5 if named["field"] == "15" else 3.0
+    return {"age": int(named["age"]), "sex": named["sex"], "vendor": named["vendor"], "tesla": tesla}
 
 
 def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float]) -> tuple[Volume, float]:
     """Return a scan on the grid `shape`, `voxel_mm` (z, y, x) around its brain's middle, and its intensity scale.
 
-    Without a mask the brain is where the volume is above 0, as in skull-stripped files. Spacing is kept: nothing is
-    stretched to fit, and the affine leads to the world of the file. Raises ValueError for 4D files, NaN, an empty mask,
-    an affine that cannot be right, and a brain that the grid does not hold.
+    Of complex volumes the magnitude. Without a mask the brain is where the volume is above 0, as in skull-stripped
+    files. Spacing is kept: nothing is stretched to fit, and the affine leads to the world of the file. Raises
+    ValueError for 4D files, NaN, labels, an empty mask, an affine that cannot be right, and a brain that the grid does
+    not hold.
     """
-    volume = load_nifti(scan.image)
+    volume = read_image(scan.image)
+    if np.iscomplexobj(volume.array):
+        volume = Volume(np.abs(volume.array), volume.affine)
     check_affine(volume, scan.image)
+    if not contrast_of(scan.image.name):  # a name that tells the contrast is believed
+        refuse_labels(volume.array, scan.image)
     if scan.mask is None:
         mask = volume.array > 0
         if mask.mean() > 0.9:
             raise ValueError(
                 f"{scan.image.name}: has no mask file and no background of 0, so the brain is not marked; "
-                f"strip the skull, or add {_stem(scan.image)}_mask.nii.gz"
+                f"strip the skull, or add {stem(scan.image.name)}_mask.nii.gz"
             )
     else:
-        given = load_nifti(scan.mask)
+        given = read_image(scan.mask)
         if given.array.shape != volume.array.shape or not np.allclose(given.affine, volume.affine, atol=1e-2):
             raise ValueError(
                 f"{scan.mask.name}: shape or affine differ from those of {scan.image.name}; a mask must "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +135,41 @@ def mask_of(image: Item, items: Iterable[Item]) -> Item | None:
     brains = [m for m in fit if BRAIN_MASK.search(stem(m.name))] or fit
     near = [m for m in brains if m.path.parent == image.path.parent] or brains
     return near[0] if len(near) == 1 else None
+
+
+def one_contrast(images: Sequence[Item], contrast: str | None = None) -> tuple[list[Item], dict[str, str]]:
+    """Return the images of one contrast, and why the others are not used.
+
+    contrast: as in `CONTRASTS`; None takes T1w where several are there, and stops where T1w is not among them. Images
+    whose contrast nothing tells are kept unless one is asked for. Raises Unreadable where none is left.
+    """
+    there = sorted({item.what.contrast for item in images if item.what.contrast})
+    wanted = contrast or ("T1w" if "T1w" in there and len(there) > 1 else None)
+    if wanted is None and len(there) > 1:
+        raise Unreadable(images[0].path.parent, f"images of several contrasts, {', '.join(there)}; choose one of them")
+    if wanted is None:
+        return list(images), {}
+    kept = [i for i in images if i.what.contrast == wanted or (not i.what.contrast and contrast is None)]
+    if images and not kept:
+        raise Unreadable(images[0].path.parent, f"no {wanted} there, only {', '.join(there) or 'unnamed images'}")
+    chosen = {item.name for item in kept}
+    return kept, {
+        i.name: f"{i.what.contrast or 'of unknown contrast'}, {wanted} is used" for i in images if i.name not in chosen
+    }
+
+
+def without_copies(images: Sequence[Item], mask: Mapping[str, Item | None]) -> tuple[list[Item], dict[str, str]]:
+    """Return images without those that show the same scan twice: NAME beside its skull-stripped copy NAME_brain."""
+    by_name = {(item.path.parent, stem(item.name)): item for item in images}
+    left = {}
+    for (folder, name), copy in by_name.items():
+        plain = re.sub(r"[_-](?:brain|bet|stripped|skullstripped)$", "", name, flags=re.IGNORECASE)
+        whole = by_name.get((folder, plain))
+        if whole is None or whole is copy:
+            continue
+        unused, used = (copy, whole) if mask[whole.name] else (whole, copy)
+        left[unused.name] = f"the same scan as {used.name}, which is used"
+    return [item for item in images if item.name not in left], left
 
 
 def one_each(images: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:

@@ -176,9 +176,13 @@ def _stem(name: str) -> str:
     return re.sub(r"(?:\.(?:nii|mnc|img|hdr|mgz|gz|bz2|[A-Za-z]\w{0,4}))+$", "", name.rsplit("/", 1)[-1])
 
 
+def _stem_path(name: str) -> str:
+    return name[: len(name) - len(name.rsplit("/", 1)[-1]) + len(_stem(name))]
+
+
 def _candidates(name: str) -> list[tuple[str, int]]:
     """The words of a path that may say who it is, and where each ends in it: neither contrast nor session nor kind."""
-    text = name[: len(name) - len(name.rsplit("/", 1)[-1]) + len(_stem(name))]
+    text = _stem_path(name)
     for form in (SESSION, CONTRAST, PROCESSING):
         for _ in range(2):  # neighbours share the character between them
             text = form.sub(lambda m: "_" * len(m[0]), text)
@@ -227,8 +231,8 @@ def _check_groups(varying: Mapping[str, Sequence[tuple[str, int]]]) -> None:
 
 def _differ_in_kind(names: Sequence[str]) -> bool:
     """Whether names of one person differ in contrast or processing, and not only in a number of something."""
-    bare = {PROCESSING.sub("_", CONTRAST.sub("_", name)) for name in names}
-    return len(names) < 2 or len({SESSION.sub("_", b) for b in bare}) == 1 and len(bare) == 1
+    bare = {PROCESSING.sub("_", CONTRAST.sub("_", _stem_path(name))) for name in names}
+    return len({re.sub(r"[\W_]+", "_", text).strip("_") for text in bare}) < 2
 
 
 def _session(name: str, match: re.Match | None = None) -> str:

@@ -24,6 +24,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion.data import anatomy, volumes
+from companion.data.intake.splits import split_people, split_table
+from companion.data.rows import Rows
 from companion.data.store import Prepared, open_dataset, write_dataset
 from companion.files import project_root
 from companion.parameters import Parameters, param
@@ -49,8 +51,11 @@ class PrepareData(Parameters):
     subjects: int = param(1500, "virtual people to learn from, or at most so many files", minimum=1)
     validation_share: float = param(0.1, "of files: share of the people to validate on", minimum=0, maximum=1)
     test_share: float = param(0.1, "of files: share of the people kept for tests", minimum=0, maximum=1)
+    contrast: str | None = param(None, "of files: the one to take, as in T1w; none: T1w where there are several")
+    people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
 
 
+FILES = ("voxel_mm", "validation_share", "test_share", "contrast", "people", "seed")
 COHORT = "virtual cohort of companion.data.anatomy (ICBM 152), T1w"
 
 
@@ -67,7 +72,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
         raise ValueError(f"shape {p.shape} and voxel_mm {p.voxel_mm} must have three numbers each, for z, y and x")
     path, wanted = project_root() / p.data, {"source": p.source, "shape": list(p.shape), "subjects": p.subjects}
     if make is _files:
-        wanted |= {name: getattr(p, name) for name in ("voxel_mm", "validation_share", "test_share", "seed")}
+        wanted |= {name: getattr(p, name) for name in FILES}
         wanted["voxel_mm"] = list(p.voxel_mm or volumes.spacing(p.shape))
     if not path.exists():
         arrays, people, split, about = make(p, progress)
@@ -104,34 +109,38 @@ def _cohort(p: PrepareData, progress: bool) -> tuple[dict, list, dict, dict]:
 
 
 def _files(p: PrepareData, progress: bool) -> tuple[dict, list, dict, dict]:
-    """Return arrays, subjects, split and facts of the NIfTI volumes of a folder that can be used."""
-    voxel_mm, read, skipped = p.voxel_mm or volumes.spacing(p.shape), {}, {}
-    scans = volumes.find_scans(project_root() / p.source)
-    for scan in tqdm(scans[: p.subjects], desc="files", disable=not progress):
+    """Return arrays, subjects, split and facts of the volumes of a folder that can be used, read one at a time."""
+    voxel_mm, folder = p.voxel_mm or volumes.spacing(p.shape), (project_root() / p.data).parent
+    scans = volumes.find_scans(project_root() / p.source, p.contrast, p.people and project_root() / p.people)
+    arrays, used, skipped = {name: Rows(folder) for name in ("image", "affine", "scale")}, {}, dict(scans.left)
+    for scan in tqdm(scans, desc="files", disable=not progress):
+        if len(used) == p.subjects:
+            break
         try:
-            read[scan.image.name] = scan, *volumes.load_scan(scan, p.shape, voxel_mm)
+            volume, scale = volumes.load_scan(scan, p.shape, voxel_mm)
         except (ValueError, OSError) as error:
-            skipped[scan.image.name] = str(error)
-    if not read:
+            skipped[scan.name] = str(error)
+            continue
+        arrays["image"].append(volume.array[None].astype(np.float16))
+        arrays["affine"].append(volume.affine)
+        arrays["scale"].append(np.float32(scale))
+        used[scan.name] = scan
+    if not used:
         raise ValueError("\n  ".join([f"no file of {p.source} can be used:", *skipped.values()]))
-    arrays = {
-        "image": np.stack([v.array[None] for _, v, _ in read.values()]).astype(np.float16),
-        "affine": np.stack([v.affine for _, v, _ in read.values()]),
-        "scale": np.array([scale for *_, scale in read.values()], np.float32),
-    }
-    whose = {name: scan.subject for name, (scan, *_) in read.items()}
-    order = np.random.default_rng(p.seed).permutation(sorted(set(whose.values()))).tolist()
-    tests = min(round(p.test_share * len(order)), len(order) - 1)
-    checks = min(round(p.validation_share * len(order)), len(order) - 1 - tests)
-    parts = {"test": order[:tests], "validation": order[tests : tests + checks], "train": order[tests + checks :]}
-    split = {part: [name for name in read if whose[name] in people] for part, people in parts.items()}
+    shares = (1 - p.validation_share - p.test_share, p.validation_share, p.test_share)
+    people = split_people([scan.subject for scan in used.values()], shares, p.seed, scans.split)
+    split = {part: [name for name, scan in used.items() if scan.subject in who] for part, who in people.items()}
+    if progress:
+        files = {who: [n for n, s in used.items() if s.subject == who] for part in people.values() for who in part}
+        print(split_table(people, files))
     about = {
         "source": f"NIfTI volumes of {Path(p.source).name}",
         "voxel_mm": list(voxel_mm),
         "skipped": skipped,
-        "about": {name: scan.about for name, (scan, *_) in read.items()},
+        "people": {name: scan.subject for name, scan in used.items()},
+        "about": {name: scan.about for name, scan in used.items()},
     }
-    return arrays, list(read), split, about
+    return arrays, list(used), split, about
 
 
 def _digits(p: PrepareData, progress: bool) -> tuple[dict, list, dict, dict]:
@@ -155,12 +164,18 @@ def _digits(p: PrepareData, progress: bool) -> tuple[dict, list, dict, dict]:
 def held_out(prepared: Prepared, split: str, count: int) -> Tensor:
     """Return volumes (person, 1, z, y, x) of people that training never sees, the first `count` of a split.
 
-    Of the cohort they are drawn now. Of files, where the split is empty: of another split, training last.
+    Of the cohort they are drawn now. Of files, where the split is empty: of the other held-out one. Raises ValueError
+    where both are empty: people of the training set are never taken for others.
     """
     if prepared.source == COHORT:
         shape = prepared.shapes["image"][2:]
         return torch.stack([volumes.virtual(one, shape).image[None] for one in anatomy.cohort(split, count)])
-    others = [name for name in (split, "test", "validation", "train") if prepared.split.get(name)]
+    others = [name for name in (split, "test", "validation") if prepared.split.get(name)]
+    if not others:
+        raise ValueError(
+            f"{prepared.path.name} holds nobody for validation or tests; prepare it again with a validation_share or "
+            "test_share above 0"
+        )
     items = prepared.sequences("image", others[0], 1)
     return torch.stack([items[i].float() for i in range(min(count, len(items)))])
 
