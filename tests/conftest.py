@@ -20,7 +20,7 @@ import os, time
 from dataclasses import dataclass
 from pathlib import Path
 from companion.parameters import Parameters, param, resolve
-from companion.runs import Run
+from companion.workbench.run import Run
 
 @dataclass(frozen=True)
 class Tiny(Parameters):

@@ -173,7 +173,8 @@ def _in_range(name: str, value: Value, rules: Mapping) -> None:
 def resolve(cls: type[P], namespace: Mapping[str, Value], quiet: bool = False) -> P:
     """The parameters of a notebook, taken by name from its globals: coerced, checked, printed.
 
-    `device` "auto" becomes "cuda" where there is one, else "cpu". Raises ValueError when a field is not set
+    `device` "auto" becomes "cuda" where there is one, else "cpu"; `autocast` "auto" becomes "bfloat16" where the
+    device computes in it faster, else None. Raises ValueError when a field is not set
     in the notebook, when a value is out of range, and when CUDA is asked for and missing; TypeError for a
     value of the wrong type.
     """
@@ -184,6 +185,8 @@ def resolve(cls: type[P], namespace: Mapping[str, Value], quiet: bool = False) -
         )
     p = cls(**{name: namespace[name] for name in names})
     p = dataclasses.replace(p, device=resolve_device(p.device))
+    if "autocast" in names:
+        p = dataclasses.replace(p, autocast=resolve_autocast(p.autocast, p.device))
     if not quiet:
         print(table(p))
     return p
@@ -204,6 +207,32 @@ def resolve_device(device: str) -> str:
     if kind == "cuda" and int(index or 0) >= cuda:
         raise ValueError(f"device {device} was asked for but torch sees {cuda} CUDA devices; use auto or cpu")
     return device
+
+
+def resolve_autocast(autocast: str | None, device) -> str | None:
+    """`autocast` itself, or for "auto" what the device computes convolutions fastest in: "bfloat16" or None (float32).
+
+    bfloat16 pays on GPUs with tensor cores for it, and on CPUs with AVX512-BF16 or AMX. Other processors emulate
+    it, several times slower than float32.
+    """
+    if autocast != "auto":
+        return autocast
+    import torch
+
+    kind = torch.device(resolve_device("auto") if device == "auto" else device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if fast else None
+
+
+def autocast_dtype(autocast: str | None, device) -> Any:
+    """The torch.dtype that a network computes in under `autocast`, or None for that of its weights."""
+    import torch
+
+    name = resolve_autocast(autocast, device)
+    return None if name is None else getattr(torch, name)
 
 
 def table(p: Parameters) -> str:

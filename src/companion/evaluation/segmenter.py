@@ -169,7 +169,7 @@ def train_segmenter(
         warmup=min(50, steps - 1),
         schedule="cosine",
         ema_halflife=400.0,
-        autocast="bfloat16",
+        autocast="auto",
         channels_last=True,
         seed=seed,
         device="cpu",

@@ -17,6 +17,7 @@ from companion.networks.diffusion_unet import DiffusionUNet
 from companion.networks.edm_unet import EDMUNet
 from companion.networks.unet import UNet
 from companion.networks.vqvae import VQVAE, PlainVQVAE
+from companion.parameters import autocast_dtype
 
 # What a config may name. Nothing outside these tables is ever built.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -91,13 +92,13 @@ def network_of(model: nn.Module) -> nn.Module:
     return getattr(inner, "network", inner)
 
 
-def set_autocast(D: nn.Module, autocast: str | None) -> nn.Module:
+def set_autocast(D: nn.Module, autocast: str | None, device: str | torch.device = "auto") -> nn.Module:
     """D, whose network now computes in the number format `autocast`, such as "bfloat16"; None: in that of its weights.
 
-    Bare networks have no such switch and are returned as they are.
+    "auto" is what the `device` is fast in. Bare networks have no such switch and are returned as they are.
     """
     if network_of(D) is not (inner := inner_denoiser(D)):
-        inner.autocast = getattr(torch, autocast) if autocast else None
+        inner.autocast = autocast_dtype(autocast, device)
     return D
 
 

@@ -59,7 +59,8 @@ def load(
     """The model of a checkpoint, ready to use: in evaluation mode, without gradients, in float32.
 
     name: see the head of this module. A published or hub checkpoint that is not here is downloaded.
-    autocast: "bfloat16" lets the network compute in it. default: what the name "embedded" stands for.
+    autocast: "bfloat16" lets the network compute in it, "auto" does so where the device is fast in it.
+    default: what the name "embedded" stands for.
 
     Raises FileNotFoundError when there is no such checkpoint, ValueError when it is damaged, is not what its
     hash says, does not fit its config, or is a pickle; the errors of `registry.fetch` for downloads.
@@ -75,7 +76,7 @@ def load(
     tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
     network.load_state_dict(tensors, assign=True)
     model = _wrap(network, config).to(device).eval().requires_grad_(False)
-    return set_autocast(model, autocast) if autocast else model
+    return set_autocast(model, autocast, device) if autocast else model
 
 
 def load_denoiser(

@@ -43,7 +43,7 @@ class StartHere(Parameters):
     draws: int = param(8, "posterior draws a slice", minimum=2)
     evaluations: int = param(30, "network evaluations a draw", minimum=2)
     last_sigma: float = param(0.04, "noise level of the last evaluation; about 4 noise_std", minimum=1e-4)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
 def acquire(x: Tensor, acceleration: int, p: StartHere, seed: int) -> Scan:

@@ -19,7 +19,7 @@ from companion.files import code_version, project_root
 from companion.models.architectures import build
 from companion.models.checkpoint import load
 from companion.models.folder import save_checkpoint
-from companion.parameters import Parameters, param, read_yaml
+from companion.parameters import Parameters, autocast_dtype, param, read_yaml
 from companion.randomness import randn
 from companion.training.loop import TrainConfig, TrainResult, train
 
@@ -50,7 +50,7 @@ class TrainPrior(Parameters):
     learning_rate: float = param(5e-4, "highest learning rate", minimum=0)
     warmup: int = param(200, "steps of linear warm-up", minimum=0)
     ema_decay: float = param(0.999, "decay of the averaged weights", minimum=0, maximum=1)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
     seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
     checkpoint_every: int = param(250, "steps between checkpoints", minimum=1)
 
@@ -93,7 +93,7 @@ def train_prior(p: TrainPrior, progress: bool = True) -> TrainResult:
     D = build(config)
     if p.start_from:
         D.load_state_dict(load(p.start_from).state_dict())
-    D.D.autocast = getattr(torch, p.autocast) if p.autocast else None
+    D.D.autocast = autocast_dtype(p.autocast, p.device)
     options = TrainConfig(
         steps=p.steps,
         batch_size=p.batch_size,

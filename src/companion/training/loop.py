@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from companion.files import atomic_write
-from companion.parameters import check
+from companion.parameters import autocast_dtype, check
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TrainConfig:
     ema_decay: float = 0.999  # decay per step of the averaged weights, unless ema_halflife is given
     ema_halflife: float | None = None  # in images: batch-size independent, ramps up from 0 (see ema_rampup)
     ema_rampup: float | None = 0.05  # the half-life is at most this fraction of the images seen; None: no ramp
-    autocast: str | None = None  # "bfloat16": networks compute in it, weights and optimiser stay float32
+    autocast: str | None = None  # "bfloat16", or "auto" (where it is fast): networks compute in it, weights do not
     channels_last: bool = False  # memory layout of the convolutions; bf16 on CPUs wants it
     compile: bool = False  # torch.compile: a minute at the start, faster steps afterwards
     seed: int = 0  # of data order, augmentation, noise and dropout (initial weights are the caller's)
@@ -87,7 +87,7 @@ class TrainConfig:
         choices = {
             "optimiser": _OPTIMISERS,
             "schedule": ("constant", "cosine"),
-            "autocast": (None, "bfloat16"),
+            "autocast": (None, "auto", "bfloat16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -253,9 +253,8 @@ def _loss_and_gradient(state: _State, loss_fn, pieces: Iterator, config: TrainCo
     """The mean loss of the next batch, its gradient left in state.gradient; each process does its pieces."""
     state.gradient.zero_()
     total = torch.zeros((), dtype=torch.float64, device=here.device)
-    autocast = nullcontext()
-    if config.autocast:
-        autocast = torch.autocast(here.device.type, getattr(torch, config.autocast))
+    dtype = autocast_dtype(config.autocast, here.device)
+    autocast = nullcontext() if dtype is None else torch.autocast(here.device.type, dtype)
     for piece in range(here.rank, config.grad_accumulation, here.world):
         batch = _to(next(pieces), here.device)
         torch.manual_seed(derive(config.seed, 3, state.step, piece))  # dropout

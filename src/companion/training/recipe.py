@@ -2,7 +2,7 @@
 
 p = TrainPrior(...)                                         # a form: Training and what else the notebook asks
 config = prior_config(...)                                  # what `architectures.build` takes
-D = begin(config, p.seed, p.start_from, p.autocast)
+D = begin(config, p.seed, p.start_from, p.autocast, p.device)
 result = fit(D, prior_loss, slices, p, config, p.pick("P_mean", "P_std"), log_every=50)
 save(result, p, config, validation=errors)                  # <out>/checkpoint
 """
@@ -39,7 +39,7 @@ class Training(Parameters):
     learning_rate: float = param(5e-4, "highest learning rate", minimum=0)
     warmup: int = param(100, "steps of linear warm-up", minimum=0)
     ema_decay: float = param(0.998, "decay of the averaged weights", minimum=0, maximum=1)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
     seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=0)
     checkpoint_every: int = param(100, "steps between checkpoints", minimum=1)
 
@@ -57,15 +57,15 @@ Form = TypeVar("Form", bound=Training)
 
 
 def begin(
-    config: Mapping, seed: int, start_from: str | nn.Module | None = None, autocast: str | None = None
+    config: Mapping, seed: int, start_from: str | nn.Module | None = None, autocast: str | None = None, device="auto"
 ) -> nn.Module:
-    """The model of `config` to be trained: random weights of a seed, or those of a checkpoint or another model."""
+    """The model of `config` to be trained on `device`: random weights of a seed, or those of a checkpoint or model."""
     torch.manual_seed(seed)
     D = build(config)
     if start_from is not None:
         start = start_from if isinstance(start_from, nn.Module) else load(start_from)
         D.load_state_dict(start.state_dict())
-    return set_autocast(D, autocast)
+    return set_autocast(D, autocast, device)
 
 
 def fit(

@@ -44,7 +44,7 @@ def folder_of(p: Browse, beside: Path) -> Path:
     runs = project_root() / p.runs
     if not p.examples and runs.is_dir() and any(entry.done and entry.files() for entry in find_entries(runs)):
         return runs
-    from companion.examples import write_examples
+    from companion.show.examples import write_examples
 
     write_examples(beside / ".examples")
     return beside / ".examples"

@@ -19,7 +19,7 @@ from companion.models.architectures import build, network_of
 from companion.models.checkpoint import load
 from companion.models.folder import save_checkpoint
 from companion.papers.aid.data import volumes
-from companion.parameters import Parameters, param, read_yaml
+from companion.parameters import Parameters, autocast_dtype, param, read_yaml
 from companion.randomness import randn
 from companion.training.loop import TrainConfig, TrainResult, train
 
@@ -79,7 +79,7 @@ class TrainSequence(Parameters):
     schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     warmup: int = param(100, "steps of linear warm-up", minimum=0)
     ema_decay: float = param(0.998, "decay of the averaged weights", minimum=0, maximum=1)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
     seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
     checkpoint_every: int = param(100, "steps between checkpoints", minimum=1)
 
@@ -162,7 +162,7 @@ def train_sequence(p: TrainSequence, progress: bool = True) -> TrainResult:
             network.load_state_dict(start.state_dict())
     if p.stage == "second":
         network.freeze_main()
-    inner_denoiser(D).autocast = getattr(torch, p.autocast) if p.autocast else None
+    inner_denoiser(D).autocast = autocast_dtype(p.autocast, p.device)
     options = TrainConfig(
         steps=p.steps,
         batch_size=p.batch_size,

@@ -114,7 +114,7 @@ class Reconstruct(Parameters):
     )
     langevin_steps: int = param(3, "Langevin steps a level of the CSGM baseline; 0 leaves it out", minimum=0)
     classical: bool = param(True, "compare with tuned classical methods too")
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
 # ------------------------------------------------------------------------------------------------------------- scans

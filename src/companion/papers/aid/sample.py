@@ -71,7 +71,7 @@ class SampleSequence(Parameters):
     first_sigma: float = param(40.0, "highest noise level (karras)", minimum=1e-3)
     last_sigma: float = param(0.01, "lowest noise level above 0 (karras)", minimum=1e-5)
     cache_mib: int = param(1024, "memory for keys and values of context frames while the window grows", minimum=0)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,7 +89,7 @@ class TrainLatent(Parameters):
         "cosine", "learning rates after the warm-up; constant ones can go on for longer", choices=("cosine", "constant")
     )
     mirror: bool = param(True, "mirror volumes left to right at random")
-    autocast: str | None = param("bfloat16", "number format inside the networks", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the networks", choices=("auto", "bfloat16", None))
     checkpoint_every: int = param(200, "steps between checkpoints", minimum=1)
 
 

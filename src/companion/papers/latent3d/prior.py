@@ -33,7 +33,7 @@ from companion.papers.latent3d.autoencoder import (
     data_config,
     load_autoencoder,
 )
-from companion.parameters import resolve_device
+from companion.parameters import autocast_dtype, resolve_device
 from companion.randomness import randn
 from companion.training.loop import TrainConfig, TrainResult, train
 
@@ -46,7 +46,7 @@ def cache_latents(
     path: str | os.PathLike,
     mirror: bool = True,
     device="cpu",
-    autocast: str | None = "bfloat16",
+    autocast: str | None = "auto",
     progress: bool = True,
 ) -> tuple[LatentSpace, Prepared]:
     """Return the space of normalised latents of all training volumes, and these latents, stored once as HDF5.
@@ -58,11 +58,12 @@ def cache_latents(
     path, made_of = Path(path), sha256(prepared.path)
     if not path.exists():
         raw, items = LatentSpace(codec), prepared.sequences("image", "train", 1)
+        number_format = autocast_dtype(autocast, device)
         z = []
         for i in tqdm(range(len(items)), desc="latents", disable=not progress):
             x = items[i][None].float().to(device)
             both = torch.cat([x, x.flip(-1)]) if mirror else x
-            with torch.autocast(torch.device(device).type, getattr(torch, autocast or "float32"), bool(autocast)):
+            with torch.autocast(torch.device(device).type, number_format, number_format is not None):
                 z.append(raw.encode(both).float().cpu().half())
         z = torch.stack(z).float()
         mean, std = latent.statistics(z.flatten(0, 1).split(64))
@@ -205,7 +206,7 @@ def train_prior(p: TrainLatent, progress: bool = True) -> tuple[TrainResult, Lat
     check_levels(D)
     if p.start_from:
         D.load_state_dict(weights.load_denoiser(p.start_from).state_dict())
-    D.autocast = getattr(torch, p.autocast) if p.autocast else None
+    D.autocast = autocast_dtype(p.autocast, p.device)
     cond = None
     if p.covariates:
         values = covariates(torch.from_numpy(prepared.read("tissue_ml", "train")), p.covariates)
@@ -333,7 +334,7 @@ def load_latent(
     name: str | os.PathLike = PRIOR,
     autoencoder: str | os.PathLike | None = None,
     device="cpu",
-    autocast: str | None = "bfloat16",
+    autocast: str | None = "auto",
 ) -> LatentPrior:
     """Return the prior of a checkpoint together with its autoencoder; raises ValueError if they do not belong together.
 

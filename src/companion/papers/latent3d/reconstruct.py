@@ -73,7 +73,7 @@ class ReconstructVolumes(Parameters):
     wavelets: float | None = param(0.004, "weight of |wavelets|_1; none: without that baseline", minimum=0)
     variation: float | None = param(0.0015, "weight of the total variation; none: without that baseline", minimum=1e-9)
     sparse_iterations: int = param(80, "steps of these two", minimum=1)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class SampleVolumes(Parameters):
     features: str = param("brain/t1w", "network whose view of slices the Frechet distance compares")
     slices: int = param(16, "slices of a volume that it sees in each plane", minimum=2)
     segmenter: str | None = param("segmenter/t1w", "segmenter of T1w slices; none: no tissue volumes")
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
 # -------------------------------------------------------------------------------------------------------------- people

@@ -57,7 +57,7 @@ class Translate(Parameters):
     shading: bool = param(True, "draws of the recommended row are given the shading of their source")
     attraction: float = param(0.0, "weight of the gradient of the LMI in the recommended row", minimum=0)
     volume: str | None = param(None, "NIfTI volume to translate; none: a person of the cohort, lying oblique")
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
     def settings(self) -> dict[str, Setting]:
         """Return the rows of the table that are drawn, in its order."""

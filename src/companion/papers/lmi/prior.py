@@ -20,7 +20,7 @@ from companion.models.folder import save_checkpoint
 from companion.papers.lmi.conditions import COND_SCALE, MAPS, Conditioning, conditions, grey, told
 from companion.papers.lmi.data import some_slices
 from companion.papers.lmi.remap import remapped
-from companion.parameters import Parameters, param, read_yaml
+from companion.parameters import Parameters, autocast_dtype, param, read_yaml
 from companion.randomness import randn
 from companion.training.loop import TrainConfig, TrainResult, train
 
@@ -71,7 +71,7 @@ class TrainTranslator(Parameters):
     schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     warmup: int = param(100, "steps of linear warm-up", minimum=0)
     ema_decay: float = param(0.995, "decay of the averaged weights", minimum=0, maximum=1)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
     seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
     checkpoint_every: int = param(100, "steps between checkpoints", minimum=1)
 
@@ -132,7 +132,7 @@ def train_translator(p: TrainTranslator, progress: bool = True) -> TrainResult:
     D = build(config)
     if p.start_from:
         D.load_state_dict(load(p.start_from).state_dict())
-    D.autocast = getattr(torch, p.autocast) if p.autocast else None
+    D.autocast = autocast_dtype(p.autocast, p.device)
     options = TrainConfig(
         steps=p.steps,
         batch_size=p.batch_size,

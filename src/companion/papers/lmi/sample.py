@@ -36,7 +36,7 @@ class Sample(Parameters):
     )
     evaluations: tuple[int, ...] = param((10, 30), "steps of a draw to compare; the last is used elsewhere", minimum=1)
     published: int = param(0, "evaluations of the published chain; 1000 as released, 0: leave it out", minimum=0)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
     @property
     def setting(self) -> Setting:

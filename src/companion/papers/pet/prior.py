@@ -24,7 +24,7 @@ from companion.models.architectures import build
 from companion.models.checkpoint import load
 from companion.models.folder import save_checkpoint
 from companion.papers.pet.data import PEOPLE, held_out
-from companion.parameters import Parameters, param, read_yaml
+from companion.parameters import Parameters, autocast_dtype, param, read_yaml
 from companion.randomness import randn
 from companion.show import figures
 from companion.training.loop import TrainConfig, TrainResult, train
@@ -88,7 +88,7 @@ class TrainModel(Parameters):
     ema_halflife: float | None = param(
         None, "of the averaged weights, in slices, ramped up; replaces ema_decay", minimum=1
     )
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
     seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
     checkpoint_every: int = param(250, "steps between checkpoints", minimum=1)
     validation_people: int = param(
@@ -174,7 +174,7 @@ def train_model(p: TrainModel, progress: bool = True) -> TrainResult:
     D = build(config)
     if p.start_from:
         D.load_state_dict(load(p.start_from).state_dict())
-    D.autocast = getattr(torch, p.autocast) if p.autocast else None
+    D.autocast = autocast_dtype(p.autocast, p.device)
     options = TrainConfig(
         steps=p.steps,
         batch_size=p.batch_size,

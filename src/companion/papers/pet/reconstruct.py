@@ -85,7 +85,7 @@ class Enhance(Parameters):
     samplers: tuple[str, ...] = param(
         (), "other samplers to compare at the levels of `fractions`", choices=("EM steps", "DPS", "PiGDM", "one mean")
     )
-    autocast: str | None = param("bfloat16", "number format inside the networks", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the networks", choices=("auto", "bfloat16", None))
 
 
 # ------------------------------------------------------------------------------------------------------- the scans

@@ -64,7 +64,7 @@ class SampleModel(Parameters):
     S_noise: float = param(1.003, "heun_churn: size of added noise", minimum=0)
     batch_size: int = param(16, "images at a time", minimum=1)
     formats: tuple[str, ...] = param(FORMATS, "files to write", choices=FORMATS)
-    autocast: str | None = param("bfloat16", "number format inside the network", choices=("bfloat16", None))
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
 @dataclass(frozen=True, eq=False)
