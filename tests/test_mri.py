@@ -299,3 +299,14 @@ def test_centre_lines_are_the_acs_of_the_mask(width, acs):
     found = centre_lines(more)
     assert found >= acs and bool((centre_crop(more, (found,)) == 1).all())
     assert found == width or not bool((centre_crop(more, (found + 1,)) == 1).all())
+
+
+def test_a_mask_within_the_acquired_lines():
+    mask = cartesian_mask(64, 4, acs=8)
+    columns = torch.ones(64)
+    columns[:8] = 0
+    part = mask.within(columns)
+    assert not part.mask[:8].any() and torch.equal(part.mask[8:], mask.mask[8:])
+    assert part.lines == int(part.mask.sum()) == mask.lines - 2 and part.acceleration == pytest.approx(64 / part.lines)
+    with pytest.raises(ValueError, match="share none"):
+        mask.within(torch.zeros(64))

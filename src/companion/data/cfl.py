@@ -25,6 +25,19 @@ def read_cfl(path: str | os.PathLike, squeeze: bool = False) -> Tensor:
     path: with or without `.cfl` or `.hdr`. Raises FileNotFoundError when one of the two files is missing, ValueError
     for a header that is damaged or does not fit the data, NaN or infinity.
     """
+    data, _, dims = cfl_dimensions(path)
+    array = np.fromfile(data, dtype="<c8").astype(np.complex64, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{data}: {int((~np.isfinite(array)).sum())} NaN or infinite values of {array.size}")
+    array = torch.from_numpy(array).reshape(dims[::-1]).permute(*range(len(dims) - 1, -1, -1))
+    return (array.squeeze() if squeeze else array).contiguous()
+
+
+def cfl_dimensions(path: str | os.PathLike) -> tuple[Path, Path, tuple[int, ...]]:
+    """The .cfl and .hdr of a pair and the dimensions, checked against the size of the data, which are not read.
+
+    Raises as `read_cfl`.
+    """
     data, header = _pair(path)
     for file, other in ((header, data), (data, header)):
         if not file.is_file():
@@ -37,11 +50,7 @@ def read_cfl(path: str | os.PathLike, squeeze: bool = False) -> Tensor:
             f"{data}: {found} bytes, but the dimensions {_short(dims)} of {header.name} need {expected}; the file is "
             "truncated or belongs to another header"
         )
-    array = np.fromfile(data, dtype="<c8").astype(np.complex64, copy=False)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{data}: {int((~np.isfinite(array)).sum())} NaN or infinite values of {array.size}")
-    array = torch.from_numpy(array).reshape(dims[::-1]).permute(*range(len(dims) - 1, -1, -1))
-    return (array.squeeze() if squeeze else array).contiguous()
+    return data, header, dims
 
 
 def write_cfl(path: str | os.PathLike, array) -> Path:
@@ -71,7 +80,7 @@ def write_cfl(path: str | os.PathLike, array) -> Path:
 
 def _pair(path: str | os.PathLike) -> tuple[Path, Path]:
     path = Path(path)
-    base = path.name.removesuffix(".cfl").removesuffix(".hdr")
+    base = path.name.removesuffix(".cfl") if path.suffix == ".cfl" else path.name.removesuffix(".hdr")
     return path.with_name(base + ".cfl"), path.with_name(base + ".hdr")
 
 
@@ -86,12 +95,15 @@ def _store(path: Path, content: bytes) -> None:
 def _dimensions(header: Path) -> tuple[int, ...]:
     """The line after "# Dimensions"; other sections of the header are comments here."""
     try:
-        lines = [line.strip() for line in header.read_text("utf-8").splitlines()]
-        following = lines[lines.index("# Dimensions") + 1 :]
+        if header.stat().st_size > 1 << 20:
+            raise ValueError("longer than 1 MiB")
+        lines = [line.strip() for line in header.read_text("utf-8-sig").splitlines()]
+        titles = ["".join(line.lower().split()) for line in lines]
+        following = lines[titles.index("#dimensions") + 1 :]
         dims = tuple(int(n) for n in next(line for line in following if line).split())
     except (ValueError, StopIteration) as error:
         raise ValueError(f"{header}: no line of integers after '# Dimensions'; not a BART header") from error
-    if not dims or min(dims) < 1:
+    if not dims or min(dims) < 1 or len(dims) > 64:
         raise ValueError(f"{header}: dimensions {_short(dims)} are not all positive")
     return dims
 

@@ -2,7 +2,11 @@
 
 Stored k-space is `(slice, coil, row, column)` or, single-coil, `(slice, row, column)`; rows are the readout, with its
 oversampling, columns the phase encoding. This is the order used here, `(slice, coil, y, x)`: lines are undersampled
-along x. The header calls the readout x and the phase encoding y; its numbers are turned around on reading.
+along x. The header calls the readout x and the phase encoding y; its numbers are turned around on reading. M4Raw's
+files have the same form.
+
+What was measured is read off the data as well as the header: a column that is zero was not acquired, whatever a mask
+says, and an echo off the middle is brought there (see `raw.scan.recentred`).
 
 Zbontar et al., fastMRI, arXiv 1811.08839; Inati et al., ISMRM raw data format, MRM 2017.
 """
@@ -10,9 +14,9 @@ Zbontar et al., fastMRI, arXiv 1811.08839; Inati et al., ISMRM raw data format, 
 from __future__ import annotations
 
 import os
-import xml.etree.ElementTree as ElementTree
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -20,25 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from companion.data.intake.records import Description, Unreadable, pseudonym
+from companion.data.raw.header import Header, decode_header, parse_header
+from companion.data.raw.scan import RawScan, describe, echo_offset, raw_scan
 from companion.operators.mri import crop_kspace
 
-NAMESPACE = "{http://www.ismrm.org/ISMRMRD}"
 REFERENCES = ("reconstruction_rss", "reconstruction_esc")
-
-
-@dataclass(frozen=True)
-class Header:
-    """What an ISMRMRD header says of a Cartesian scan, in the order (z, y, x) = (slice, readout, phase encoding).
-
-    Matrix sizes of the encoded and the reconstructed space, their fields of view in mm, and the range of phase
-    encoding lines `[first, last)` that were acquired, as positions in the encoded matrix; None where it does not say.
-    """
-
-    encoded: tuple[int, int, int]
-    recon: tuple[int, int, int]
-    encoded_mm: tuple[float, float, float] | None
-    recon_mm: tuple[float, float, float] | None
-    lines: tuple[int, int] | None
+PROBED = 4  # coils of one slice that show what was acquired
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +42,8 @@ class Volume:
     crop_shape   (y, x) of the same field of view at the acquired resolution; see `crop`
     voxel_mm     (z, y, x), acquired; None without a header
     lines        [first, last) columns acquired; the others are zero
-    mask         (x,) zeros and ones, for files that are undersampled; else None
+    mask         (x,) zeros and ones, zero where nothing was acquired, for files that are undersampled; else None
+    shift        (y, x) by how many samples `read` turns k-space to bring its echo to the middle
     """
 
     path: Path
@@ -64,12 +57,23 @@ class Volume:
     acquisition: str
     patient: str
     reference_name: str | None
+    shift: tuple[int, int] = (0, 0)
+    offset: int = field(default=0, repr=False)  # of the first stored column
     attrs: Mapping[str, str | float | int] = field(default_factory=dict, repr=False)
 
     @property
     def slices(self) -> int:
         """How many slices there are."""
         return self.shape[0]
+
+    @property
+    def columns(self) -> Tensor:
+        """The columns (x,) that were acquired, as ones: the mask of an undersampled file, else its lines."""
+        if self.mask is not None:
+            return self.mask
+        columns = torch.zeros(self.shape[-1])
+        columns[self.lines[0] : self.lines[1]] = 1
+        return columns
 
     def __len__(self) -> int:
         return self.slices
@@ -88,11 +92,11 @@ class Volume:
         out = np.zeros((len(chosen), *self.shape[1:]), np.complex64)
         with _open(self.path) as file:
             stored = _dataset(file, self.path, "kspace")
-            first = self.lines[0] if stored.shape[-1] != self.shape[-1] else 0
             for place, i in zip(out, chosen, strict=True):
                 one = _slice(stored, self.path, i).reshape(*self.shape[1:3], -1)
-                place[..., first : first + one.shape[-1]] = one
-        return torch.from_numpy(out if isinstance(index, slice) else out[0])
+                place[..., self.offset : self.offset + one.shape[-1]] = one
+        kspace = torch.from_numpy(out if isinstance(index, slice) else out[0])
+        return kspace.roll(self.shift, (-2, -1)) if any(self.shift) else kspace
 
     def reference(self, index: int | slice = slice(None)) -> Tensor | None:
         """The scanner's magnitude image, float32: `(y, x)` of a slice, `(slice, y, x)` of a range; None if absent."""
@@ -106,10 +110,10 @@ class Volume:
     def crop(self, kspace: Tensor) -> Tensor:
         """k-space `(..., *crop_shape)` of the reconstructed field of view, from k-space `(..., y, x)` of the encoded.
 
-        The readout oversampling goes, the resolution stays. In an undersampled file only the readout is cropped:
-        its columns must stay what was measured, so the result is `(..., crop_shape[0], x)`.
+        The readout oversampling goes, the resolution stays. Where not all columns were acquired only the readout is
+        cropped: columns must stay what was measured, so the result is `(..., crop_shape[0], x)`.
         """
-        if self.mask is None:
+        if self.columns.all():
             return crop_kspace(kspace, self.crop_shape)
         return crop_kspace(kspace.mT, self.crop_shape[:1]).mT
 
@@ -128,7 +132,8 @@ class Scan:
 
 
 def open_volume(path: str | os.PathLike) -> Volume:
-    """The description of a fastMRI file, multi-coil or single-coil, checked; reads no k-space.
+    """The description of a fastMRI file, multi-coil or single-coil, checked; of the k-space it reads one slice of a few
+    coils, which shows what was acquired and where the echo lies.
 
     Raises FileNotFoundError, or ValueError with the reason for a file that is no HDF5, is truncated, has no k-space,
     a k-space of another kind, or a header that is damaged or contradicts it.
@@ -146,8 +151,19 @@ def open_volume(path: str | os.PathLike) -> Volume:
         reference = _dataset(file, path, names[0]).shape if names else None
         if reference is not None and (len(reference) != 3 or reference[0] != shape[0]):
             raise ValueError(f"{path}: {names[0]} has shape {reference}; expected ({shape[0]}, y, x)")
-        header = _header(file, path) if "ismrmrd_header" in file else None
+        header = _header(file, path)
         width, lines = _columns(header, shape[3])
+        offset = lines[0] if width != shape[3] else 0
+        peak, acquired = _probe(stored, width, offset)
+        acquired[: lines[0]] = acquired[lines[1] :] = False
+        given = _mask(file, path, width, offset, shape[3])
+        shift = (-peak[0], -peak[1])
+        columns = torch.from_numpy(np.roll(acquired if given is None else acquired & given, shift[1])).float()
+        span = columns.nonzero().flatten()
+        if not len(span):
+            raise ValueError(f"{path}: its k-space is zero everywhere, or everywhere that its mask says was measured")
+        lines = (int(span[0]), int(span[-1]) + 1)
+        undersampled = given is not None or len(span) < lines[1] - lines[0]
         shape = (*(int(n) for n in shape[:3]), width)
         recon = header.recon[1:] if header else tuple(reference[1:]) if reference else shape[2:]
         attrs = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
@@ -160,12 +176,64 @@ def open_volume(path: str | os.PathLike) -> Volume:
             crop_shape=_crop_shape(header, shape[2:], recon),
             voxel_mm=_voxel_mm(header, shape),
             lines=lines,
-            mask=_mask(file, path, shape[3], lines, stored.shape[-1]),
+            mask=columns if undersampled else None,
             acquisition=str(attrs.get("acquisition", "")),
             patient=str(attrs.get("patient_id", "")),
             reference_name=names[0] if names else None,
+            shift=shift,
+            offset=offset,
             attrs=attrs,
         )
+
+
+def sniff_fastmri(path: str | os.PathLike) -> Description | None:
+    """What a fastMRI or M4Raw file holds; None for another kind of HDF5 file."""
+    path = Path(path)
+    try:
+        with _open(path) as file:
+            if not isinstance(file.get("kspace"), h5py.Dataset) or _is_mrd(file):
+                return None
+        volume = open_volume(path)
+    except ValueError as error:
+        raise Unreadable(path, str(error).removeprefix(f"{path}: ")) from error
+    about = {
+        "lines": f"{int(volume.columns.sum())} of {volume.shape[-1]}",
+        "acceleration": round(volume.shape[-1] / int(volume.columns.sum()), 2),
+        "fully sampled": volume.mask is None,
+        "image": f"{volume.recon_shape[0]} x {volume.recon_shape[1]}",
+        "echo off the middle (y, x)": tuple(-s for s in volume.shift) if any(volume.shift) else None,
+    }
+    return describe(
+        "fastMRI HDF5",
+        volume.shape,
+        voxel_mm=volume.voxel_mm,
+        contrast=volume.acquisition,
+        person=_person(volume.patient),
+        about={name: value for name, value in about.items() if value is not None},
+    )
+
+
+def read_fastmri(files, slices: slice = slice(None)) -> RawScan:
+    """The scan of a fastMRI or M4Raw file, or of some of its slices, as one record; raises Unreadable."""
+    path = Path(files[0])
+    try:
+        volume = open_volume(path)
+        kspace = volume.read(slices)
+    except ValueError as error:
+        raise Unreadable(path, str(error).removeprefix(f"{path}: ")) from error
+    over = tuple(n / m for n, m in zip(volume.shape[2:], volume.crop_shape, strict=True))
+    scan = raw_scan(path, kspace, volume.columns, voxel_mm=volume.voxel_mm, oversampling=over)
+    return replace(scan, shift=tuple(a + b for a, b in zip(scan.shift, volume.shift, strict=True)))
+
+
+def _person(patient: str) -> str:
+    """The public sets' codes as they are; anything else might be a name."""
+    return patient if not patient or re.fullmatch(r"[0-9a-f]{6,}|\d+", patient) else pseudonym(patient)
+
+
+def _is_mrd(file: h5py.File) -> bool:
+    group = file.get("dataset")
+    return isinstance(group, h5py.Group) and "xml" in group
 
 
 def scan(folder: str | os.PathLike, thorough: bool = True) -> Scan:
@@ -189,40 +257,6 @@ def scan(folder: str | os.PathLike, thorough: bool = True) -> Scan:
         else:
             volumes.append(volume)
     return Scan(folder, tuple(volumes), skipped)
-
-
-def parse_header(text: str) -> Header:
-    """What the first encoding of an ISMRMRD XML header says; see `Header`.
-
-    Raises ValueError for XML that is damaged, declares a document type or entities (never expanded), or lacks the
-    matrix sizes.
-    """
-    if "<!DOCTYPE" in text.upper() or "<!ENTITY" in text.upper():
-        raise ValueError("ismrmrd_header declares a document type or entities, which a header never needs: refused")
-    try:
-        encoding = ElementTree.fromstring(text).find(NAMESPACE + "encoding")
-        encoded, recon = (_triple(encoding, space, "matrixSize", int) for space in ("encodedSpace", "reconSpace"))
-        sizes = [_triple(encoding, s, "fieldOfView_mm", float, False) for s in ("encodedSpace", "reconSpace")]
-        limits = encoding.find(f"{NAMESPACE}encodingLimits/{NAMESPACE}kspace_encoding_step_1")
-        lines = None
-        if limits is not None:
-            low, centre, high = (int(limits.find(NAMESPACE + n).text) for n in ("minimum", "center", "maximum"))
-            first = encoded[2] // 2 - centre
-            lines = (first + low, first + high + 1)
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"ismrmrd_header is damaged or incomplete ({error}); convert the scan again") from error
-    return Header(encoded, recon, *sizes, lines)
-
-
-def _triple(encoding, space: str, name: str, kind, required: bool = True):
-    """A positive triple of the header as (z, readout, phase encoding)."""
-    at = encoding.find(f"{NAMESPACE}{space}/{NAMESPACE}{name}")
-    if at is None and not required:
-        return None
-    readout, phase, depth = (kind(at.find(NAMESPACE + axis).text) for axis in "xyz")
-    if not (readout > 0 and phase > 0 and depth > 0 and np.isfinite([readout, phase, depth]).all()):
-        raise ValueError(f"{space} {name} is {readout}, {phase}, {depth}")
-    return depth, readout, phase
 
 
 def _columns(header: Header | None, stored: int) -> tuple[int, tuple[int, int]]:
@@ -253,23 +287,47 @@ def _voxel_mm(header: Header | None, shape) -> tuple[float, float, float] | None
     return depth / header.encoded[0], height / shape[2], width / shape[3]
 
 
-def _mask(file: h5py.File, path: Path, width: int, lines: tuple[int, int], stored: int) -> Tensor | None:
-    """The mask (x,), zero where nothing was acquired."""
+def _mask(file: h5py.File, path: Path, width: int, offset: int, stored: int) -> np.ndarray | None:
+    """What the file's mask says, (x,) bool, None if it has none."""
     if "mask" not in file:
         return None
     mask = np.asarray(_dataset(file, path, "mask")[()]).squeeze()
     if mask.ndim != 1 or len(mask) not in (width, stored) or not np.isin(mask, (0, 1)).all():
         raise ValueError(f"{path}: mask is {mask.dtype} {mask.shape}; expected {stored} zeros and ones, one a column")
-    out = np.zeros(width, np.float32)
-    first = lines[0] if len(mask) != width else 0
-    out[first : first + len(mask)] = mask
-    return torch.from_numpy(out)
+    out = np.zeros(width, bool)
+    first = offset if len(mask) != width else 0
+    out[first : first + len(mask)] = mask != 0
+    return out
 
 
-def _header(file: h5py.File, path: Path) -> Header:
-    value = np.ravel(_dataset(file, path, "ismrmrd_header")[()])[0]
+def _probe(stored: h5py.Dataset, width: int, offset: int) -> tuple[tuple[int, int], np.ndarray]:
+    """How far the echo lies off the middle, (y, x), and which columns (x,) hold anything but zeros.
+
+    Read off the middle slice, or the first that is not empty; of all columns stored where no slice can be read.
+    """
+    acquired = np.zeros(width, bool)
+    acquired[offset : offset + stored.shape[-1]] = True
+    slices = [len(stored) // 2, *range(min(len(stored), 64))]
+    for i in dict.fromkeys(slices):
+        for coils in (slice(0, PROBED), slice(None)):  # more than a few only if these were switched off
+            try:
+                one = np.nan_to_num(stored[i, coils] if stored.ndim == 4 else stored[i : i + 1])
+            except OSError:
+                return (0, 0), acquired  # `read` will say so
+            if one.any():
+                placed = np.zeros((*one.shape[:-1], width), np.complex64)
+                placed[..., offset : offset + one.shape[-1]] = one
+                return echo_offset(torch.from_numpy(placed)), (placed != 0).any((0, 1))
+    return (0, 0), np.zeros(width, bool)
+
+
+def _header(file: h5py.File, path: Path) -> Header | None:
+    """The header of a file, None if it has none or an empty one."""
+    if "ismrmrd_header" not in file:
+        return None
+    text = decode_header(_dataset(file, path, "ismrmrd_header")[()])
     try:
-        return parse_header(value.decode("utf-8") if isinstance(value, bytes) else str(value))
+        return parse_header(text) if text else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import math
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from companion.data import anatomy
 from companion.data.anatomy import FIELD_OF_VIEW_MM, SLAB_MM, TISSUES, Subject, grid_mm
 from companion.data.nifti import Volume, centred_affine, load_nifti
+from companion.data.npz import read_npz
 
 # FDG 45 minutes after injection, about 200 MBq in 70 kg: kBq/mL.
 UPTAKE = {"csf": 1.0, "grey": 22.0, "white": 5.5}
@@ -271,14 +271,10 @@ def load_phantoms(path: str | os.PathLike, slices: int = PHANTOM_SLICES, order: 
 def _phantom_rows(path: Path) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the path")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file)
-            rows = file["phantoms"] if "phantoms" in names else None
-    except (ValueError, OSError, zipfile.BadZipFile, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable npz of plain arrays ({error})") from error
-    if rows is None:
-        raise ValueError(f"{path}: holds {', '.join(names) or 'nothing'} but not 'phantoms': a foreign file")
+    arrays = read_npz(path)
+    if "phantoms" not in arrays:
+        raise ValueError(f"{path}: holds {', '.join(arrays) or 'nothing'} but not 'phantoms': a foreign file")
+    rows = arrays["phantoms"]
     if rows.ndim != 2 or rows.dtype.kind not in "uif" or not len(rows):
         raise ValueError(f"{path}: phantoms of shape {rows.shape}, {rows.dtype}; expected numbers (slice, pixel)")
     _check_activity(rows, path)

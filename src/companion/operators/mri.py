@@ -8,7 +8,7 @@ along the last axis, x: this is the phase encoding direction; y (and z) are full
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -175,6 +175,17 @@ class CartesianMask:
     acs: int
     kind: str
     seed: int
+
+    def within(self, columns: Tensor) -> CartesianMask:
+        """The mask without the columns (x,) that are zero, such as lines that a scanner never acquired.
+
+        Raises ValueError when nothing is left.
+        """
+        mask = self.mask * (columns != 0).to(self.mask)
+        if not mask.any():
+            raise ValueError(f"a mask of {self.lines} lines and the {int((columns != 0).sum())} acquired share none")
+        lines = int((mask.sum() / self.mask.sum() * self.lines).round())
+        return replace(self, mask=mask, acceleration=mask.numel() / mask.sum().item(), lines=lines)
 
 
 def cartesian_mask(

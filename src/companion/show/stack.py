@@ -20,6 +20,7 @@ from PIL import Image
 from companion.data.cfl import read_cfl
 from companion.data.intake.readers import is_image, read_frames
 from companion.data.intake.records import Volume
+from companion.data.npz import read_npz
 from companion.workbench.run import IMAGES
 
 PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -236,14 +237,7 @@ def _guess_axes(name: str, ndim: int) -> tuple[str, ...]:
 
 
 def _read_npz(path: Path, only: tuple[str, ...]) -> Stack:
-    import zipfile
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = [name for name in file.files if not only or name in only]
-            return make_stack({name: file[name] for name in names}, path.name)
-    except zipfile.BadZipFile as error:
-        raise OSError(str(error)) from None
+    return make_stack(read_npz(path, only or None), path.name)
 
 
 def _read_npy(path: Path, only: tuple[str, ...]) -> Stack:

@@ -7,15 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
+from companion.data import fastmri
 from companion.data.intake import images, others, streams
 from companion.data.intake.records import Description, Reader, Unreadable, Volume
 from companion.data.intake.walk import dangling
+from companion.data.raw import arrays, mrd, twix
 
 READERS: tuple[Reader, ...] = (
     Reader("NIfTI", images.NIFTI, images.sniff_nifti, images.read_nifti),
     Reader("FreeSurfer", others.MGH, others.sniff_mgh, others.read_mgh),
     Reader("MINC", others.MINC, others.sniff_minc, others.read_minc),
     Reader("ITK", others.ITK, others.sniff_itk, others.read_itk),
+    Reader("fastMRI", (".h5", ".hdf5"), fastmri.sniff_fastmri, fastmri.read_fastmri),
+    Reader("ISMRMRD", (".h5", ".hdf5", ".mrd"), mrd.sniff_mrd, mrd.read_mrd),
+    Reader("MATLAB", (".mat",), arrays.sniff_mat, arrays.read_mat),
+    Reader("Siemens raw data", (".dat",), twix.sniff_twix, twix.read_twix),
+    Reader("BART", (".cfl", ".hdr"), arrays.sniff_cfl, arrays.read_cfl_scan),
+    Reader("NumPy", (".npy",), arrays.sniff_npy, arrays.read_npy),
     Reader("picture", others.PICTURES, others.sniff_picture, others.read_picture),
 )
 

@@ -297,7 +297,9 @@ def read_scan(path: Path, p: Reconstruct, reference: float) -> VolumeScan:
             voxel_mm=file.voxel_mm,
         )
     mask = line_masks(p, width, len(kspace), p.seed)
-    best = coil_maps(kspace, min(REFERENCE_ACS, *kspace.shape[-2:]))
+    full = bool(file.columns.all())
+    mask = mask if full else mask.within(file.columns)
+    best = coil_maps(kspace, min(REFERENCE_ACS, kspace.shape[-2], width if full else centre_lines(file.columns)))
     return prepare(
         path.stem,
         kspace,

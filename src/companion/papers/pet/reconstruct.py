@@ -11,7 +11,6 @@ All images are in kBq/mL. Whatever is tuned is tuned on validation people, at ea
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from companion.acquisition.pet import FIELD_MM, Scan, acquire, condition, mean_sensitivity, scanner
+from companion.data.npz import read_npz
 from companion.data.pet import Slices
 from companion.diffusion.covariance import Isotropic, Measured, pixel_moments
 from companion.diffusion.denoisers import Denoiser
@@ -145,11 +145,10 @@ def open_scan(path: str | Path, p: Enhance) -> Level:
     path = project_root() / path
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give an .npz with counts and factors, or scan: null")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(np.asarray(file[name], np.float32)) for name in file}
-    except (ValueError, OSError, zipfile.BadZipFile, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable npz of plain arrays ({error})") from error
+    found = read_npz(path)
+    if odd := [name for name, value in found.items() if value.dtype.kind not in "fiub"]:
+        raise ValueError(f"{path}: {', '.join(odd)} of type {found[odd[0]].dtype}; expected real numbers")
+    arrays = {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in found.items()}
     if missing := {"counts", "factors"} - set(arrays):
         raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'} but not {', '.join(sorted(missing))}")
     P = scanner((p.image_size, p.image_size), FIELD_MM / p.image_size)
