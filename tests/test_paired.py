@@ -11,15 +11,14 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, rotate
 
 from companion.data.alignment import alignment, grid_distance_mm, resample
+from companion.data.cohort import LAYOUTS, find_contrasts, find_subjects
+from companion.data.intake.splits import split_people
 from companion.data.intensity import Scale, ct_window, percentile_scale, scaled
 from companion.data.nifti import Volume, centred_affine, load_nifti, save_nifti
 from companion.data.paired import (
-    LAYOUTS,
     SlicePairs,
-    find_subjects,
     prepare,
     read_subject,
-    split_subjects,
     stored_scale,
     stored_slicing,
 )
@@ -246,7 +245,7 @@ def test_prepare_writes_pairs_split_by_subject(tmp_path):
     assert list(cohort.files)[0] == "IXI008-Guys-0700" and len(cohort.files) == 4
     with pytest.raises(ValueError, match="different grids: shapes .* reference='T1'"):
         read_subject(next(iter(cohort.files.values())))
-    split = split_subjects(cohort.files, (0.5, 0.25, 0.25), seed=1)
+    split = split_people(cohort.files, (0.5, 0.25, 0.25), seed=1)
     data = prepare(
         tmp_path / "ixi.h5",
         cohort,
@@ -267,7 +266,7 @@ def test_prepare_writes_pairs_split_by_subject(tmp_path):
     assert torch.allclose(again[positions], torch.from_numpy(data.read("PD", "test")[0]), atol=1e-6)
     assert Slicing(**json.loads(json.dumps(asdict(slicing)))) == slicing
     assert stored_scale(data, "T1") == Scale(0.0, 600.0)
-    with pytest.raises(ValueError, match="smaller per_subject"):
+    with pytest.raises(ValueError, match="no subject can be used.*smaller per_subject"):
         prepare(tmp_path / "no.h5", cohort, contrasts=("PD",), per_subject=30, split=split)
     with pytest.raises(ValueError, match="no scale of 'FLAIR'"):
         stored_scale(data, "FLAIR")
@@ -303,6 +302,36 @@ def test_missing_contrasts_are_named(tmp_path):
         find_subjects(tmp_path / "nowhere", patterns)
 
 
+def test_one_damaged_file_and_litter_do_not_end_the_preparation(tmp_path):
+    patterns = ixi(tmp_path, affines=False)
+    for path in list((tmp_path / "IXI-T1").iterdir()):
+        path.with_name("._" + path.name).write_bytes(b"\0\5\26\7" + bytes(90))
+    bad = next((tmp_path / "IXI-T1").glob("IXI010*"))
+    bad.write_bytes(bad.read_bytes()[:400])
+    cohort = find_subjects(tmp_path, patterns)
+    assert len(cohort.files) == 4 and cohort.person("IXI010-Guys-0702") == "IXI010"
+    data = prepare(tmp_path / "a.h5", cohort, contrasts=("PD", "T1"), per_subject=2, size=(32, 32), subjects=2,
+                   split=lambda names: {"train": names}, max_shift=float("inf"))  # fmt: skip
+    assert len(data.subjects) == 2
+    data = prepare(tmp_path / "b.h5", cohort, contrasts=("PD", "T1"), per_subject=2, size=(32, 32),
+                   split={"train": list(cohort.files)}, max_shift=float("inf"))  # fmt: skip
+    assert len(data.subjects) == 3 and bad.name in data.attrs["left_out"]["IXI010-Guys-0702"]
+
+
+def test_folders_of_any_names_give_their_contrasts(tmp_path):
+    for i in (1, 2, 3):
+        for visit in (1, 2):
+            for name in ("T1w", "T2w", "T1w_mask", "dseg"):
+                if (i, visit, name) != (3, 2, "T2w"):
+                    save_nifti(tmp_path / f"subj{i}/visit{visit}/{name}.nii.gz", head((2, 3, 4)), voxel_mm=1)
+    cohort = find_contrasts(tmp_path, ("T1", "T2"))
+    assert list(cohort.files) == [f"subj{i} visit{v}" for i, v in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1))]
+    assert {cohort.person(s) for s in cohort.files} == {"subj1", "subj2", "subj3"}
+    assert cohort.left_out["subj3 visit2"] == "no T2" and "mask" in cohort.left_out["subj1/visit1/T1w_mask.nii.gz"]
+    with pytest.raises(ValueError, match="nobody has all of T1, FLAIR"):
+        find_contrasts(tmp_path, ("T1", "FLAIR"))
+
+
 def test_layouts_find_their_files(tmp_path):
     for name in (
         "Case2/MRI/Case2-T1",
@@ -316,20 +345,6 @@ def test_layouts_find_their_files(tmp_path):
     for name in ("1_01_P/CT", "1_01_P/MR"):
         save_nifti(tmp_path / "gold" / f"{name}.nii", head((2, 3, 4)), voxel_mm=1)
     assert set(find_subjects(tmp_path, LAYOUTS["GoldAtlas"]).files["1_01_P"]) == {"CT", "MR"}
-
-
-def test_split_is_by_subject_seeded_and_never_empty():
-    names = [f"s{i}" for i in range(10)]
-    split = split_subjects(names, seed=3)
-    assert [len(v) for v in split.values()] == [8, 1, 1]
-    assert sorted(sum(split.values(), [])) == sorted(names)
-    assert split == split_subjects(reversed(names), seed=3) != split_subjects(names, seed=4)
-    assert [len(v) for v in split_subjects(names[:3]).values()] == [1, 1, 1]
-    assert split_subjects(names, (0.7, 0.0, 0.3))["validation"] == []
-    with pytest.raises(ValueError, match="would be empty"):
-        split_subjects(names[:2])
-    with pytest.raises(ValueError, match="sum 1"):
-        split_subjects(names, (0.5, 0.1, 0.1))
 
 
 # ---------------------------------------------------------------------------------------------------- folders of slices

@@ -1,4 +1,4 @@
-"""Two contrasts of the same anatomy: slices and NIfTI volumes in, aligned pairs out, and translations back to NIfTI.
+"""Two contrasts of the same anatomy: slices and image volumes in, aligned pairs out, and translations back to NIfTI.
 
     pairs = SlicePairs({"T1": "IXI/T1", "PD": "IXI/PD"})            # the layout of the LMI release: equal file names
     cohort = find_subjects("IXI", LAYOUTS["IXI"])                     # or one NIfTI per subject and contrast
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -26,92 +26,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from companion.data.alignment import MAX_SHIFT, Alignment, alignment, grid_distance_mm, resample
+from companion.data.cohort import Cohort, some
+from companion.data.intake.splits import split_people
+from companion.data.intake.walk import natural
 from companion.data.intensity import FOREGROUND, Scale, Size, scaled, typical_scale
 from companion.data.nifti import Volume, load_nifti
-from companion.data.slicing import Slicing, _existing_folder, _header, _images, _inner, _onto_canvas, read_image
-from companion.data.store import SPLITS, Prepared, open_dataset, write_dataset
+from companion.data.rows import Rows
+from companion.data.slicing import Slicing, _header, _images, _inner, _onto_canvas, read_image
+from companion.data.store import Prepared, open_dataset, write_dataset
 
-# Ends of paths without .nii or .nii.gz: "{subject}" and "*" stand for part of a name. IXI and RESECT (CuRIOUS) as they
-# are distributed; Gold Atlas comes as DICOM, so these are the names to convert it to.
-LAYOUTS = {
-    "IXI": {"T1": "{subject}-T1", "T2": "{subject}-T2", "PD": "{subject}-PD"},
-    "CuRIOUS": {"T1": "{subject}-T1", "FLAIR": "{subject}-FLAIR"},
-    "GoldAtlas": {"CT": "{subject}/CT", "MR": "{subject}/MR"},
-}
 SLICE_NUMBER = r"(?P<subject>.+?)[-_. ]*(?:slice|z)?[-_. ]*\d+"  # case ignored, of a file's stem
-
-
-# ------------------------------------------------------------------------------------------------ subjects and splits
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """`files`: subject -> contrast -> path. `left_out`: subject -> why it is not among them."""
-
-    files: Mapping[str, Mapping[str, Path]]
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    def without(self, reasons: Mapping[str, str]) -> Cohort:
-        """The cohort without these subjects; reasons: subject -> why."""
-        if unknown := sorted(set(reasons) - set(self.files)):
-            raise ValueError(f"no subject {_some(unknown)} in this cohort")
-        return Cohort({s: f for s, f in self.files.items() if s not in reasons}, {**self.left_out, **reasons})
-
-
-def find_subjects(folder: str | os.PathLike, patterns: Mapping[str, str], *, complete_only: bool = False) -> Cohort:
-    """The subjects of a folder, in natural order, with the NIfTI file of each contrast.
-
-    patterns: contrast -> end of the path below `folder`, without .nii or .nii.gz, as in `LAYOUTS`. complete_only:
-    leave subjects out that miss a contrast (IXI has some) rather than stop. Raises FileNotFoundError for a missing
-    folder, ValueError for contrasts without files, subjects that miss one (named), or two files for the same.
-    """
-    folder = _existing_folder(folder)
-    paths = sorted(p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz")))
-    files: dict[str, dict[str, Path]] = {}
-    for contrast, pattern in patterns.items():
-        form, count = _pattern(pattern), 0
-        for path in paths:
-            if not (match := form.fullmatch(path.relative_to(folder).as_posix())):
-                continue
-            count += 1
-            mine = files.setdefault(match["subject"], {})
-            if contrast in mine:
-                raise ValueError(f"two files of {match['subject']}, {contrast}: {mine[contrast]} and {path}; keep one")
-            mine[contrast] = path
-        if not count:
-            found = _some([p.relative_to(folder).as_posix() for p in paths]) if paths else "no NIfTI files at all"
-            raise ValueError(f"{folder}: no {contrast}, expected files like {pattern}.nii.gz; there is {found}")
-    missing = {s: ", ".join(c for c in patterns if c not in mine) for s, mine in files.items()}
-    missing = {s: f"no {missing[s]}" for s in sorted(missing, key=_natural) if missing[s]}
-    if missing and not complete_only:
-        raise ValueError(
-            f"{folder}: {len(missing)} of {len(files)} subjects lack a contrast: "
-            f"{_some([f'{s} ({why})' for s, why in missing.items()])}; add the files or leave these "
-            f"subjects out with complete_only=True"
-        )
-    complete = {s: files[s] for s in sorted(files, key=_natural) if s not in missing}
-    if not complete:
-        raise ValueError(f"{folder}: none of {len(files)} subjects has all of {', '.join(patterns)}")
-    return Cohort(complete, missing)
-
-
-def split_subjects(
-    subjects: Iterable[str], fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0
-) -> dict[str, list[str]]:
-    """Which subjects are for "train", "validation" and "test": a seeded draw that the order of the names cannot change.
-
-    Every part with a fraction above 0 gets one at least; ValueError if there are too few for that.
-    """
-    names = sorted(set(subjects), key=_natural)
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"fractions must be three numbers of at least 0 with sum 1, got {fractions}")
-    if len(names) < sum(f > 0 for f in fractions):
-        raise ValueError(f"{len(names)} subjects cannot be split into {fractions}: a part would be empty")
-    counts = [max(round(f * len(names)), int(f > 0)) for f in fractions]
-    counts[int(np.argmax(fractions))] += len(names) - sum(counts)
-    drawn = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    ends = np.cumsum(counts)
-    return {part: sorted(drawn[end - n : end], key=_natural) for part, n, end in zip(SPLITS, counts, ends, strict=True)}
 
 
 def read_subject(
@@ -153,7 +77,8 @@ def prepare(
     *,
     contrasts: Sequence[str],
     per_subject: int,
-    split: Mapping[str, Sequence[str]],
+    split: Mapping[str, Sequence[str]] | Callable[[Sequence[str]], Mapping[str, Sequence[str]]],
+    subjects: int | None = None,
     size: Size = (128, 128),
     pixel_mm: float | None = None,
     plane: str = "axial",
@@ -166,8 +91,10 @@ def prepare(
     """The prepared file written: an array (subject, slice, 1, y, x) for each contrast, values in [0, 1].
 
     per_subject  slices of each, evenly spaced where at least 5 % of the slice is foreground
-    split        from `split_subjects`, or the sets of others; `size`, `pixel_mm`, `plane` as for `Slicing.of`
+    split        from `split_people`, or the sets of others, or a function that makes it of the subjects that are used
+    size         and `pixel_mm`, `plane`: as for `Slicing.of`
     scales       contrast -> scale that all subjects share, such as `ct_window()`; by default each its percentiles
+    subjects     at most so many, of those that can be used; the others are in attrs["left_out"] with the reason
     reference    contrast whose grid the others are resampled to, see `read_subject`
     labels       contrast of the cohort that is a label map: kept as it is, stored as uint8 under "labels"
     max_shift    pixels by which contrasts may seem apart (`alignment`); infinite to accept everything
@@ -177,44 +104,46 @@ def prepare(
     if not contrasts or labels in contrasts:
         raise ValueError(f"give contrasts, and labels apart from them; got {contrasts} and labels={labels!r}")
     wanted = (*contrasts, *([labels] if labels else []))
-    stacks: dict[str, list[np.ndarray]] = {name: [] for name in (*contrasts, *(["labels"] if labels else []))}
-    about, misaligned = {}, {}
+    stacks = {name: Rows(Path(path).parent) for name in (*contrasts, *(["labels"] if labels else []))}
+    about, misaligned, left = {}, {}, dict(cohort.left_out)
+    options = {"size": size, "pixel_mm": pixel_mm, "plane": plane}
     for subject, files in cohort.files.items():
+        if len(about) == subjects:
+            break
         if lacking := [name for name in wanted if name not in files]:
             raise ValueError(f"{subject} has no {', '.join(lacking)}, only {', '.join(files)}")
         try:
             volumes = read_subject({n: files[n] for n in wanted}, reference=reference, labels=labels)
-            slices, about[subject], fits = _slices(
-                volumes,
-                contrasts,
-                per_subject,
-                labels,
-                dict(scales or {}),
-                {"size": size, "pixel_mm": pixel_mm, "plane": plane},
-            )
-        except ValueError as error:
-            raise ValueError(f"{subject}: {error}") from error
-        for name in stacks:
-            stacks[name].append(slices[name])
-        for name, fit in fits.items():
-            if fit.distance > max_shift:
-                misaligned[subject] = f"{name} {fit}"
+            slices, facts, fits = _slices(volumes, contrasts, per_subject, labels, dict(scales or {}), options)
+        except (ValueError, OSError) as error:
+            left[subject] = str(error)
+            continue
+        if far := [f"{name} {fit}" for name, fit in fits.items() if fit.distance > max_shift]:
+            misaligned[subject] = far[-1]
+        about[subject] = facts
+        for name, rows in stacks.items():
+            rows.append(slices[name])
     if misaligned:
         raise ValueError(
             f"{len(misaligned)} of {len(cohort.files)} pairs do not fit {contrasts[0]}: "
-            f"{_some([f'{s}: {why}' for s, why in misaligned.items()])}; register them, drop them with "
+            f"{some([f'{s}: {why}' for s, why in misaligned.items()])}; register them, drop them with "
             f"cohort.without(...), or raise max_shift={max_shift}"
         )
+    if not about:
+        raise ValueError(f"no subject can be used: {some([f'{s}: {why}' for s, why in left.items()])}")
+    parts = (
+        split(list(about)) if callable(split) else {part: [s for s in who if s in about] for part, who in split.items()}
+    )
     write_dataset(
         path,
-        {name: np.stack(value) for name, value in stacks.items()},
+        stacks,
         units={name: "1" for name in stacks},
         scale={name: "label values" if name == "labels" else "0 and 1 are attrs.subjects.*.scales" for name in stacks},
         source=source or "NIfTI volumes: " + ", ".join(wanted),
         seed=None,
-        split=split,
-        subjects=list(cohort.files),
-        attrs={"subjects": about, "left_out": dict(cohort.left_out)},
+        split=parts,
+        subjects=list(about),
+        attrs={"subjects": about, "left_out": left},
     )
     return open_dataset(path, require=list(contrasts))
 
@@ -237,7 +166,7 @@ def stored_scale(prepared: Prepared, contrast: str, subject: str | None = None) 
 def _stored(prepared: Prepared, subject: str) -> dict:
     about = prepared.attrs.get("subjects", {})
     if subject not in about:
-        raise ValueError(f"{prepared.path.name} says nothing of the volume of {subject!r}; it knows {_some(about)}")
+        raise ValueError(f"{prepared.path.name} says nothing of the volume of {subject!r}; it knows {some(about)}")
     return about[subject]
 
 
@@ -283,6 +212,7 @@ class SlicePairs(Dataset):
     complete_only  use the names that all folders have, as published, rather than stop; `left_out` lists the others
     subject        regular expression with a group `subject`, for a file's name without its ending; by default the
                    subject is what stands before the last number
+    refuse         stop at a file that cannot be used; False leaves its pair out: `refused` says why
     Raises FileNotFoundError or ValueError: names without a partner (listed), different sizes, colour where grey was
     expected; when read, constant images and NaN.
     """
@@ -295,21 +225,23 @@ class SlicePairs(Dataset):
         size: Size | None = None,
         complete_only: bool = False,
         subject: str = SLICE_NUMBER,
+        refuse: bool = True,
     ):
         if not folders or channels not in (1, 3):
             raise ValueError(f"give folders, and channels of 1 (grey) or 3 (colour), not {channels}")
         found = {contrast: _images(folder) for contrast, folder in folders.items()}
         self.contrasts, self.channels, self.size = tuple(found), channels, size
         common = set.intersection(*(set(files) for files in found.values()))
-        alone = {contrast: sorted(set(files) - common, key=_natural) for contrast, files in found.items()}
+        alone = {contrast: sorted(set(files) - common, key=natural) for contrast, files in found.items()}
         if any(alone.values()) and not complete_only or not common:
-            told = "; ".join(f"only {_some(names)} in {folders[c]}" for c, names in alone.items() if names)
+            told = "; ".join(f"only {some(names)} in {folders[c]}" for c, names in alone.items() if names)
             hint = ", or pass complete_only=True" if common else ""
             raise ValueError(f"the folders are not paired by file names: {told}; rename or complete them{hint}")
         self.left_out = alone
-        self.names = sorted(common, key=_natural)
+        self.names = sorted(common, key=natural)
         self.files = {name: tuple(files[name] for files in found.values()) for name in self.names}
         self._subject = subject
+        self.refused = {} if refuse else self._drop_bad_headers()
         self._check_headers()
 
     def __len__(self) -> int:
@@ -327,14 +259,14 @@ class SlicePairs(Dataset):
         matches = {name: re.fullmatch(self._subject, name, re.IGNORECASE) for name in self.names}
         if silent := [name for name, match in matches.items() if not match]:
             raise ValueError(
-                f"cannot tell the subject from the names {_some(silent)}; give subject=r'...' with a "
+                f"cannot tell the subject from the names {some(silent)}; give subject=r'...' with a "
                 f"group (?P<subject>...), so that nobody's slices are both trained on and tested"
             )
         return [match["subject"] for match in matches.values()]
 
     def split(self, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0) -> dict[str, Subset]:
-        """The images for "train", "validation" and "test", split by subject; see `split_subjects`."""
-        members = split_subjects(self.subjects, fractions, seed)
+        """The images for "train", "validation" and "test", split by subject; see `split_people`."""
+        members = split_people(self.subjects, fractions, seed)
         return {
             part: Subset(self, [i for i, s in enumerate(self.subjects) if s in set(names)])
             for part, names in members.items()
@@ -342,17 +274,24 @@ class SlicePairs(Dataset):
 
     def misaligned(self, max_shift: float = MAX_SHIFT, reach: int = 3) -> dict[str, Alignment]:
         """The names of pairs that seem shifted by more than `max_shift` pixels against their first image, and how."""
-        found = {}
-        for name, images in zip(self.names, self, strict=True):
-            first, *others = (x.mean(0).numpy() for x in images)
-            fits = [alignment(first, other, reach) for other in others]
-            worst = max(fits, key=lambda fit: fit.distance, default=None)
-            if worst and worst.distance > max_shift:
-                found[name] = worst
-        return found
+        fits = {name: worst_alignment(images, reach) for name, images in zip(self.names, self, strict=True)}
+        return {name: fit for name, fit in fits.items() if fit and fit.distance > max_shift}
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
+
+    def _drop_bad_headers(self) -> dict[str, str]:
+        refused = {}
+        for name, paths in self.files.items():
+            try:
+                if len({_header(path, self.channels) for path in paths}) > 1:
+                    raise ValueError("the images have different sizes; pairs must show the same pixels")
+            except (ValueError, OSError) as error:
+                refused[name] = str(error)
+        if len(refused) < len(self.names):  # if all are bad, checking them says so
+            self.names = [name for name in self.names if name not in refused]
+            self.files = {name: self.files[name] for name in self.names}
+        return refused
 
     def _check_headers(self) -> None:
         sizes = {name: [_header(path, self.channels) for path in paths] for name, paths in self.files.items()}
@@ -366,20 +305,7 @@ class SlicePairs(Dataset):
             raise ValueError(f"the images have different sizes: {each}; bring them to one with size=(y, x)")
 
 
-def _pattern(pattern: str) -> re.Pattern:
-    if "{subject}" not in pattern:
-        raise ValueError(f"pattern {pattern!r} must say where the subject stands, as in '{{subject}}-T1'")
-    first = iter(("(?P<subject>[^/]+)",))
-    parts = {"{subject}": lambda: next(first, "(?P=subject)"), "*": lambda: "[^/]*"}
-    body = "".join(parts.get(p, lambda p=p: re.escape(p))() for p in re.split(r"(\{subject\}|\*)", pattern))
-    return re.compile(rf"(?:.*/)?{body}\.nii(?:\.gz)?")
-
-
-def _natural(name: str) -> list:
-    """Sorts Case2 before Case10."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", name)]
-
-
-def _some(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def worst_alignment(images: Sequence[Tensor], reach: int = 3) -> Alignment | None:
+    """How the one of several images (channel, y, x) that fits the first worst does so; None for a single image."""
+    first, *others = (x.mean(0).numpy() for x in images)
+    return max((alignment(first, other, reach) for other in others), key=lambda fit: fit.distance, default=None)

@@ -15,6 +15,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from companion.data.cohort import existing_folder
+from companion.data.intake.walk import is_hidden
 from companion.data.intensity import Scale, Size, _check_values, scaled
 from companion.data.nifti import Volume, load_nifti, save_nifti
 
@@ -135,11 +137,14 @@ def cut_file(
     plane: str = "axial",
     scale: Scale | None = None,
 ) -> Cut:
-    """The slices of a NIfTI volume, ready to be translated; every slice, also the empty ones at its ends.
+    """The slices of an image volume, ready to be translated; every slice, also the empty ones at its ends.
 
+    Of complex volumes the magnitude.
     Arguments as for `Slicing.of` and `scaled`. Raises FileNotFoundError, or ValueError as `load_nifti` and `scaled`.
     """
     volume = load_nifti(path)
+    if np.iscomplexobj(volume.array):
+        volume = Volume(np.abs(volume.array), volume.affine)
     values, scale = scaled(volume.array, scale, str(path))
     slicing = Slicing.of(volume, size, pixel_mm, plane)
     return Cut(slicing.cut(values), slicing, scale)
@@ -239,8 +244,8 @@ def _header(path: Path, channels: int) -> Size:
 def _images(folder: str | os.PathLike) -> dict[str, Path]:
     """The image files of a folder by the stem of their names."""
     files: dict[str, Path] = {}
-    for path in sorted(_existing_folder(folder).iterdir()):
-        if path.suffix.lower() not in SUFFIXES:
+    for path in sorted(existing_folder(folder).iterdir()):
+        if path.suffix.lower() not in SUFFIXES or is_hidden(path.name):
             continue
         if path.stem in files:
             raise ValueError(f"{folder}: {files[path.stem].name} and {path.name} have the same name; keep one of them")
@@ -248,10 +253,3 @@ def _images(folder: str | os.PathLike) -> dict[str, Path]:
     if not files:
         raise ValueError(f"{folder}: no images; expected files ending in {', '.join(SUFFIXES)}")
     return files
-
-
-def _existing_folder(folder: str | os.PathLike) -> Path:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; check the path")
-    return folder

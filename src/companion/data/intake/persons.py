@@ -158,6 +158,13 @@ def _by_names(names: Sequence[str], folder: str) -> dict[str, Whose]:
     return found
 
 
+def certain(name: str) -> str:
+    """Return the person of a name in which a mark is known to be one (BIDS, IXI012, OAS1_0001, patient7), else ""."""
+    if match := BIDS.search(name):
+        return match[1]
+    return _key(match) if (match := _certain(name)) else ""
+
+
 def _certain(name: str) -> re.Match | None:
     """A person's mark that is known to be one: of a well-known collection, or with a word such as patient before it."""
     return next((m for form in (*KNOWN, EXPLICIT) if (m := form.search(name))), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion.data import anatomy, intensity, paired, slicing
+from companion.data.alignment import MAX_SHIFT
+from companion.data.cohort import ANY, LAYOUTS, find_contrasts, find_subjects, some
+from companion.data.intake.persons import certain
+from companion.data.intake.splits import split_people, split_table
+from companion.data.rows import Rows
 from companion.data.store import Prepared, open_dataset, write_dataset
 from companion.evaluation import metrics
 from companion.files import project_root
@@ -45,13 +50,16 @@ class PrepareData(Parameters):
     validation_subjects: int = param(16, "virtual people to validate on", minimum=1)
     test_subjects: int = param(32, "virtual people to test on", minimum=1)
     layout: str | None = param(
-        None, "of NIfTI files: how they are named; none: slice images", choices=(None, *paired.LAYOUTS)
+        None,
+        "of image volumes: how they are named, any: people and contrasts by the names; none: slice images",
+        choices=(None, ANY, *LAYOUTS),
     )
     plane: str = param("axial", "of NIfTI volumes: orientation of the slices", choices=tuple(slicing.PLANES))
     reference: str | None = param(None, "contrast whose grid the others are resampled to; none: grids must agree")
     channels: int = param(1, "of slice images: 1 grey, 3 colours", choices=(1, 3))
     validation_share: float = param(0.1, "of a folder: share of the subjects to validate on", minimum=0, maximum=1)
     test_share: float = param(0.1, "of a folder: share of the subjects kept for tests", minimum=0, maximum=1)
+    people: str | None = param(None, "of layout any: table with file, subject, session, split; none: by names")
 
 
 SCALE = (
@@ -146,51 +154,82 @@ def prepare_cohort(p: PrepareData, progress: bool = True) -> tuple[dict, dict]:
 
 
 def prepare_images(p: PrepareData, progress: bool = True) -> tuple[dict, dict]:
-    """Arrays (image, 1, channel, y, x) of paired slice images, split by subject; see `paired.SlicePairs`."""
-    folder = project_root() / p.source
-    pairs = paired.SlicePairs({c: folder / c for c in p.contrasts}, channels=p.channels, size=(p.image_size,) * 2)
-    if bad := pairs.misaligned():
-        told = "; ".join(f"{name} {fit}" for name, fit in list(bad.items())[:4])
-        raise ValueError(f"{len(bad)} of {len(pairs)} pairs do not fit each other: {told}; register them")
-    images = zip(*tqdm(pairs, desc="images", total=len(pairs), disable=not progress), strict=True)
-    arrays = {c: torch.stack(stack)[:, None].numpy() for c, stack in zip(p.contrasts, images, strict=True)}
-    members = paired.split_subjects(pairs.subjects, _fractions(p), p.seed)
-    split = {
-        part: [n for n, s in zip(pairs.names, pairs.subjects, strict=True) if s in set(people)]
-        for part, people in members.items()
+    """Arrays (image, 1, channel, y, x) of paired slice images, split by person; see `paired.SlicePairs`."""
+    source = project_root() / p.source
+    pairs = paired.SlicePairs(
+        {c: source / c for c in p.contrasts}, channels=p.channels, size=(p.image_size,) * 2, refuse=False
+    )
+    arrays, used, left = {c: Rows((project_root() / p.data).parent) for c in p.contrasts}, [], dict(pairs.refused)
+    bad = []
+    for i, name in enumerate(tqdm(pairs.names, desc="images", disable=not progress)):
+        try:
+            images = pairs[i]
+        except (ValueError, OSError) as error:
+            left[name] = str(error)
+            continue
+        if (fit := paired.worst_alignment(images)) and fit.distance > MAX_SHIFT:
+            bad.append(f"{name} {fit}")
+        for contrast, image in zip(p.contrasts, images, strict=True):
+            arrays[contrast].append(image[None].numpy())
+        used.append(i)
+    if not used:
+        raise ValueError(f"no pair of images can be used: {some([f'{n}: {why}' for n, why in left.items()])}")
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(used)} pairs do not fit each other: {'; '.join(bad[:4])}; register them")
+    whose = {pairs.names[i]: certain(pairs.subjects[i]) or pairs.subjects[i] for i in used}
+    people = _people(p, whose, {}, progress)
+    split = {part: [name for name in whose if whose[name] in who] for part, who in people.items()}
+    store = {"source": f"images of {Path(p.source).name}", "subjects": list(whose), "split": split}
+    return arrays, {
+        "scale": "as in the files, 0 and 1 the ends of their range",
+        "store": store,
+        "attrs": {"left_out": left, "people": whose},
     }
-    store = {"source": f"images of {Path(p.source).name}", "subjects": pairs.names, "split": split}
-    return arrays, {"scale": "as in the files, 0 and 1 the ends of their range", "store": store, "attrs": {}}
 
 
 def prepare_volumes(p: PrepareData, progress: bool = True) -> tuple[dict, dict]:
     """Arrays of NIfTI volumes cut into slices, by `paired.prepare` into a file that is read back; its attributes."""
     path = (project_root() / p.data).with_suffix(".cut.h5")
     folder = project_root() / p.source
-    cohort = paired.find_subjects(folder, {c: paired.LAYOUTS[p.layout][c] for c in p.contrasts}, complete_only=True)
-    cohort = paired.Cohort(dict(list(cohort.files.items())[: p.subjects]), cohort.left_out)
+    if p.layout == ANY:
+        cohort = find_contrasts(folder, p.contrasts, p.people and project_root() / p.people)
+    else:
+        cohort = find_subjects(folder, {c: LAYOUTS[p.layout][c] for c in p.contrasts}, complete_only=True)
+
+    def split(subjects: Sequence[str]) -> dict[str, list[str]]:
+        whose = {subject: cohort.person(subject) for subject in subjects}
+        people = _people(p, whose, cohort.split, progress)
+        return {part: [s for s in subjects if whose[s] in who] for part, who in people.items()}
+
     try:
         cut = paired.prepare(
             path,
             cohort,
             contrasts=p.contrasts,
             per_subject=p.slices_per_subject,
+            subjects=p.subjects,
             plane=p.plane,
             size=(p.image_size,) * 2,
             reference=p.reference,
             source=f"NIfTI files, {p.layout}",
-            split=paired.split_subjects(cohort.files, _fractions(p), p.seed),
+            split=split,
             scales={"CT": intensity.ct_window()} if "CT" in p.contrasts else None,
         )
         arrays = {name: cut.read(name) for name in cut.shapes}
     finally:
         path.unlink(missing_ok=True)
     store = {"source": cut.source, "subjects": list(cut.subjects), "split": dict(cut.split)}
-    return arrays, {"scale": SCALE, "store": store, "attrs": dict(cut.attrs)}
+    people = {subject: cohort.person(subject) for subject in cut.subjects}
+    return arrays, {"scale": SCALE, "store": store, "attrs": dict(cut.attrs) | {"people": people}}
 
 
-def _fractions(p: PrepareData) -> tuple[float, float, float]:
-    return (1 - p.validation_share - p.test_share, p.validation_share, p.test_share)
+def _people(p: PrepareData, whose: dict[str, str], given: Mapping[str, str], progress: bool) -> dict[str, list[str]]:
+    """Which people are in which split, printed with the number of their subjects."""
+    shares = (1 - p.validation_share - p.test_share, p.validation_share, p.test_share)
+    people = split_people(whose.values(), shares, p.seed, given)
+    if progress:
+        print(split_table(people, {who: [s for s in whose if whose[s] == who] for who in whose.values()}))
+    return people
 
 
 def some_slices(prepared: Prepared, count: int, split: str = "validation") -> dict[str, Tensor]:
