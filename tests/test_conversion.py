@@ -460,6 +460,24 @@ def test_lmi_files_give_their_averaged_weights(tmp_path):
         obtain.convert(tmp_path / "a.pth", "lmi", tmp_path / "no")
 
 
+def test_heads_that_weights_do_not_say_are_told_or_said_to_be_assumed(tmp_path, capsys):
+    options = dict(in_channels=3, model_channels=32, out_channels=1, num_res_blocks=1, channel_mult=[1.0, 1.0],
+                   attention_resolutions=[2], num_heads=4)  # fmt: skip
+    network = published.network({"network": {"name": "UNet"} | options}, 0)
+    file, word = tmp_path / "ckpt.pth", "assumed, for weights do not say it"
+    torch.save([dict(network.state_dict()), {"state": {}}, 1, 10], file)
+    told = obtain.convert(file, "lmi", tmp_path / "told", {"network": {"num_heads": 4}})
+    assumed = obtain.convert(file, "lmi", tmp_path / "assumed")
+    records = [json.loads((folder / "training.json").read_text()) for folder in (told, assumed)]
+    assert records[0][word] == {"use_new_attention_order": False}
+    assert records[1][word] == {"num_heads": 1, "use_new_attention_order": False}
+    x, t = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5.0])
+    with torch.no_grad():
+        expected, one_head = network.eval()(x, t), load(assumed).network(x, t)
+        torch.testing.assert_close(load(told).network(x, t), expected)
+        assert (one_head - expected).abs().max() > 1e-4
+
+
 def test_pet_snapshots_convert_by_the_same_command(snapshot, network, tmp_path):
     D = load(obtain.convert(snapshot, "pet", tmp_path / "ours"))
     x, t, augment, out = network[1]

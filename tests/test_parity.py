@@ -9,8 +9,11 @@ import pytest
 import torch
 from parity import Folder, run, table
 from parity.__main__ import main
+from parity.aid import noted_schedule
 from parity.ledger import error
 from safetensors.torch import load_file, save_file
+
+from companion.networks import UNet
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -132,3 +135,54 @@ def test_the_error_is_that_of_allclose():
     assert error([math.nan], [1.0])[0] == math.inf
     assert error([math.inf], [math.inf])[0] == math.inf
     assert error([], [])[0] == math.inf
+
+
+@pytest.fixture
+def guided(tmp_path):
+    """An LMI folder of one guided-diffusion network with four heads and residual blocks that resample."""
+    options = dict(num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(2,), num_heads=4, resblock_updown=True)
+    network, generator = UNet(3, 32, 1, **options).eval(), torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        p.data.normal_(std=0.2, generator=generator)
+    x = torch.randn(2, 3, 16, 16, generator=generator)
+    t = torch.tensor([3, 500])
+    with torch.no_grad():
+        io = {"x": x[:, :1].clone(), "cond": x[:, 1:].clone(), "t": t, "y": network(x, t)}
+    save_file(dict(network.state_dict()), tmp_path / "guided.weights.safetensors")
+    save_file(io, tmp_path / "guided.io.safetensors")
+    spec = {
+        "what": "UNetModel state_dict, every parameter re-randomised",
+        "constructor": {"fn": "create_model", "image_size": 16, "num_heads": 4, "resblock_updown": True},
+        "io": "guided.io.safetensors",
+        "n_params": sum(p.numel() for p in network.parameters()),
+        "tolerance": {"abs": 2e-4},
+    }
+
+    def verdicts(**constructor):
+        said = spec | {"constructor": spec["constructor"] | constructor}
+        manifest = {"files": {"guided.weights.safetensors": said}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        return {check.quantity: (check.passed, check.reason) for check in run(Folder(tmp_path))}
+
+    return verdicts
+
+
+def test_networks_are_built_from_what_the_manifest_says(guided):
+    assert all(passed for passed, _ in guided().values())
+    assert not guided(num_heads=1)["y"][0], "the heads of the manifest were not used"
+    assert "resblock_updown" in guided(resblock_updown=False)["-"][1]
+    assert "does not know" in guided(temporal_layers=3)["-"][1]
+
+
+@pytest.mark.parametrize(
+    "note, steps, last",
+    [
+        ("linear 1000, learned sigma", 1000, 0.02),
+        ("linear schedule, 500 steps", 500, 0.04),
+        ("cosine 250", 250, 0.999),
+        ("no schedule named", 1000, 0.02),
+    ],
+)
+def test_schedules_are_those_that_a_note_names(note, steps, last):
+    schedule = noted_schedule(note)
+    assert len(schedule) == steps and schedule.betas[-1].item() == pytest.approx(last)

@@ -157,7 +157,7 @@ def mean_and_variance(case: Case) -> Iterator[tuple]:
         fixed = found[1].startswith("fixed")
         variance = found[1] if fixed else "learned_range"
         clip = None if found[1] == "clipFalse" else (-1, 1)
-        process = DiscreteProcess(DiscreteSchedule.linear(), variance=variance, clip=clip)
+        process = DiscreteProcess(noted_schedule(case.spec["note"]), variance=variance, clip=clip)
         result = process.p_mean_variance(output[:, : x_t.shape[1]] if fixed else output, x_t, t)
         yield name, getattr(result, ours[found[2]]), io[name]
 
@@ -170,7 +170,7 @@ def ddim_steps(case: Case) -> Iterator[tuple]:
             continue
         row = int(re.search(r"x_t\[(\d+)", case.spec["note"])[1])
         t = int(re.search(r"\bt=(\d+)", case.spec["note"])[1])
-        schedule = at_times(DiscreteSchedule.linear(), torch.tensor([t - int(found[1]), t]))
+        schedule = at_times(noted_schedule(case.spec["note"]), torch.tensor([t - int(found[1]), t]))
         process = DiscreteProcess(schedule, variance="learned_range", clip=(-1, 1))
         x_t, output = (io[f"pmv.{part}"][row : row + 1] for part in ("x_t", "model_output"))
         yield name, process.ddim_step(output, x_t, torch.tensor([1])), io[name]
@@ -200,9 +200,13 @@ def denoiser(network: UNet, schedule: DiscreteSchedule, channel_axis: int = 1) -
 
 
 def noted_schedule(note: str) -> DiscreteSchedule:
-    """The schedule that a note names, such as "linear 1000"."""
-    found = re.search(r"\b(linear|cosine) (\d+)", note)
-    return schedule_named("".join(found.groups()) if found else "linear1000")
+    """The schedule that a note names, such as "linear 1000", "cosine schedule, 500 steps" or "T=250"; else linear 1000."""
+    kind = re.search(r"\b(linear|cosine)\b", note)
+    steps = re.search(
+        r"\b(?:linear|cosine)[ \w,]*?\b(\d{2,})\b|\bT ?= ?(\d{2,})\b(?! of)|\b(\d{2,}) (?:time)?steps\b", note
+    )
+    count = next((n for n in steps.groups() if n), "1000") if steps else "1000"
+    return schedule_named(f"{kind[1] if kind else 'linear'}{count}")
 
 
 def number(text: str, name: str, default: float) -> float:
@@ -215,6 +219,7 @@ def number(text: str, name: str, default: float) -> float:
 def training_loss(case: Case) -> Iterator[tuple]:
     io, schedule = case.io, noted_schedule(case.spec["note"])
     seq, noise, t = io["seq"], io["noise"], io["t"]
+    labels = {"y": io["y"]} if "y" in io else {}
     context, target = seq[:, :-1], seq[:, 1:]
     networks = {}
 
@@ -222,7 +227,7 @@ def training_loss(case: Case) -> Iterator[tuple]:
         if causal not in networks:
             networks[causal] = denoiser(referred(case, causal), schedule, 2 if causal else 1)
         x0, n = (target, noise) if causal else (seq[:, 1], noise[:, 0])
-        return discrete_terms(networks[causal], x0, kind=kind, cond=cond, t=t, noise=n)
+        return discrete_terms(networks[causal], x0, kind=kind, cond=cond, t=t, noise=n, **labels)
 
     for name in io:
         start, _, term = name.rpartition(".")

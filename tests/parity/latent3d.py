@@ -60,14 +60,6 @@ def filled(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
     return out
 
 
-def one(values, name: str):
-    """The one value of a list in which all are the same; our networks have one for all levels."""
-    values = set(values) if isinstance(values, list) else {values}
-    if len(values) != 1:
-        raise ValueError(f"{name} {sorted(values)} differs between levels; ours cannot")
-    return values.pop()
-
-
 # --- VQ-VAE
 
 
@@ -130,7 +122,7 @@ def gradient_codebook(case: Case) -> Iterator[tuple]:
 @handles(lambda case: kind(case) == "AutoencoderKL")
 def autoencoder_kl(case: Case) -> Iterator[tuple]:
     c, close = case.spec["constructor"], tolerance(case)
-    channels, blocks = c["channels"], one(c["num_res_blocks"], "num_res_blocks")
+    channels, blocks = c["channels"], c["num_res_blocks"]
     codec = AutoencoderKL(
         c["spatial_dims"],
         c["in_channels"],
@@ -141,7 +133,7 @@ def autoencoder_kl(case: Case) -> Iterator[tuple]:
         c["latent_channels"],
         decoder_blocks=blocks,
         attention=c["attention_levels"],
-        middle=one([c[f"with_{part}_nonlocal_attn"] for part in ("encoder", "decoder")], "nonlocal attention"),
+        middle=tuple(c.get(f"with_{part}_nonlocal_attn", True) for part in ("encoder", "decoder")),
         norm_groups=c["norm_num_groups"],
         double_z=False,
         final_activation=False,
@@ -161,22 +153,23 @@ def autoencoder_kl(case: Case) -> Iterator[tuple]:
 @handles(lambda case: kind(case) == "DiffusionModelUNet")
 def diffusion_model_unet(case: Case) -> Iterator[tuple]:
     c = case.spec["constructor"]
-    attends = c["attention_levels"]
-    heads = [width for width, yes in zip(c["num_head_channels"], attends, strict=True) if yes]
     network = DiffusionUNet(
         c["in_channels"],
         c["out_channels"],
         c["channels"],
-        one(c["num_res_blocks"], "num_res_blocks"),
-        attends,
-        one([*heads, c["num_head_channels"][-1]], "num_head_channels"),
+        c["num_res_blocks"],
+        c["attention_levels"],
+        c["num_head_channels"],
         c["norm_num_groups"],
         c["spatial_dims"],
+        num_classes=c.get("num_class_embeds"),
+        resblock_updown=c.get("resblock_updown", False),
     ).eval()
     network.load_state_dict(diffusion_unet.from_monai(network, weights(case)))
     io = opened(case)
     yield "parameters", sum(p.numel() for p in network.parameters()), case.spec["n_params"], 0.0
-    yield "y", network(io["x"], io["t"]), io["y"], tolerance(case)
+    labels = {"y": io["class_labels"]} if "class_labels" in io else {}
+    yield "y", network(io["x"], io["t"], **labels), io["y"], tolerance(case)
 
 
 # --- the autoencoders of cine, against diffusers

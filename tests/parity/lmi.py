@@ -118,9 +118,37 @@ def three_channels(case: Case) -> Iterator[tuple]:
 # --- networks
 
 
-def network(weights: dict[str, Tensor]) -> UNet:
-    """The network that published tensors describe, with them, in evaluation mode."""
-    options = describe(weights)
+# What `create_model` of the release takes beside sizes, under our names; and what it does not take.
+CREATE_MODEL = {
+    "num_heads": 1,
+    "num_head_channels": -1,
+    "num_heads_upsample": -1,
+    "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+}
+SIZES = {"fn", "cls", "image_size", "num_in_channels", "in_channels", "num_channels", "ch", "out_ch", "num_res_blocks"}
+SIZES |= {"channel_mult", "ch_mult", "attention_resolutions", "attn_resolutions", "dropout", "resamp_with_conv"}
+
+
+def network(case: Case, weights: dict[str, Tensor] | None = None) -> UNet:
+    """The network of a case, in evaluation mode: its weights' shapes, and what the manifest says beside them.
+
+    Raises ValueError where the two contradict, or the manifest has an option that is not known here.
+    """
+    weights = case.folder.tensors(case.spec["file"]) if weights is None else weights
+    said = case.spec["constructor"] if isinstance(case.spec.get("constructor"), dict) else {}
+    unknown = said.keys() - CREATE_MODEL.keys() - SIZES
+    if unknown:
+        raise ValueError(f"the manifest builds the network with {sorted(unknown)}, which the ledger does not know")
+    told = ("num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order")
+    options = describe(weights, **{name: said[name] for name in told if name in said})
+    for name in ("use_scale_shift_norm", "resblock_updown"):
+        if name in said and bool(options.get(name, False)) != bool(said[name]):
+            raise ValueError(f"the manifest says {name}={said[name]}, the weights {options.get(name, False)}")
+    blocks = said.get("num_res_blocks", options["num_res_blocks"])
+    if blocks != options["num_res_blocks"]:
+        raise ValueError(f"the manifest says num_res_blocks={blocks}, the weights {options['num_res_blocks']}")
     made = NETWORKS[options.pop("name")](**options).eval()
     made.load_state_dict(translate({name: x.float() for name, x in weights.items()}))
     return made
@@ -146,10 +174,11 @@ def parameter_list(case: Case) -> Iterator[tuple]:
 
 @handles(says("state_dict, every parameter re-randomised"))
 def networks(case: Case) -> Iterator[tuple]:
-    made, io = network(case.folder.tensors(case.spec["file"])), case.folder.tensors(case.spec["io"])
+    made, io = network(case), case.folder.tensors(case.spec["io"])
     cond = io["cond"] if made.in_channels > io["x"].shape[1] else None
+    labels = {"y": io["labels"]} if made.num_classes else {}
     yield "parameters", parameters(made), case.spec["n_params"], 0.0
-    yield absolute("y", made(io["x"], io["t"], cond), io["y"], tolerance(case))
+    yield absolute("y", made(io["x"], io["t"], cond, **labels), io["y"], tolerance(case))
 
 
 @handles(says("a checkpoint in the seed's own layout"))
@@ -160,9 +189,30 @@ def checkpoint(case: Case) -> Iterator[tuple]:
     yield "prefixes left", sum("module" in name for name in read_published(path, ema=False)), 0, 0.0
 
 
-def referred(case: Case, start: str) -> UNet:
-    """The network of the folder whose file begins with `start`."""
-    return network(case.folder.tensors(f"{start}.weights.safetensors"))
+def referred(case: Case) -> tuple[UNet, UNet | None]:
+    """The networks that the description of a case names: the one with a condition, and the one without or None."""
+    text = f"{case.spec['what']} {case.spec.get('network', '')}"
+    cases = {name.removesuffix(".weights.safetensors"): c for name, c in case.folder.cases.items() if "weights" in name}
+    named = [network(c) for name, c in cases.items() if re.search(rf"\b{re.escape(name)}\b", text)]
+    conditional = [made for made in named if made.in_channels > 1]
+    plain = [made for made in named if made.in_channels == 1]
+    if len(conditional) != 1 or len(plain) > 1:
+        raise ValueError(f"the description must name one network with a condition, one without, of {sorted(cases)}")
+    return conditional[0], plain[0] if plain else None
+
+
+def said_lmi(case: Case) -> LocalMI:
+    """The maps that a description names: patch 3, sigma 2, normalize True."""
+    patch, sigma, normalise = (
+        re.search(rf"\b{name} ([\w.]+)", case.spec["what"])[1] for name in ("patch", "sigma", "normalize")
+    )
+    return published(int(patch), float(sigma), normalise == "True")
+
+
+def said_schedule(case: Case) -> DiscreteSchedule:
+    """The linear schedule with the number of steps that a description names as T=1000."""
+    found = re.search(r"\bT ?= ?(\d+)", f"{case.spec.get('betas', '')} {case.spec['what']}")
+    return DiscreteSchedule.linear(int(found[1]) if found else 1000, 1e-4, 0.02)
 
 
 # --- diffusion
@@ -182,11 +232,12 @@ def betas(kind: str, steps: int) -> Tensor:
 
 @handles(says("float64 tables"))
 def tables(case: Case) -> Iterator[tuple]:
-    io, schedule = case.io, DiscreteSchedule.linear()
+    io = case.io
     for name in io:
         kind = re.fullmatch(r"(betas|alphas_cumprod|logvar)(?:_(\w+?))?(\d+)", name)
         if not kind:
             continue  # the ledger reports what was not compared
+        schedule = DiscreteSchedule.linear(int(kind[3]), 1e-4, 0.02)
         if kind[1] == "betas":
             ours = betas(kind[2] or "linear", int(kind[3]))
         elif kind[1] == "alphas_cumprod":
@@ -205,36 +256,37 @@ VARIANCE = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 
 @handles(says("training loss of the seed"))
 def loss(case: Case) -> Iterator[tuple]:
-    io, schedule, limit = case.io, DiscreteSchedule.linear(), tolerance(case)
+    io, schedule, limit = case.io, said_schedule(case), tolerance(case)
     x0, e, t = io["x0"], io["e"], io["t"].long()
     future = schedule.q_sample(x0, (t + 1).clamp(max=len(schedule) - 1), e)
     yield "x_future", future, io["x_future"], limit
-    lmi = published(3, 2.0, normalise=True)
+    lmi, (unet, plain) = said_lmi(case), referred(case)
     source = lmi.prepare(x0)
     yield absolute("cross", lmi(source, io["x_future"]), io["cross"], 1e-5)
     yield absolute("self", source.self_map, io["self"], 1e-5)
     condition = torch.cat([lmi(source, future), source.self_map], dim=1)
     x_t = schedule.q_sample(x0, t, e)
-    each = (e - referred(case, "unet_a")(x_t, t, condition)).square().flatten(1).sum(1)
+    each = (e - unet(x_t, t, condition)).square().flatten(1).sum(1)
     yield "loss_per_item", each, io["loss_per_item"], limit
     yield "loss", each.mean().expand_as(io["loss"]), io["loss"], limit
-    sdedit = (e - referred(case, "ddim_sdedit")(x_t, t)).square().flatten(1).sum(1).mean()
-    yield "loss_sdedit", sdedit.expand_as(io["loss_sdedit"]), io["loss_sdedit"], limit
+    if "loss_sdedit" in io and plain is not None:
+        sdedit = (e - plain(x_t, t)).square().flatten(1).sum(1).mean()
+        yield "loss_sdedit", sdedit.expand_as(io["loss_sdedit"]), io["loss_sdedit"], limit
 
 
 @handles(says("3-step sampling of the seed"))
 def trajectory(case: Case) -> Iterator[tuple]:
     """The published chain: noise is added at t = 0 too."""
     io, limit = case.io, tolerance(case)
-    schedule = DiscreteSchedule.linear()
+    schedule = said_schedule(case)
     process = DiscreteProcess(schedule, variance=VARIANCE[case.spec["var_type"]])
-    lmi = published(3, 2.0, normalise=False)
+    lmi = said_lmi(case)
     source = lmi.prepare(io["source"])
     yield absolute("self", source.self_map, io["self"], 1e-5)
     times = range(len(io["noise"]) - 1, -1, -1)
     start = schedule.q_sample(io["source"], torch.tensor([times[0]]), io["start"])
     yield "sdedit_start", start, io["sdedit_start"], limit
-    unet, plain = referred(case, "unet_a"), referred(case, "ddim_sdedit")
+    unet, plain = referred(case)
     x, edited = io["start"], start
     for i, noise in zip(times, io["noise"], strict=True):
         t = torch.tensor([i])

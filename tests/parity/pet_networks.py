@@ -45,11 +45,18 @@ def made_by(case: Case) -> str:
     return (case.spec.get("constructor") or {}).get("cls", "")
 
 
+# Constructor options that name no part of the network: sizes fit any image, the scale belongs to the denoiser.
+NO_PART = {"cls", "img_resolution", "sigma_data", "label_dim", "label_dropout", "attn_stages"}
+
+
 def options(spec: dict) -> dict:
-    """Ours for the constructor options of the published network."""
+    """Ours for the constructor options of the published network. Raises ValueError for one that is not known here."""
     names = {"model_channels": "model_channels", "out_channels": "out_channels", "dropout": "dropout"}
     names |= {"channel_mult": "channel_mult", "img_channels": "in_channels", "num_blocks": "num_res_blocks"}
     names |= {"channel_mult_emb": "emb_mult", "augment_dim": "augment_dim"}
+    unknown = spec.keys() - names.keys() - NO_PART
+    if unknown:
+        raise ValueError(f"the manifest builds the network with {sorted(unknown)}, which the ledger does not know")
     ours = {names[name]: value for name, value in spec.items() if name in names}
     ours["attention_resolutions"] = [2**stage for stage in spec["attn_stages"]]
     if spec["label_dim"]:
@@ -337,9 +344,10 @@ def sampler(case: Case) -> Iterator[tuple]:
     levels = karras(options.pop("num_steps"), *(options.pop(k) for k in ("sigma_min", "sigma_max", "rho"))).tolist()
     solver = heun_churn(**options) if options else heun()
     D, cond, seen = denoiser(case), io.get("x_cond"), []
+    labels = {"y": io["class_labels"]} if "class_labels" in io else {}
 
     def recorded(x, sigma):
-        x0_hat = D(x, torch.full((len(x),), sigma, dtype=x.dtype), cond)
+        x0_hat = D(x, torch.full((len(x),), sigma, dtype=x.dtype), cond, **labels)
         seen.append((x, sigma, x0_hat))
         return x0_hat
 

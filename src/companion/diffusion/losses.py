@@ -112,6 +112,7 @@ def discrete_terms(
     *,
     t: Tensor | None = None,
     noise: Tensor | None = None,
+    **labels,
 ) -> DiscreteTerms:
     """Loss, mse and variational term of each batch item, for the network and the process inside D.
 
@@ -120,7 +121,7 @@ def discrete_terms(
     Dhariwal 2021, there with weight 0.001, which for T = 1000 is the 1 of "mse" and of "rescaled_mse", whose
     weight is T/1000); "kl", the variational term alone, and "rescaled_kl", T times that, an estimate of the
     whole bound. Draws t (batch,) uniformly over the schedule's indices, then the noise; either may be
-    supplied.
+    supplied. labels: of the network, such as y (batch,), the classes.
     """
     D, x0, cond, noise = in_channels(D, x0, cond, noise)
     process, T = D.process, len(D.schedule)
@@ -135,7 +136,7 @@ def discrete_terms(
     if noise is None:
         noise = randn(x0.shape, x0.dtype, generator, x0.device)
     x_t = process.schedule.q_sample(x0, t, noise)
-    output = run_network(D.network, x_t, process.network_t(t), cond, D.autocast)
+    output = run_network(D.network, x_t, process.network_t(t), cond, D.autocast, **labels)
     if kind.endswith("kl"):
         vb = weights[kind] * variational_bound(process, output, x0, x_t, t)
         return DiscreteTerms(vb, None, vb)

@@ -81,7 +81,8 @@ def convert(
 
     kind: one of conversion.KINDS, or the name of a registry entry, which also gives the config. config: as for
     `build`; can be left out where the file tells it, and for "aid" where names and shapes are those of a published
-    model. golden: a safetensors file with inputs x, t (cond, y) of the network and its published output `out`, which
+    model; where the file tells it, it adds to that, as {"network": {"num_heads": 4}} does for attention with several
+    heads, which leave no trace in the weights (what is assumed instead stands in training.json). golden: a safetensors file with inputs x, t (cond, y) of the network and its published output `out`, which
     must come out again. origin, about: where the file comes from, for config.json and the model card.
 
     Raises ValueError for files that are not what `kind` says or hold more than data, tensors that are missing, extra
@@ -91,10 +92,11 @@ def convert(
     if entry and entry.kind != "data":
         kind, config = entry.kind, config or entry.config or None
     tensors, told = conversion.read_kind(file, kind)
-    if told or config:
-        config = (told or {}) | dict(config or {})
-    else:
-        config = _config_for(tensors, kind, str(file))
+    if told:
+        network = dict(told["network"]) | dict((config or {}).get("network") or {})
+        config = told | dict(config or {}) | {"network": network}
+    config = dict(config or _config_for(tensors, kind, str(file)))
+    assumed = {k: v for k, v in conversion.KINDS[kind].assumed.items() if k not in config["network"]}
     data = {"source": f"published weights, {Path(file).name}", "scale": "not stated in the file"}
     given = {"file": Path(file).name} | dict(origin or {}) | {"sha256": sha256(file)}
     config = config | {"data": data | dict(config.get("data") or {}), "origin": given}
@@ -103,6 +105,8 @@ def convert(
     _check_match(_shapes(network), {k: tuple(t.shape) for k, t in tensors.items()}, str(file))
     network.load_state_dict(tensors, assign=True)
     record = {"converted from": given, "kind": kind}
+    if assumed and any(name.endswith("qkv.weight") for name in tensors):
+        record["assumed, for weights do not say it"] = assumed
     if golden is not None:
         record["parity"] = _parity(network, Path(golden))
     card = registry_card(entry, config, record) if entry else None

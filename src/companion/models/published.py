@@ -288,13 +288,15 @@ class Kind:
     """A family of published files.
 
     unpack: the content of a file -> its tensors under their names. rename: those tensors and the network that they
-    are for -> the same under our names. config: what the tensors themselves say of the network, if they do.
+    are for -> the same under our names. config: what the tensors themselves say of the network, if they do. assumed: options of the network
+    that leave no trace in them, and what the published networks have.
     """
 
     title: str
     unpack: Callable[[Any], Mapping[str, Tensor]]
     rename: Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]]
     config: Callable[[Mapping[str, Tensor]], dict] | None = None
+    assumed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def state_dict(content) -> Mapping[str, Tensor]:
@@ -342,6 +344,7 @@ KINDS = {
         _lmi_weights,
         lambda tensors, _: ddim_unet.translate(tensors),
         _lmi_config,
+        {"num_heads": 1, "use_new_attention_order": False},
     ),
     "monai": Kind("latent3d: MONAI's VQVAE, AutoencoderKL or DiffusionModelUNet (.pt)", state_dict, _from_monai),
     "pet": Kind("PET: network-snapshot-*.pkl, training-state-*.pt", lambda content: content, lambda t, _: translate(t)),

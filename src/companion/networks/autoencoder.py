@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.networks.blocks import CONV, GroupNorm32, conv, pixel_shuffle, pixel_unshuffle
+from companion.networks.blocks import CONV, GroupNorm32, conv, per_level, pixel_shuffle, pixel_unshuffle
 from companion.networks.codec import Autoencoded, Codec
 from companion.networks.vqvae import Quantised, Quantizer
 
@@ -113,11 +113,11 @@ class _Path(nn.Module):
 
     def levels(self, dims, in_width, widths, blocks, attention, groups) -> list[_Level]:
         levels = []
-        for width, attends in zip(widths, attention, strict=True):
-            steps = [in_width] + [width] * (blocks - 1)
-            block = [ResnetBlock(dims, before, width, groups) for before in steps[:blocks]]
+        for width, attends, count in zip(widths, attention, blocks, strict=True):
+            steps = [in_width] + [width] * (count - 1)
+            block = [ResnetBlock(dims, before, width, groups) for before in steps[:count]]
             levels.append(_Level(block, [AttnBlock(dims, width, groups) for _ in block] if attends else []))
-            in_width = width if blocks else in_width
+            in_width = width if count else in_width
         return levels
 
     def end(self, dims: int, width: int, out_channels: int, groups: int, activation: bool) -> None:
@@ -158,7 +158,7 @@ class Decoder(_Path):
         self.conv_in = conv(dims, in_channels, widths[-1])
         if middle:
             self.mid = _Middle(dims, widths[-1], groups)
-        coarse_first = self.levels(dims, widths[-1], widths[::-1], blocks, attention[::-1], groups)
+        coarse_first = self.levels(dims, widths[-1], widths[::-1], blocks[::-1], attention[::-1], groups)
         self.up = nn.ModuleList(coarse_first[::-1])
         for level, width in zip(self.up[1:], widths[1:], strict=True):
             level.upsample = Upsample(dims, width)
@@ -187,11 +187,27 @@ class _ConvCodec(Codec):
         attention = list(attention) or [False] * len(widths)
         if len(attention) != len(widths):
             raise ValueError(f"attention has {len(attention)} entries for {len(widths)} levels; give one each")
-        decoder_blocks = num_res_blocks + 1 if decoder_blocks is None else decoder_blocks
-        ends = (norm_groups, middle, final_activation)
+        blocks = per_level(num_res_blocks, len(widths), "num_res_blocks")
+        if decoder_blocks is None:
+            decoder_blocks = [n + 1 for n in blocks]
+        decoder_blocks = per_level(decoder_blocks, len(widths), "decoder_blocks")
+        encoder_middle, decoder_middle = (middle, middle) if isinstance(middle, bool) else middle
         cells = patch**dims
-        self.encoder = Encoder(dims, in_channels * cells, widths, num_res_blocks, attention, features, *ends)
-        self.decoder = Decoder(dims, z_channels, widths, decoder_blocks, attention, out_channels * cells, *ends)
+        self.encoder = Encoder(
+            dims,
+            in_channels * cells,
+            widths,
+            blocks,
+            attention,
+            features,
+            norm_groups,
+            encoder_middle,
+            final_activation,
+        )
+        self.decoder = Decoder(
+            dims, z_channels, widths, decoder_blocks, attention, out_channels * cells, norm_groups, decoder_middle,
+            final_activation,
+        )  # fmt: skip
         self.quant_conv = conv(dims, features, moments, kernel=1)
         self.post_quant_conv = conv(dims, latent_channels, z_channels, kernel=1)
 
@@ -206,9 +222,10 @@ class AutoencoderKL(_ConvCodec):
     """Variational autoencoder: the latents of an image are Gaussian, kept near the standard normal by a KL term.
 
     channels: width of the finest level, times channel_mult for each; the latents are 2^(levels - 1) times
-    coarser. num_res_blocks: a level of the encoder; decoder_blocks: of the decoder, by default one more.
+    coarser. num_res_blocks: a level of the encoder; decoder_blocks: of the decoder, by default one more; each one
+    number for all levels or one for each, finest first.
     attention: whether the blocks of each level are followed by attention; middle: two more blocks around an
-    attention at the coarsest level. norm_groups: groups of the norms. double_z: the encoder ends in
+    attention at the coarsest level, for both sides, or (encoder, decoder). norm_groups: groups of the norms. double_z: the encoder ends in
     2 latent_channels features, not latent_channels, from which a 1x1 convolution makes mean and log variance.
     final_activation: SiLU after the last norms. patch: the finest level works on blocks of so many pixels along
     each axis (pixel unshuffle and shuffle). Rombach et al. 2022; MONAI's has none of the last three.
@@ -223,12 +240,12 @@ class AutoencoderKL(_ConvCodec):
         out_channels: int = 3,
         channels: int = 128,
         channel_mult: Sequence[float] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
+        num_res_blocks: int | Sequence[int] = 2,
         latent_channels: int = 4,
         *,
-        decoder_blocks: int | None = None,
+        decoder_blocks: int | Sequence[int] | None = None,
         attention: Sequence[bool] = (),
-        middle: bool = True,
+        middle: bool | tuple[bool, bool] = True,
         norm_groups: int = 32,
         double_z: bool = True,
         final_activation: bool = True,
@@ -281,13 +298,13 @@ class VQModel(_ConvCodec):
         out_channels: int = 3,
         channels: int = 128,
         channel_mult: Sequence[float] = (1, 2, 4),
-        num_res_blocks: int = 2,
+        num_res_blocks: int | Sequence[int] = 2,
         num_embeddings: int = 8192,
         embedding_dim: int = 3,
         z_channels: int = 3,
         *,
         attention: Sequence[bool] = (),
-        middle: bool = True,
+        middle: bool | tuple[bool, bool] = True,
         norm_groups: int = 32,
         commitment_cost: float = 0.25,
         use_checkpoint: bool = False,

@@ -84,6 +84,14 @@ class GroupNorm32(nn.GroupNorm):
         return h.to(x.dtype)
 
 
+def per_level(value: int | Sequence[int], levels: int, name: str) -> list[int]:
+    """One number a level, finest level first: those given, or the one given for all. Raises ValueError."""
+    values = [value] * levels if isinstance(value, int) else list(value)
+    if len(values) != levels:
+        raise ValueError(f"{name} has {len(values)} entries for {levels} levels; give one each, or one for all")
+    return values
+
+
 class Downsample(nn.Module):
     """Halves images along the axes whose `stride` is 2: strided convolution `op` if `learned`, else mean."""
 

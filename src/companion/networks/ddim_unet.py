@@ -75,10 +75,13 @@ def ddim_timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -
 # ------------------------------------------------------------------------------------ published checkpoints
 
 
-def load_published(path: str | os.PathLike, ema: bool = True) -> UNet:
-    """The network of a published checkpoint, DDIMUNet or UNet, in evaluation mode; errors of read_published."""
+def load_published(path: str | os.PathLike, ema: bool = True, **told) -> UNet:
+    """The network of a published checkpoint, DDIMUNet or UNet, in evaluation mode; errors of read_published.
+
+    told: what weights do not say, such as num_heads=4 or num_head_channels=64; see `describe`.
+    """
     tensors = read_published(path, ema)
-    options = describe(tensors)
+    options = describe(tensors, **told)
     network = {"DDIMUNet": DDIMUNet, "UNet": UNet}[options.pop("name")](**options)
     network.load_state_dict(translate(tensors))
     return network.eval()
@@ -112,38 +115,70 @@ def read_published(path: str | os.PathLike, ema: bool = True) -> dict[str, Tenso
     return {name.removeprefix("module."): x.float() for name, x in content.items()}
 
 
-def describe(tensors: Mapping[str, Tensor]) -> dict:
+def describe(
+    tensors: Mapping[str, Tensor],
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_new_attention_order: bool = False,
+) -> dict:
     """What `companion.models.checkpoint` builds the network from, read off the published names and shapes.
 
-    Dropout leaves no trace. One attention head, as published. Raises ValueError for other networks.
+    Heads of attention and the order of q, k and v leave no trace in the weights: give them for networks with more
+    than the one head of the published ones. Nor does dropout, which is 0 in use. Raises ValueError for other networks.
     """
     ours = translate(tensors)
     shape = {name: tuple(x.shape) for name, x in ours.items()}
     if not {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= shape.keys():
         raise ValueError(f"no U-Net of this family: names such as {', '.join(list(tensors)[:3])}")
     channels = shape["time_embed.0.weight"][1]
-    widths, attention = [[]], set()
-    for i in range(1, 1 + max(int(name.split(".")[1]) for name in shape if name.startswith("input_blocks"))):
-        block = shape.get(f"input_blocks.{i}.0.in_layers.2.weight")
-        if block is None:  # what halves the image; by average it has no tensors
-            widths.append([])
-            continue
-        widths[-1].append(block[0])
-        if f"input_blocks.{i}.1.qkv.weight" in shape:
-            attention.add(2 ** (len(widths) - 1))
-    if any(not level or level != [level[0]] * len(widths[0]) for level in widths):
-        raise ValueError("levels of different make: build networks.UNet yourself and load translate(tensors)")
-    return {
+    depth = 1 + max(int(name.split(".")[1]) for name in shape if name.startswith("input_blocks"))
+    updown = any(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", name) for name in shape)
+    blocks = _blocks_by_doubling(shape, depth) if updown else _blocks_by_halving(shape, depth)
+    first = [1 + sum(blocks[:level]) + level for level in range(len(blocks))]
+    widths = [shape[f"input_blocks.{i}.0.in_layers.2.weight"][0] for i in first]
+    options = {
         "name": "DDIMUNet" if "conv_in.weight" in tensors else "UNet",
         "in_channels": shape["input_blocks.0.0.weight"][1],
         "model_channels": channels,
         "out_channels": shape["out.2.weight"][0],
-        "num_res_blocks": len(widths[0]),
-        "channel_mult": [level[0] / channels for level in widths],
-        "attention_resolutions": sorted(attention),
+        "num_res_blocks": blocks[0] if len(set(blocks)) == 1 else blocks,
+        "channel_mult": [width / channels for width in widths],
+        "attention_resolutions": [
+            2**level for level, i in enumerate(first) if f"input_blocks.{i}.1.qkv.weight" in shape
+        ],
         "conv_resample": len(widths) == 1 or any(name.endswith(".op.weight") for name in shape),
-        "use_scale_shift_norm": shape["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0][0],
+        "use_scale_shift_norm": shape["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0],
     }
+    more = {
+        "resblock_updown": (updown, False),
+        "num_classes": (shape.get("label_emb.weight", (None,))[0], None),
+        "num_heads": (num_heads, 1),
+        "num_head_channels": (num_head_channels, -1),
+        "num_heads_upsample": (num_heads_upsample, -1),
+        "use_new_attention_order": (use_new_attention_order, False),
+    }
+    return options | {name: value for name, (value, default) in more.items() if value != default}
+
+
+def _blocks_by_halving(shape: Mapping[str, tuple], depth: int) -> list[int]:
+    """Residual blocks of each level, finest first, where what halves an image is no residual block."""
+    blocks = [0]
+    for i in range(1, depth):
+        if f"input_blocks.{i}.0.in_layers.2.weight" in shape:
+            blocks[-1] += 1
+        else:
+            blocks.append(0)
+    if 0 in blocks:
+        raise ValueError(f"a level without residual blocks ({blocks}): no U-Net of this family")
+    return blocks
+
+
+def _blocks_by_doubling(shape: Mapping[str, tuple], depth: int) -> list[int]:
+    """The same where residual blocks halve and double: the decoder tells which, for there they come last in a stage."""
+    doubling = [i for i in range(depth) if any(f"output_blocks.{i}.{k}.in_layers.2.weight" in shape for k in (1, 2))]
+    ends = [-1, *doubling, depth - 1]
+    return [after - before - 1 for before, after in zip(ends, ends[1:], strict=False)][::-1]
 
 
 RES_BLOCK = {

@@ -22,11 +22,11 @@ class DiffusionUNet(UNet):
     Every size works that is a multiple of 2^(levels - 1) along each axis.
 
     in_channels: channels of x plus those of cond.
-    channels: widths, finest level first, multiples of norm_groups. num_res_blocks: a level of the encoder; the
-        decoder has one more.
+    channels: widths, finest level first, multiples of norm_groups. num_res_blocks: a level of the encoder,
+        one number or one each; the decoder has one more.
     attention: whether the blocks of each level are followed by attention, whose cost grows with the square of
         the number of voxels: leave it to levels of a few thousand. The bottom block has one in any case.
-    num_head_channels: channels of a head.
+    num_head_channels: channels of a head, one number or one a level.
     num_classes, resblock_updown, use_checkpoint, dropout: as in UNet.
     """
 
@@ -35,9 +35,9 @@ class DiffusionUNet(UNet):
         in_channels: int,
         out_channels: int,
         channels: Sequence[int] = (32, 64, 64),
-        num_res_blocks: int = 1,
+        num_res_blocks: int | Sequence[int] = 1,
         attention: Sequence[bool] = (False, True, True),
-        num_head_channels: int = 64,
+        num_head_channels: int | Sequence[int] = 64,
         norm_groups: int = 32,
         dims: int = 3,
         num_classes: int | None = None,
@@ -63,7 +63,6 @@ class DiffusionUNet(UNet):
             resblock_updown=resblock_updown,
             use_new_attention_order=True,
         )
-        self.num_res_blocks = num_res_blocks
 
 
 _BLOCK = {
@@ -101,15 +100,16 @@ def _renamed(name: str, model: DiffusionUNet) -> str:
     for old, new in _TOP.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
-    per_level = model.num_res_blocks + 1
+    blocks = model.blocks
     if found := re.match(r"middle_block\.(resnet_1|attention|resnet_2)\.", name):
         home = f"middle_block.{('resnet_1', 'attention', 'resnet_2').index(found[1])}."
     elif found := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsampler|upsampler)\.(?:(\d+)\.)?", name):
-        way, level, kind, block = found[1], int(found[2]), found[3], int(found[4] or model.num_res_blocks)
+        way, level, kind = found[1], int(found[2]), found[3]
+        in_order = blocks if way == "down" else blocks[::-1]
+        i = sum(n + 1 for n in in_order[:level]) + int(found[4] or in_order[level])
         if way == "down":
-            home = f"input_blocks.{1 + level * per_level + block}.{int(kind == 'attentions')}."
+            home = f"input_blocks.{1 + i}.{int(kind == 'attentions')}."
         else:
-            i = level * per_level + block
             place = {"resnets": 0, "attentions": 1, "upsampler": len(model.output_blocks[i]) - 1}[kind]
             home = f"output_blocks.{i}.{place}."
     else:

@@ -14,6 +14,7 @@ from companion.networks.blocks import (
     Stage,
     Upsample,
     conv,
+    per_level,
     pixel_shuffle,
     pixel_unshuffle,
     timestep_embedding,
@@ -51,12 +52,14 @@ class UNet(nn.Module):
 
     in_channels: channels of x plus those of cond.
     model_channels: width; level l has int(channel_mult[l] * model_channels) channels, a multiple of 32.
-    num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+    num_res_blocks: residual blocks a level in the encoder, one number for all levels or one each, finest first;
+        the decoder has one more.
     attention_resolutions: strides 1, 2, 4, ... (after the stem) of the levels whose blocks are followed by
         attention; the bottom block has one in any case.
     conv_resample: resample by learned convolutions. resblock_updown: by residual blocks instead.
     num_classes: how many class labels y the network knows; None for a network without labels.
-    num_heads: attention heads; num_head_channels, if not -1, sets the channels per head instead;
+    num_heads: attention heads; num_head_channels, if not -1, sets the channels per head instead (for all
+        levels, or for each, finest first);
         num_heads_upsample, if not -1, is num_heads for the decoder.
     use_scale_shift_norm: the time embedding scales and shifts norms instead of being added.
     use_new_attention_order: order of q, k, v and heads inside the weights (see AttentionBlock).
@@ -75,7 +78,7 @@ class UNet(nn.Module):
         in_channels: int,
         model_channels: int,
         out_channels: int,
-        num_res_blocks: int = 2,
+        num_res_blocks: int | Sequence[int] = 2,
         attention_resolutions: Sequence[int] = (),
         channel_mult: Sequence[float] = (1, 2, 4, 8),
         dropout: float = 0.0,
@@ -84,7 +87,7 @@ class UNet(nn.Module):
         num_classes: int | None = None,
         use_checkpoint: bool = False,
         num_heads: int = 1,
-        num_head_channels: int = -1,
+        num_head_channels: int | Sequence[int] = -1,
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
@@ -104,12 +107,14 @@ class UNet(nn.Module):
         self.stride = (2,) * dims if halve_depth or dims < 3 else (1, 2, 2)
         self.total_stride = tuple(patch * s ** (len(self.widths) - 1) for s in self.stride)
         emb, norm = emb_mult * model_channels, self.norm
+        self.blocks = per_level(num_res_blocks, len(self.widths), "num_res_blocks")
+        head_channels = per_level(num_head_channels, len(self.widths), "num_head_channels")
 
         def res_block(in_width: int, width: int, resample: nn.Module | None = None) -> ResBlock:
             return ResBlock(in_width, emb, width, dims, dropout, use_scale_shift_norm, resample, norm)
 
-        def attention(width: int, heads: int = num_heads) -> list[nn.Module]:
-            options = self.heads(width, heads, num_head_channels)
+        def attention(width: int, level: int, heads: int = num_heads) -> list[nn.Module]:
+            options = self.heads(width, heads, head_channels[level])
             return [AttentionBlock(width, *options, use_new_attention_order, norm)] if options else []
 
         def resampler(kind: type, width: int) -> nn.Module:
@@ -127,28 +132,30 @@ class UNet(nn.Module):
         skips = [width]
         for level, level_width in enumerate(self.widths):
             self.level_entries[len(self.input_blocks)] = level
-            for i in range(num_res_blocks):
+            for i in range(self.blocks[level]):
                 layers = [res_block(width * (entry_width if i == 0 else 1), level_width)]
                 width = level_width
                 if 2**level in attention_resolutions:
-                    layers += attention(width)
+                    layers += attention(width, level)
                 self.input_blocks.append(Stage(*layers))
                 skips.append(width)
             if level < len(self.widths) - 1:
                 self.input_blocks.append(Stage(resampler(Downsample, width)))
                 skips.append(width)
 
-        self.middle_block = Stage(res_block(width, width), *attention(width), res_block(width, width))
+        self.middle_block = Stage(
+            res_block(width, width), *attention(width, len(self.widths) - 1), res_block(width, width)
+        )
 
         heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(self.widths))):
-            for i in range(num_res_blocks + 1):
+            for i in range(self.blocks[level] + 1):
                 layers = [res_block(width + skips.pop(), level_width)]
                 width = level_width
                 if 2**level in attention_resolutions:
-                    layers += attention(width, heads)
-                if level and i == num_res_blocks:
+                    layers += attention(width, level, heads)
+                if level and i == self.blocks[level]:
                     layers.append(resampler(Upsample, width))
                 self.output_blocks.append(Stage(*layers))
 

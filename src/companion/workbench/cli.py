@@ -95,14 +95,28 @@ def convert(
     out: Annotated[Path, typer.Option(help="folder of the checkpoint")],
     config: Annotated[Path | None, typer.Option(help="JSON or YAML with network, denoiser, data")] = None,
     golden: Annotated[Path | None, typer.Option(help="safetensors with inputs and output to be repeated")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="attention heads: weights do not say it")] = None,
+    num_head_channels: Annotated[int | None, typer.Option(help="channels of a head, instead of num-heads")] = None,
 ):
     """Make a checkpoint of a published FILE without running anything in it."""
+    import json
+
     import yaml
 
+    from companion.models.folder import RECORD
     from companion.models.obtain import convert as convert_file
 
-    options = yaml.safe_load(config.read_text()) if config else None
-    print(convert_file(file, kind, out, options, golden))
+    options = yaml.safe_load(config.read_text()) if config else {}
+    heads = {"num_heads": num_heads, "num_head_channels": num_head_channels}
+    heads = {name: value for name, value in heads.items() if value is not None}
+    if heads:
+        options = options | {"network": dict(options.get("network") or {}) | heads}
+    folder = convert_file(file, kind, out, options or None, golden)
+    record = json.loads((folder / RECORD).read_text())
+    for what, values in record.items():
+        if what.startswith("assumed"):
+            print(f"{what}: {json.dumps(values)}; if that is wrong, so is the network (--num-heads, --config)")
+    print(folder)
 
 
 @weights.command()
