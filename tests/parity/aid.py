@@ -200,7 +200,7 @@ def denoiser(network: UNet, schedule: DiscreteSchedule, channel_axis: int = 1) -
 
 
 def noted_schedule(note: str) -> DiscreteSchedule:
-    """The schedule that a note names, such as "linear 1000", "cosine schedule, 500 steps" or "T=250"; else linear 1000."""
+    """The schedule that a note names: "linear 1000", "cosine schedule, 500 steps", "T=250"; else linear 1000."""
     kind = re.search(r"\b(linear|cosine)\b", note)
     steps = re.search(
         r"\b(?:linear|cosine)[ \w,]*?\b(\d{2,})\b|\bT ?= ?(\d{2,})\b(?! of)|\b(\d{2,}) (?:time)?steps\b", note

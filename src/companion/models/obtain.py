@@ -81,9 +81,10 @@ def convert(
 
     kind: one of conversion.KINDS, or the name of a registry entry, which also gives the config. config: as for
     `build`; can be left out where the file tells it, and for "aid" where names and shapes are those of a published
-    model; where the file tells it, it adds to that, as {"network": {"num_heads": 4}} does for attention with several
-    heads, which leave no trace in the weights (what is assumed instead stands in training.json). golden: a safetensors file with inputs x, t (cond, y) of the network and its published output `out`, which
-    must come out again. origin, about: where the file comes from, for config.json and the model card.
+    model; where the file tells it, it adds to that, as {"network": {"num_heads": 4}} does for attention with
+    several heads, which leave no trace in the weights (what is assumed instead stands in training.json). golden: a
+    safetensors file with inputs x, t (cond, y) of the network and its published output `out`, which must come out
+    again. origin, about: where the file comes from, for config.json and the model card.
 
     Raises ValueError for files that are not what `kind` says or hold more than data, tensors that are missing, extra
     or of another shape, and a wrong output; FileNotFoundError.

@@ -288,8 +288,8 @@ class Kind:
     """A family of published files.
 
     unpack: the content of a file -> its tensors under their names. rename: those tensors and the network that they
-    are for -> the same under our names. config: what the tensors themselves say of the network, if they do. assumed: options of the network
-    that leave no trace in them, and what the published networks have.
+    are for -> the same under our names. config: what the tensors themselves say of the network, if they do.
+    assumed: options of the network that leave no trace in them, and what the published networks have.
     """
 
     title: str

@@ -221,14 +221,14 @@ class _ConvCodec(Codec):
 class AutoencoderKL(_ConvCodec):
     """Variational autoencoder: the latents of an image are Gaussian, kept near the standard normal by a KL term.
 
-    channels: width of the finest level, times channel_mult for each; the latents are 2^(levels - 1) times
-    coarser. num_res_blocks: a level of the encoder; decoder_blocks: of the decoder, by default one more; each one
-    number for all levels or one for each, finest first.
-    attention: whether the blocks of each level are followed by attention; middle: two more blocks around an
-    attention at the coarsest level, for both sides, or (encoder, decoder). norm_groups: groups of the norms. double_z: the encoder ends in
-    2 latent_channels features, not latent_channels, from which a 1x1 convolution makes mean and log variance.
-    final_activation: SiLU after the last norms. patch: the finest level works on blocks of so many pixels along
-    each axis (pixel unshuffle and shuffle). Rombach et al. 2022; MONAI's has none of the last three.
+    channels: width of the finest level, times channel_mult for each; the latents are 2^(levels - 1) times coarser.
+    num_res_blocks: a level of the encoder; decoder_blocks: of the decoder, by default one more; each one number for
+    all levels or one for each, finest first. attention: whether the blocks of each level are followed by attention;
+    middle: two more blocks around an attention at the coarsest level, for both sides, or (encoder, decoder).
+    norm_groups: groups of the norms. double_z: the encoder ends in 2 latent_channels features, not latent_channels,
+    from which a 1x1 convolution makes mean and log variance. final_activation: SiLU after the last norms. patch:
+    the finest level works on blocks of so many pixels along each axis (pixel unshuffle and shuffle). Rombach et al.
+    2022; MONAI's has none of the last three.
     """
 
     regulariser_weight = 1e-6

@@ -137,6 +137,7 @@ def describe(
     blocks = _blocks_by_doubling(shape, depth) if updown else _blocks_by_halving(shape, depth)
     first = [1 + sum(blocks[:level]) + level for level in range(len(blocks))]
     widths = [shape[f"input_blocks.{i}.0.in_layers.2.weight"][0] for i in first]
+    attends = [2**level for level, i in enumerate(first) if f"input_blocks.{i}.1.qkv.weight" in shape]
     options = {
         "name": "DDIMUNet" if "conv_in.weight" in tensors else "UNet",
         "in_channels": shape["input_blocks.0.0.weight"][1],
