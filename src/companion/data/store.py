@@ -42,8 +42,8 @@ def write_dataset(
 
     arrays: name -> `(subject, ...)`, finite; `Rows` are copied one by one. units: name -> "1", "mm",
     "kBq/mL". scale: name -> how the values were scaled, in words or as the factor that multiplies them back to the
-    source. source: where the data come from. split: "train", "validation", "test" -> subject identifiers; disjoint. subjects:
-    identifiers in the order of the first axis, by default 0, 1, ... attrs: anything else that JSON can hold.
+    source. source: where the data come from. split: "train", "validation", "test" -> subject identifiers; disjoint.
+    subjects: identifiers in the order of the first axis, by default 0, 1, ... attrs: anything else that JSON can hold.
     Raises ValueError for NaN, arrays of different lengths, missing units or scale, or overlapping splits.
     """
     path = Path(path)

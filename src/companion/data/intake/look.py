@@ -14,6 +14,7 @@ from companion.data.intake.records import Description, Found, Item, Reader, Unre
 from companion.data.intake.tables import Table, own_table, read_table
 from companion.data.intake.walk import natural, walk
 
+STRANGE = "nobody can tell whose it is; name it as the others are, or give a table of files and subjects"
 HEADERS = (".hdr", ".hdr.gz", ".mhd", ".nhdr")  # read before the files that they describe
 
 
@@ -109,6 +110,8 @@ def _assigned(items: list[Item], table: Table | None, folder: str) -> tuple[list
         strangers = {name: f"not in {table.path.name}" for name, who in told.items() if who is None}
     else:
         told = _told(items, folder)
+        strangers = {n: STRANGE for n, who in told.items() if not who.person}
+        told = {n: who for n, who in told.items() if who.person}
     named = [replace(i, person=w.person, session=w.session, told=w.told) for i in items if (w := told.get(i.name))]
     if (
         split

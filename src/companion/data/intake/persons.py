@@ -103,7 +103,8 @@ def whose(
     """Return the person and session of each file of a folder, by the names of the files below it.
 
     said: name -> (person, session) that the content states, "" where it is silent. folder: the name of the folder
-    itself, for the person if there is one only. Raises Unclear when it cannot be told.
+    itself, for the person if there is one only. Of a few files that are named unlike all others the person is "".
+    Raises Unclear when it cannot be told.
     """
     said, found, silent = dict(said or {}), {}, []
     for name in names:
@@ -148,7 +149,10 @@ def _by_names(names: Sequence[str], folder: str) -> dict[str, Whose]:
             found[name] = Whose(person, _session(name), "name")
         else:
             nobody.append(name)
-    if nobody and len(nobody) < len(names) or len(nobody) > 1 and not _differ_in_kind(nobody):
+    odd = len(nobody) < len(names)  # a file or two that are named in another way than all others
+    if nobody and odd and 5 * len(nobody) <= len(names):
+        return found | {name: Whose("", "", "") for name in nobody}
+    if nobody and odd or not _differ_in_kind(nobody):
         raise Unclear(f"cannot tell whose files these are: {_some(nobody)}; {HOW}")
     for name in nobody:  # one person, in this folder
         words = [w for w, _ in candidates[name] if _numbered(w)]

@@ -16,6 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion.data import anatomy, fastmri, heart
+from companion.data.intake.kinds import one_contrast, one_each
+from companion.data.intake.look import find
+from companion.data.intake.records import Item
+from companion.data.intake.splits import split_people, split_table
+from companion.data.rows import Rows
 from companion.data.series import Series, load_series
 from companion.data.store import Prepared, open_dataset, write_dataset
 from companion.diffusion.latent import LatentSpace
@@ -50,6 +55,8 @@ class PrepareData(Parameters):
     acs: int = param(24, "of fastMRI files: width of the k-space centre that coil maps come from", minimum=12)
     validation_share: float = param(0.1, "of files: share of the patients to validate on", minimum=0, maximum=1)
     test_share: float = param(0.1, "of files: share of the patients kept for tests", minimum=0, maximum=1)
+    contrast: str | None = param(None, "of image files: the one to take, as in T1w; none: T1w where there are several")
+    people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
     codec: str | None = param(
         None,
         "autoencoder whose latents of the magnitudes are stored too, for a prior on them: "
@@ -157,8 +164,8 @@ def prepare_folder(p: PrepareData, progress: bool = True) -> Prepared:
     "image", complex64, or "magnitude", float32, when no file has a phase: each file divided by its largest magnitude,
     phase untouched, resized. "scale", (sequence,), multiplies back to the file's values. A file longer than `p.frames`
     is cut into sequences that overlap rather than leave frames out; shorter ones are skipped, not padded. A patient is
-    in one split only. attrs["files"] and attrs["skipped"] tell what became of each file, attrs["first_frame"] where
-    each sequence begins. All sequences are held in memory once.
+    in one split only. attrs["files"] and attrs["skipped"] tell what became of each file, attrs["people"] whose each
+    is, attrs["first_frame"] where each sequence begins. One file is held in memory at a time.
     """
     path = project_root() / p.data
     names = (
@@ -172,44 +179,13 @@ def prepare_folder(p: PrepareData, progress: bool = True) -> Prepared:
         "acs",
         "validation_share",
         "test_share",
+        "contrast",
+        "people",
         "seed",
     )
     wanted = {name: list(v) if isinstance(v := getattr(p, name), tuple) else v for name in names}
     if not path.exists():
-        read, skipped = read_folder(p, progress)
-        parts = [
-            (name, patient, series, first)
-            for name, patient, series in read
-            for first in pieces(len(series.frames), p.frames)
-        ]
-        images = torch.stack([series.frames[first : first + p.frames] for _, _, series, first in parts]).numpy()
-        subjects = [f"{name}/{first}" for name, _, _, first in parts]
-        split = split_patients(list(dict.fromkeys(patient for _, patient, _ in read)), p)
-        kind = "image" if np.iscomplexobj(images) else "magnitude"
-        step = [series.step_mm for _, _, series in read if series.step_mm]
-        write_dataset(
-            path,
-            {kind: images, "scale": np.array([series.scale for _, _, series, _ in parts], np.float32)},
-            units={kind: "1", "scale": "as in the file"},
-            seed=p.seed,
-            source=f"files of {Path(p.source).name}",
-            scale={
-                kind: "1 is the largest magnitude of a file; the array scale multiplies back",
-                "scale": "multiplies images back to the values of the file",
-            },
-            subjects=subjects,
-            split={
-                part: [s for s, (_, patient, _, _) in zip(subjects, parts, strict=True) if patient in people]
-                for part, people in split.items()
-            },
-            attrs={
-                "files": {name: len(series.frames) for name, _, series in read},
-                "skipped": skipped,
-                "first_frame": [first for _, _, _, first in parts],
-                "parameters": wanted,
-            }
-            | ({"spacing_mm": float(np.median(step))} if step else {}),
-        )
+        write_dataset(path, **_folder(p, path.parent, wanted, progress))
     prepared = open_dataset(path)
     made = prepared.attrs.get("parameters")
     if made != wanted:
@@ -262,11 +238,65 @@ def encode(p: PrepareData, prepared: Prepared, progress: bool = True) -> tuple[P
     return latents, space
 
 
-def read_folder(p: PrepareData, progress: bool = True) -> tuple[list[tuple[str, str, Series]], dict[str, str]]:
-    """Return (name, patient, series) of each file of a folder and below that can be used, and why others cannot.
+def _folder(p: PrepareData, scratch: Path, wanted: dict, progress: bool) -> dict[str, object]:
+    """What `write_dataset` stores of a folder: arrays, units, scale, source, seed, split, subjects, attrs."""
+    items, skipped, given = find_files(p)
+    phase = not p.magnitude and any(_has_phase(item) for item in items)
+    kind, files, whose, steps, sequences = "image" if phase else "magnitude", {}, {}, [], []
+    arrays = {name: Rows(scratch) for name in (kind, "scale")}
+    for item in tqdm(items, desc="files", disable=not progress):
+        if len(files) == p.subjects:
+            break
+        try:
+            if phase and not _has_phase(item):
+                raise ValueError("has no phase, unlike other files; magnitude=True drops that of all")
+            series = read_file(item, p)
+            starts = pieces(len(series.frames), p.frames)
+        except (ValueError, OSError) as error:
+            skipped[item.name] = str(error).removeprefix(f"{item.path}: ")
+            continue
+        for first in starts:
+            arrays[kind].append(series.frames[first : first + p.frames].numpy())
+            arrays["scale"].append(np.float32(series.scale))
+            sequences.append((item.name, first))
+        files[item.name], whose[item.name] = len(series.frames), item.person
+        steps += [series.step_mm] if series.step_mm else []
+    if not files:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items()) or " it is empty"
+        raise ValueError(f"no file of {p.source} can be used:{reasons}")
+    shares = (1 - p.validation_share - p.test_share, p.validation_share, p.test_share)
+    people = split_people(whose.values(), shares, p.seed, given)
+    if progress:
+        print(split_table(people, {who: [n for n in whose if whose[n] == who] for who in whose.values()}))
+    return {
+        "arrays": arrays,
+        "units": {kind: "1", "scale": "as in the file"},
+        "seed": p.seed,
+        "source": f"files of {Path(p.source).name}",
+        "scale": {
+            kind: "1 is the largest magnitude of a file; the array scale multiplies back",
+            "scale": "multiplies images back to the values of the file",
+        },
+        "subjects": [f"{name}/{first}" for name, first in sequences],
+        "split": {
+            part: [f"{name}/{first}" for name, first in sequences if whose[name] in who] for part, who in people.items()
+        },
+        "attrs": {
+            "files": files,
+            "skipped": skipped,
+            "people": whose,
+            "first_frame": [first for _, first in sequences],
+            "parameters": wanted,
+        }
+        | ({"spacing_mm": float(np.median(steps))} if steps else {}),
+    }
 
-    Magnitudes among complex files are skipped too: their phase would teach that there is none.
-    Raises FileNotFoundError for a folder that does not exist, ValueError with all reasons when no file can be used.
+
+def find_files(p: PrepareData) -> tuple[list[Item], dict[str, str], dict[str, str]]:
+    """Return the images and the k-space of a folder, by `data.intake`, why others are not used, and a table's split.
+
+    Of several contrasts of images one is taken, see `intake.kinds.one_contrast`. Raises FileNotFoundError for a folder
+    that does not exist, and as `intake.look.find`.
     """
     folder = project_root() / p.source
     if not folder.is_dir():
@@ -274,38 +304,30 @@ def read_folder(p: PrepareData, progress: bool = True) -> tuple[list[tuple[str, 
             f"{p.source} is not a folder; give one with fastMRI, NIfTI, .npy or .cfl files, or the "
             f"name of an embedded cohort: {', '.join(SOURCES)}"
         )
-    read, skipped = [], {}
-    paths = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(".") and f.suffix != ".hdr")
-    for path in tqdm(paths[: p.subjects], desc="files", disable=not progress):
-        name = path.relative_to(folder).as_posix()
-        try:
-            patient, series = read_file(path, p)
-            pieces(len(series.frames), p.frames)
-        except (ValueError, OSError) as error:
-            skipped[name] = str(error).removeprefix(f"{path}: ")
-        else:
-            read.append((name, patient or name, series))
-    if any(series.frames.is_complex() for _, _, series in read):
-        for name, _, series in read:
-            if not series.frames.is_complex():
-                skipped[name] = "has no phase, unlike other files; magnitude=True drops that of all"
-        read = [one for one in read if one[0] not in skipped]
-    if not read:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items()) or " it is empty"
-        raise ValueError(f"no file of {p.source} can be used:{reasons}")
-    return read, skipped
+    found = find(folder, p.people and project_root() / p.people, ("image", "k-space"))
+    images, others = one_contrast([item for item in found.items if item.what.kind == "image"], p.contrast)
+    images, versions = one_each(images)
+    chosen = {item.name for item in images}
+    items = [item for item in found.items if item.name in chosen or item.what.kind == "k-space"]
+    return items, dict(found.left) | others | versions, dict(found.split)
 
 
-def read_file(path: Path, p: PrepareData) -> tuple[str, Series]:
-    """Return the patient ("" where the file does not say) and the frames of one file, at `p.image_size`.
+def _has_phase(item: Item) -> bool:
+    return item.what.kind == "k-space" or item.what.dtype.startswith("complex")
+
+
+def read_file(item: Item, p: PrepareData) -> Series:
+    """Return the frames of one file, at `p.image_size`.
 
     Raises ValueError or OSError with the reason for a file that cannot be used.
     """
     shape, (before, after) = (p.image_size, p.image_size), p.leave_out
     part = slice(before, -after or None)
-    if path.suffix != ".h5":
-        return "", load_series(path, axis=p.axis, frames=part, shape=shape, magnitude=p.magnitude)
-    file = fastmri.open_volume(path)
+    if item.what.kind == "image":
+        return load_series(item.path, axis=p.axis, frames=part, shape=shape, magnitude=p.magnitude)
+    if item.reader.name != "fastMRI":
+        raise ValueError(f"k-space ({item.what.format}), of which images have to be made first; fastMRI files are read")
+    file = fastmri.open_volume(item.path)
     if file.mask is not None:
         raise ValueError("is undersampled; only fully sampled k-space shows what images look like")
     slices = [coil_combined(file.crop(file.read(i)), p.acs) for i in range(file.slices)[part]]
@@ -314,7 +336,7 @@ def read_file(path: Path, p: PrepareData) -> tuple[str, Series]:
     image, scale = normalise(torch.stack(slices))
     mm = file.voxel_mm
     series = Series(file.name, image.abs() if p.magnitude else image, float(scale), mm and mm[1:], mm and mm[0])
-    return file.patient, series.resized(shape)
+    return series.resized(shape)
 
 
 def coil_combined(kspace: Tensor, acs: int) -> Tensor:
@@ -333,15 +355,6 @@ def pieces(count: int, length: int) -> list[int]:
         raise ValueError(f"has {count} frames, fewer than a sequence of {length}; lower frames to use it")
     number = -(-count // length)
     return [round(i * (count - length) / max(number - 1, 1)) for i in range(number)]
-
-
-def split_patients(patients: list[str], p: PrepareData) -> dict[str, set[str]]:
-    """Return who is in which split, drawn with `p.seed`; training keeps at least one patient."""
-    order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(p.seed)).tolist()
-    tests = min(round(p.test_share * len(patients)), len(patients) - 1)
-    checks = min(round(p.validation_share * len(patients)), len(patients) - 1 - tests)
-    ends = {"test": (0, tests), "validation": (tests, tests + checks), "train": (tests + checks, len(patients))}
-    return {name: {patients[i] for i in order[a:b]} for name, (a, b) in ends.items()}
 
 
 def windows_table(prepared: Prepared, window: int) -> list[dict[str, object]]:
