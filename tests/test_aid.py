@@ -66,8 +66,8 @@ def files(tmp_path):
     series = {n: 7 * randn((n, 20, 24), torch.complex64, generator) for n in (6, 9, 7)}
     for n, x in series.items():
         np.save(folder / f"s{n}.npy", x.numpy())
-    np.save(folder / "short.npy", series[6][:3].numpy())
-    np.save(folder / "magnitude.npy", series[6].abs().numpy())
+    np.save(folder / "s3_short.npy", series[6][:3].numpy())
+    np.save(folder / "s5_magnitude.npy", series[6].abs().numpy())
     (folder / "broken.h5").write_bytes(b"no")
     (folder / "notes.txt").write_text("hello")
     return folder, series
@@ -88,8 +88,8 @@ def test_folder_keeps_phase_scale_and_all_frames(files, tmp_path):
         assert np.allclose(image[row, :, 0] * scale[row], padded, atol=1e-4)
     assert np.abs(image).max() == pytest.approx(1)
     skipped = prepared.attrs["skipped"]
-    assert set(skipped) == {"short.npy", "magnitude.npy", "broken.h5", "notes.txt"}
-    assert "3 frames" in skipped["short.npy"] and "no phase" in skipped["magnitude.npy"]
+    assert set(skipped) == {"s3_short.npy", "s5_magnitude.npy", "broken.h5"}
+    assert "3 frames" in skipped["s3_short.npy"] and "no phase" in skipped["s5_magnitude.npy"]
     people = {split: {name.split("/")[0] for name in members} for split, members in prepared.split.items()}
     assert [len(people[split]) for split in ("train", "validation", "test")] == [1, 1, 1]
     assert len(set.union(*people.values())) == 3
@@ -104,7 +104,7 @@ def test_magnitudes_are_stored_as_such(files, tmp_path):
     p = prepare(tmp_path, source=str(files[0]), magnitude=True, leave_out=(0, 2), frames=4, image_size=24)
     prepared = aid.prepare(p, progress=False)
     assert prepared.read("magnitude").min() >= 0 and aid.image_name(prepared) == "magnitude"
-    assert prepared.attrs["files"]["magnitude.npy"] == 4
+    assert prepared.attrs["files"]["s5_magnitude.npy"] == 4
 
 
 def test_fastmri_files_are_combined_from_their_coils(tmp_path):
@@ -112,7 +112,7 @@ def test_fastmri_files_are_combined_from_their_coils(tmp_path):
     (tmp_path / "files").mkdir()
     with h5py.File(tmp_path / "files" / "scan.h5", "w") as file:
         file["kspace"] = (1e-5 * fft(truth[:, None] * birdcage_maps((SIZE, SIZE), 4), 2)).numpy()
-    p = prepare(tmp_path, source=str(tmp_path / "files"), frames=3, acs=16)
+    p = prepare(tmp_path, source=str(tmp_path / "files"), frames=3, acs=16, validation_share=0.0, test_share=0.0)
     prepared = aid.prepare(p, progress=False)
     image = torch.from_numpy(prepared.read("image"))[0, :, 0]
     head = truth.abs() > 0.1
