@@ -86,17 +86,25 @@ def _sniffed(files: Mapping[str, Path], left: Mapping[str, str]) -> tuple[list[I
             series.setdefault((reader.name, what.series), []).append((name, path, what, reader))
         else:
             items.append(Item(name, (path, *what.parts), what, reader))
-    return items + _series(series), {name: why for name, why in left.items() if files.get(name) not in taken}
+    joined, broken = _series(series)
+    left |= broken
+    return items + joined, {name: why for name, why in left.items() if files.get(name) not in taken}
 
 
-def _series(series: Mapping[tuple, list]) -> list[Item]:
-    """One item for each DICOM series, called by its first file."""
-    items = []
+def _series(series: Mapping[tuple, list]) -> tuple[list[Item], dict[str, str]]:
+    """One item for each DICOM series, called by its first file, and why others make none."""
+    items, left = [], {}
     for members in series.values():
         members = sorted(members, key=lambda m: natural(m[0]))
         name, _, what, reader = members[0]
-        items.append(Item(name, tuple(path for _, path, _, _ in members), what, reader))
-    return items
+        files = tuple(path for _, path, _, _ in members)
+        try:
+            what = replace(reader.join(files), kind=what.kind, contrast=what.contrast) if reader.join else what
+        except Unreadable as error:
+            left |= {other: f"{error.reason} (a series of {len(files)} files)" for other, *_ in members}
+            continue
+        items.append(Item(name, files, what, reader))
+    return items, left
 
 
 def _assigned(items: list[Item], table: Table | None, folder: str) -> tuple[list[Item], dict[str, str], dict[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +85,8 @@ class Description:
 
 @dataclass(frozen=True)
 class Reader:
-    """A format: its name, the endings of its files in lower case, and its two functions.
+    """A format: its name, the endings of its files in lower case, its two functions, and where several files make one
+    item (`Description.series`) a third, that tells from all of them what they are together.
 
     The ending "" stands for any name that no other reader has an ending for: DICOM files are called IM0001 or 1.2.840.
     """
@@ -94,6 +95,7 @@ class Reader:
     suffixes: tuple[str, ...]
     sniff: Callable[[Path], Description | None]
     read: Callable
+    join: Callable[[Sequence[Path]], Description] | None = None
 
 
 @dataclass(frozen=True)

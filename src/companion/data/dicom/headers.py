@@ -1,0 +1,272 @@
+"""What a DICOM file says of itself, by the standard's attributes: of whom, which series, and where each frame lies.
+
+Names, birth dates and record numbers are not kept: a person is a code (`intake.records.pseudonym`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pydicom
+
+from companion.data.intake import streams
+from companion.data.intake.records import Unreadable, pseudonym
+
+NO_IMAGES = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation", "1.2.840.10008.5.1.4.1.1.481.3": "contours for radiotherapy",
+    "1.2.840.10008.5.1.4.1.1.4.2": "a spectrum", "1.2.840.10008.1.3.10": "a directory of other files",
+    "1.2.840.10008.5.1.4.1.1.66": "raw data of a vendor",
+}  # fmt: skip
+COMPONENTS = {
+    "magnitude": ("M", "MAGNITUDE", "M_FFE", "M_SE", "M_IR"), "phase": ("P", "PHASE", "PHASE MAP"),
+    "real": ("R", "REAL"), "imaginary": ("I", "IMAGINARY"),
+}  # fmt: skip
+GE_COMPONENT = {0: "magnitude", 1: "phase", 2: "real", 3: "imaginary"}
+MOST = 2**36  # bytes of pixels in a file that cannot be right
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image of a file: its place in the patient (LPS, mm) and what its numbers mean.
+
+    values = (stored * slope + intercept) * factor. `order` sorts frames of the same place in time.
+    """
+
+    path: Path
+    index: int
+    shape: tuple[int, int]
+    pixel_mm: tuple[float, float]  # between rows, between columns
+    orientation: tuple[float, ...]  # direction of a row, direction of a column
+    position: tuple[float, float, float]
+    thickness: float | None
+    slope: float
+    intercept: float
+    factor: float
+    component: str
+    echo: str
+    order: tuple
+
+    @property
+    def normal(self) -> np.ndarray:
+        """The direction across the slice: row direction x column direction."""
+        return np.cross(self.orientation[:3], self.orientation[3:])
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """A DICOM file: `person` and `session` as codes, `series` its UID, `frames` its images."""
+
+    person: str
+    session: str
+    series: str
+    description: str
+    modality: str
+    units: str
+    dtype: str
+    frames: tuple[Frame, ...] = field(repr=False)
+
+
+def read_header(path: str | os.PathLike) -> FileHeader | None:
+    """The header of a DICOM image, None for a file of another kind; no pixels are read.
+
+    Raises Unreadable for a DICOM file that is damaged, no image, colour, a mosaic or a localizer.
+    """
+    path = Path(path)
+    stat = path.stat()
+    return _read_header(path, stat.st_mtime_ns, stat.st_size)
+
+
+def dataset(path: Path, pixels: bool = False) -> pydicom.Dataset:
+    """The data set of a DICOM file, with its pixels or without; raises Unreadable."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
+    except Exception as error:  # pydicom raises many kinds for damaged files
+        raise Unreadable(path, f"damaged DICOM file ({error}); export it again") from error
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM: by its mark after the preamble, or by its first tag if it has none."""
+    start = streams.head(path, 132)
+    if start[128:132] == b"DICM":
+        return True
+    return path.suffix.lower() in (".dcm", ".ima", ".dicom") and start[:4] in (
+        b"\x08\0\0\0",
+        b"\x08\0\x05\0",
+        b"\x08\0\x08\0",
+    )
+
+
+@lru_cache(maxsize=8192)
+def _read_header(path: Path, modified: int, size: int) -> FileHeader | None:
+    if reason := streams.instead(path):
+        if path.suffix.lower() not in (".dcm", ".ima", ".dicom") and not reason.startswith("empty"):
+            if not reason.startswith("begins with zeros"):
+                return None
+        elif not reason.startswith("begins with zeros"):
+            raise Unreadable(path, reason)
+    if not is_dicom(path):
+        return None
+    d = dataset(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _parsed(path, d, size)
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise Unreadable(path, f"its DICOM attributes cannot be read ({error}); export it again") from error
+
+
+def _parsed(path: Path, d: pydicom.Dataset, size: int) -> FileHeader:
+    sop = str(d.get("SOPClassUID", ""))
+    kinds = [str(k).upper() for k in d.get("ImageType", None) or ()]
+    if sop in NO_IMAGES:
+        raise Unreadable(path, f"DICOM, {NO_IMAGES[sop]}, not an image")
+    if "Rows" not in d or "Columns" not in d:
+        name = pydicom.uid.UID(sop).name if sop else "no class"
+        raise Unreadable(path, f"DICOM without an image ({name})")
+    if "MOSAIC" in kinds:
+        raise Unreadable(path, "a Siemens mosaic, all slices in one picture; convert it to NIfTI with dcm2niix")
+    if "LOCALIZER" in kinds:
+        raise Unreadable(path, "a localizer, not a scan")
+    if int(d.get("SamplesPerPixel", 1)) != 1 or str(d.get("PhotometricInterpretation", "")) not in ("MONOCHROME2",):
+        how = d.get("PhotometricInterpretation", "unknown")
+        raise Unreadable(path, f"DICOM in {how}: colour or an inverted picture for the eye; give the scan itself")
+    rows, columns, frames = int(d.Rows), int(d.Columns), int(d.get("NumberOfFrames", 1) or 1)
+    bits = int(d.get("BitsAllocated", 16))
+    if min(rows, columns, frames) < 1 or bits not in (8, 16, 32, 64) or rows * columns * frames * bits // 8 > MOST:
+        raise Unreadable(path, f"{frames} frames of {rows} x {columns} with {bits} bits: its header is damaged")
+    if not d.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian).is_compressed:
+        if rows * columns * frames * bits // 8 > size:
+            raise Unreadable(path, f"{size} bytes, too few for its {rows} x {columns} pixels: truncated; copy it again")
+    identity = str(d.get("PatientID", "") or d.get("PatientName", "") or "")
+    dtype = ("float" if "FloatPixelData" in d else "int" if int(d.get("PixelRepresentation", 0)) else "uint") + str(
+        bits
+    )
+    made = _enhanced(path, d, frames) if "PerFrameFunctionalGroupsSequence" in d else _classic(path, d, frames)
+    return FileHeader(
+        pseudonym(identity) if identity else "",
+        pseudonym(str(d.get("StudyInstanceUID", "")))[:7] if d.get("StudyInstanceUID") else "",
+        str(d.get("SeriesInstanceUID", "")),
+        str(d.get("SeriesDescription", "") or d.get("ProtocolName", "") or "").strip(),
+        str(d.get("Modality", "")),
+        {"BQML": "Bq/mL", "GML": "g/mL", "CNTS": "counts", "HU": "HU"}.get(
+            str(d.get("Units", "") or d.get("RescaleType", "") or ("HU" if d.get("Modality") == "CT" else "")), ""
+        ),
+        dtype,
+        made,
+    )
+
+
+def _classic(path: Path, d: pydicom.Dataset, frames: int) -> tuple[Frame, ...]:
+    if frames > 1:
+        raise Unreadable(path, f"{frames} frames without a place for each (not enhanced DICOM); convert with dcm2niix")
+    return (_frame(path, 0, d, d, d, d, d, d),)
+
+
+def _enhanced(path: Path, d: pydicom.Dataset, frames: int) -> tuple[Frame, ...]:
+    shared = (d.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+    each = d.PerFrameFunctionalGroupsSequence
+    if len(each) != frames:
+        raise Unreadable(path, f"{frames} frames, but places for {len(each)}: damaged; export it again")
+
+    def group(one: pydicom.Dataset, name: str) -> pydicom.Dataset:
+        found = one.get(name) or shared.get(name)
+        return found[0] if found else pydicom.Dataset()
+
+    made = []
+    for i, one in enumerate(each):
+        kind = group(one, "MRImageFrameTypeSequence")
+        content = group(one, "FrameContentSequence")
+        echo = group(one, "MREchoSequence")
+        private = group(one, "PrivatePerFrameSq") if "PrivatePerFrameSq" in one else _philips(one)
+        times = pydicom.Dataset()
+        for name in ("TemporalPositionIndex", "FrameAcquisitionDateTime", "DimensionIndexValues"):
+            if name in content:
+                times[name] = content[name]
+        if "EffectiveEchoTime" in echo:
+            times.EchoTime = str(float(echo.EffectiveEchoTime))
+        for name in ("ComplexImageComponent", "FrameType"):
+            source = kind if name in kind else d
+            if name in source:
+                times[name] = source[name]
+        made.append(
+            _frame(path, i, d, group(one, "PixelMeasuresSequence"), group(one, "PlaneOrientationSequence"),
+                   group(one, "PlanePositionSequence"), group(one, "PixelValueTransformationSequence"), times, private)
+        )  # fmt: skip
+    return tuple(made)
+
+
+def _philips(one: pydicom.Dataset) -> pydicom.Dataset | None:
+    """Philips' private per-frame sequence, if there is one."""
+    element = one.get((0x2005, 0x140F))
+    return element.value[0] if element is not None and element.value else None
+
+
+def _frame(path, index, d, measures, orientation, position, transformation, times, private=None) -> Frame:
+    missing = [name for name, source in (("PixelSpacing", measures), ("ImageOrientationPatient", orientation),
+                                         ("ImagePositionPatient", position)) if not source.get(name)]  # fmt: skip
+    if missing:
+        raise Unreadable(path, f"does not say where its pixels lie (no {', '.join(missing)}): a picture, not a scan")
+    pixel = tuple(float(v) for v in measures.PixelSpacing)
+    axes = tuple(float(v) for v in orientation.ImageOrientationPatient)
+    place = tuple(float(v) for v in position.ImagePositionPatient)
+    gram = np.array([[np.dot(axes[:3], axes[:3]), np.dot(axes[:3], axes[3:])], [0, np.dot(axes[3:], axes[3:])]])
+    if len(pixel) != 2 or len(axes) != 6 or len(place) != 3 or not np.isfinite([*pixel, *axes, *place]).all():
+        raise Unreadable(path, f"its geometry {pixel}, {axes}, {place} is damaged; export it again")
+    if min(pixel) <= 0 or np.abs(gram - np.eye(2)).max() > 1e-3:
+        raise Unreadable(path, f"pixels of {pixel} mm along {axes}: its geometry cannot be right; export it again")
+    slope, intercept = (
+        float(transformation.get(n, v) or v) for n, v in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
+    )
+    scale = (private if private is not None else d).get((0x2005, 0x100E))
+    scale = float(scale.value) if scale is not None and _is_number(scale.value) else 0.0
+    philips = scale > 0 and "philips" in str(d.get("Manufacturer", "")).lower() and d.get("Modality") == "MR"
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise Unreadable(path, f"values scaled by {slope} and {intercept}: its header is damaged")
+    thickness = measures.get("SliceThickness")
+    return Frame(
+        path, index, (int(d.Rows), int(d.Columns)), pixel, axes, place,
+        float(thickness) if _is_number(thickness) else None,
+        slope, intercept, 1 / (slope * scale) if philips else 1.0,
+        _component(d, times), str(times.get("EchoNumbers", "") or times.get("EchoTime", "") or ""),
+        _order(d, times, index),
+    )  # fmt: skip
+
+
+def _component(d: pydicom.Dataset, times: pydicom.Dataset) -> str:
+    ge = d.get((0x0043, 0x102F))
+    if ge is not None and _is_number(ge.value) and int(ge.value) in GE_COMPONENT:
+        return GE_COMPONENT[int(ge.value)]
+    said = [
+        str(times.get("ComplexImageComponent", "")),
+        *map(str, (times.get("FrameType") or d.get("ImageType") or ())[2:]),
+    ]
+    for word in said:
+        for component, words in COMPONENTS.items():
+            if word.upper() in words:
+                return component
+    return "magnitude"
+
+
+def _order(d: pydicom.Dataset, times: pydicom.Dataset, index: int) -> tuple:
+    number = [times.get(n) for n in ("TemporalPositionIdentifier", "TemporalPositionIndex", "TriggerTime")]
+    time = next((str(v) for n in ("FrameAcquisitionDateTime", "AcquisitionDateTime") if (v := times.get(n))), "")
+    time = time or str(times.get("AcquisitionDate", "") or "") + str(times.get("AcquisitionTime", "") or "")
+    instance = d.get("InstanceNumber") if times is d else None
+    numbers = [float(v) if _is_number(v) else 0.0 for v in (*number, times.get("AcquisitionNumber"))]
+    return (*numbers, time, float(instance) if _is_number(instance) else 0.0, index)
+
+
+def _is_number(value) -> bool:
+    try:
+        return value is not None and np.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
