@@ -31,6 +31,29 @@ def run(
 
 
 @app.command()
+def look(
+    path: Annotated[Path, typer.Argument(help="a file or a folder of scans, of any format and any names")],
+    picture: Annotated[bool, typer.Option("--picture", help="draw the scans too; prints where the PNG is")] = False,
+    table: Annotated[Path | None, typer.Option(help="CSV or TSV: file, subject, and session, split if known")] = None,
+):
+    """Say what PATH holds: kinds, shapes, voxels, coils, people, sessions, a proposed split, and what is wrong."""
+    from companion.data.intake.look import look as look_at
+    from companion.data.intake.report import report
+
+    try:
+        found = look_at(path, table)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(report(found))
+    if picture:
+        from companion.show.look import picture as draw
+
+        print(f"\npicture: {draw(found, Path.cwd() / f'look-{found.root.resolve().name}.png')}")
+    raise typer.Exit(0 if found.items else 1)
+
+
+@app.command()
 def index(runs: Annotated[Path, typer.Argument(help="folder that holds the runs")] = Path("runs")):
     """Write RUNS/index.html: one offline page with every run, its figures and numbers."""
     from companion.workbench.index import write_index

@@ -60,7 +60,8 @@ def split_table(split: Mapping[str, Sequence[str]], files: Mapping[str, Sequence
     """Return the split as text, one line a part: how many people, how many files, and who they are."""
     lines = []
     for part, people in split.items():
-        count = f", {sum(len(files.get(p, ())) for p in people)} files" if files else ""
+        number = sum(len(files.get(p, ())) for p in people) if files else 0
+        count = f", {number} file{'s' * (number != 1)}" if files else ""
         who = ", ".join(list(people)[:12]) + (f" and {len(people) - 12} more" if len(people) > 12 else "")
         lines.append(
             f"{part:<11} {len(people):>4} {'person' if len(people) == 1 else 'people'}{count}: {who or 'nobody'}"
