@@ -227,12 +227,29 @@ def test_own_counts_become_a_level(tmp_path):
         (dict(factors=-np.ones(SHAPE[1:])), "factors must not be negative"),
         (dict(factors=np.ones((3, *SHAPE[1:]))), "must fit counts"),
         (dict(counts=np.array([{}], object)), "npz of plain arrays"),
+        (dict(counts=np.ones((SIZE, 2 * SIZE))), "angles and bins are exchanged"),
+        (dict(factors=np.full(SHAPE[1:], np.inf)), "factors: .* NaN or infinite"),
+        (dict(factors=np.zeros(SHAPE[1:])), "all factors are 0"),
+        (dict(factors=np.ones(SHAPE[1:]) * (np.arange(SIZE) != 7)), "counts in 96 bins where the model allows none"),
+        (dict(background=np.full(SHAPE, np.nan)), "background: .* NaN or infinite"),
+        (dict(background=np.full(SHAPE, -0.1)), "background must not be negative"),
+        (dict(background=np.full(SHAPE, 2.0)), "empty: no counts above the background"),
+        (dict(counts=9.0 * np.ones(SHAPE) * (np.arange(SIZE) != 7)), "bins 7 counted nothing"),
+        (dict(counts=9.0 * np.ones(SHAPE) * (np.arange(2 * SIZE) != 7)[:, None]), "angles 7 counted nothing"),
     ],
 )
 def test_what_cannot_be_reconstructed_is_refused(tmp_path, change, message):
     arrays = dict(counts=np.ones(SHAPE), factors=np.ones(SHAPE[1:])) | change
     with pytest.raises(ValueError, match=message):
         pet_recon.open_scan(write(tmp_path / "bad.npz", **arrays), P)
+
+
+def test_dead_bins_may_be_said_by_factors_and_background_explains_counts(tmp_path):
+    alive = np.ones(SHAPE[1:]) * (np.arange(SIZE) != 7)
+    dead = write(tmp_path / "dead.npz", counts=9 * np.ones(SHAPE) * alive, factors=alive)
+    randoms = write(tmp_path / "randoms.npz", counts=9 * np.ones(SHAPE), factors=alive, background=np.ones(SHAPE))
+    one = write(tmp_path / "one.npz", counts=np.ones(SHAPE[1:], np.uint16), factors=np.float32(1))
+    assert [len(pet_recon.open_scan(path, P).scan.y) for path in (dead, randoms, one)] == [2, 2, 1]
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from companion.acquisition.pet import FIELD_MM, Scan, acquire, condition, mean_sensitivity, scanner
-from companion.data.npz import read_npz
 from companion.data.pet import Slices
+from companion.data.sinograms import read_sinograms
 from companion.diffusion.covariance import Isotropic, Measured, pixel_moments
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.noise import karras
@@ -41,7 +40,6 @@ from companion.diffusion.sampling import Bill, sample
 from companion.evaluation import metrics
 from companion.files import project_root
 from companion.models.checkpoint import describe, load_denoiser
-from companion.operators.counts import check_counts
 from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled
 from companion.operators.pet import Blur, mean_activity
 from companion.papers.pet.data import held_out
@@ -140,32 +138,14 @@ def open_scan(path: str | Path, p: Enhance) -> Level:
     counts (slice, angle, bin): raw, whole numbers. factors, broadcastable to them: the counts that 1 kBq/mL gives per
     mm of a line, so calibration times attenuation. background (optional): expected counts of randoms and scatter.
     Geometry: p.image_size pixels across 224 mm, twice as many angles over half a turn, one bin a pixel.
-    Raises FileNotFoundError or ValueError for what cannot be used.
+    Raises FileNotFoundError, or ValueError for what cannot be used; see `data.sinograms`.
     """
     path = project_root() / path
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give an .npz with counts and factors, or scan: null")
-    found = read_npz(path)
-    if odd := [name for name, value in found.items() if value.dtype.kind not in "fiub"]:
-        raise ValueError(f"{path}: {', '.join(odd)} of type {found[odd[0]].dtype}; expected real numbers")
-    arrays = {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in found.items()}
-    if missing := {"counts", "factors"} - set(arrays):
-        raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'} but not {', '.join(sorted(missing))}")
     P = scanner((p.image_size, p.image_size), FIELD_MM / p.image_size)
-    y = check_counts(arrays["counts"][:, None] if arrays["counts"].ndim == 3 else arrays["counts"], P)
-    try:
-        given = {
-            name: arrays[name].reshape(-1, 1, *arrays[name].shape[-2:]).expand(len(y), *P.range_shape)
-            for name in ("factors", "background")
-            if name in arrays
-        }
-    except RuntimeError as error:
-        raise ValueError(f"{path}: factors and background must fit counts of shape {tuple(y.shape)}") from error
-    if not (given["factors"] >= 0).all() or not given["factors"].any():
-        raise ValueError(f"{path}: factors must not be negative, and not all be 0")
-    A = Diagonal(given["factors"].contiguous(), P.range_shape) @ P
-    mean_activity(y, A, given.get("background"))  # refuses an empty scan
-    return Level(path.stem, y.sum().item() / len(y), Scan(None, y, A, given.get("background")))
+    y, A, background = read_sinograms(path, P)
+    return Level(path.stem, y.sum().item() / len(y), Scan(None, y, A, background))
 
 
 def items(A: LinearOperator, index: Tensor) -> LinearOperator:
