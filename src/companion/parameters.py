@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -74,7 +75,7 @@ def check(cls: type[Parameters], values: Mapping[str, Value]) -> dict[str, Value
     hints = typing.get_type_hints(cls)
     checked = {}
     for name, value in values.items():
-        checked[name] = value = coerce(name, value, hints[name])
+        checked[name] = value = coerce(name, value, hints[name], fields[name].metadata.get("choices") or ())
         _in_range(name, value, fields[name].metadata)
     return checked
 
@@ -90,17 +91,20 @@ def unknown_names(given: Iterable[str], known: Iterable[str], where: str) -> Non
             raise ValueError(f"unknown parameter {name}: {where} has none of that name; {hint}")
 
 
-def coerce(name: str, value: Value, kind: Any) -> Value:
-    """`value` as `kind`; text is read as YAML 1.2 would, so "1e-3" is a number. Raises TypeError."""
+def coerce(name: str, value: Value, kind: Any, choices: Iterable = ()) -> Value:
+    """`value` as `kind`; text is read as YAML 1.2 would, so "1e-3" is a number, and "~/x" is in the home folder.
+
+    choices: of the items of a list; those that hold commas are known in a text by them. Raises TypeError.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None or isinstance(value, str) and value.lower() in ("none", "null", "~", ""):
             return None
         (kind,) = (k for k in arguments if k is not type(None))
-        return coerce(name, value, kind)
+        return coerce(name, value, kind, choices)
     if origin in (tuple, list) or kind in (tuple, list):
         if isinstance(value, str):
-            value = _items(value)
+            value = _items(value, choices)
         if not isinstance(value, (tuple, list)):
             value = (value,)
         if not arguments:
@@ -115,12 +119,28 @@ def coerce(name: str, value: Value, kind: Any) -> Value:
         raise TypeError(f"parameter {name} must be {_WORDS[kind]}, got {got}") from None
 
 
-def _items(text: str) -> list[str]:
-    """The items of "1, 2, 3" or "[1, 2, 3]"."""
+def _items(text: str, choices: Iterable = ()) -> list[str]:
+    """The items of "1, 2, 3", "[1, 2, 3]" or "a, 'b, c'"; choices that hold commas stay whole, quoted or not."""
     text = text.strip()
     if text[:1] + text[-1:] in ("[]", "()"):
         text = text[1:-1]
-    return [item.strip() for item in text.split(",") if item.strip()]
+    parts = [part.strip() for part in re.findall(r"""(?:"[^"]*"|'[^']*'|[^,])+""", text)]
+    whole, items = {_squeezed(str(choice)): str(choice) for choice in choices}, []
+    while parts:
+        length = next((n for n in range(len(parts), 1, -1) if _squeezed(",".join(parts[:n])) in whole), 1)
+        item = whole[_squeezed(",".join(parts[:length]))] if length > 1 else _unquoted(parts[0])
+        items.append(item)
+        del parts[:length]
+    return [item for item in items if item]
+
+
+def _squeezed(text: str) -> str:
+    """A text with no space around its commas, to compare."""
+    return ",".join(part.strip() for part in text.split(","))
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def _boolean(value: Value) -> bool:
@@ -151,7 +171,8 @@ def _integer(value: Value) -> int:
 def _text(value: Value) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError
-    return str(value)  # `seeds: 7` in YAML means the text "7"
+    text = str(value)  # `seeds: 7` in YAML means the text "7"
+    return os.path.expanduser(text) if text.startswith("~/") else text  # no shell does it after NAME=
 
 
 _SCALARS = {bool: _boolean, float: _real, int: _integer, str: _text}

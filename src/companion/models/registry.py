@@ -410,6 +410,11 @@ def explained(label: str, repo: str, revision: str, known: dict | None = None) -
             f"{at}/{repo}"
         ) from error
     except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) == 401:
+            raise PermissionError(
+                f"{label}: {at} does not accept your token: it has expired or was revoked. Log in again with `hf auth "
+                "login`, or log out (`hf auth logout`, unset HF_TOKEN): public repositories need no token"
+            ) from error
         raise OSError(f"{label}: {at} answered {error}; try again later") from error
     except (HTTPError, ConnectionError) as error:
         raise OSError(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import companion
+from companion.workbench.surroundings import settle
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 weights = typer.Typer(no_args_is_help=True, help="List, fetch, check, convert and publish weights.")
@@ -180,6 +181,7 @@ def version():
 
 def main() -> None:
     """Run the command; what the user can mend is one line and exit code 1, never a traceback."""
+    settle()
     try:
         app()
     except (ValueError, TypeError, OSError, RuntimeError) as error:

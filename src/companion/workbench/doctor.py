@@ -111,7 +111,8 @@ def machine() -> str:
         device += f", {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
-        ("companion", f"{companion.__version__}, {project_root()}"),
+        ("companion", f"{companion.__version__}, {Path(companion.__file__).parent}"),
+        ("project", f"{project_root()}{'' if is_project() else ': no checkout, so no notebooks and no workflow here'}"),
         ("Python", f"{platform.python_version()}, {sys.executable}"),
         ("torch", torch.__version__),
         ("device", device),
@@ -147,7 +148,8 @@ def papers() -> str:
             lacking = [f"\n      lacks {thing}: {remedy}" for thing, remedy in lacks(book)]
             lines.append(f"  {shown}:" + ("".join(lacking) or f" runs now: companion run {shown}"))
         if not books:
-            lines.append("  no notebooks in this version yet")
+            where = "in this version yet" if is_project() else f"in {project_root()}: run this in a checkout's folder"
+            lines.append(f"  no notebooks {where}")
         mine = [entry for entry in registry.entries().values() if entry.name.startswith(f"{paper}/")]
         absent = [entry.name.partition("/")[2] for entry in mine if state(entry) == "not here"]
         if absent:
@@ -155,6 +157,11 @@ def papers() -> str:
         lines += [f"  {entry.name} is unpublished: {registry.how_to_make(entry)}" for entry in mine if not entry.repo]
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
+
+
+def is_project() -> bool:
+    """Whether there are notebooks here to run."""
+    return (project_root() / "notebooks").is_dir()
 
 
 def notebooks(paper: str) -> list[Path]:

@@ -27,6 +27,7 @@ from companion.parameters import P, resolve
 MANIFEST = "run.json"
 NOTEBOOK = "notebook.ipynb"
 IMAGES = "companion-images-1"  # the format of Run.images
+VERSION = "COMPANION_VERSION"  # set by the runner: a kernel with another companion stops at once
 EXECUTION = "COMPANION_EXECUTION"  # set by the runner: a manifest without this mark is from another run
 
 
@@ -60,8 +61,15 @@ class Run:
     def start(cls, p, *, paper: str, stage: str) -> Run:
         """A run in folder `p.out` (relative to the project), cleared of a former run's results.
 
-        p: the resolved Parameters. Raises ValueError when `p.out` cannot be a folder.
+        p: the resolved Parameters. Raises ValueError when `p.out` cannot be a folder, RuntimeError in a process
+        that a runner of another version started.
         """
+        wanted = os.environ.get(VERSION, companion.__version__)
+        if wanted != companion.__version__:
+            raise RuntimeError(
+                f"this kernel has companion {companion.__version__} ({companion.__file__}), the runner has {wanted}: "
+                "two versions are installed; look at PYTHONPATH and sys.path, and keep one"
+            )
         folder = project_root() / p.out
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out is {p.out}, which is a file; name a folder")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import functools
 import importlib
 import json
 import logging
 import os
 import random
+import sys
 import time
 import uuid
 import warnings
@@ -21,9 +23,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import companion
 from companion.files import project_root
 from companion.parameters import Parameters, check, coerce, read_yaml, unknown_names
-from companion.workbench.run import EXECUTION, MANIFEST, NOTEBOOK, clear, read_run
+from companion.workbench.run import EXECUTION, MANIFEST, NOTEBOOK, VERSION, clear, read_run
+from companion.workbench.surroundings import settle
 
 STARTS = 4  # attempts to start a kernel: two kernels that start together may pick the same port
 QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1"}
@@ -169,7 +173,10 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
         import papermill
         from papermill.exceptions import PapermillExecutionError
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    os.environ.update({EXECUTION: mark} | {k: os.environ.get(k, v) for k, v in QUIET.items()})
+    settle()
+    os.environ.update(
+        {EXECUTION: mark, VERSION: companion.__version__} | {k: os.environ.get(k, v) for k, v in QUIET.items()}
+    )
     aside = output.with_name(f".{output.name}")
     aside.unlink(missing_ok=True)
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -177,11 +184,12 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
         for attempt in range(1, STARTS + 1):
             try:
                 papermill.execute_notebook(
-                    str(notebook),
-                    str(aside),
+                    _unformatted(notebook),
+                    _unformatted(aside),
                     plain,
                     kernel_name="python3",
                     language="python",
+                    kernel_manager_class=own_kernel(),
                     cwd=str(root),
                     progress_bar=False,
                     extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
@@ -204,8 +212,39 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
             os.replace(aside, output)
 
 
+def _unformatted(path: Path) -> str:
+    """A path as papermill wants it, which fills parameters in between braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+@functools.cache
+def own_kernel():
+    """The class of kernel managers whose kernel is this interpreter.
+
+    What "python3" means to Jupyter is decided by files in half a dozen folders (JUPYTER_PATH, the user's, the
+    environment's), of which another environment's may come first: its kernel has another companion, or none.
+    """
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
+    class OwnKernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self):
+            return KernelSpec(argv=argv, display_name="Python 3", language="python", name="python3")
+
+    return OwnKernel
+
+
 def _verify(folder: Path, mark: str) -> None:
     run = read_run(folder)
+    ran = run.record.get("packages", {}).get("companion", companion.__version__)
+    if run.state == "done" and ran != companion.__version__:
+        raise RunFailed(
+            f"the notebook was computed by companion {ran}, but started by {companion.__version__}: two versions are "
+            "installed; look at PYTHONPATH and sys.path, and keep one"
+        )
     if run.state == "done" and run.record.get("execution") != mark:
         raise RunFailed(f"{MANIFEST} in {folder} was written by another run")
     if run.state == "incomplete":
