@@ -55,11 +55,11 @@ class UNet(nn.Module):
     num_res_blocks: residual blocks a level in the encoder, one number for all levels or one each, finest first;
         the decoder has one more.
     attention_resolutions: strides 1, 2, 4, ... (after the stem) of the levels whose blocks are followed by
-        attention; the bottom block has one in any case.
+        attention; the bottom block has one in any case, unless num_heads is 0.
     conv_resample: resample by learned convolutions. resblock_updown: by residual blocks instead.
     num_classes: how many class labels y the network knows; None for a network without labels.
-    num_heads: attention heads; num_head_channels, if not -1, sets the channels per head instead (for all
-        levels, or for each, finest first);
+    num_heads: attention heads, 0 for none anywhere; num_head_channels, if not -1, sets the channels per head
+        instead (for all levels, or for each, finest first);
         num_heads_upsample, if not -1, is num_heads for the decoder.
     use_scale_shift_norm: the time embedding scales and shifts norms instead of being added.
     use_new_attention_order: order of q, k, v and heads inside the weights (see AttentionBlock).
@@ -164,7 +164,7 @@ class UNet(nn.Module):
 
     def heads(self, width: int, num_heads: int, num_head_channels: int) -> tuple[int, int] | None:
         """Returns (num_heads, num_head_channels) of attention over `width` channels; None: no attention."""
-        return num_heads, num_head_channels
+        return (num_heads, num_head_channels) if num_heads else None
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Returns (batch, out_channels, *space) for images x (batch, channel, *space) at times t (batch,).

