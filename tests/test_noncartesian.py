@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
+from companion.acquisition.noise import mix
+from companion.acquisition.trajectory import (
+    gradient_delay,
+    gridded_centre,
+    prepare_radial,
+    prepare_trajectory,
+    radial_angles,
+)
 from companion.operators.linear import adjoint_error
-from companion.operators.mri import birdcage_maps, fft
+from companion.operators.mri import birdcage_maps, centre_crop, fft
 from companion.operators.noncartesian import (
     GOLDEN,
     NUFFT,
@@ -17,6 +25,7 @@ from companion.operators.noncartesian import (
     radial_trajectory,
     spiral_trajectory,
 )
+from companion.operators.solve import conjugate_gradient
 
 pytest.importorskip("finufft")
 
@@ -110,3 +119,54 @@ def test_what_does_not_fit_is_refused():
         NUFFT(torch.tensor([[0.0, 20.0]]), (1, 16, 16))
     with pytest.raises(ValueError, match="expected"):
         NUFFT(torch.zeros(5, 3), (1, 16, 16))
+
+
+# ------------------------------------------------------------------------------- acquisition: delays, maps and units
+
+
+def phantom(n=64):
+    grid = torch.linspace(-1, 1, n)
+    y, x = grid[:, None], grid[None]
+    inside = ((y / 0.8) ** 2 + (x / 0.6) ** 2 < 1).float()
+    return torch.polar(inside * (1 + 0.5 * torch.cos(8 * x) * torch.sin(5 * y)), 0.7 * x.expand(n, n))
+
+
+def spokes(angles, delay=None, n=64, coils=6, noise=0.005, seed=0):
+    k = radial_trajectory(angles, 2 * n, n, delay).clamp(-n / 2, n / 2)
+    y = nufft(birdcage_maps((n, n), coils) * phantom(n), k.reshape(-1, 2)).reshape(coils, *k.shape[:2])
+    return y + noise * 2**0.5 * draw(*y.shape, seed=seed)
+
+
+@pytest.mark.parametrize("angles", [radial_angles(45), radial_angles(30, torch.pi), GOLDEN * torch.arange(40)])
+def test_the_delay_of_simulated_gradients_is_recovered(angles):
+    delay = torch.tensor([[0.5, 0.1], [0.1, -0.3]])
+    y = spokes(angles, delay) * torch.exp(0.5j * torch.sin(3 * angles))[:, None]  # and a phase for each spoke
+    assert (gradient_delay(y, angles) - delay).abs().max() < 0.02
+
+
+def test_a_radial_scan_is_prepared_and_its_delay_corrected():
+    angles, delay = radial_angles(61), torch.tensor([[-0.65, 0.0], [0.0, -0.4]])
+    y = spokes(angles, delay)
+    m, found = prepare_radial(y, angles, (64, 64), brightness=None)
+    assert (found - delay).abs().max() < 0.02 and m.found.sets == 1
+    blind = prepare_trajectory(y, radial_trajectory(angles, 128, 64), (64, 64), brightness=None)
+    truth = mix(m.found.matrix, birdcage_maps((64, 64), 6) * phantom()).abs().square().sum(0).sqrt()
+    errors = []
+    for one in (m, blind):
+        x = conjugate_gradient(lambda v, A=one.A: A.normal(v) + 0.01 * v, one.A.H(one.y), iterations=30)[0, 0].abs()
+        errors.append(((x - truth)[4:-4, 4:-4].norm() / truth.norm()).item())
+    assert errors[0] < 0.1 and errors[0] < 0.5 * errors[1]
+
+
+def test_samples_and_trajectory_must_agree():
+    with pytest.raises(ValueError, match="one position a sample"):
+        prepare_trajectory(draw(4, 10, 20), torch.zeros(10, 19, 2), (16, 16))
+
+
+def test_the_gridded_centre_is_that_of_the_cartesian_scan():
+    y = spokes(radial_angles(61), noise=0)
+    k = radial_trajectory(radial_angles(61), 128, 64).reshape(-1, 2).clamp(-32, 32)
+    box = gridded_centre(y.flatten(1), k, (64, 64), 16)
+    cartesian = centre_crop(fft(birdcage_maps((64, 64), 6) * phantom()), (16, 16))
+    middle = (..., slice(3, -3), slice(3, -3))
+    assert ((box - cartesian)[middle].norm() / cartesian[middle].norm()).item() < 0.05

@@ -28,7 +28,7 @@ class Found:
     """What the data said of themselves.
 
     coils, virtual: receive coils, and those left by compression, which hold the share `kept` of the signal's energy.
-    echo: index of the peak of energy; centre: the box of fully sampled k-space around it; None when not used.
+    echo: index of the peak of energy, None off the grid; centre: the box of fully sampled k-space around it; None when not used.
     folded: share of the energy where two tissues share a pixel; sets: of coil maps; measured: share of k-space.
     matrix: (virtual, coil) whitens and compresses raw data.
     """
@@ -37,7 +37,7 @@ class Found:
     coils: int
     virtual: int
     kept: float
-    echo: Shape
+    echo: Shape | None
     centre: Box | None
     folded: float
     sets: int
@@ -50,7 +50,9 @@ class Found:
             f"noise       {std.min():.3g} to {std.max():.3g} per real component, correlation up to "
             f"{self.noise.correlation:.2f}, from {self.noise.source} ({self.noise.samples} samples)",
             f"coils       {self.coils}, as {self.virtual} virtual ones with {self.kept:.2%} of the signal's energy",
-            f"measured    {self.measured:.1%} of k-space, R = {1 / self.measured:.2f}, echo at {self.echo}",
+            f"measured    {self.measured:.1%} of k-space, R = {1 / self.measured:.2f}, echo at {self.echo}"
+            if self.echo is not None
+            else f"measured    {self.measured:.2f} samples a pixel, off the grid",
         ]
         if self.centre is not None:
             wide = " x ".join(str(last - first) for first, last in self.centre)
@@ -189,7 +191,7 @@ def prepare_kspace(
             estimates = [espirit(box, space, 2, kernel, crop, noise_std=1.0, first=first) for box in boxes]
         maps = torch.stack([e.maps for e in estimates])
         image = torch.stack([_low_resolution_image(box, m, first) for box, m in zip(boxes, estimates, strict=True)])
-    scale = 1.0 if brightness is None else brightness / _bright(image)
+    scale = 1.0 if brightness is None else brightness / bright(image)
     found = Found(
         noise,
         kspace.shape[1],
@@ -288,7 +290,8 @@ def _low_resolution_image(centre: Tensor, found: Maps, first: Shape | None) -> T
     return (found.maps[0].conj() * low_resolution(centre, found.maps.shape[2:], first)).sum(0)
 
 
-def _bright(image: Tensor) -> float:
+def bright(image: Tensor) -> float:
+    """The magnitude that BRIGHTNESS_QUANTILE of an image's pixels do not exceed."""
     level = torch.quantile(image.abs().flatten()[: 2**24], BRIGHTNESS_QUANTILE).item()
     if not level > 0:
         raise ValueError(

@@ -71,8 +71,9 @@ class NUFFT(LinearOperator):
     """F: images `(..., channel, *space)`, `shape` = (channel, *space), to samples `(..., channel, sample)`.
 
     trajectory: (sample, axis), cycles per field of view. `normal` is a convolution: F^H F is Toeplitz, so two Fourier
-    transforms of twice the size do what two non-uniform ones would (Fessler et al. 2005); padding and cropping go axis
-    by axis, which leaves out transforms of zeros, and image by image, which keeps them in cache. Gradients do not flow through `forward` and `adjoint`.
+    transforms of twice the size do what two non-uniform ones would (Fessler et al. 2005). Padding and cropping go axis
+    by axis, which leaves out transforms of zeros, and image by image, which keeps them in cache. Gradients do not flow
+    through `forward` and `adjoint`.
     """
 
     trajectory: Tensor = field(repr=False)

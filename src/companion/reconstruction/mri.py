@@ -110,7 +110,8 @@ def bart_pics(
         with tempfile.TemporaryDirectory(prefix="bart-") as folder:
             for name, array in (("kspace", y), ("maps", maps), ("pattern", mask[None])):
                 write_cfl(Path(folder, name), _to_bart(array))
-            return _run_bart([program, "pics", *map(str, options), "kspace", "maps", "image"], folder, start, timeout)
+            command = [program, "pics", *map(str, options), "kspace", "maps", "image"]
+            return _from_bart(run_bart(command, folder, timeout), start)
 
     return _per_item(solve, y, maps, mask)
 
@@ -121,8 +122,11 @@ def _to_bart(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0)
 
 
-def _run_bart(command: list[str], folder: str, like: np.ndarray, timeout: float) -> np.ndarray:
-    """The image that a BART command leaves in its folder, shaped like `like`, ([z,] y, x)."""
+def run_bart(command: list[str], folder: str, timeout: float) -> np.ndarray:
+    """The array `image` that a BART command leaves in its folder, with BART's dimensions.
+
+    Raises TimeoutError, and RuntimeError with what BART said when it fails or leaves no image.
+    """
     try:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
@@ -133,9 +137,13 @@ def _run_bart(command: list[str], folder: str, like: np.ndarray, timeout: float)
     if done.returncode:
         raise RuntimeError(f"`bart pics` failed with status {done.returncode}; it said: {said}")
     try:
-        image = read_cfl(Path(folder, "image")).numpy()
+        return read_cfl(Path(folder, "image")).numpy()
     except (FileNotFoundError, ValueError) as error:
         raise RuntimeError(f"`bart pics` left no usable image: {error}; it said: {said}") from error
+
+
+def _from_bart(image: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The image in BART's order, shaped like `like`, ([z,] y, x)."""
     z, y, x = (1, *like.shape)[-3:]
     if image.shape[:3] != (y, x, z) or image.size != math.prod(like.shape):
         raise RuntimeError(f"`bart pics` left an image of shape {image.shape}; expected {(y, x, z)}")

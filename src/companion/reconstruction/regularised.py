@@ -1,0 +1,161 @@
+"""Classical reconstructions for any operator: the minimum of |A x - y|^2 / 2 + regularisation * penalty(x).
+
+For several sets of coil maps, 3D and non-Cartesian data alike, because only A^H y and A^H A are used. x, `(batch, set,
+*space)`, has a penalty for each set. The regularisation suits images of magnitude about 1 and scales with them.
+`reconstruction.mri` holds the same penalties for Cartesian SENSE through sigpy.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from companion.data.cfl import write_cfl
+from companion.operators.linear import LinearOperator
+from companion.operators.noncartesian import NUFFT
+from companion.operators.solve import conjugate_gradient
+from companion.reconstruction.mri import run_bart
+
+Shape = tuple[int, ...]
+
+
+def cg(A: LinearOperator, y: Tensor, regularisation: float = 0.01, iterations: int = 50) -> Tensor:
+    """The penalty |x|^2 / 2, by conjugate gradients. Pruessmann et al. 2001."""
+    return conjugate_gradient(lambda x: A.normal(x) + regularisation * x, A.H(y), iterations=iterations, tol=1e-6)
+
+
+def tv(A: LinearOperator, y: Tensor, regularisation: float = 0.001, iterations: int = 100) -> Tensor:
+    """The penalty sum |grad x|, isotropic, by primal-dual steps. Block et al. 2007; Condat 2013, Algorithm 3.1.
+
+    100 iterations come within 0.1 % of the least objective on a real head at R = 4.
+
+    Raises ValueError when the regularisation is not positive.
+    """
+    if not regularisation > 0:
+        raise ValueError(f"tv needs a positive regularisation, got {regularisation}; else use cg")
+    ndim = len(A.domain_shape) - 1
+    axes = tuple(range(-ndim, 0))
+    target, bound = A.H(y), largest_eigenvalue(A)
+    dual = bound / (8 * ndim)  # |grad|^2 <= 4 ndim, so that 1 / primal = bound / 2 + dual |grad|^2 = bound
+    x, u = target / bound, torch.zeros(ndim, *target.shape, dtype=target.dtype, device=target.device)
+    for _ in range(iterations):
+        new = x - (A.normal(x) - target + _divergence(u, axes)) / bound
+        u = u + dual * _gradient(2 * new - x, axes)
+        u = u * (regularisation / u.abs().square().sum(0).sqrt().clamp_min(regularisation))
+        x = new
+    return x
+
+
+def wavelet(
+    A: LinearOperator, y: Tensor, regularisation: float = 0.001, iterations: int = 100, wave: str = "db4"
+) -> Tensor:
+    """The penalty |W x|_1 with an orthonormal wavelet transform, by FISTA. Lustig et al. 2007; Beck & Teboulle 2009."""
+    from sigpy.wavelet import fwt, get_wavelet_shape, iwt
+
+    space = A.domain_shape[1:]
+    target, bound = A.H(y), largest_eigenvalue(A)
+    _, slices = get_wavelet_shape(space, wave_name=wave)
+
+    def shrink(x: Tensor) -> Tensor:
+        out = []
+        for image in x.reshape(-1, *space).cpu().numpy():
+            coefficients = fwt(image, wave_name=wave)
+            size = np.abs(coefficients)
+            coefficients *= np.maximum(1 - regularisation / bound / np.maximum(size, 1e-12), 0)
+            out.append(iwt(coefficients, space, slices, wave_name=wave))
+        return torch.from_numpy(np.stack(out)).reshape(x.shape).to(x)
+
+    x = momentum = target / bound
+    t = 1.0
+    for _ in range(iterations):
+        new = shrink(momentum - (A.normal(momentum) - target) / bound)
+        t, before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
+        x, momentum = new, new + (before - 1) / t * (new - x)
+    return x
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {"CG": cg, "L1-wavelet": wavelet, "TV": tv}
+
+
+def bart_pics(
+    A: LinearOperator,
+    y: Tensor,
+    maps: Tensor,
+    regularisation: float = 0.001,
+    iterations: int = 100,
+    penalty: str = "W",
+    timeout: float = 600.0,
+) -> Tensor:
+    """What `bart pics` makes of a single slice y `(1, coil, *k-space)`, an image `(1, set, *space)`.
+
+    maps: (set, coil, *space), the maps within A. penalty: W for l1-wavelet, T for total variation. `-w 1` switches off
+    BART's own scaling of the data. Raises FileNotFoundError when `bart` is not on PATH, and as `run_bart` does.
+    Uecker et al. 2015, ISMRM 2486.
+    """
+    program = shutil.which("bart")
+    if program is None:
+        raise FileNotFoundError("the program `bart` is not on PATH; install BART (https://mrirecon.github.io/bart)")
+    space = maps.shape[2:]
+    F = getattr(A, "outer", None)
+    options = ["-S", "-R", f"{penalty}:{2 ** (3 if len(space) == 3 else 2) - 1}:0:{regularisation}"]
+    options += ["-i", iterations, "-w", 1] + (["-u", 1] if penalty == "T" else [])
+    with tempfile.TemporaryDirectory(prefix="bart-") as folder:
+        if isinstance(F, NUFFT):
+            write_cfl(Path(folder, "kspace"), y[0].mT[None, :, None])  # 1, sample, 1, coil
+            k = torch.zeros(3, len(F.trajectory))
+            k[: len(space)] = F.trajectory[:, _bart_axes(len(space))].mT
+            write_cfl(Path(folder, "trajectory"), k)
+            options += ["-t", "trajectory"]
+        else:
+            write_cfl(Path(folder, "kspace"), _to_bart(y[0]))
+            pattern = A.mask.mask.expand(A.range_shape) if A.mask.mask.ndim <= len(space) else A.mask.mask[0]
+            write_cfl(Path(folder, "pattern"), _to_bart(pattern[:1]))
+            options += ["-p", "pattern"]
+        write_cfl(Path(folder, "maps"), torch.stack([_to_bart(m) for m in maps], -1))
+        image = run_bart([program, "pics", *map(str, options), "kspace", "maps", "image"], folder, timeout)
+    image = torch.from_numpy(image).reshape(*_to_bart(maps[0]).shape[:3], len(maps))  # dimension 4 holds the sets
+    return image.permute(3, 2, 0, 1).reshape(1, len(maps), *space)
+
+
+def _bart_axes(ndim: int) -> list[int]:
+    """The space axes in BART's order: y, x and then z."""
+    return [0, 1] if ndim == 2 else [1, 2, 0]
+
+
+def _to_bart(x: Tensor) -> Tensor:
+    """(coil, [z,] y, x) in BART's order: y, x, z, coil."""
+    return (x if x.ndim == 4 else x[:, None]).permute(2, 3, 1, 0)
+
+
+def largest_eigenvalue(A: LinearOperator, iterations: int = 15, margin: float = 1.02, seed: int = 0) -> float:
+    """The largest eigenvalue of A^H A, by power iteration, and a little more, so that steps of 1 / it are safe."""
+    x = torch.randn(1, *A.domain_shape, dtype=A.domain_dtype, generator=torch.Generator().manual_seed(seed))
+    x = x.expand(*A.batch_shape, *A.domain_shape) if A.batch_shape else x
+    value = 1.0
+    for _ in range(iterations):
+        x = A.normal(x)
+        value = torch.linalg.vector_norm(x).item()
+        x = x / value
+    return margin * value
+
+
+def _gradient(x: Tensor, axes: Shape) -> Tensor:
+    """Forward differences (axis, ...), zero at the last pixel."""
+    return torch.stack([x.diff(dim=a, append=x.narrow(a, -1, 1)) for a in axes])
+
+
+def _divergence(u: Tensor, axes: Shape) -> Tensor:
+    """The adjoint of `_gradient`."""
+    total = 0
+    for part, a in zip(u, axes, strict=True):
+        inner = part.narrow(a, 0, part.shape[a] - 1)
+        zero = torch.zeros_like(part.narrow(a, 0, 1))
+        total = total - torch.cat([inner, zero], a).diff(dim=a, prepend=zero)
+    return total
