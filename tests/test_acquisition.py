@@ -7,8 +7,15 @@ import pytest
 import torch
 
 from companion.acquisition.maps import centre_of_mask, echo_of, espirit
-from companion.acquisition.measurement import compression, hybrid_slices, prepare_kspace, remove_oversampling
+from companion.acquisition.measurement import (
+    compression,
+    hybrid_slices,
+    prepare_kspace,
+    prepare_scan,
+    remove_oversampling,
+)
 from companion.acquisition.noise import Noise, mix, noise_of_edges, noise_of_samples, noise_of_scan, whiten
+from companion.data.raw.scan import RawScan
 from companion.operators.linear import adjoint_error
 from companion.operators.mri import birdcage_maps, cartesian_mask, fft, ifft
 from companion.operators.soft_sense import CoilSets, soft_sense
@@ -314,3 +321,17 @@ def test_a_real_brain_slice_with_both_axes_as_phase_encodes():
     m = prepare_kspace(kspace, cartesian_mask((230, 180), 4, "poisson_disc", acs=24))
     assert m.found.sets == 1 and m.found.folded < 0.01
     assert all(last - first == 24 for first, last in m.found.centre)
+
+
+def test_a_raw_scan_brings_its_mask_noise_and_oversampling():
+    kspace, sigma, *_ = simulate((128, 56), noise=0.002)
+    mask = cartesian_mask((128, 56), 2, acs=16).mask
+    scan = RawScan(
+        (kspace * mask).expand(2, *kspace.shape),
+        mask[None, None],
+        noise=coloured(sigma, 5000),
+        oversampling=(2.0, 1.5),
+    )
+    m = prepare_scan(scan)
+    assert len(m) == 2 and m.y.shape[-2:] == (64, 56) and m.found.noise.source == "noise scan"
+    assert len(prepare_scan(scan, slice(1, 2), sets=1, brightness=None)) == 1

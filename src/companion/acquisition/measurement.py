@@ -15,12 +15,13 @@ from torch import Tensor
 
 from companion.acquisition.maps import Box, Maps, centre_of_mask, echo_of, espirit, low_resolution
 from companion.acquisition.noise import Noise, mix, noise_of_edges, noise_of_scan
+from companion.data.raw.scan import RawScan
 from companion.operators.linear import LinearOperator, check_finite
 from companion.operators.mri import CartesianMask, Sense, Shape, crop_kspace, ifft
 from companion.operators.soft_sense import soft_sense
 
 KEPT_ENERGY = 0.999  # of the signal, by the virtual coils that coil compression keeps
-BRIGHTNESS_QUANTILE = 0.99  # share of pixels of the low-resolution image below the stated brightness
+BRIGHTNESS_QUANTILE = 0.99  # share of the object's pixels in the low-resolution image below the stated brightness
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Found:
     """What the data said of themselves.
 
     coils, virtual: receive coils, and those left by compression, which hold the share `kept` of the signal's energy.
-    echo: index of the peak of energy, None off the grid; centre: the box of fully sampled k-space around it; None when not used.
+    echo: index of the peak of energy, None off the grid; centre: the fully sampled box around it, None when not used.
     folded: share of the energy where two tissues share a pixel; sets: of coil maps; measured: share of k-space.
     matrix: (virtual, coil) whitens and compresses raw data.
     """
@@ -107,6 +108,10 @@ class Measurement:
             A = soft_sense(self.maps[i], mask, A.coils.ndim)
         return replace(self, y=self.y[i : i + 1], A=A, maps=self.maps[i : i + 1])
 
+    def with_noise(self, noise_std: float) -> Measurement:
+        """The same with another deviation of the noise, in the units of y; see `redundancy`."""
+        return replace(self, noise_std=noise_std)
+
     def raw_to_data(self, kspace: Tensor) -> Tensor:
         """k-space (..., coil, *space) of the same coils in the units and virtual coils of y."""
         return self.scale * mix(self.found.matrix, kspace, self.y.ndim - 2)
@@ -160,7 +165,7 @@ def prepare_kspace(
     where the field of view folds, see `espirit`. calibration: fully sampled centre of a scan of its own, (coil, *box)
     or (slice, coil, *box), instead of this one's. maps: (coil, *space) in raw coils, instead of any estimate.
     oversampling: of each axis of space; the field of view is cut by it, along fully sampled axes only.
-    brightness: what 99 % of the low-resolution image's pixels shall not exceed; None leaves the whitened units.
+    brightness: what 99 % of the object's pixels in the low-resolution image shall not exceed; None: units of the noise.
 
     Raises ValueError for data that are not finite or all zero, an oversampled axis that is undersampled, and when no
     noise, centre or maps can be found; the texts say what to give.
@@ -206,6 +211,22 @@ def prepare_kspace(
     )
     A = soft_sense(maps if len(maps) > 1 else maps[0], mask if len(mask) > 1 else mask[0, 0], ndim)
     return Measurement(scale * y, A, scale, scale, maps, found)
+
+
+def prepare_scan(scan: RawScan, slices: slice | None = None, **options) -> Measurement:
+    """The measurement that a raw file holds: its mask, noise and calibration scans and oversampling are used.
+
+    slices: which of them. options: of `prepare_kspace`, before what the file says. The field of view is cut along fully
+    sampled axes only.
+    """
+    part = slice(None) if slices is None else slices
+    kspace, mask = scan.kspace[part], scan.mask[part] if len(scan.mask) > 1 else scan.mask
+    full = [torch.equal(mask, mask.narrow(a, 0, 1).expand_as(mask)) for a in range(-scan.ndim, 0)]
+    factors = tuple(f if whole else 1.0 for f, whole in zip(scan.oversampling, full, strict=True))
+    told = {"mask": mask, "noise": scan.noise, "ndim": scan.ndim, "oversampling": factors if factors else None}
+    if scan.calibration is not None:
+        told["calibration"] = scan.calibration[part]
+    return prepare_kspace(kspace, **told | options)
 
 
 def compression(kspace: Tensor, noise: Noise, coils: int | None = None, ndim: int = 2) -> tuple[Tensor, float]:
@@ -291,13 +312,15 @@ def _low_resolution_image(centre: Tensor, found: Maps, first: Shape | None) -> T
 
 
 def bright(image: Tensor) -> float:
-    """The magnitude that BRIGHTNESS_QUANTILE of an image's pixels do not exceed."""
-    level = torch.quantile(image.abs().flatten()[: 2**24], BRIGHTNESS_QUANTILE).item()
+    """The magnitude that BRIGHTNESS_QUANTILE of an object's pixels do not exceed.
+
+    The object: pixels above a tenth of the magnitude that 99 % of all pixels do not exceed, so that air does not count.
+    """
+    magnitude = image.abs().flatten()[: 2**24]
+    level = torch.quantile(magnitude, 0.99)
     if not level > 0:
-        raise ValueError(
-            "the image of the calibration centre is empty, so no intensity scale is found; give brightness=None"
-        )
-    return level
+        raise ValueError("the image of the calibration centre is empty, so it has no scale; give brightness=None")
+    return torch.quantile(magnitude[magnitude > 0.1 * level], BRIGHTNESS_QUANTILE).item()
 
 
 def _seconds(work: Callable) -> float:

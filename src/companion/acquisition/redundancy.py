@@ -22,8 +22,8 @@ class Redundancy:
     """What the data contradict themselves by.
 
     noise_std: deviation per real component that explains it, in the units of y. spare: share of the data that is
-    redundant, 0 to 1. ratio: noise_std / the stated one: above 1 maps, motion or other model errors, or a noise that was
-    measured too low; below 1 a noise measured too high, as signal at the edges of k-space makes it.
+    redundant, 0 to 1. ratio: noise_std / the stated one: above 1 there are errors of maps, motion or the model, or the
+    noise was measured too low; below 1 it was measured too high, as signal at the edges of k-space makes it.
     """
 
     noise_std: float
@@ -50,7 +50,7 @@ def redundancy(m: Measurement, prior_std: float = 0.3, iterations: int = 60, see
         total += measured.sum().item()
     if spare < LEAST_SPARE * total:
         raise ValueError(
-            f"only {spare / total:.0%} of the data is redundant, too little to read its noise off; trust the stated noise"
+            f"only {spare / total:.0%} of the data is redundant, too little to read its noise off; use the stated noise"
         )
     noise_std = (contradiction / (2 * spare)) ** 0.5
     return Redundancy(noise_std, spare / total, noise_std / m.noise_std)

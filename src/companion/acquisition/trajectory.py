@@ -67,7 +67,7 @@ def gridded_centre(y: Tensor, trajectory: Tensor, shape: Shape, width: int = CEN
     images = conjugate_gradient(
         lambda x: F.adjoint(w * F.forward(x)) + 1e-3 * x, b, iterations=iterations, item_ndim=len(box)
     )
-    return fft(images, len(box)) * (torch.tensor(shape).prod() / torch.tensor(box).prod()).sqrt()
+    return fft(images, len(box))
 
 
 def gradient_delay(

@@ -1,0 +1,309 @@
+"""Raw, fully sampled k-space, undersampled and reconstructed by classical methods and by a diffusion prior.
+
+    python benchmarks/real_kspace.py scan.cfl other.h5 --heads validation_head.nii.gz --out runs/benchmarks/real_kspace
+
+Protocol. Each file is fully sampled k-space of any format that `companion look` names as such. Its reference image is
+the coil combination of all data with maps from the centre of all data. Measured are every R-th line, or a Poisson
+disc over both phase encodes, R = 4 and 8, with a fully sampled centre of 24; noise, coil compression, maps and units
+come from the measured samples alone (`prepare_scan`), the noise level from the redundancy of the coils. Classical
+methods are tuned, and the error of the prior is measured, on the validation heads given (else on virtual people), seen
+by the coils and mask of the scan; never on the scan. The posterior mean is the average of the conditional means of the
+last level.
+
+Rows: file, mask, R, method. PSNR (peak: largest magnitude of the reference), SSIM, NRMSE of magnitudes; calibration
+(variance of draws / squared error of their mean) and coverage of the 90 % interval, complex, inside the object;
+seconds; peak memory of the process so far. Writes table.md, results.json and sheet.png into --out.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from companion.acquisition.maps import centre_of_mask, echo_of, espirit
+from companion.acquisition.measurement import Measurement, prepare_scan
+from companion.acquisition.redundancy import redundancy
+from companion.data import anatomy
+from companion.data.intake.readers import read_image, sniff
+from companion.data.raw.scan import RawScan
+from companion.diffusion.covariance import Measured
+from companion.diffusion.denoisers import AnySize
+from companion.diffusion.gibbs import annealed_gibbs
+from companion.diffusion.guidance import posterior_mean
+from companion.diffusion.noise import karras
+from companion.diffusion.sets import EachSet
+from companion.evaluation import metrics
+from companion.evaluation.tables import markdown
+from companion.files import atomic_write, code_version
+from companion.models.architectures import network_of
+from companion.models.checkpoint import load_denoiser
+from companion.operators.mri import cartesian_mask, ifft
+from companion.randomness import randn
+from companion.reconstruction import regularised
+from companion.reconstruction.regularised import bart_pics, cg, tv, wavelet
+from companion.show import figures
+
+KINDS = {"lines": "equispaced", "Poisson": "poisson_disc"}
+GRID = (0.5, 1.0, 2.0, 4.0)  # regularisation, in noise_std^(3/2): tuned values then lie inside for any noise
+FIRST_SIGMA = 5.0
+FIT_SIGMAS = torch.logspace(-2, 1.3, 12)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One slice, undersampled: its measurement, and the reference image (1, 1, y, x) in the same units."""
+
+    name: str
+    kind: str
+    acceleration: float
+    m: Measurement
+    reference: Tensor
+
+    @property
+    def inside(self) -> Tensor:
+        """The object, (1, 1, y, x): above 5 % of the reference's 99th percentile."""
+        size = self.reference.abs()
+        return size > 0.05 * torch.quantile(size.flatten(), 0.99)
+
+
+def read_scan(path: Path, axes: str | None) -> RawScan:
+    what, reader = sniff(path)
+    options = {} if axes is None else {"axes": axes}
+    return reader.read((path, *what.parts), **options)
+
+
+def cases(path: Path, args) -> Iterator[Case]:
+    """All masks and accelerations of the middle slices of a file."""
+    scan = read_scan(path, args.axes)
+    if scan.ndim != 2 or scan.mask.mean() < 0.6:
+        raise SystemExit(
+            f"{path}: {scan}\nneeds slices of fully sampled k-space; {scan.mask.mean():.0%} was measured in "
+            f"{scan.ndim} dimensions"
+        )
+    count = len(scan.kspace)
+    first = max(0, (count - args.slices) // 2)
+    for i in range(first, min(count, first + args.slices)):
+        for kind in args.kinds:
+            for R in args.accelerations:
+                mask = cartesian_mask(scan.kspace.shape[-2:], R, KINDS[kind], acs=args.acs, seed=args.seed + i).mask
+                m = prepare_scan(scan, slice(i, i + 1), mask=mask * scan.mask[:1, 0], brightness=args.brightness)
+                found = redundancy(m)
+                print(f"{path.name}, slice {i}, {kind}, R = {R}\n{m.found}\nredundancy  {found}", flush=True)
+                m = m.with_noise(found.noise_std)
+                yield Case(f"{path.stem} {i}", kind, R, m, reference_image(scan.kspace[i], m))
+
+
+def reference_image(kspace: Tensor, m: Measurement) -> Tensor:
+    """The combination (1, 1, y, x) of all data in the units of m, with maps from the centre of all data."""
+    full = m.raw_to_data(kspace)
+    box = centre_of_mask((full != 0).any(0), echo_of(full))
+    centre = full[(slice(None), *(slice(first, last) for first, last in box))]
+    first = tuple(f - n // 2 for (f, _), n in zip(box, full.shape[1:], strict=True))
+    maps = espirit(centre, tuple(full.shape[1:]), m.maps.shape[1], first=first, noise_std=m.noise_std).maps
+    return (maps.conj() * ifft(full)).sum(1).abs().square().sum(0).sqrt()[None, None].to(torch.complex64)
+
+
+# -------------------------------------------------------------------------------------------------- validation images
+
+
+def validation_images(shape: tuple[int, int], heads: list[Path], count: int, seed: int) -> Tensor:
+    """Complex images (image, 1, y, x) of other people, 99 % of the object's pixels at most 1, with smooth phases."""
+    if heads:
+        volumes = [torch.from_numpy(read_image(path).array).float() for path in heads]
+        images = [one for v in volumes for one in axial(v, count // len(volumes), shape)]
+    else:
+        people = anatomy.cohort("validation", count)
+        heights = [anatomy.slice_heights(s, count)[i : i + 1] for i, s in enumerate(people)]
+        images = [
+            anatomy.render(s, "T1w", (1, *shape), slices_mm=h).image[0].abs()
+            for s, h in zip(people, heights, strict=True)
+        ]
+    magnitude = torch.stack(images)[:, None]
+    return anatomy.random_phase(magnitude, torch.Generator().manual_seed(seed))
+
+
+def axial(volume: Tensor, count: int, shape: tuple[int, int]) -> list[Tensor]:
+    """Axial slices of a head (z, y, x), centred on `shape` pixels of its own size, the middle half of its height."""
+    heights = torch.linspace(0.35, 0.75, count) * len(volume)
+    images = []
+    for z in heights.long().tolist():
+        image = volume[z].flip(0)
+        for axis, n in ((0, shape[0]), (1, shape[1])):
+            have = image.shape[axis]
+            image = image.narrow(axis, max(0, (have - n) // 2), min(n, have))
+            before = (n - image.shape[axis]) // 2
+            pads = (
+                (0, 0, before, n - image.shape[axis] - before)
+                if axis == 0
+                else (before, n - image.shape[axis] - before)
+            )
+            image = torch.nn.functional.pad(image, pads)
+        bright = torch.quantile(image[image > 0.1 * image.max()], 0.99)
+        images.append(image / bright)
+    return images
+
+
+def tuned(case: Case, images: Tensor, methods: dict) -> dict[str, float]:
+    """The best regularisation of each classical method for validation images as this scan would see them, by PSNR."""
+    m = case.m
+    noise = randn((len(images), *m.A.range_shape), images.dtype, torch.Generator().manual_seed(7))
+    x = torch.cat([images, 0 * images.expand(-1, m.maps.shape[1] - 1, -1, -1)], 1) if m.maps.shape[1] > 1 else images
+    x = x * (m.maps[0, :1].abs().sum(1) > 0)
+    y = m.A(x) + m.noise_std * m.A.mask.mask * noise
+    best = {}
+    for name, method in methods.items():
+        scores = {}
+        for factor in GRID:
+            weight = factor * m.noise_std**1.5
+            found = torch.cat([method(m.A, one[None], weight) for one in y])
+            scores[weight] = metrics.psnr(found[:, :1].abs(), x[:, :1].abs()).mean().item()
+        best[name] = max(scores, key=scores.get)
+    return best
+
+
+def classical(m: Measurement) -> dict:
+    """The classical methods, (A, y, regularisation) -> image, by name."""
+    methods = {"CG-SENSE": cg, "L1-wavelet": wavelet, "TV": tv}
+    if regularised.shutil.which("bart"):
+        methods["BART l1-wavelet"] = lambda A, y, weight: bart_pics(A, y, m.maps[0], weight)
+        methods["BART TV"] = lambda A, y, weight: bart_pics(A, y, m.maps[0], weight, penalty="T")
+    return methods
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """Root sum of squares over sets, (batch, 1, y, x)."""
+    return x.abs().square().sum(1, keepdim=True).sqrt()
+
+
+def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None = None) -> dict:
+    """One line of the table. draws: (draw, set, y, x)."""
+    truth, found = case.reference.abs(), magnitude(x)
+    line = {
+        "scan": case.name,
+        "mask": case.kind,
+        "R": case.acceleration,
+        "method": method,
+        "PSNR (dB)": metrics.psnr(found, truth).item(),
+        "SSIM": metrics.ssim(found, truth).item(),
+        "NRMSE": metrics.nrmse(found, truth).item(),
+        "calibration": None,
+        "coverage": None,
+        "seconds": seconds,
+        "memory (GiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    if draws is not None:
+        spread = magnitude(draws)[:, None]
+        line["calibration"] = metrics.calibration_ratio(spread, truth, mask=case.inside).item()
+        line["coverage"] = metrics.coverage(spread, truth, (0.9,), mask=case.inside)[1].item()
+    return line
+
+
+def prior(weights: str, images: Tensor, args):
+    """The denoiser and the model of its error on the validation images."""
+    D = load_denoiser(weights, args.device, args.autocast)
+    D = EachSet(AnySize(D, network_of(D).total_stride))
+    return D, Measured.fit(D, images, FIT_SIGMAS, seed=args.seed)
+
+
+def evaluate(
+    case: Case, D, error, methods: dict, weights: dict[str, float], args
+) -> tuple[list[dict], dict[str, Tensor]]:
+    """The rows of a case, and its images by method."""
+    m, rows, images = case.m, [], {"reference": case.reference}
+    images["zero-filled"] = m.A.H(m.y)
+    rows.append(row(case, "zero-filled", images["zero-filled"], 0.0))
+    for name, method in methods.items():
+        began = time.perf_counter()
+        images[name] = method(m.A, m.y, weights[name])
+        rows.append(row(case, name, images[name], time.perf_counter() - began))
+    print(f"posterior: {m.cost(D, args.draws, args.evaluations)}", flush=True)
+    levels = karras(args.evaluations, sigma_min=args.last_sigma or 3 * m.noise_std, sigma_max=FIRST_SIGMA)
+    G = posterior_mean(m.A, m.y, m.noise_std, error)
+    began = time.perf_counter()
+    samples = annealed_gibbs(D, G, levels, seeds=range(args.seed, args.seed + args.draws))
+    seconds = time.perf_counter() - began
+    images["one draw"], images["posterior mean"] = samples.x[:1], samples.mean.mean(0, keepdim=True)
+    rows.append(row(case, "one draw", images["one draw"], seconds / args.draws))
+    rows.append(row(case, "posterior mean", images["posterior mean"], seconds, samples.x))
+    return rows, images
+
+
+def main(argv=None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/real_kspace"))
+    parser.add_argument("--weights", default="brain/t1w")
+    parser.add_argument("--heads", type=Path, nargs="*", default=[], help="validation heads, image files")
+    parser.add_argument("--axes", help="names of the stored axes of arrays that do not tell them, as in 'coil y x'")
+    parser.add_argument("--accelerations", type=float, nargs="+", default=[4, 8])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--methods", nargs="+", help="classical methods; default all, BART's where it is installed")
+    parser.add_argument("--acs", type=int, default=24)
+    parser.add_argument("--slices", type=int, default=1, help="of a file, its middle ones")
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--evaluations", type=int, default=30)
+    parser.add_argument("--last-sigma", type=float, help="noise of the last evaluation; default 3 noise_std")
+    parser.add_argument("--brightness", type=float, default=1.0, help="of the object, in units of the prior")
+    parser.add_argument("--validation", type=int, default=4, help="validation images")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--autocast", default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    rows, sheets, fitted = [], [], {}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in args.files:
+        for case in cases(path, args):
+            shape = tuple(case.reference.shape[-2:])
+            images = validation_images(shape, args.heads, args.validation, args.seed)
+            if shape not in fitted:
+                fitted[shape] = prior(args.weights, images, args)
+            methods = {n: f for n, f in classical(case.m).items() if args.methods is None or n in args.methods}
+            weights = tuned(case, images[: max(1, args.validation // 2)], methods)
+            some, pictures = evaluate(case, *fitted[shape], methods, weights, args)
+            for line in some:
+                line["regularisation"] = weights.get(line["method"])
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
+            rows += some
+            sheets.append((case, pictures))
+            write(args, rows, sheets)
+    return rows
+
+
+def write(args, rows: list[dict], sheets: list[tuple[Case, dict[str, Tensor]]]) -> None:
+    """The table, the numbers and the contact sheet of what is finished."""
+    about = {"code": code_version(), "options": {k: str(v) for k, v in vars(args).items()}, "rows": rows}
+    texts = {"table.md": markdown(rows) + "\n", "results.json": json.dumps(about, indent=1) + "\n"}
+    for name, text in texts.items():
+        with atomic_write(args.out / name) as path:
+            path.write_text(text)
+    with atomic_write(args.out / "sheet.png") as path:
+        sheet(sheets).savefig(path, format="png", dpi=100)
+
+
+def sheet(sheets):
+    """A figure: a row for each case and one for its errors, five times brighter; a column for each method."""
+    some = ("reference", "zero-filled", "L1-wavelet", "TV", "BART TV", "one draw", "posterior mean")
+    shown = [one for one in some if one in sheets[0][1]]
+    grid, notes = {}, {}
+    for case, pictures in sheets:
+        truth, name = case.reference.abs(), f"{case.name} {case.kind} {case.acceleration:g}"
+        peak = torch.quantile(truth, 0.995)
+        grid[name] = {one: magnitude(pictures[one])[0, 0] / peak for one in shown}
+        grid[f"{name} error x 5"] = {one: 5 * (magnitude(pictures[one]) - truth).abs()[0, 0] / peak for one in shown}
+        for one in shown[1:]:
+            notes[name, one] = f"{metrics.psnr(magnitude(pictures[one]), truth).item():.1f} dB"
+    return figures.image_grid(grid, notes=notes, width=2.2)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
