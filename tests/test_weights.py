@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from companion import files
 from companion.diffusion.noise import DiscreteSchedule
 from companion.models import architectures
 from companion.models import checkpoint as weights
+from companion.models import folder as model_folder
 from companion.models.architectures import build
-from companion.models.checkpoint import describe, load, load_denoiser
+from companion.models.checkpoint import describe, find, load, load_denoiser
 from companion.models.folder import save_checkpoint, write_sums
 
 CONFIG = {
@@ -51,7 +53,7 @@ def folder(saved, tmp_path) -> Path:
 @pytest.fixture
 def repository(saved, tmp_path, monkeypatch) -> Path:
     """The folder of embedded checkpoints, holding brain/t1w."""
-    monkeypatch.setattr(weights, "root", lambda: tmp_path / "checkpoints")
+    monkeypatch.setattr(model_folder, "root", lambda: tmp_path / "checkpoints")
     shutil.copytree(saved, tmp_path / "checkpoints" / "brain" / "t1w")
     write_sums()
     return tmp_path / "checkpoints"
@@ -178,8 +180,23 @@ def test_embedded_files_must_be_the_listed_ones(repository):
         load("brain/t1w")
 
 
+def test_a_load_hashes_each_file_once(repository, saved, tmp_path, monkeypatch):
+    """Whoever needs the config and the model finds the name once."""
+    hashed = []
+    monkeypatch.setattr(model_folder, "sha256", lambda path: hashed.append(Path(path).name) or files.sha256(path))
+    load("brain/t1w")
+    assert sorted(hashed) == ["config.json", "model.safetensors"]
+    hashed.clear()
+    found = find("embedded", default="brain/t1w")
+    assert found.name == "brain/t1w" and found.config["data"] and isinstance(found.denoiser(), torch.nn.Module)
+    assert sorted(hashed) == ["config.json", "model.safetensors"]
+    hashed.clear()
+    load(shutil.copytree(saved, tmp_path / "mine"))
+    assert hashed == ["model.safetensors"]
+
+
 def test_installed_without_the_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "root", lambda: tmp_path / "absent")
+    monkeypatch.setattr(model_folder, "root", lambda: tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="come with the repository: clone it"):
         load("brain/t1w")
 

@@ -38,9 +38,10 @@ import torch
 from torch import nn
 
 from companion.files import sha256
+from companion.models import folder as folders
 from companion.models import registry
 from companion.models.architectures import _blank, _check_finite, _check_match, _shapes, _wrap, set_autocast
-from companion.models.folder import CONFIG, MODEL, SUMS, _not_found, _read, _sums, _verify, embedded, read_config, root
+from companion.models.folder import CONFIG, MODEL, SUMS, _not_found, _read, _sums, _verify, embedded, read_config
 from companion.models.obtain import converted, damage, obtain
 
 PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin"}
@@ -65,32 +66,66 @@ def load(
     Raises FileNotFoundError when there is no such checkpoint, ValueError when it is damaged, is not what its
     hash says, does not fit its config, or is a pickle; the errors of `registry.fetch` for downloads.
     """
-    folder = resolve(name, default)
-    config = describe(folder)
-    path = folder / MODEL
-    _verify(path, config.get("sha256"), f"{folder / CONFIG}")
-    tensors = _read(path)
-    network = _blank(config)
-    _check_match(_shapes(network), {k: tuple(t.shape) for k, t in tensors.items()}, str(path))
-    _check_finite(tensors, str(path))
-    tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
-    network.load_state_dict(tensors, assign=True)
-    model = _wrap(network, config).to(device).eval().requires_grad_(False)
-    return set_autocast(model, autocast, device) if autocast else model
+    return find(name, default).load(device, autocast)
 
 
 def load_denoiser(
     name: str | os.PathLike, device="cpu", autocast: str | None = None, default: str | None = None
 ) -> nn.Module:
     """`load`, for checkpoints that are denoisers; raises ValueError for others."""
-    if describe(name, default).get("denoiser") is None:
-        raise ValueError(f'{name} holds a bare network: its {CONFIG} has no "denoiser"; use load')
-    return load(name, device, autocast, default)
+    return find(name, default).denoiser(device, autocast)
 
 
 def describe(name: str | os.PathLike, default: str | None = None) -> dict:
     """The config.json of a checkpoint: network, denoiser, data, sha256; "origin" if it was converted."""
-    return read_config(resolve(name, default))
+    return find(name, default).config
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A name found: its folder and its config. Who needs the config and the model asks once, and each file is hashed
+    once: c = find("lmi/t2w"); c.config["data"]; D = c.denoiser()."""
+
+    name: str
+    folder: Path
+    config: dict
+
+    def load(self, device: str | torch.device = "cpu", autocast: str | None = None) -> nn.Module:
+        """The model, see `load`."""
+        path = self.folder / MODEL
+        _verify(path, self.config.get("sha256"), f"{self.folder / CONFIG}")
+        tensors = _read(path)
+        network = _blank(self.config)
+        _check_match(_shapes(network), {k: tuple(t.shape) for k, t in tensors.items()}, str(path))
+        _check_finite(tensors, str(path))
+        tensors = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
+        network.load_state_dict(tensors, assign=True)
+        model = _wrap(network, self.config).to(device).eval().requires_grad_(False)
+        return set_autocast(model, autocast, device) if autocast else model
+
+    def denoiser(self, device: str | torch.device = "cpu", autocast: str | None = None) -> nn.Module:
+        """The model, which must be a denoiser; raises ValueError for others."""
+        if self.config.get("denoiser") is None:
+            raise ValueError(f'{self.name} holds a bare network: its {CONFIG} has no "denoiser"; use load')
+        return self.load(device, autocast)
+
+
+def find(name: str | os.PathLike, default: str | None = None) -> Checkpoint:
+    """The checkpoint of a name, its config compared with SHA256SUMS if it is embedded; its weights are when loaded.
+
+    Raises as `load`, but for the weights.
+    """
+    name = _named(name, default)
+    embedded_name = _is_embedded(name)
+    folder = folders.root() / str(name) if embedded_name else resolve(name)
+    if embedded_name:
+        _verify_embedded(str(name), CONFIG)
+    config = read_config(folder)
+    if embedded_name and config.get("sha256") != _listed(f"{name}/{MODEL}"):
+        raise ValueError(
+            f"{folder / CONFIG} and {folders.root() / SUMS} list different weights; fetch the checkpoint again"
+        )
+    return Checkpoint(str(name), folder, config)
 
 
 @dataclass(frozen=True)
@@ -108,17 +143,17 @@ class Source:
 
 def describe_source(name: str | os.PathLike, default: str | None = None) -> Source:
     """What `load(name)` loads, from where, with which hash (computed now, not quoted)."""
-    name = _named(name, default)
-    folder = resolve(name)
-    origin, hub = describe(folder).get("origin"), HUB_ID.fullmatch(str(name))
+    found = find(name, default)
+    name, folder, origin = found.name, found.folder, found.config.get("origin")
+    hub = HUB_ID.fullmatch(name)
     if origin:
         place = f"{origin['repo']} at {origin['revision'][:12]}, " if origin.get("repo") else ""
         words = f"converted from {place}{origin['file']} (SHA-256 {origin['sha256']})"
     elif hub:
         words = f"Hugging Face Hub, {hub['repo']} at {_commit(folder)[:12]}"
     else:
-        words = "embedded in the repository" if str(name) in embedded() else "a checkpoint on this machine"
-    return Source(str(name), words, folder / MODEL, sha256(folder / MODEL))
+        words = "embedded in the repository" if name in embedded() else "a checkpoint on this machine"
+    return Source(name, words, folder / MODEL, sha256(folder / MODEL))
 
 
 HUB_ID = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./ -]+))?")
@@ -130,8 +165,10 @@ def resolve(name: str | os.PathLike, default: str | None = None) -> Path:
     An embedded checkpoint is first compared with SHA256SUMS; a published or hub one is downloaded if need be.
     """
     name = _named(name, default)
-    if re.fullmatch(r"\w[\w-]*(/\w[\w-]*)+", str(name)) and (root() / str(name) / CONFIG).exists():
-        return _embedded_folder(str(name))
+    if _is_embedded(name):
+        for file in (CONFIG, MODEL):
+            _verify_embedded(str(name), file)
+        return folders.root() / str(name)
     if str(name).startswith("hf:"):
         return _hub_folder(str(name))
     path = Path(name)
@@ -159,14 +196,19 @@ def _named(name: str | os.PathLike, default: str | None) -> str | os.PathLike:
     return names[0]
 
 
-def _embedded_folder(name: str) -> Path:
-    folder, sums = root() / name, _sums()
-    for file in (CONFIG, MODEL):
-        key = f"{name}/{file}"
-        if key not in sums:
-            raise ValueError(f"{key} is not in {root() / SUMS}; add it with companion.models.folder.write_sums()")
-        _verify(folder / file, sums[key], str(root() / SUMS))
-    return folder
+def _is_embedded(name: str | os.PathLike) -> bool:
+    return bool(re.fullmatch(r"\w[\w-]*(/\w[\w-]*)+", str(name))) and (folders.root() / str(name) / CONFIG).exists()
+
+
+def _listed(key: str) -> str:
+    sums = _sums()
+    if key not in sums:
+        raise ValueError(f"{key} is not in {folders.root() / SUMS}; add it with companion.models.folder.write_sums()")
+    return sums[key]
+
+
+def _verify_embedded(name: str, file: str) -> None:
+    _verify(folders.root() / name / file, _listed(f"{name}/{file}"), str(folders.root() / SUMS))
 
 
 def _hub_folder(name: str) -> Path:

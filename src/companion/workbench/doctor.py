@@ -16,6 +16,7 @@ from huggingface_hub import constants
 import companion
 from companion.files import project_root
 from companion.models import checkpoint as weights
+from companion.models import folder as folders
 from companion.models import registry
 from companion.models.registry import Entry
 from companion.workbench.runner import read_signature
@@ -39,7 +40,7 @@ def weights_table() -> str:
     """All weights and sample data: name, size, whether they are here, what they are."""
     rows = [("name", "size", "state", "what")]
     for name in weights.embedded():
-        size = (weights.root() / name / weights.MODEL).stat().st_size
+        size = (folders.root() / name / weights.MODEL).stat().st_size
         rows.append((name, _mb(size), "embedded", weights.describe(name)["data"]["source"]))
     for entry in registry.entries().values():
         rows.append((entry.name, _mb(entry.size), state(entry), entry.title))
@@ -78,7 +79,7 @@ def verified() -> Iterator[tuple[str, str | None]]:
     for name in weights.embedded():
         try:
             weights.resolve(name)
-            yield name, weights.damage(weights.root() / name)
+            yield name, weights.damage(folders.root() / name)
         except (ValueError, OSError) as error:
             yield name, str(error)
     for entry in registry.entries().values():
