@@ -25,8 +25,9 @@ from companion.acquisition.pet import acquire
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
-from companion.papers.pet.reconstruct import Enhance, Prior, posterior, validation_people
-from companion.papers.pet.regions import mean_and_error
+from companion.papers.pet.data import held_out
+from companion.papers.pet.reconstruct import Prior, posterior
+from companion.papers.pet.study import Enhance, mean_and_error
 from companion.show import figures
 
 CLASSES = {
@@ -59,7 +60,7 @@ def line(truth: str, regions: str, draws: Tensor, x: Tensor, cut: Tensor) -> dic
 def rows_of(name: str, x: Tensor, mu: Tensor, pixel_mm: float, prior: Prior, p: Enhance) -> list[dict]:
     """The four ways to cut, for one kind of truth."""
     scan = acquire(x, mu, 0.25 * p.full_counts, range(900, 900 + len(x)), pixel_mm=pixel_mm)
-    draws = posterior(prior, scan, p).x
+    draws = posterior(prior, scan, p, p.seed).x
     return [
         line(name, "the truth", draws, x, x),
         line(name, "the posterior mean", draws, x, draws.mean(0)),
@@ -74,7 +75,9 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--slices", type=int, default=16)
     args = parser.parse_args(argv)
     p = Enhance(device="cpu")
-    prior, people = Prior.load(p), validation_people(args.slices, p.image_size)
+    measured = held_out("validation", p.validation_subjects, p.image_size, lesions=1).image
+    prior = Prior.load(p.prior, measured, p.device, p.autocast, p.seed)
+    people = held_out("validation", args.slices, p.image_size, lesions=1)
     drawn = (
         sample(
             prior.D,

@@ -23,18 +23,10 @@ from companion.data.pet import Slices
 from companion.diffusion.noise import karras
 from companion.diffusion.poisson import em_steps, poisson_dps, poisson_gibbs, poisson_mean, poisson_pigdm
 from companion.diffusion.sampling import sample
-from companion.papers.pet.reconstruct import (
-    FIRST_SIGMA,
-    LAST_GUIDED,
-    Enhance,
-    Prior,
-    ladder,
-    last_levels,
-    some,
-    test_people,
-)
-from companion.papers.pet.regions import mean_and_error
-from companion.papers.pet.study import calibration, score
+from companion.evaluation import metrics
+from companion.evaluation.activity import score
+from companion.papers.pet.reconstruct import FIRST_SIGMA, LAST_GUIDED, Prior
+from companion.papers.pet.study import Enhance, mean_and_error, prepare
 from companion.show import figures
 
 
@@ -72,7 +64,7 @@ def line(name: str, result, seconds: float, prior: Prior, people: Slices) -> dic
         "calls": result.bill.denoiser_calls,
         "NRMSE of the mean": mean_and_error(figure["NRMSE"]),
         "lesion contrast recovered": mean_and_error(figure["recovery"]),
-        "calibration": calibration(draws, people.image),
+        "calibration": metrics.pooled_calibration(draws, people.image),
         "seconds": seconds / len(result.x),
     }
 
@@ -85,13 +77,13 @@ def main(argv=None) -> list[dict]:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     p = replace(Enhance(device="cpu"), subjects=args.people, fractions=(0.25,), factors=())
-    people, prior = test_people(p), Prior.load(p)
-    [level] = ladder(people, p)
+    [level], people, validation = prepare(p)
+    prior = Prior.load(p.prior, validation.image, p.device, p.autocast, p.seed)
     index = torch.arange(args.people).repeat(args.draws)
     seeds = [p.seed + 10_000 * i + k for k in range(args.draws) for i in range(args.people)]
-    last = last_levels(level.scan, p).log().mean().exp().item() / prior.scale_kbq
+    last = p.last_levels(level.scan).log().mean().exp().item() / prior.scale_kbq
     rows = []
-    for name, run in samplers(prior, some(level.scan, index), last, seeds).items():
+    for name, run in samplers(prior, level.scan.some(index), last, seeds).items():
         start = time.process_time()
         result = run()
         rows.append(line(name, result, time.process_time() - start, prior, people))

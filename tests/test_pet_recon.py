@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from companion.acquisition.pet import scanner
+from companion.acquisition.pet import Scan, read_counts, scanner
 from companion.data.pet import Slices
 from companion.diffusion.covariance import Measured
 from companion.diffusion.exact import GaussianDenoiser
-from companion.evaluation import metrics
+from companion.evaluation import activity, metrics
 from companion.papers.pet import reconstruct as pet_recon
-from companion.papers.pet import regions as pet_regions
 from companion.papers.pet import study as pet_study
-from companion.papers.pet.reconstruct import Enhance, Level, Prior
+from companion.papers.pet.data import held_out
+from companion.papers.pet.reconstruct import Prior
+from companion.papers.pet.study import Enhance
+from companion.reconstruction import pet as reconstruction
+from companion.reconstruction import regions as pet_regions
 
 SIZE = 24
 
@@ -35,51 +38,83 @@ def parameters(**others) -> Enhance:
     return Enhance(device="cpu", image_size=SIZE, network=None, **others)
 
 
+def ladder(people: Slices, p: Enhance) -> list[pet_study.Level]:
+    return pet_study.ladder(people, p, p, p.seed)
+
+
+def posterior(prior: Prior, scan: Scan, p: Enhance, *rule, **options):
+    return pet_recon.posterior(prior, scan, p, p.seed, *rule, **options)
+
+
+def of(scan: Scan) -> tuple:
+    return scan.y, scan.A, scan.background
+
+
 def test_a_ladder_thins_one_scan_and_calibrates_others(people):
     p = parameters(fractions=(0.25, 1.0), factors=(10.0,))
-    low, quarter, full = pet_recon.ladder(people, p)
+    low, quarter, full = ladder(people, p)
     assert [low.name, quarter.name, full.name] == ["10 per pixel", "25% dose", "100% dose"]
     assert (quarter.scan.y <= full.scan.y).all() and torch.equal(quarter.scan.x, people.image)
     assert torch.allclose(quarter.scan.A(people.image), 0.25 * full.scan.A(people.image), rtol=1e-5)
     counts = 10 * (people.image > 0.5).flatten(1).sum(1)
     assert torch.allclose(low.scan.A(people.image).flatten(1).sum(1), counts.float(), rtol=1e-4)
-    error = [pet_recon.counting_error(level.scan) for level in (quarter, full)]
+    error = [level.scan.counting_error() for level in (quarter, full)]
     assert ((error[0] / error[1] - 2).abs() < 0.05).all(), "as 1 / sqrt(dose)"
     with pytest.raises(ValueError, match="no dose"):
-        pet_recon.ladder(people, parameters(fractions=(), factors=()))
+        ladder(people, parameters(fractions=(), factors=()))
+
+
+@pytest.mark.parametrize("fractions", [(0.001, 0.004), (0.25, 0.2501), (0.3333333, 0.3333334)])
+def test_doses_have_names_of_their_own(people, fractions):
+    """Tables are keyed by them: no two doses share a name, or the study is refused."""
+    p = parameters(fractions=fractions, factors=())
+    if len({f"{f:.6g}" for f in fractions}) == 2:
+        assert {level.name for level in ladder(people, p)} == {pet_study.dose_name(f) for f in fractions}
+        assert len({pet_study.dose_name(f) for f in fractions}) == 2
+    else:
+        with pytest.raises(ValueError, match="two doses are both called 33.3333% dose"):
+            ladder(people, p)
+
+
+def test_methods_have_names_of_their_own():
+    names = [*reconstruction.METHODS, pet_study.ORACLE, pet_study.GUESS, pet_study.ANCHORED, pet_study.MEAN]
+    names += [pet_study.ONE, *(f"{name}, mean" for name in pet_recon.GUIDED)]
+    assert len(set(names)) == len(names)
 
 
 def test_some_scans_are_what_they_are_alone(people):
-    scan = pet_recon.ladder(people, parameters(fractions=(0.25,), factors=(), randoms=0.2))[0].scan
+    scan = ladder(people, parameters(fractions=(0.25,), factors=(), randoms=0.2))[0].scan
     index = torch.tensor([2, 0, 2])
-    chosen = pet_recon.some(scan, index)
+    chosen = scan.some(index)
     assert torch.equal(chosen.y, scan.y[index]) and torch.equal(chosen.background, scan.background[index])
     assert torch.equal(chosen.A(people.image[index]), scan.A(people.image)[index])
 
 
 def test_tuning_finds_the_best_setting_and_nobody_beats_the_oracle(people, monkeypatch):
-    monkeypatch.setitem(pet_recon.GRIDS, "MLEM", (1, 2, 4, 8, 16, 32, 64))
-    monkeypatch.setitem(pet_recon.METHODS, "offset", lambda s, v: s.x + (v - 3.0))
-    monkeypatch.setitem(pet_recon.GRIDS, "offset", tuple(range(12)))
-    scan = pet_recon.ladder(people, parameters(fractions=(0.25,), factors=()))[0].scan
-    assert pet_recon.tune("offset", scan) == 3
-    best = pet_recon.tune("MLEM", scan)
-    errors = {k: metrics.nrmse(pet_recon.METHODS["MLEM"](scan, k), scan.x) for k in pet_recon.GRIDS["MLEM"]}
+    monkeypatch.setitem(reconstruction.GRIDS, "MLEM", (1, 2, 4, 8, 16, 32, 64))
+    scan = ladder(people, parameters(fractions=(0.25,), factors=()))[0].scan
+    monkeypatch.setitem(reconstruction.METHODS, "offset", lambda y, A, b, v: scan.x + (v - 3.0))
+    monkeypatch.setitem(reconstruction.GRIDS, "offset", tuple(range(12)))
+    assert reconstruction.tune("offset", *of(scan), scan.x) == 3
+    best = reconstruction.tune("MLEM", *of(scan), scan.x)
+    errors = {
+        k: metrics.nrmse(reconstruction.METHODS["MLEM"](*of(scan), k), scan.x) for k in reconstruction.GRIDS["MLEM"]
+    }
     assert best == min(errors, key=lambda k: errors[k].mean())
-    oracle = metrics.nrmse(pet_recon.oracle_stop(scan), scan.x)
+    oracle = metrics.nrmse(reconstruction.oracle_stop(*of(scan), scan.x), scan.x)
     assert all((oracle <= error + 1e-6).all() for error in errors.values())
 
 
 def test_the_truth_scores_perfectly(people):
-    scores = pet_study.score(people.image, people)
+    scores = activity.score(people.image, people)
     assert scores["NRMSE"].max() == 0 and torch.allclose(scores["recovery"], torch.ones(3).double())
     assert torch.allclose(scores["SSIM"], torch.ones(3).double())
     assert all(scores[name].nan_to_num().abs().max() < 1e-12 for name in scores if name.startswith("bias"))
-    twice = pet_study.score(2 * people.image, people)
+    twice = activity.score(2 * people.image, people)
     assert torch.allclose(twice["bias, grey"], torch.ones(3).double())
-    blurred = pet_study.score(pet_recon.filtered(people.image, 1.0), people)
+    blurred = activity.score(reconstruction.filtered(people.image, 1.0), people)
     assert (blurred["bias, white inside"].abs() < 0.3 * blurred["bias, white"].abs()).all(), "no blur from outside"
-    ring = pet_study.surroundings(people)
+    ring = activity.surroundings(people)
     assert not (ring & (people.lesions > 0)).any() and ring.flatten(1).sum(1).min() > 10
 
 
@@ -97,20 +132,20 @@ def test_the_posterior_beats_mlem_is_calibrated_and_keeps_its_seeds(people):
     truth = 25 * prior.D.draw(3, torch.Generator().manual_seed(7)).float().clamp(min=0)
     drawn = Slices(truth, people.labels, people.lesions, people.mu, people.subject, people.height_mm, people.pixel_mm)
     p = parameters(fractions=(0.02,), factors=(), draws=8, evaluations=12, last_noise=1.0)
-    scan = pet_recon.ladder(drawn, p)[0].scan
-    result = pet_recon.posterior(prior, scan, p)
+    scan = ladder(drawn, p)[0].scan
+    result = posterior(prior, scan, p)
     assert result.x.shape == (8, 3, 1, SIZE, SIZE) and result.mean.shape == truth.shape
     assert result.bill.denoiser_calls == 12
     error = metrics.nrmse(result.mean, truth)
-    assert (error < metrics.nrmse(pet_recon.oracle_stop(scan), truth)).all()
+    assert (error < metrics.nrmse(reconstruction.oracle_stop(*of(scan), truth), truth)).all()
     assert (error < metrics.nrmse(result.x[0], truth)).all()
-    assert 0.6 < pet_recon.calibration(result.x, truth) < 1.6
-    alone = pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([0])), p)
-    assert torch.equal(alone.x, pet_recon.posterior(prior, pet_recon.some(scan, torch.tensor([0])), p).x)
+    assert 0.6 < metrics.pooled_calibration(result.x, truth) < 1.6
+    alone = posterior(prior, scan.some([0]), p)
+    assert torch.equal(alone.x, posterior(prior, scan.some([0]), p).x)
     assert torch.allclose(alone.x[:, 0], result.x[:, 0], atol=0.02), "a slice's draw is the same in any batch"
     assert result.x[:, 0].std(0).mean() > 0.5
     for name in ("EM steps", "one mean", "DPS", "PiGDM"):
-        other = pet_recon.posterior(prior, scan, p, name, draws=2)
+        other = posterior(prior, scan, p, name, draws=2)
         assert torch.isfinite(other.x).all() and other.bill.denoiser_calls <= 12
 
 
@@ -119,7 +154,7 @@ def test_a_network_that_states_no_variance_has_one_for_all_pixels(people):
         def forward(self, x, sigma, cond=None):
             return cond[:, :1]
 
-    scan = pet_recon.ladder(people, parameters(fractions=(1.0,), factors=()))[0].scan
+    scan = ladder(people, parameters(fractions=(1.0,), factors=()))[0].scan
     network = pet_recon.Network(LastIterate(1, 1), {"iterations": [5], "scale_kbq": 25.0})
     mean, variance = network.guess(scan)
     assert mean.shape == variance.shape == people.image.shape and variance.unique().numel() == 1
@@ -129,19 +164,19 @@ def test_a_network_that_states_no_variance_has_one_for_all_pixels(people):
 def test_regions_come_from_the_counts_where_the_maps_are_right(people):
     healthy = torch.where(people.lesions > 0, 0, people.labels)
     shares = torch.stack([(people.labels == k).float() for k in (1, 2, 3)], 1)
-    scan = pet_recon.ladder(people, parameters(fractions=(1.0,), factors=(), randoms=0.2))[0].scan
-    blurred = pet_recon.filtered(people.image, 2.0)
+    scan = ladder(people, parameters(fractions=(1.0,), factors=(), randoms=0.2))[0].scan
+    blurred = reconstruction.filtered(people.image, 2.0)
     before, after, off = (
         metrics.region_bias(x, people.image, healthy, (2, 3)).abs().mean(0)
         for x in (
             blurred,
-            pet_regions.regional(blurred, scan, shares),
-            pet_regions.regional(blurred, scan, pet_regions.misplaced(shares)),
+            pet_regions.regional(blurred, *of(scan), shares),
+            pet_regions.regional(blurred, *of(scan), pet_regions.misplaced(shares)),
         )
     )
     assert (after < 0.02).all() and (before > 0.05).all() and (off > after).all()
-    found = pet_regions.regional(people.image, scan, shares)
-    contrast = metrics.lesion_recovery(found, people.image, people.lesions > 0, pet_study.surroundings(people))
+    found = pet_regions.regional(people.image, *of(scan), shares)
+    contrast = metrics.lesion_recovery(found, people.image, people.lesions > 0, activity.surroundings(people))
     assert (contrast - 1).abs().max() < 0.1, "a lesion is a region of its own"
     assert torch.equal(pet_regions.decided(shares), shares), "tissues without partial volume"
     right = pet_regions.misplaced(shares, 1.0)
@@ -149,49 +184,45 @@ def test_regions_come_from_the_counts_where_the_maps_are_right(people):
 
 
 def test_region_rows_have_every_method_and_kind_of_maps():
-    people = pet_recon.test_people(Enhance(device="cpu", subjects=2, image_size=32))
-    level = pet_recon.ladder(people, Enhance(device="cpu", fractions=(1.0,), factors=()))[0]
-    study = pet_recon.Study()
-    study.regions = pet_regions.region_rows(
-        dict.fromkeys(("MLEM", "MAP", "posterior mean"), people.image), people, level
-    )
-    assert len(study.regions) == 3 * len(pet_regions.MAPS) * 2
-    lines = pet_regions.region_table(study, "100% dose")
+    people = held_out("test", 2, 32, lesions=1)
+    level = ladder(people, Enhance(device="cpu", fractions=(1.0,), factors=()))[0]
+    images = dict.fromkeys(("MLEM", "MAP", "posterior mean"), people.image)
+    rows = [{"level": level.name} | row for row in pet_study.region_rows(images, people, level.scan)]
+    assert len(rows) == 3 * len(pet_study.MAPS) * 2
+    lines = pet_study.region_table(rows, "100% dose")
     exact = {line["anatomical maps"]: line["bias, grey (%)"][0] for line in lines if line["method"] == "MAP"}
     assert exact["none"] == 0 and abs(exact["exact"]) < 1.5 < abs(exact["half a pixel off"])
 
 
-def study_of(values: dict[str, list[float]], counts=(1e4, 1e5, 1e6)) -> pet_recon.Study:
-    study = pet_recon.Study()
-    for name, errors in values.items():
-        for n, error in zip(counts, errors, strict=True):
-            study.rows += [
-                {
-                    "level": f"{n:g}",
-                    "counts": int(n),
-                    "method": name,
-                    "person": i,
-                    "NRMSE": error + 0.01 * i,
-                    "PSNR": 30.0,
-                    "SSIM": 0.9,
-                    "bias, grey": 0.01,
-                    "noise, white": 0.1,
-                    "recovery": float("nan") if i else 0.8,
-                }
-                for i in range(3)
-            ]
-    return study
+def rows_of(values: dict[str, list[float]], counts=(1e4, 1e5, 1e6)) -> list[dict]:
+    return [
+        {
+            "level": f"{n:g}",
+            "counts": int(n),
+            "method": name,
+            "person": i,
+            "NRMSE": error + 0.01 * i,
+            "PSNR": 30.0,
+            "SSIM": 0.9,
+            "bias, grey": 0.01,
+            "noise, white": 0.1,
+            "recovery": float("nan") if i else 0.8,
+        }
+        for name, errors in values.items()
+        for n, error in zip(counts, errors, strict=True)
+        for i in range(3)
+    ]
 
 
 def test_tables_and_curves_say_what_the_rows_hold():
-    study = study_of({"MAP": [0.4, 0.3, 0.2], "posterior mean": [0.3, 0.2, 0.1]})
-    line = pet_study.table(study, "10000")[0]
+    rows = rows_of({"MAP": [0.4, 0.3, 0.2], "posterior mean": [0.3, 0.2, 0.1]})
+    line = pet_study.table(rows, "10000")[0]
     assert line["method"] == "MAP" and abs(line["NRMSE"][0] - 0.41) < 1e-9
     assert abs(line["gain (%)"][0] - 100 * (0.1 / torch.tensor([0.4, 0.41, 0.42])).mean()) < 1e-3
     assert line["lesion recovery"][0] == 0.8
-    counts, means, _ = pet_study.curves(study, ["posterior mean", "none of these"])["posterior mean"]
+    counts, means, _ = pet_study.curves(rows, ["posterior mean", "none of these"])["posterior mean"]
     assert counts == [10_000, 100_000, 1_000_000] and np.allclose(means, [0.31, 0.21, 0.11])
-    equal = pet_study.same_quality(study, "MAP")
+    equal = pet_study.same_quality(rows, "MAP")
     assert equal[0]["times fewer"] is None, "lower counts than were measured"
     assert abs(equal[1]["times fewer"] - 10) < 0.5 and abs(equal[2]["times fewer"] - 10) < 0.5
 
@@ -201,19 +232,18 @@ def write(path, **arrays):
     return str(path)
 
 
-P = parameters()
 SHAPE = (2, 2 * SIZE, SIZE)
 
 
-def test_own_counts_become_a_level(tmp_path):
+def test_own_counts_become_a_scan(tmp_path):
     counts = np.random.default_rng(0).poisson(5.0, SHAPE)
     path = write(tmp_path / "mine.npz", counts=counts, factors=np.full(SHAPE[1:], 0.01), background=np.ones(SHAPE))
-    level = pet_recon.open_scan(path, P)
-    assert isinstance(level, Level) and level.scan.x is None and level.name == "mine"
+    (level,), people, _ = pet_study.prepare(parameters(scan=path, validation_subjects=2))
+    assert level.scan.x is None and level.name == "mine" and people is None and level.fraction is None
     assert torch.equal(level.scan.y[:, 0], torch.from_numpy(counts).float())
     x = torch.ones(2, 1, SIZE, SIZE)
     assert torch.allclose(level.scan.A(x), 0.01 * scanner((SIZE, SIZE), 224 / SIZE)(x))
-    assert torch.isfinite(pet_recon.METHODS["MAP"](level.scan, 0.1)).all()
+    assert torch.isfinite(reconstruction.METHODS["MAP"](*of(level.scan), 0.1)).all()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +271,7 @@ def test_own_counts_become_a_level(tmp_path):
 def test_what_cannot_be_reconstructed_is_refused(tmp_path, change, message):
     arrays = dict(counts=np.ones(SHAPE), factors=np.ones(SHAPE[1:])) | change
     with pytest.raises(ValueError, match=message):
-        pet_recon.open_scan(write(tmp_path / "bad.npz", **arrays), P)
+        read_counts(write(tmp_path / "bad.npz", **arrays), SIZE)
 
 
 def test_dead_bins_may_be_said_by_factors_and_background_explains_counts(tmp_path):
@@ -249,14 +279,14 @@ def test_dead_bins_may_be_said_by_factors_and_background_explains_counts(tmp_pat
     dead = write(tmp_path / "dead.npz", counts=9 * np.ones(SHAPE) * alive, factors=alive)
     randoms = write(tmp_path / "randoms.npz", counts=9 * np.ones(SHAPE), factors=alive, background=np.ones(SHAPE))
     one = write(tmp_path / "one.npz", counts=np.ones(SHAPE[1:], np.uint16), factors=np.float32(1))
-    assert [len(pet_recon.open_scan(path, P).scan.y) for path in (dead, randoms, one)] == [2, 2, 1]
+    assert [len(read_counts(path, SIZE).y) for path in (dead, randoms, one)] == [2, 2, 1]
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.npz does not exist"):
-        pet_recon.open_scan(str(tmp_path / "nowhere.npz"), P)
+        read_counts(str(tmp_path / "nowhere.npz"), SIZE)
     with pytest.raises(ValueError, match="holds phantoms but not counts, factors"):
-        pet_recon.open_scan(write(tmp_path / "foreign.npz", phantoms=np.ones(3)), P)
+        read_counts(write(tmp_path / "foreign.npz", phantoms=np.ones(3)), SIZE)
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match="npz of plain arrays"):
-        pet_recon.open_scan(str(tmp_path / "text.npz"), P)
+        read_counts(str(tmp_path / "text.npz"), SIZE)

@@ -12,6 +12,7 @@ from PIL import Image
 from companion.data.store import open_dataset, write_dataset
 from companion.diffusion.class_guidance import ClassGuidance
 from companion.diffusion.sampling import Bill
+from companion.evaluation import activity, metrics
 from companion.models.architectures import build
 from companion.models.folder import save_checkpoint
 from companion.papers.pet import data as pet
@@ -67,19 +68,32 @@ def parameters(weights, kind, **values):
     return sampling.SampleModel(**defaults | values)
 
 
+def model_of(p):
+    return sampling.Model.load(p.weights, p.device, p.autocast)
+
+
+def cases_of(data, p):
+    return sampling.held_out_cases(data, p.subjects, p.source, p.lesions, p.counts, p.seed)
+
+
+def drawn_of(p, cases=None, model=None):
+    options = {"label": p.label, "guidance": p.guidance, "batch_size": p.batch_size}
+    return sampling.draw(model or model_of(p), p.seeds, p, cases, **options)
+
+
 @pytest.fixture(scope="module")
 def enhanced(weights):
     p = parameters(weights, "conditional")
-    D, data = sampling.load_model(p)
-    cases = sampling.held_out_cases(data, p)
-    return D, data, cases, sampling.draw(D, data, p, cases, progress=False)
+    model = model_of(p)
+    cases = cases_of(model.data, p)
+    return model, model.data, cases, drawn_of(p, cases, model)
 
 
 def test_same_batch_same_bits_other_batch_same_image(weights, enhanced):
-    D, data, cases, drawn = enhanced
-    again = sampling.draw(D, data, parameters(weights, "conditional"), cases, progress=False)
+    model, _, cases, drawn = enhanced
+    again = drawn_of(parameters(weights, "conditional"), cases, model)
     assert torch.equal(again.x, drawn.x) and drawn.x.shape == (2, 3, 1, SIZE, SIZE) and drawn.seeds == [3, 5, 6]
-    one = sampling.draw(D, data, parameters(weights, "conditional", seeds="5", batch_size=1), cases, progress=False)
+    one = drawn_of(parameters(weights, "conditional", seeds="5", batch_size=1), cases, model)
     assert torch.allclose(one.x[:, 0], drawn.x[:, 1], rtol=1e-4, atol=1e-3)  # kBq/mL
     assert not torch.allclose(drawn.x[0, 0], drawn.x[0, 1], atol=1)
 
@@ -91,7 +105,7 @@ def test_cases_are_scans_of_held_out_people(weights, enhanced):
     level = cases.mlem[:, 1].mean((1, 2)) / cases.truth.mean((1, 2, 3))
     assert level.tolist() == pytest.approx([1, 1], abs=0.05)
     with pytest.raises(ValueError, match="give the cases"):
-        sampling.draw(*sampling.load_model(parameters(weights, "conditional")), parameters(weights, "conditional"))
+        drawn_of(parameters(weights, "conditional"))
 
 
 def test_a_prepared_file_has_its_own_cases(weights, tmp_path):
@@ -110,52 +124,48 @@ def test_a_prepared_file_has_its_own_cases(weights, tmp_path):
         split={"train": [0], "test": [1]},
         attrs=made.attrs,
     )
-    data = sampling.load_model(parameters(weights, "conditional"))[1]
-    cases = sampling.held_out_cases(data, parameters(weights, "conditional", source=str(tmp_path / "b.h5")))
+    data = model_of(parameters(weights, "conditional")).data
+    cases = cases_of(data, parameters(weights, "conditional", source=str(tmp_path / "b.h5")))
     assert np.array_equal(cases.truth.numpy(), arrays["activity"][1, [0, 2]])
     assert cases.name == ["1, slice 0", "1, slice 2"]
     with pytest.raises(ValueError, match="no test split"):
-        sampling.held_out_cases(data, parameters(weights, "conditional", source=p.data))
+        cases_of(data, parameters(weights, "conditional", source=p.data))
     with pytest.raises(ValueError, match=r"iterates \[2, 5\].*trained on \[50\]"):
-        sampling.held_out_cases(
-            data | {"iterations": [50]}, parameters(weights, "conditional", source=str(tmp_path / "b.h5"))
-        )
+        cases_of(data | {"iterations": [50]}, parameters(weights, "conditional", source=str(tmp_path / "b.h5")))
 
 
 @pytest.mark.parametrize("solver", ["heun", "heun_churn", "dpmpp_2m", "ddpm"])
 def test_every_solver_draws(weights, solver):
     p = parameters(weights, "unconditional", solver=solver, S_churn=1.0)
-    drawn = sampling.draw(*sampling.load_model(p), p, progress=False)
+    drawn = drawn_of(p)
     assert drawn.x.shape == (1, 3, 1, SIZE, SIZE) and drawn.cases is None and drawn.x.std() > 0
 
 
 def test_saturated_churn_says_so(weights):
     p = parameters(weights, "unconditional", solver="heun_churn", S_churn=40.0)
     with pytest.warns(UserWarning, match="any S_churn above 1.243 gives the same samples"):
-        sampling.draw(*sampling.load_model(p), p, progress=False)
+        drawn_of(p)
 
 
 def test_labels_and_guidance(weights):
     p = parameters(weights, "classes", label=2, guidance=2.0, seeds="0", solver="euler")
-    D, data = sampling.load_model(p)
-    guided = sampling.with_label(D, p)
-    assert isinstance(guided, ClassGuidance)
-    assert sampling.draw(D, data, p, progress=False).bill.denoiser_calls == 2 * p.steps
-    plain = sampling.draw(D, data, parameters(weights, "classes", label=2, seeds="0", solver="euler"), progress=False)
+    model = model_of(p)
+    assert isinstance(model.labelled(2, 2.0), ClassGuidance)
+    assert drawn_of(p, model=model).bill.denoiser_calls == 2 * p.steps
+    plain = drawn_of(parameters(weights, "classes", label=2, seeds="0", solver="euler"), model=model)
     assert plain.bill.denoiser_calls == p.steps
     for label, name, message in ((3, "classes", "knows classes 0 to 2"), (0, "unconditional", "knows no classes")):
         with pytest.raises(ValueError, match=message):
-            q = parameters(weights, name, label=label)
-            sampling.with_label(sampling.load_model(q)[0], q)
+            model_of(parameters(weights, name)).labelled(label)
     with pytest.raises(ValueError, match="no label to weigh"):
-        sampling.with_label(D, parameters(weights, "classes", guidance=2.0))
+        model.labelled(None, 2.0)
     with pytest.raises(ValueError, match="does not state pixel_mm, scale_kbq, task"):
-        sampling.load_model(sampling.SampleModel(weights="brain/t1w", device="cpu"))
+        sampling.Model.load("brain/t1w")
 
 
 def test_files_keep_scale_truth_counts_and_seeds(enhanced, tmp_path):
     _, _, cases, drawn = enhanced
-    files = sampling.write(drawn, tmp_path)
+    files = drawn.files().write(tmp_path)
     assert {f.name for f in files} >= {"drawn.npz", "drawn.h5", "drawn.nii.gz", "drawn.json", "000000.png"}
     with np.load(tmp_path / "drawn.npz") as npz:
         assert np.array_equal(npz["drawn"], drawn.x) and np.array_equal(npz["truth"], cases.truth)
@@ -177,8 +187,8 @@ def test_files_keep_scale_truth_counts_and_seeds(enhanced, tmp_path):
 
 def test_draws_without_condition_are_written_too(weights, tmp_path):
     p = parameters(weights, "unconditional")
-    drawn = sampling.draw(*sampling.load_model(p), p, progress=False)
-    sampling.write(drawn, tmp_path, ("npz", "hdf5"))
+    drawn = drawn_of(p)
+    drawn.files().write(tmp_path, ("npz", "hdf5"))
     with h5py.File(tmp_path / "drawn.h5") as file:
         assert file["drawn"].shape == (1, 3, 1, SIZE, SIZE)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["drawn.h5", "drawn.npz"]
@@ -188,11 +198,11 @@ def test_population_table_tells_people_from_copies():
     people = pet.held_out("test", 4, SIZE)
     training = pet.held_out("validation", 4, SIZE)
     copies = training.image[[0, 0, 1, 1]] * 1.01
-    real, copied = sampling.population_table(copies, people.image, people.pixel_mm, training.image)
+    real, copied = activity.population_table(copies, people.image, people.pixel_mm, training.image)
     assert copied["to the nearest other"][0] < 1e-3 < 0.2 < real["to the nearest other"][0]
     assert copied["to the nearest of training"][0] == pytest.approx(0.01, abs=1e-3)
     assert real["to the nearest of training"][0] > 0.1
-    values = sampling.facts(torch.full((1, 1, 10, 10), 8.0), pixel_mm=5.0)[0].tolist()
+    values = activity.facts(torch.full((1, 1, 10, 10), 8.0), pixel_mm=5.0)[0].tolist()
     assert values == pytest.approx([8.0, 8.0, 25.0, 1.0, 0.0])
 
 
@@ -203,7 +213,7 @@ def test_enhancement_table_and_calibration(enhanced):
     x = cases.truth[:, None] + 2 * torch.randn(2, 8, 1, SIZE, SIZE, generator=generator)
     noisy = sampling.Cases(cases.name, truth, cases.mlem, cases.counts, cases.sensitivity)
     drawn = sampling.Drawn(x, list(range(8)), noisy, Bill(1, 0, 0.0), {})
-    assert sampling.calibration(drawn) == pytest.approx(1, abs=0.1)
+    assert metrics.pooled_calibration(drawn.x.movedim(1, 0), truth) == pytest.approx(1, abs=0.1)
     table = {row["image"]: row["NRMSE"][0] for row in sampling.enhancement_table(drawn)}
     assert list(table)[-2:] == ["one draw", "mean of 8 draws"]
     assert table["mean of 8 draws"] == pytest.approx(table["one draw"] * (1.125 / 2) ** 0.5, rel=0.05)

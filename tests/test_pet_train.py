@@ -20,6 +20,7 @@ from companion.papers.pet import data as pet
 from companion.papers.pet import prior as pet_prior
 from companion.parameters import check, read_yaml
 from companion.training.loop import TrainConfig
+from companion.training.recipe import save
 
 PROFILES = Path(__file__).parents[1] / "notebooks/params/pet"
 
@@ -78,12 +79,12 @@ KINDS = {
 def test_activity_keeps_its_units_at_every_dose(people):
     """Ten thousand to ten million counts: the level of an MLEM image is that of the truth, without a scale fit."""
     for counts in (1e4, 1e6):
-        scan = pet.acquire(people.image, people.mu, counts, [1, 2, 3], pixel_mm=people.pixel_mm)
+        scan = acquisition_pet.acquire(people.image, people.mu, counts, [1, 2, 3], pixel_mm=people.pixel_mm)
         assert scan.y.sum((1, 2, 3)).tolist() == pytest.approx([counts] * 3, rel=0.05)
-        level = pet.iterates(scan, (8,)).mean((1, 2, 3)) / people.image.mean((1, 2, 3))
+        level = acquisition_pet.iterates(scan, (8,)).mean((1, 2, 3)) / people.image.mean((1, 2, 3))
         assert level.tolist() == pytest.approx([1] * 3, abs=0.06)
     dose = [
-        acquisition_pet.dose_channel(pet.mean_sensitivity(acquisition_pet.scanner((32, 32), 7.0) * c), 25.0)
+        acquisition_pet.dose_channel(acquisition_pet.mean_sensitivity(acquisition_pet.scanner((32, 32), 7.0) * c), 25.0)
         for c in (1.0, 10.0)
     ]
     assert (dose[1] - dose[0]).item() == pytest.approx(np.log(10) / 7, abs=1e-5)
@@ -91,19 +92,19 @@ def test_activity_keeps_its_units_at_every_dose(people):
 
 def test_a_condition_depends_on_its_own_scan_only(people):
     options = dict(pixel_mm=people.pixel_mm)
-    three = pet.acquire(people.image, people.mu, torch.tensor([1e4, 1e5, 1e6]), [7, 8, 9], **options)
-    alone = pet.acquire(people.image[1:2], people.mu[1:2], 1e5, [8], **options)
+    three = acquisition_pet.acquire(people.image, people.mu, torch.tensor([1e4, 1e5, 1e6]), [7, 8, 9], **options)
+    alone = acquisition_pet.acquire(people.image[1:2], people.mu[1:2], 1e5, [8], **options)
     assert torch.equal(three.y[1], alone.y[0])
     cond = acquisition_pet.condition(three, (2, 5), scale_kbq=20.0)
     assert cond.shape == (3, 3, 32, 32) and torch.allclose(
         cond[1], acquisition_pet.condition(alone, (2, 5), 20.0)[0], atol=1e-4
     )
-    assert torch.allclose(20 * cond[:, :2], pet.iterates(three, (2, 5)).clamp(max=80), rtol=1e-5)
+    assert torch.allclose(20 * cond[:, :2], acquisition_pet.iterates(three, (2, 5)).clamp(max=80), rtol=1e-5)
     assert cond[:, 2].flatten(1).std(1).max() < 1e-6 and (cond[:, 2, 0, 0].diff() > 0).all()  # the dose, a constant
 
 
 def test_thinned_scans_have_less_dose_and_the_same_activity(people):
-    full = pet.acquire(people.image, people.mu, 1e6, [1, 2, 3], pixel_mm=people.pixel_mm, randoms=0.2)
+    full = acquisition_pet.acquire(people.image, people.mu, 1e6, [1, 2, 3], pixel_mm=people.pixel_mm, randoms=0.2)
     low = full.thinned(0.1, [1, 2, 3])
     assert (low.y <= full.y).all() and low.y.sum().item() == pytest.approx(0.1 * full.y.sum().item(), rel=0.01)
     assert torch.allclose(low.A(people.image), 0.1 * full.A(people.image))
@@ -123,7 +124,7 @@ def test_tables_say_where_to_stop_and_what_a_maximum_does(people):
 
 def test_held_out_people_sweep_the_slab(people):
     assert people.height_mm.diff().tolist() == pytest.approx([80 / 3] * 2) and (people.subject >= 1_000_000).all()
-    assert people.pixel_mm == pet.FIELD_MM / 32 and (people.lesions.flatten(1).amax(1) == 1).sum() >= 2
+    assert people.pixel_mm == acquisition_pet.FIELD_MM / 32 and (people.lesions.flatten(1).amax(1) == 1).sum() >= 2
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -145,7 +146,7 @@ def test_slices_are_prepared_once(prepared):
     assert (prepared.read("counts") < 0.25e7 * 1.05).all() and set(prepared.read("label").ravel()) <= set(range(4))
     written = prepared.path.stat().st_mtime_ns
     assert pet.prepare(p, progress=False).path.stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"randoms = 0.0 \(now 0.5\).*delete the file"):
+    with pytest.raises(ValueError, match=r"randoms = 0.0 where .* randoms = 0.5; delete the file"):
         pet.prepare(replace(p, randoms=0.5), progress=False)
 
 
@@ -189,12 +190,12 @@ def test_published_phantoms_and_activity_maps_can_be_prepared(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains_and_comes_back_from_disk(prepared, tmp_path, kind):
     p = training(prepared, tmp_path, validation_people=2, **KINDS[kind])
-    result = pet_prior.train_model(p, progress=False)
-    errors = pet_prior.validation_errors(result.ema, p, people=2)
+    result, config = pet_prior.train(p, progress=False)
+    errors = pet_prior.validation_errors(result.ema, config["data"], people=2)
     logged = pet_prior.logged_errors(errors)
     assert len(logged) == len(errors) and [line for line in result.stats if logged.items() <= line.items()]
     assert result.finished and errors and pet_prior.errors_figure(errors).axes
-    D, config = load_denoiser(pet_prior.save_model(result, p, errors)), describe(tmp_path / "checkpoint")
+    D, config = load_denoiser(save(result, p, config, errors, unit="slices")), describe(tmp_path / "checkpoint")
     assert config["data"]["scale_kbq"] == 25.0 and config["data"]["pixel_mm"] == 7.0
     assert hasattr(D, "moments") == (p.variance_weight > 0)
     channels = {"unconditional": 1, "conditional": 4, "high dose": 3, "classes": 1}
@@ -204,22 +205,20 @@ def test_every_kind_trains_and_comes_back_from_disk(prepared, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["conditional", "classes"])
 def test_resume_continues_the_same_loss_stream(prepared, tmp_path, monkeypatch, kind):
-    whole = pet_prior.train_model(training(prepared, tmp_path / "whole", **KINDS[kind]), progress=False)
+    whole, _ = pet_prior.train(training(prepared, tmp_path / "whole", **KINDS[kind]), progress=False)
     model_loss, calls = pet_prior.model_loss, []
 
-    def killed(*args):
+    def killed(*args, **options):
         calls.append(0)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return model_loss(*args)
+        return model_loss(*args, **options)
 
     monkeypatch.setattr(pet_prior, "model_loss", killed)
     p = training(prepared, tmp_path / "cut", **KINDS[kind])
     with pytest.raises(KeyboardInterrupt):
-        pet_prior.train_model(p, progress=False)
-    assert (
-        pet_prior.train_model(p, progress=False).loss == whole.loss and len(calls) == 6
-    )  # from the checkpoint at 2 on
+        pet_prior.train(p, progress=False)
+    assert pet_prior.train(p, progress=False)[0].loss == whole.loss and len(calls) == 6  # from the checkpoint at 2 on
 
 
 @pytest.mark.slow
@@ -234,18 +233,18 @@ def test_two_processes_agree_with_one(prepared, tmp_path):
         "--standalone",
         "--nproc_per_node=2",
         "-m",
-        "companion.papers.pet.data",
+        "companion.papers.pet.prior",
         str(tmp_path / "p.yaml"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    one = pet_prior.train_model(replace(p, out=str(tmp_path / "one")), progress=False)
+    one, _ = pet_prior.train(replace(p, out=str(tmp_path / "one")), progress=False)
     last = json.loads((tmp_path / "two" / "stats.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and last["loss"] == pytest.approx(one.loss, rel=1e-6)
 
 
-def test_target_and_condition_move_together(prepared, monkeypatch):
+def test_target_and_condition_move_together(monkeypatch):
     seen = {}
     monkeypatch.setattr(
         pet_prior, "edm_loss", lambda D, x0, *args, **labels: seen.update(x0=x0, cond=args[3], **labels)
@@ -253,11 +252,8 @@ def test_target_and_condition_move_together(prepared, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x = 20 * torch.rand(12, 1, 32, 32, generator=generator)
     batch = {"activity": x, "mlem": x.repeat(1, 2, 1, 1), "sensitivity": torch.full((12,), 3.0)}
-    for p in (
-        training(prepared, "x", task="conditional"),
-        training(prepared, "x", task="conditional", network="EDMUNet", augment=0.5),
-    ):
-        pet_prior.model_loss(None, batch, generator, p)
+    for augment in (0.0, 0.5):
+        pet_prior.model_loss(None, batch, generator, 25.0, True, -1.4, 1.3, 0.05, True, augment, "double_angle")
         assert torch.allclose(seen["x0"], seen["cond"][:, :1], atol=1e-6) and seen["cond"].shape[1] == 3
         assert not torch.equal(seen["x0"], x / 25) and seen["x0"].max() < 1
     assert seen["augment"].shape == (12, 9)
@@ -275,14 +271,14 @@ def test_class_guidance_needs_labels_that_were_dropped_at_times(prepared, tmp_pa
 
 def test_impossible_trainings_are_refused(prepared, tmp_path):
     with pytest.raises(ValueError, match="set network: EDMUNet"):
-        pet_prior.train_model(training(prepared, tmp_path, augment=0.1), progress=False)
+        pet_prior.train(training(prepared, tmp_path, augment=0.1), progress=False)
     plain = pet.prepare(preparation(tmp_path, fraction=1.0), progress=False)
     with pytest.raises(ValueError, match="prepare it with a fraction below 1"):
-        pet_prior.train_model(training(plain, tmp_path, target="high_dose"), progress=False)
+        pet_prior.train(training(plain, tmp_path, target="high_dose"), progress=False)
     with pytest.raises(ValueError, match="unknown parameter labell"):
         check(pet_prior.TrainModel, {"labell_dropout": 0.1})
     with pytest.raises(FileNotFoundError, match="run the data notebook"):
-        pet_prior.train_model(training(prepared, tmp_path, data=str(tmp_path / "none.h5")), progress=False)
+        pet_prior.train(training(prepared, tmp_path, data=str(tmp_path / "none.h5")), progress=False)
 
 
 def test_paper_profile_is_the_published_training(prepared):

@@ -48,8 +48,9 @@ class Parameters:
     def __init_subclass__(cls, **defaults):
         """Other defaults for inherited fields, which keep their help and range: `class Train(Training, steps=4000)`."""
         super().__init_subclass__()
+        known = {k: v for base in reversed(cls.__mro__) for k, v in getattr(base, "__dataclass_fields__", {}).items()}
         for name, value in defaults.items():
-            inherited = cls.__dataclass_fields__[name]
+            inherited = known[name]
             cls.__annotations__[name] = inherited.type
             setattr(cls, name, dataclasses.field(default=value, metadata=inherited.metadata))
 

@@ -1,24 +1,37 @@
-"""PET scans of slices: the scanner, the counts."""
+"""PET scans of slices: the scanner, the counts, what a network is told of them.
+
+    scan = acquire(x, mu, counts, seeds, pixel_mm=3.5)     # y ~ Poisson(A x + background), A calibrated to counts
+    low = scan.thinned(0.25, seeds)                        # exactly the scan of a quarter of the dose
+    cond = condition(scan, iterations, scale_kbq)          # (slice, iterate + 1, y, x)
+
+Activity is in kBq/mL from the phantom to the posterior; a network sees activity / SCALE_KBQ, one constant for
+everybody, so that no image is ever divided by its own maximum.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from companion.data.sinograms import read_sinograms
 from companion.operators.counts import poisson_counts, thin
-from companion.operators.linear import Diagonal, LinearOperator
+from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled
 from companion.operators.pet import (
     ParallelBeam,
     attenuation_factors,
     background,
     emission_model,
+    mean_activity,
     sensitivity,
     with_counts,
 )
+from companion.parameters import param
 from companion.reconstruction.pet import mlem
 
 FIELD_MM = 224.0  # side of the image and width of the scanner's view: heads fit, scalp included
@@ -30,9 +43,12 @@ BRIGHTEST = 4.0  # of a condition, in network units: 100 kBq/mL, almost twice th
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """Scans of slices: y ~ Poisson(A x + background). x (slice, 1, y, x) in kBq/mL, y (slice, 1, angle, bin) counts."""
+    """Scans of slices: y ~ Poisson(A x + background). x (slice, 1, y, x) in kBq/mL, y (slice, 1, angle, bin) counts.
 
-    x: Tensor
+    x: the truth, None of a patient. background: expected counts of randoms and scatter, as y.
+    """
+
+    x: Tensor | None
     y: Tensor
     A: LinearOperator
     background: Tensor | None = None
@@ -41,6 +57,35 @@ class Scan:
         """The scans that `fraction` of the dose would have given: each count is kept with this probability."""
         less = None if self.background is None else fraction * self.background
         return Scan(self.x, thin(self.y, fraction, seeds), fraction * self.A, less)
+
+    def some(self, index: Tensor | Sequence[int], device: str | torch.device = "cpu") -> Scan:
+        """The scans `index` (n,), as often as they are named, on a device."""
+        index = torch.as_tensor(index)
+        x, b = (
+            None if v is None else v.expand(len(self.y), *v.shape[1:])[index].to(device)
+            for v in (self.x, self.background)
+        )
+        return Scan(x, self.y[index].to(device), _rows(self.A, index).to(device), b)
+
+    def counting_error(self) -> Tensor:
+        """The standard deviation (slice,), kBq/mL, of a mean pixel's activity if its own counts were known.
+
+        What the noise of an image is in MRI: known from the counts alone, and as 1 / sqrt(dose).
+        """
+        per_kbq = mean_sensitivity(self.A).expand(len(self.y))
+        return (mean_activity(self.y, self.A, self.background).flatten().cpu() / per_kbq.cpu()).sqrt()
+
+
+def _rows(A: LinearOperator, index: Tensor) -> LinearOperator:
+    """The model of the scans `index`, as often as they are named, of a model of several scans."""
+    match A:
+        case Diagonal() if A.batch_shape and A.batch_shape[0] > 1:
+            return Diagonal(A.weights[index], A.domain_shape, A.domain_dtype)
+        case Composition():
+            return _rows(A.outer, index) @ _rows(A.inner, index)
+        case Scaled():
+            return Scaled(A.scalar, _rows(A.operator, index))
+    return A
 
 
 @lru_cache(maxsize=8)
@@ -80,6 +125,49 @@ def acquire(
     expected = A(x)
     extra = background(expected, randoms, scatter) if randoms or scatter else None
     return Scan(x, poisson_counts(expected if extra is None else expected + extra, seeds), A, extra)
+
+
+@dataclass(frozen=True)
+class Physics:
+    """What disturbs a scan, and the model of the scan knows; a form of parameters may inherit from it."""
+
+    attenuation: bool = param(True, "the head attenuates, and the model of the scan knows")
+    randoms: float = param(0.0, "of the true counts", minimum=0)
+    scatter: float = param(0.0, "of the true counts", minimum=0)
+
+    def acquire(
+        self,
+        x: Tensor,
+        mu: Tensor | None,
+        counts: float | Tensor,
+        seeds: Sequence[int],
+        *,
+        pixel_mm: float,
+        fwhm_mm: float = 0.0,
+    ) -> Scan:
+        """`acquire` under these conditions."""
+        return acquire(
+            x,
+            mu if self.attenuation else None,
+            counts,
+            seeds,
+            pixel_mm=pixel_mm,
+            fwhm_mm=fwhm_mm,
+            randoms=self.randoms,
+            scatter=self.scatter,
+        )
+
+
+def read_counts(path: str | os.PathLike, image_size: int) -> Scan:
+    """Your own scan, without truth, from an .npz of plain arrays, see `data.sinograms.read_sinograms`.
+
+    Geometry: `image_size` pixels across FIELD_MM, twice as many angles over half a turn, one bin a pixel.
+    Raises FileNotFoundError, or ValueError for what cannot be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give an .npz with counts and factors, or scan: null")
+    return Scan(None, *read_sinograms(path, scanner((image_size, image_size), FIELD_MM / image_size)))
 
 
 def iterates(scan: Scan, iterations: Sequence[int]) -> Tensor:

@@ -135,6 +135,15 @@ class Nearest:
     index: Tensor
 
 
+def relative_distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| / sqrt((|a|^2 + |b|^2) / 2) of all rows a (..., n, d) and b (m, d), (..., n, m).
+
+    0 is the same, 1.4 has nothing in common.
+    """
+    power = (a.square().sum(-1)[..., None] + b.square().sum(1)) / 2
+    return torch.cdist(a, b) / power.sqrt().clamp(min=1e-12)
+
+
 def coarse(x: Tensor) -> Tensor:
     """Means over 2 x 2 x 2 voxels as rows (batch, cells): to compare without their grain."""
     return F.avg_pool3d(x.float(), 2).flatten(1)
@@ -143,9 +152,9 @@ def coarse(x: Tensor) -> Tensor:
 def nearest(x: Tensor, training: Iterable[Tensor], mirror: bool = True) -> Nearest:
     """The nearest of all training volumes, which come in batches (batch, 1, z, y, x), to each of the volumes x.
 
-    Distance: |a - b| / sqrt((|a|^2 + |b|^2) / 2) of means over 2^3 voxels; 0 the same, 1.4 nothing in common. mirror:
-    training volumes mirrored left to right count too, as networks see them. Blur brings anything nearer to everything,
-    so compare with held-out people seen through the same autoencoder.
+    `relative_distance` of means over 2^3 voxels. mirror: training volumes mirrored left to right count too, as networks
+    see them. Blur brings anything nearer to everything, so compare with held-out people seen through the same
+    autoencoder.
     """
     check_volumes(x)
     own = torch.stack([coarse(x), coarse(x.flip(-1))] if mirror else [coarse(x)])  # (view, batch, cells)
@@ -153,8 +162,7 @@ def nearest(x: Tensor, training: Iterable[Tensor], mirror: bool = True) -> Neare
     index, seen = torch.full((len(x),), -1), 0
     for batch in training:
         other = coarse(check_volumes(batch, "training volumes")).to(own)
-        power = (own.square().sum(-1)[..., None] + other.square().sum(1)) / 2
-        relative = (torch.cdist(own, other) / power.sqrt().clamp(min=1e-12)).amin(0)
+        relative = relative_distance(own, other).amin(0)
         value, at = (v.cpu() for v in relative.min(1))
         index = torch.where(value < best, at + seen, index)
         best, seen = torch.minimum(value, best), seen + len(batch)

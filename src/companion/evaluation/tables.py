@@ -25,6 +25,14 @@ def grouped(rows: Iterable[Row], *names: str) -> dict:
     return groups
 
 
+def check_unique(names: Sequence[str], what: str) -> None:
+    """Raise ValueError for names of which two are the same: rows of a table are keyed by them."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"two {what} are both called {', '.join(twice)}, so no table could tell them apart; leave one out"
+        )
+
+
 def column(rows: Iterable[Row], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers (row,) of one column; NaN where a row has none."""
     return torch.tensor([row.get(name, float("nan")) for row in rows], dtype=dtype)

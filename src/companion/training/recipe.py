@@ -53,6 +53,26 @@ class Training(Parameters):
         return TrainConfig(**{"schedule": "cosine", "channels_last": True} | mine | others)
 
 
+@dataclass(frozen=True)
+class UNetSize:
+    """The part of a form that says how large a U-Net is."""
+
+    model_channels: int = param(64, "width of the network", minimum=32)
+    channel_mult: tuple[float, ...] = param((1, 2, 2), "relative width of each level, finest first")
+    num_res_blocks: int = param(1, "residual blocks a level", minimum=1)
+    patch: int = param(2, "side of the pixel-unshuffle stem", minimum=1)
+
+    def unet(self, **others) -> dict:
+        """The "network" of a config: a UNet of this size; `others` add to it or replace."""
+        size = {
+            "model_channels": self.model_channels,
+            "num_res_blocks": self.num_res_blocks,
+            "channel_mult": list(self.channel_mult),
+            "patch": self.patch,
+        }
+        return {"name": "UNet", "num_heads": 4, "use_scale_shift_norm": True} | size | others
+
+
 Form = TypeVar("Form", bound=Training)
 
 

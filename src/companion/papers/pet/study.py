@@ -3,208 +3,279 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.acquisition.pet import Scan, acquire
-from companion.data.pet import Slices
+from companion.acquisition.pet import Physics, Scan, read_counts
+from companion.data.pet import Slices, tissue_shares
+from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
+from companion.evaluation.activity import TISSUES, count_linearity, healthy, score
+from companion.evaluation.tables import average, check_unique, column, grouped
+from companion.files import project_root
+from companion.papers.pet.data import held_out
 from companion.papers.pet.reconstruct import (
-    METHODS,
+    GUIDED,
+    NETWORK,
+    PRIOR,
     TRUSTS,
-    Enhance,
-    Level,
     Network,
     Prior,
-    Study,
-    oracle_stop,
+    Sampler,
     posterior,
-    tune,
-    validation_people,
     with_likelihood,
 )
-from companion.papers.pet.regions import TISSUES, mean_and_error, region_rows
+from companion.parameters import Parameters, param
+from companion.reconstruction.pet import METHODS, oracle_stop, tune
+from companion.reconstruction.regions import decided, misplaced, regional
+
+ORACLE, GUESS, ANCHORED = "MLEM, oracle stop", "network", "network + likelihood"
+MEAN, ONE = "posterior mean", "one draw"
+MAPS = {"none": None, "exact": lambda shares: shares, "half a pixel off": misplaced, "labels only": decided}
 
 
-def run_study(p: Enhance, people: Slices | None, levels: Sequence[Level], progress: bool = True) -> Study:
-    """Return every method's images at every level, scored where the truth is known (`people` not None)."""
-    prior, network, study = Prior.load(p), Network.load(p) if p.network else None, Study()
+@dataclass(frozen=True)
+class Doses:
+    """The part of a form that says at which doses people are scanned."""
+
+    full_counts: float = param(1e6, "true counts of a slice at full dose; 1e6 as published", minimum=1)
+    fractions: tuple[float, ...] = param(
+        (0.05, 0.25, 1.0), "of the full dose, by thinning; 0.25 as published", minimum=1e-4, maximum=1
+    )
+    factors: tuple[float, ...] = param((2.5, 10.0), "further doses, as true counts per pixel with activity", minimum=0)
+
+
+@dataclass(frozen=True)
+class Enhance(Doses, Physics, Sampler, Parameters):
+    """Parameters of pet/4_enhance.ipynb."""
+
+    scan: str | None = param(None, "an .npz with your own counts, see `read_counts`; none: held-out people, simulated")
+    prior: str = param(PRIOR, "checkpoint of the unconditional prior: an embedded name or a folder")
+    network: str | None = param(NETWORK, "checkpoint of the conditional network; none: leave its rows out")
+    image_size: int = param(64, "pixels along y and x", minimum=16)
+    subjects: int = param(8, "held-out people, one slice each, with a lesion in it", minimum=2)
+    validation_subjects: int = param(
+        16, "other people: every method is tuned on them, and the prior's error measured", minimum=2
+    )
+    samplers: tuple[str, ...] = param(
+        (), "other samplers to compare at the levels of `fractions`", choices=tuple(GUIDED)
+    )
+    autocast: str | None = param("auto", "number format inside the networks", choices=("auto", "bfloat16", None))
+
+
+# ------------------------------------------------------------------------------------------------------------ the doses
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """A dose: its name, the mean true counts of a slice, everybody's scan, and its share of the full dose."""
+
+    name: str
+    counts: float
+    scan: Scan
+    fraction: float | None = None
+
+
+def dose_name(fraction: float) -> str:
+    """The name of a fraction of the full dose, in per cent with all its digits: what tables are keyed by."""
+    return f"{100 * fraction:g}% dose"
+
+
+def ladder(people: Slices, doses: Doses, physics: Physics, seed: int = 0) -> list[Level]:
+    """The scans of the people at every dose, lowest counts first.
+
+    Doses of `fractions` are one full-dose scan, thinned; those of `factors` are scans of their own. Raises ValueError
+    for no dose, or for two that tables could not tell apart.
+    """
+    seeds = [seed * 1000 + int(person) * 100 for person in people.subject]
+    levels = []
+    if doses.fractions:
+        full = physics.acquire(people.image, people.mu, doses.full_counts, seeds, pixel_mm=people.pixel_mm)
+        levels += [
+            Level(dose_name(f), f * doses.full_counts, full if f == 1 else full.thinned(f, seeds), f)
+            for f in doses.fractions
+        ]
+    for k, factor in enumerate(doses.factors):
+        counts = factor * (people.image > 0.5).flatten(1).sum(1).double()
+        scan = physics.acquire(people.image, people.mu, counts, [s + k + 1 for s in seeds], pixel_mm=people.pixel_mm)
+        levels.append(Level(f"{factor:g} per pixel", counts.mean().item(), scan))
+    if not levels:
+        raise ValueError("no dose to study; give fractions of the full dose, or factors, counts per pixel")
+    check_unique([level.name for level in levels], "doses")
+    return sorted(levels, key=lambda level: level.counts)
+
+
+def prepare(p: Enhance) -> tuple[list[Level], Slices | None, Slices]:
+    """The scans to reconstruct, the people that they are of (None: your own scan), and validation people.
+
+    All people are virtual, one slice each with a lesion in it.
+    """
+    validation = held_out("validation", p.validation_subjects, p.image_size, lesions=1)
+    if p.scan:
+        path = project_root() / p.scan
+        scan = read_counts(path, p.image_size)
+        return [Level(path.stem, scan.y.sum().item() / len(scan.y), scan)], None, validation
+    people = held_out("test", p.subjects, p.image_size, lesions=1)
+    return ladder(people, p, p, p.seed), people, validation
+
+
+# ------------------------------------------------------------------------------------------------------------ the study
+
+
+@dataclass(eq=False)
+class Study:
+    """What came out: `rows`, one for each level, method and person; images (slice, 1, y, x) and draws of each level.
+
+    regions: the same for the tissues' means with anatomical maps of every kind, see `regional`.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    regions: list[dict] = field(default_factory=list)
+    calibration: list[dict] = field(default_factory=list)
+    tuned: dict[str, dict] = field(default_factory=dict)
+    images: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    draws: dict[str, Tensor] = field(default_factory=dict)
+    bills: dict[str, Bill] = field(default_factory=dict)
+
+
+def study(
+    p: Enhance,
+    levels: Sequence[Level],
+    people: Slices | None,
+    validation: Slices,
+    prior: Prior,
+    network: Network | None,
+    progress: bool = True,
+) -> Study:
+    """Every method's images at every level, scored where the truth is known (`people` not None)."""
+    found = Study()
     for level in tqdm(levels, desc="doses", disable=not progress):
-        validation = validation_scan(p, level)
-        tuned = {name: tune(name, validation) for name in METHODS}
-        images = {name: METHODS[name](level.scan, setting) for name, setting in tuned.items()}
-        if people is not None:
-            images["MLEM, oracle stop"] = oracle_stop(level.scan)
+        seeds = [p.seed + 5000 + i for i in range(len(validation.image))]
+        other = p.acquire(validation.image, validation.mu, level.counts, seeds, pixel_mm=validation.pixel_mm)
+        images, tuned = classical(level.scan, other)
         spread, stated = {}, {}
         if network is not None:
-            guess, other = network.guess(level.scan, p.seed), network.guess(validation, p.seed)
-            tuned["network + likelihood"] = min(
-                TRUSTS, key=lambda t: metrics.nrmse(with_likelihood(other, validation, t), validation.x).mean().item()
-            )  # noqa: B023
-            images["network"] = guess[0]
-            images["network + likelihood"] = with_likelihood(guess, level.scan, tuned["network + likelihood"])
+            learned, tuned[ANCHORED], variance = enhanced(network, level.scan, other, p.seed)
+            images |= learned
             if people is not None and hasattr(network.D, "moments"):
-                stated = {"network": (guess[1].sum() / (guess[0] - people.image).square().sum()).item()}
-        result = posterior(prior, level.scan, p)
-        images |= {"posterior mean": result.mean, "one draw": result.x[0]}
-        spread["posterior mean"] = result.x
-        study.bills["posterior"], study.draws[level.name] = result.bill, result.x
-        if level.name.endswith("dose"):
-            for name in p.samplers:
-                guided = posterior(prior, level.scan, p, name)
-                images[f"{name}, mean"], spread[f"{name}, mean"] = guided.mean, guided.x
-                study.bills[name] = guided.bill
-        study.tuned[level.name], study.images[level.name] = tuned, images
+                stated = {GUESS: (variance.sum() / (images[GUESS] - people.image).square().sum()).item()}
+        result = posterior(prior, level.scan, p, p.seed)
+        images |= {MEAN: result.mean, ONE: result.x[0]}
+        spread[MEAN], found.bills["posterior"], found.draws[level.name] = result.x, result.bill, result.x
+        for name in p.samplers if level.fraction else ():
+            guided = posterior(prior, level.scan, p, p.seed, name)
+            images[f"{name}, mean"], spread[f"{name}, mean"] = guided.mean, guided.x
+            found.bills[name] = guided.bill
+        found.tuned[level.name], found.images[level.name] = tuned, images
         if people is not None:
-            study.rows += [row for name, x in images.items() for row in rows_of(name, x, people, level)]
-            study.regions += region_rows(images, people, level)
-            study.calibration.append(
-                {"level": level.name, "counts": round(level.counts)}
-                | {name: calibration(draws, people.image) for name, draws in spread.items()}
-                | stated
+            about = {"level": level.name, "counts": round(level.counts)}
+            found.rows += [about | row for name, x in images.items() for row in rows_of(name, x, people)]
+            found.regions += [about | row for row in region_rows(images, people, level.scan)]
+            found.calibration.append(
+                about | {n: metrics.pooled_calibration(x, people.image) for n, x in spread.items()} | stated
             )
-    return study
+    return found
 
 
-def validation_scan(p: Enhance, level: Level) -> Scan:
-    """Return scans of validation people with the true counts of a level."""
-    people = validation_people(p.validation_subjects, p.image_size)
-    mu = people.mu if p.attenuation else None
-    return acquire(
-        people.image,
-        mu,
-        level.counts,
-        [p.seed + 5000 + i for i in range(len(people.image))],
-        pixel_mm=people.pixel_mm,
-        randoms=p.randoms,
-        scatter=p.scatter,
-    )
+def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The images of all methods without a network by name, and the setting that each was tuned to."""
+    tuned = {name: tune(name, validation.y, validation.A, validation.background, validation.x) for name in METHODS}
+    images = {name: METHODS[name](scan.y, scan.A, scan.background, setting) for name, setting in tuned.items()}
+    if scan.x is not None:
+        images[ORACLE] = oracle_stop(scan.y, scan.A, scan.background, scan.x)
+    return images, tuned
 
 
-def calibration(draws: Tensor, truth: Tensor) -> float:
-    """Return the variance of draws (draw, slice, 1, y, x) over the squared error of their mean, summed over slices.
-
-    1 is calibrated, below 1 over-confident; `metrics.calibration_ratio` of all slices as one image.
-    """
-    together = draws.movedim(1, 2).flatten(2, 3)[:, None]
-    return metrics.calibration_ratio(together, truth.movedim(0, 1).flatten(1, 2)[None]).item()
-
-
-def nrmse(x: Tensor, truth: Tensor) -> float:
-    """Return the NRMSE of one image (1, y, x)."""
-    return metrics.nrmse(x[None], truth[None]).item()
+def enhanced(network: Network, scan: Scan, validation: Scan, seed: int = 0) -> tuple[dict[str, Tensor], float, Tensor]:
+    """What a conditional network makes of a scan, alone and with the likelihood; the trust tuned; its variance."""
+    guess, other = network.guess(scan, seed), network.guess(validation, seed)
+    errors = {t: metrics.nrmse(with_likelihood(other, validation, t), validation.x).mean().item() for t in TRUSTS}
+    trust = min(errors, key=errors.get)
+    return {GUESS: guess[0], ANCHORED: with_likelihood(guess, scan, trust)}, trust, guess[1]
 
 
-def surroundings(people: Slices, inner: int = 1, outer: int = 4) -> Tensor:
-    """Return masks (slice, 1, y, x) of brain more than `inner` and at most `outer` pixels away from a lesion."""
-
-    def grown(pixels: int) -> Tensor:
-        return F.max_pool2d((people.lesions > 0).float(), 2 * pixels + 1, 1, pixels) > 0
-
-    return grown(outer) & ~grown(inner) & (people.labels > 0)
-
-
-def interior(labels: Tensor) -> Tensor:
-    """Return the labels (slice, 1, y, x) where all neighbours have the same, else 0."""
-    values = labels.float()
-    highest, lowest = F.max_pool2d(values, 3, 1, 1), -F.max_pool2d(-values, 3, 1, 1)
-    return torch.where(highest == lowest, labels, 0)
-
-
-def score(x: Tensor, people: Slices) -> dict[str, Tensor]:
-    """Return the figures of images x (slice, 1, y, x), one value for each slice; NaN for what a slice does not have.
-
-    PSNR's peak is each slice's true maximum. Bias and noise: of the mean over a tissue, and inside it, over the mean of
-    the truth there; lesions are no tissue. "inside": pixels whose eight neighbours are of the same tissue, so that blur
-    across its edge does not count as bias. Recovery: of the contrast of the lesion to the brain around it.
-    """
-    truth, healthy = people.image, torch.where(people.lesions > 0, 0, people.labels)
-    bias = metrics.region_bias(x, truth, healthy, tuple(TISSUES.values()))
-    brain = metrics.region_bias(x, truth, people.labels > 0, (1,))
-    inside = metrics.region_bias(x, truth, interior(healthy), tuple(TISSUES.values()))
-    noise = metrics.region_noise(x, truth, healthy, (TISSUES["white"],))
-    return {
-        "NRMSE": metrics.nrmse(x, truth),
-        "PSNR": metrics.psnr(x, truth),
-        "SSIM": metrics.ssim(x, truth),
-        "bias, brain": brain[:, 0],
-        **{f"bias, {tissue}": bias[:, i] for i, tissue in enumerate(TISSUES)},
-        **{f"bias, {tissue} inside": inside[:, i] for i, tissue in enumerate(TISSUES) if tissue != "CSF"},
-        "noise, white": noise[:, 0],
-        "recovery": metrics.lesion_recovery(x, truth, people.lesions > 0, surroundings(people)),
-    }
-
-
-def rows_of(name: str, x: Tensor, people: Slices, level: Level) -> list[dict]:
-    """Return a row of plain numbers for each slice of one method's images at one level."""
+def rows_of(name: str, x: Tensor, people: Slices) -> list[dict]:
+    """A row of plain numbers for each slice of one method's images."""
     figures = score(x, people)
     return [
-        {"level": level.name, "counts": round(level.counts), "method": name, "person": int(people.subject[i])}
-        | {key: values[i].item() for key, values in figures.items()}
+        {"method": name, "person": int(people.subject[i])} | {key: values[i].item() for key, values in figures.items()}
         for i in range(len(x))
     ]
 
 
-def table(study: Study, level: str, versus: str = "posterior mean") -> list[dict]:
-    """Return one line per method at a level: means over people and their standard errors.
+def region_rows(images: Mapping[str, Tensor], people: Slices, scan: Scan) -> list[dict]:
+    """The bias of each tissue's mean, a row for each method, kind of anatomical maps, and slice."""
+    shares, labels, rows = tissue_shares(people), healthy(people), []
+    for name in ("MLEM", "MAP", MEAN):
+        for kind, change in MAPS.items():
+            x = images[name]
+            x = x if change is None else regional(x, scan.y, scan.A, scan.background, change(shares))
+            bias = metrics.region_bias(x, people.image, labels, tuple(TISSUES.values()))
+            rows += [
+                {"method": name, "maps": kind, "person": int(people.subject[i])}
+                | dict(zip(TISSUES, b.tolist(), strict=True))
+                for i, b in enumerate(bias)
+            ]
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+
+def table(rows: Sequence[Mapping], level: str, versus: str = MEAN) -> list[dict]:
+    """One line per method at a level: means over people and their standard errors.
 
     "gain": by how much the NRMSE of `versus` is lower on the same people, in per cent of the method's.
     """
-    rows = [row for row in study.rows if row["level"] == level]
-    values = {
-        name: columns([row for row in rows if row["method"] == name])
-        for name in dict.fromkeys(row["method"] for row in rows)
-    }
-    lines = []
-    for name, v in values.items():
-        gain = 100 * (1 - values[versus]["NRMSE"] / v["NRMSE"])
+    methods = grouped([row for row in rows if row["level"] == level], "method")
+    ours, lines = column(methods[versus], "NRMSE", torch.float64), []
+    for name, mine in methods.items():
+        values = {key: column(mine, key, torch.float64) for key in mine[0] if key not in ("level", "method")}
         lines.append(
             {
                 "method": name,
-                "NRMSE": mean_and_error(v["NRMSE"]),
-                "gain (%)": mean_and_error(gain),
-                "PSNR (dB)": mean_and_error(v["PSNR"]),
-                "SSIM": mean_and_error(v["SSIM"]),
-                **{f"{key} (%)": mean_and_error(100 * v[key]) for key in v if key.startswith(("bias", "noise"))},
-                "lesion recovery": mean_and_error(v["recovery"]),
+                "NRMSE": mean_and_error(values["NRMSE"]),
+                "gain (%)": mean_and_error(100 * (1 - ours / values["NRMSE"])),
+                "PSNR (dB)": mean_and_error(values["PSNR"]),
+                "SSIM": mean_and_error(values["SSIM"]),
+                **{f"{k} (%)": mean_and_error(100 * v) for k, v in values.items() if k.startswith(("bias", "noise"))},
+                "lesion recovery": mean_and_error(values["recovery"]),
             }
         )
     return lines
 
 
-def columns(rows: Sequence[Mapping]) -> dict[str, Tensor]:
-    """Return the numbers of rows by name, (row,)."""
-    return {
-        key: torch.tensor([row[key] for row in rows], dtype=torch.float64)
-        for key in rows[0]
-        if key not in ("level", "method")
-    }
+def region_table(rows: Sequence[Mapping], level: str) -> list[dict]:
+    """The bias of tissue means at a level, %: mean and standard error, a line for each method and maps."""
+    groups = grouped([row for row in rows if row["level"] == level], "method", "maps")
+    return [
+        {"method": method, "anatomical maps": maps}
+        | {f"bias, {t} (%)": mean_and_error(column([{t: 100 * r[t]} for r in mine], t, torch.float64)) for t in TISSUES}
+        for (method, maps), mine in groups.items()
+    ]
 
 
-def curves(study: Study, methods: Sequence[str], figure: str = "NRMSE") -> dict[str, tuple]:
-    """Return for each method (counts, mean of a figure, its standard error), as `figures.curves` takes them."""
+def curves(rows: Sequence[Mapping], methods: Sequence[str], figure: str = "NRMSE") -> dict[str, tuple]:
+    """For each method (counts, mean of a figure, its standard error), as `figures.curves` takes them."""
     lines = {}
     for name in methods:
-        groups: dict[int, list[dict]] = {}
-        for row in study.rows:
-            if row["method"] == name:
-                groups.setdefault(row["counts"], []).append(row)
+        groups = grouped([row for row in rows if row["method"] == name], "counts")
         if groups:
-            pairs = [mean_and_error(columns(rows)[figure]) for _, rows in sorted(groups.items())]
+            pairs = [mean_and_error(column(mine, figure, torch.float64)) for _, mine in sorted(groups.items())]
             lines[name] = (sorted(groups), [a for a, _ in pairs], [b for _, b in pairs])
     return lines
 
 
-def same_quality(study: Study, method: str, versus: str = "posterior mean") -> list[dict]:
-    """Return how many counts `versus` needs for the NRMSE that a method has at each level, and how many times fewer.
+def same_quality(rows: Sequence[Mapping], method: str, versus: str = MEAN) -> list[dict]:
+    """How many counts `versus` needs for the NRMSE that a method has at each level, and how many times fewer.
 
     By interpolation of log NRMSE over log counts; None below the lowest level that was measured.
     """
-    (counts, ours, _), (_, theirs, _) = (curves(study, [name])[name] for name in (versus, method))
+    (counts, ours, _), (_, theirs, _) = (curves(rows, [name])[name] for name in (versus, method))
     x, y = np.log(counts), np.log(ours)
     lines = []
     for n, error in zip(counts, theirs, strict=True):
@@ -221,18 +292,12 @@ def same_quality(study: Study, method: str, versus: str = "posterior mean") -> l
     return lines
 
 
-def count_linearity(study: Study, people: Slices, methods: Sequence[str]) -> list[dict]:
-    """Return for each method the line through measured against true activity of all tissues, people and doses."""
-    healthy, lines = torch.where(people.lesions > 0, 0, people.labels), []
-    for name in methods:
-        measured, true = [], []
-        for images in study.images.values():
-            for x, found in ((images[name], measured), (people.image, true)):
-                for value in TISSUES.values():
-                    inside = (healthy == value).double()
-                    found.append((x.double() * inside).flatten(1).sum(1) / inside.flatten(1).sum(1))
-        measured, true = torch.cat(measured), torch.cat(true)
-        known = ~true.isnan()
-        slope, intercept, r2 = metrics.linearity(measured[known], true[known])
-        lines.append({"method": name, "slope": slope, "intercept (kBq/mL)": intercept, "R2": r2})
-    return lines
+def linearity(images: Mapping[str, Mapping[str, Tensor]], people: Slices, methods: Sequence[str]) -> list[dict]:
+    """`count_linearity` of methods over all levels."""
+    return count_linearity({name: [level[name] for level in images.values()] for name in methods}, people)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error of the values that are not NaN; the error of a single one is NaN."""
+    cell = average(values)
+    return cell if isinstance(cell, tuple) else (cell, float("nan"))

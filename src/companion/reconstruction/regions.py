@@ -1,0 +1,42 @@
+"""Images whose tissues have the level that the counts give them, where a segmented MR scan says what is where."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from companion.operators.linear import LinearOperator
+from companion.reconstruction.pet import region_levels
+
+HOT = 0.4  # of the most active tissue: what stands out of the tissues by more is a lesion, and a region of its own
+
+
+def regional(
+    x: Tensor, y: Tensor, A: LinearOperator, background: Tensor | None, shares: Tensor, rounds: int = 4
+) -> Tensor:
+    """Images (slice, 1, y, x) of tissues and lesions whose levels the counts decide, given what is where.
+
+    shares (slice, tissue, 1, y, x): of each tissue in each pixel, from a segmented MR scan. Lesions are in no such
+    scan: they are what stands out of the tissues in the reconstruction x. `region_levels` has the sources.
+    """
+    hot = torch.zeros_like(x)[:, None]
+    for _ in range(rounds):
+        shapes = torch.cat([shares, hot], 1)
+        levels = region_levels(y, A, shapes, background)[0].float()[..., None, None, None]
+        tissue = (levels[:, :-1] * shares).sum(1)
+        excess = x - tissue
+        image = tissue + levels[:, -1] * hot[:, 0]
+        hot = torch.where(excess > HOT * levels[:, :-1].amax(1), excess, 0.0)[:, None]
+    return image
+
+
+def misplaced(shares: Tensor, pixels: float = 0.5) -> Tensor:
+    """Shares that lie `pixels` to the right of where they should, as after an imperfect registration."""
+    return torch.lerp(shares, shares.roll(1, -1), pixels)
+
+
+def decided(shares: Tensor) -> Tensor:
+    """1 for the tissue that fills most of each pixel and 0 for others: labels, without partial volume."""
+    filled = shares.sum(1, keepdim=True) > 0.5
+    return (F.one_hot(shares.argmax(1), shares.shape[1]).movedim(-1, 1) * filled).to(shares)
