@@ -2,7 +2,7 @@
 
     python benchmarks/aid_volume.py --out runs/benchmarks/aid_volume
 
-Held-out virtual people, multi-coil, undersampled, honest protocol (papers/aid_mri.py); every sampler reconstructs the
+Held-out virtual people, multi-coil, undersampled, honest protocol; every sampler reconstructs the
 same scans with the same prior and the context of the slices before. Rows: sampler and evaluations a slice and draw;
 columns: PSNR of one draw and of the mean of the draws (mean and standard error over volumes), the paired difference of
 the mean to that at the most evaluations, calibration, seconds for a draw of a volume. Samplers whose guidance needs the
@@ -12,28 +12,28 @@ Writes table.md, table.csv, figure.png and results.json into --out, whole or not
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from companion.evaluation import metrics
+from companion.acquisition.mri import Protocol, Scan
+from companion.evaluation import metrics, tables
 from companion.files import atomic_write, code_version
 from companion.papers.aid import reconstruct as aid_mri
-from companion.papers.aid.reconstruct import Prior, Reconstruct, VolumeScan
+from companion.papers.aid.posterior import METHODS, Prior, Sampler, reconstruct
 from companion.show import figures
 
 GRADIENT = ("pigdm", "dps")  # guidances that differentiate the network
 
 
-def evaluate(prior: Prior, scans: list[VolumeScan], p: Reconstruct, context: str) -> dict:
+def evaluate(prior: Prior, scans: list[Scan], sampler: Sampler, context: str) -> dict:
     """Return the scores of one sampler on all scans, lists over volumes."""
     one, mean, terms, seconds = [], [], [], []
     for i, scan in enumerate(scans):
-        samples = aid_mri.reconstruct(prior, scan, p, context, seed=i * p.draws)
+        samples = reconstruct(prior, scan, sampler, context, seed=i * sampler.draws)
         one.append(aid_mri.score(samples.x[0], scan, False)["PSNR"])
         mean.append(aid_mri.score(samples.x.mean(0), scan, False)["PSNR"])
-        terms.append(aid_mri.calibration_terms(samples.x, scan))
+        terms.append(metrics.calibration_terms(samples.x.abs(), scan.x.abs()))
         seconds.append(samples.bill.seconds)
     ratio = sum(a for a, _ in terms) / sum(b for _, b in terms)
     return {"one draw": one, "mean": mean, "calibration": ratio, "seconds": sum(seconds) / len(seconds)}
@@ -41,24 +41,16 @@ def evaluate(prior: Prior, scans: list[VolumeScan], p: Reconstruct, context: str
 
 def run(args) -> list[dict]:
     """Return one row for each sampler and number of evaluations."""
-    p = Reconstruct(
-        weights=args.weights,
-        device=args.device,
-        frames=args.frames,
-        draws=args.draws,
-        acs=args.acs,
-        acceleration=args.acceleration,
-        mask=args.mask,
-        autocast=args.autocast,
-    )
-    prior = Prior.load(p.weights, p)
-    reference = aid_mri.brightness_of(p)
-    scans = [aid_mri.simulate(p, "test", i, reference) for i in range(args.volumes)]
+    protocol = Protocol(acs=args.acs, acceleration=args.acceleration, mask=args.mask)
+    like = aid_mri.examples(aid_mri.brightness_of(args.weights), 3.25)
+    people = aid_mri.Cohort(64, 3.25, protocol, like, seed=0)
+    scans = [people.scan("test", i, args.frames, coils=8, noise_std=0.01) for i in range(args.volumes)]
+    prior = aid_mri.measured(Prior.load(args.weights, aid_mri.EMBEDDED, args.device, args.autocast), 64, 3.25, seed=0)
     rows = []
     for method in args.methods:
         counts = [n for n in args.evaluations if method not in GRADIENT or n <= args.most_gradients]
         for n in sorted(counts, reverse=True):
-            result = evaluate(prior, scans, replace(p, method=method, evaluations=n), args.context)
+            result = evaluate(prior, scans, Sampler(method=method, draws=args.draws, evaluations=n), args.context)
             row = {"sampler": method, "evaluations": n} | result
             most = next(r for r in [*rows, row] if r["sampler"] == method)
             row["to the most"] = metrics.mean_and_error(row["mean"], most["mean"]) if row is not most else (0.0, 0.0)
@@ -69,7 +61,7 @@ def run(args) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Return the rows as a Markdown table."""
-    return figures.markdown_table(
+    return tables.markdown(
         [
             {
                 "sampler": r["sampler"],
@@ -101,7 +93,7 @@ def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/aid_volume"))
     parser.add_argument("--weights", default="aid/brain")
-    parser.add_argument("--methods", nargs="+", default=aid_mri.METHODS, choices=aid_mri.METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--evaluations", type=int, nargs="+", default=[10, 24, 50, 100, 300, 1000])
     parser.add_argument("--most-gradients", type=int, default=100)
     parser.add_argument("--volumes", type=int, default=4)
@@ -120,7 +112,7 @@ def main(argv=None) -> list[dict]:
     for name, content in {"table.md": table(rows) + "\n", "results.json": json.dumps(about, indent=1) + "\n"}.items():
         with atomic_write(args.out / name) as path:
             path.write_text(content)
-    aid_mri.write_csv(
+    tables.write_csv(
         args.out / "table.csv", [{k: v for k, v in r.items() if not isinstance(v, (list, tuple))} for r in rows]
     )
     with atomic_write(args.out / "figure.png") as path:

@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from companion.data.store import open_dataset
+from companion.data.virtual import volume, volumes
 from companion.diffusion.sampling import Bill
 from companion.diffusion.sequence import sample_sequence
+from companion.evaluation import sequences
 from companion.models.architectures import build, network_of
+from companion.models.checkpoint import load
 from companion.models.folder import save_checkpoint
 from companion.operators.mri import birdcage_maps, fft
 from companion.papers.aid import data as aid
 from companion.papers.aid import prior as aid_prior
 from companion.papers.aid import sample as sampling
 from companion.randomness import randn
+from companion.training.recipe import save
 
 SIZE, FRAMES = 32, 6
 
@@ -33,16 +37,16 @@ def prepare(folder, **values):
 def test_cohort_is_stored_once_as_its_magnitudes(tmp_path):
     p = prepare(tmp_path)
     prepared = aid.prepare(p, progress=False)
-    people = aid.volumes("brain", "train", 3, FRAMES, SIZE, p.spacing_mm)
+    people = volumes("brain", "train", 3, FRAMES, SIZE, p.spacing_mm)
     assert np.array_equal(prepared.read("magnitude"), people.abs().numpy())
     assert aid.windows_table(prepared, p.window) == [
         {"split": "train", "sequences": 3, "frames of each": FRAMES, "windows": 3 * 4, "frames in no window": 0}
     ]
     written = prepared.path.stat().st_mtime_ns
     assert aid.prepare(p, progress=False).path.stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"\(3, 6, 1, 32, 32\).*delete the file"):
+    with pytest.raises(ValueError, match="frames = 6 where the parameters ask for frames = 5; delete the file"):
         aid.prepare(prepare(tmp_path, frames=5), progress=False)
-    with pytest.raises(ValueError, match="embedded cohort"):
+    with pytest.raises(ValueError, match="source = brain.*ask for.*source = elsewhere"):
         aid.prepare(prepare(tmp_path, source="elsewhere"), progress=False)
     shown = aid.shown_sequences(prepared, 2, 5.0, seed=1)
     assert shown.is_complex() and torch.allclose(shown.abs(), people[:2].abs(), atol=1e-6)
@@ -50,11 +54,11 @@ def test_cohort_is_stored_once_as_its_magnitudes(tmp_path):
 
 @pytest.mark.parametrize("source", ["brain", "heart"])
 def test_sequences_go_on_beyond_their_end(source):
-    x = aid.volume(source, "test", 1, 5, SIZE, 5.0)
-    longer = aid.volume(source, "test", 1, 5, SIZE, 5.0, beyond=2)
+    x = volume(source, "test", 1, 5, SIZE, 5.0)
+    longer = volume(source, "test", 1, 5, SIZE, 5.0, beyond=2)
     assert torch.allclose(longer[:5], x, atol=1e-6) and longer.shape[0] == 7
     if source == "heart":  # the next beat, but for breathing
-        assert sampling.change(longer[5], longer[0]) < sampling.change(longer[5], longer[2])
+        assert sequences.change(longer[5], longer[0]) < sequences.change(longer[5], longer[2])
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_folder_keeps_phase_scale_and_all_frames(files, tmp_path):
     people = {split: {name.split("/")[0] for name in members} for split, members in prepared.split.items()}
     assert [len(people[split]) for split in ("train", "validation", "test")] == [1, 1, 1]
     assert len(set.union(*people.values())) == 3
-    with pytest.raises(ValueError, match=r"image_size = 24 \(now 16\)"):
+    with pytest.raises(ValueError, match="image_size = 24 where the parameters ask for image_size = 16"):
         aid.prepare(
             prepare(tmp_path, source=str(folder), subjects=100, image_size=16, validation_share=0.34, test_share=0.34),
             progress=False,
@@ -108,7 +112,7 @@ def test_magnitudes_are_stored_as_such(files, tmp_path):
 
 
 def test_fastmri_files_are_combined_from_their_coils(tmp_path):
-    truth = aid.volume("brain", "train", 0, 3, SIZE, 5.0)[:, 0]
+    truth = volume("brain", "train", 0, 3, SIZE, 5.0)[:, 0]
     (tmp_path / "files").mkdir()
     with h5py.File(tmp_path / "files" / "scan.h5", "w") as file:
         file["kspace"] = (1e-5 * fft(truth[:, None] * birdcage_maps((SIZE, SIZE), 4), 2)).numpy()
@@ -176,19 +180,16 @@ def windows():
 
 @pytest.mark.parametrize("diffusion", ["edm", "ddpm"])
 def test_loss_asks_for_the_frame_after_each(seen, diffusion):
-    p = aid_prior.TrainSequence(diffusion=diffusion, phase_spacing_mm=None)
-    aid_prior.sequence_loss(None, windows(), torch.Generator().manual_seed(0), p)
+    options = {"diffusion": diffusion, "phase_spacing_mm": None}
+    aid_prior.sequence_loss(None, windows(), torch.Generator().manual_seed(0), **options)
     (x0, context) = seen[0]
     assert context[0, :, 0, 0, 0].tolist() == [1, 2, 3] and x0[0, :, 0, 0, 0].tolist() == [2, 3, 4]
 
 
 def test_loss_of_other_stages_and_starts(seen):
     generator = torch.Generator().manual_seed(0)
-    aid_prior.sequence_loss(
-        None, windows(), generator, aid_prior.TrainSequence(phase_spacing_mm=None, start_dropout=1.0)
-    )
-    aid_prior.sequence_loss(None, windows(), generator, aid_prior.TrainSequence(phase_spacing_mm=None, stage="first"))
-    aid_prior.sequence_loss(None, windows(), generator, aid_prior.TrainSequence(phase_spacing_mm=None, model="single"))
+    for other in ({"start_dropout": 1.0}, {"stage": "first"}, {"single": True}):
+        aid_prior.sequence_loss(None, windows(), generator, phase_spacing_mm=None, **other)
     (begun, blank), (frames, nothing), (image, none) = seen
     assert blank[0, :, 0, 0, 0].tolist() == [0, 1, 2] and begun[0, :, 0, 0, 0].tolist() == [1, 2, 3]
     assert frames.shape == (2, 4, 1, 2, 2) and image.shape == (2, 1, 2, 2) and nothing is None and none is None
@@ -196,9 +197,9 @@ def test_loss_of_other_stages_and_starts(seen):
 
 def test_loss_draws_phases_that_are_smooth_along_the_sequence(seen):
     x = torch.ones(2, 5, 1, SIZE, SIZE)
-    aid_prior.sequence_loss(None, x, torch.Generator().manual_seed(0), aid_prior.TrainSequence(phase_spacing_mm=5.0))
+    aid_prior.sequence_loss(None, x, torch.Generator().manual_seed(0), phase_spacing_mm=5.0)
     x0, context = seen[0]
-    assert torch.allclose(x0.abs(), torch.ones(())) and (sampling.phase_agreement(x0) > 0.95).all()
+    assert torch.allclose(x0.abs(), torch.ones(())) and (sequences.phase_agreement(x0) > 0.95).all()
     assert torch.equal(x0[:, :-1], context[:, 1:])
 
 
@@ -237,9 +238,13 @@ def tiny_run(tmp_path_factory):
     p = sampling.SampleSequence(
         weights=weights, subjects=3, draws=2, extra_frames=2, evaluations=3, device="cpu", autocast=None
     )
-    prior = sampling.SequencePrior.load(p)
-    true = sampling.true_sequences(prior, p)
+    prior, true = opened(p)
     return p, prior, true, sampling.draw_all(prior, true, p, progress=False)
+
+
+def opened(p):
+    prior = sampling.SequencePrior.load(p.weights, p.codec)
+    return prior, sampling.held_out(prior, p.source, p.subjects, 2 * prior.window + p.extra_frames)
 
 
 def test_every_mode_is_drawn_where_it_belongs(tiny_run):
@@ -266,7 +271,7 @@ def test_warm_starts_continue_their_own_person(tiny_run):
     warm = next(d for d in drawn if d.name == "warm, full")
     alone = sample_sequence(
         prior.D,
-        sampling.noise_levels(prior, p),
+        p.noise_levels(prior.D),
         frames=5,
         shape=true.shape[2:],
         seeds=[1],
@@ -284,7 +289,7 @@ def test_tables_and_lines_hold_every_mode(tiny_run):
     rows = sampling.coherence_table(true, drawn, prior.window)
     assert [row["n"] for row in rows] == [3, *[2] * 7, 3]
     assert rows[0]["phase agreement"][0] > 0.95 > rows[-1]["phase agreement"][0]
-    bills = {row["mode"]: row for row in sampling.bill_table(prior, drawn, true, p)}
+    bills = {row["mode"]: row for row in sampling.bill_table(prior, drawn, true)}
     assert {row["evaluations a frame"] for row in bills.values()} <= {2, 3}  # 2: the noised start begins lower down
     gflop = {mode: row["GFLOP an evaluation"] for mode, row in bills.items()}
     assert gflop["first stage"] < gflop["warm, last"] < gflop["warm, full"] == gflop["cold, full"]
@@ -302,24 +307,24 @@ def test_tables_and_lines_hold_every_mode(tiny_run):
 
 def test_measures_know_the_same_the_different_and_the_turned():
     x = randn((2, 5, 1, 8, 8), torch.complex64, torch.Generator().manual_seed(0))
-    assert sampling.change(x, 1j * x).abs().max() < 1e-6
+    assert sequences.change(x, 1j * x).abs().max() < 1e-6
     one, other = torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
     one[..., 0, 0], other[..., 1, 1] = 3, 3
-    assert sampling.change(one, other).tolist() == pytest.approx([2**0.5] * 2)
+    assert sequences.change(one, other).tolist() == pytest.approx([2**0.5] * 2)
     still = x[:, :1].expand(-1, 4, -1, -1, -1)
     turns = torch.tensor([1, 1j, -1, -1j]).reshape(1, 4, 1, 1, 1)
-    assert sampling.phase_agreement(still).tolist() == pytest.approx([1, 1])
-    assert sampling.phase_agreement(still * turns).tolist() == pytest.approx([0, 0], abs=1e-6)
-    assert sampling.frame_change(still * turns, 2).max() < 1e-6
+    assert sequences.phase_agreement(still).tolist() == pytest.approx([1, 1])
+    assert sequences.phase_agreement(still * turns).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert sequences.frame_change(still * turns, 2).max() < 1e-6
 
 
 def test_strangers_share_no_person():
     x = (10 * torch.arange(3).reshape(3, 1, 1, 1, 1) + torch.arange(3).reshape(1, 3, 1, 1, 1)).float()
-    assert sampling.strangers(x)[:, :, 0, 0, 0].tolist() == [[0, 11, 22], [10, 21, 2], [20, 1, 12]]
+    assert sequences.strangers(x)[:, :, 0, 0, 0].tolist() == [[0, 11, 22], [10, 21, 2], [20, 1, 12]]
 
 
 def test_a_draw_of_the_truth_has_no_error():
-    true = aid.volumes("heart", "test", 3, 6, SIZE, 5.0)
+    true = volumes("heart", "test", 3, 6, SIZE, 5.0)
     drawn = [
         sampling.Drawn("warm", "full", true[:2, 3:].clone(), 3, Bill(1, 0, 1)),
         sampling.Drawn("noised start", "full", true[:2, 3:].roll(1, 0), 3, Bill(1, 0, 1)),
@@ -329,8 +334,8 @@ def test_a_draw_of_the_truth_has_no_error():
     assert min(lines["noised start"][1]) > 0.1 and set(lines) >= {"last given frame", "another person"}
     row = sampling.coherence_table(true, drawn, 3)[1]
     assert row["change from truth"] == "0.000 ± 0.000 (frame 6)"
-    assert row["change to next frame"][0] == pytest.approx(sampling.frame_change(true[:2, 3:]).mean().item())
-    assert row["of held-out people"][0] == pytest.approx(sampling.frame_change(true[:, 3:]).mean().item())
+    assert row["change to next frame"][0] == pytest.approx(sequences.frame_change(true[:2, 3:]).mean().item())
+    assert row["of held-out people"][0] == pytest.approx(sequences.frame_change(true[:, 3:]).mean().item())
 
 
 def test_latents_are_decoded_after_sampling(tmp_path):
@@ -355,8 +360,7 @@ def test_latents_are_decoded_after_sampling(tmp_path):
         contexts=("last",),
         modes=("warm", "retrospective"),
     )
-    prior = sampling.SequencePrior.load(p)
-    true = sampling.true_sequences(prior, p)
+    prior, true = opened(p)
     assert true.shape[2:] == (1, 64, 64) and not true.is_complex()
     assert prior.encode(true).shape == (2, FRAMES, 3, 16, 16)
     warm, retrospective = sampling.draw_all(prior, true, p, progress=False)
@@ -374,14 +378,14 @@ def test_a_prior_on_latents_from_images_to_samples(tmp_path):
     torch.manual_seed(1)
     folder = str(save_checkpoint(tmp_path / "codec", build(codec), codec, {}))
     p = prepare(tmp_path, source="heart", codec=folder)
-    latents, space = aid.encode(p, aid.prepare(p, progress=False), progress=False)
+    latents, space = aid.encode(load(folder), p.codec_range, aid.prepare(p, progress=False), progress=False)
     z = latents.read("latent")
     assert z.shape == (3, FRAMES, 3, SIZE // 4, SIZE // 4) and aid.image_name(latents) == "latent"
     assert np.allclose(z.mean((0, 1, 3, 4)), 0, atol=1e-4) and np.allclose(z.std((0, 1, 3, 4)), 1, atol=1e-3)
     images = torch.from_numpy(aid.prepare(p, progress=False).read("magnitude")[1])
     assert torch.allclose(torch.from_numpy(z[1]), space.encode(images), atol=1e-5)
     with pytest.raises(ValueError, match="codec_range; delete it"):
-        aid.encode(prepare(tmp_path, source="heart", codec=folder, codec_range=(0.0, 1.0)), aid.prepare(p))
+        aid.encode(load(folder), (0.0, 1.0), aid.prepare(p))
 
     t = aid_prior.TrainSequence(
         out=str(tmp_path / "prior"),
@@ -399,9 +403,10 @@ def test_a_prior_on_latents_from_images_to_samples(tmp_path):
         device="cpu",
         autocast=None,
     )
-    prior = aid_prior.save_sequence(aid_prior.train_sequence(t, progress=False), t, [])
+    result, config = aid_prior.train(t, progress=False)
+    prior = save(result, t, config, [], unit="sequences")
     with pytest.raises(ValueError, match="holds latents.*mirror: false"):
-        aid_prior.sequence_config(replace(t, mirror=True), latents)
+        aid_prior.train(replace(t, mirror=True))
     s = sampling.SampleSequence(
         weights=str(prior),
         codec=folder,
@@ -415,9 +420,8 @@ def test_a_prior_on_latents_from_images_to_samples(tmp_path):
         modes=("warm",),
         contexts=("full",),
     )
-    loaded = sampling.SequencePrior.load(s)
+    loaded, true = opened(s)
     assert loaded.space.describe() == space.describe()
-    true = sampling.true_sequences(loaded, s)
     (warm,) = sampling.draw_all(loaded, true, s, progress=False)
     assert true.shape[-1] == SIZE and warm.x.shape == (2, t.window, 1, SIZE, SIZE) and warm.x.isfinite().all()
 
@@ -426,7 +430,7 @@ def test_sampling_from_a_prepared_file(files, tmp_path, tiny_run):
     p = prepare(tmp_path, source=str(files[0]), subjects=100, validation_share=0.0, test_share=0.67)
     prepared = aid.prepare(p, progress=False)
     s = sampling.SampleSequence(**dict(weights=tiny_run[0].weights, source=p.data, draws=2, device="cpu"))
-    true = sampling.true_sequences(tiny_run[1], s)
+    true = sampling.held_out(tiny_run[1], s.source, s.subjects, 3)
     assert true.shape[0] == len(prepared.rows("test")) and true.is_complex()
     assert torch.equal(true[0], torch.from_numpy(prepared.read("image", "test")[0]))
 
@@ -434,11 +438,12 @@ def test_sampling_from_a_prepared_file(files, tmp_path, tiny_run):
 def test_errors_of_sampling_say_what_to_do(tmp_path, tiny_run):
     p, prior, *_ = tiny_run
     with pytest.raises(ValueError, match="holds a UNet"):
-        sampling.SequencePrior.load(sampling.SampleSequence(weights="brain/t1w", device="cpu"))
+        sampling.SequencePrior.load("brain/t1w")
     aid.prepare(prepare(tmp_path), progress=False)
-    wrong = dict(weights=p.weights, device="cpu", source=str(tmp_path / "data.h5"))
     with pytest.raises(ValueError, match="no test or validation"):
-        sampling.true_sequences(prior, sampling.SampleSequence(**wrong))
+        sampling.held_out(prior, str(tmp_path / "data.h5"), 2, 3)
     with pytest.raises(ValueError, match="choose levels: karras"):
-        sampling.noise_levels(prior, sampling.SampleSequence(weights=p.weights, levels="schedule"))
+        sampling.SampleSequence(levels="schedule").noise_levels(prior.D)
+    with pytest.raises(ValueError, match=r"1 held-out sequences.*need 2 \(draws\)"):
+        sampling.draw_all(prior, torch.zeros(1, 9, 1, SIZE, SIZE), p)
     assert open_dataset(tmp_path / "data.h5").split["train"]

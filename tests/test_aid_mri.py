@@ -10,30 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from companion.acquisition import mri as acquisition
+from companion.acquisition.mri import phase_alignment
+from companion.data.fastmri import Volume
+from companion.evaluation import metrics
 from companion.models.architectures import build, network_of
 from companion.models.folder import save_checkpoint
 from companion.operators.mri import birdcage_maps, cartesian_mask, combine, fft, ifft
+from companion.papers.aid import posterior
 from companion.papers.aid import reconstruct as aid_mri
-from companion.papers.aid.reconstruct import (
-    METHODS,
-    MODELS,
-    Prior,
-    Reconstruct,
-    csgm,
-    line_masks,
-    measured_and_inferred,
-    open_scans,
-    prepare,
-    read_scan,
-    reconstruct,
-    score,
-    simulate,
-    study,
-    summary,
-    tune_classical,
-    turn,
-    unfold,
-)
+from companion.papers.aid.posterior import METHODS, Prior, measured_and_inferred
+from companion.papers.aid.reconstruct import MODELS, Reconstruct, score, study, summary
 from companion.randomness import randn
 from companion.reconstruction import mri as baselines
 
@@ -53,6 +40,40 @@ def person(source, split, index, frames, image_size, spacing_mm, beyond=0):
 
 def people(source, split, subjects, frames, image_size, spacing_mm, progress=False, beyond=0):
     return torch.stack([person(source, split, i, frames, image_size, spacing_mm) for i in range(subjects)])
+
+
+def simulate(p, split, index, reference, frames=None):
+    """The scan of a person by a form's protocol."""
+    like = aid_mri.examples(reference, p.spacing_mm)
+    cohort = aid_mri.Cohort(p.image_size, p.spacing_mm, p, like, p.seed)
+    return cohort.scan(split, index, frames or p.frames, p.coils, p.noise_std)
+
+
+def prepare(name, kspace, mask, calibration, noise_std, p, reference, x=None, oracle=None):
+    like = aid_mri.examples(reference, p.spacing_mm)
+    return acquisition.undersampled(name, kspace, p, mask, like, calibration, noise_std, x=x, oracle=oracle)
+
+
+def read_scan(path, p, reference):
+    return acquisition.read_fastmri(path, p, aid_mri.examples(reference, p.spacing_mm), frames=p.frames, seed=p.seed)
+
+
+def open_scans(p):
+    """All scans, and those that the classical methods are tuned on."""
+    cases = aid_mri.prepare(p)
+    return [scan for case in cases for scan in case.scans], [scan for case in cases for scan in case.validation]
+
+
+def reconstruct(prior, scan, p, context, seed):
+    return posterior.reconstruct(prior, scan, p, context, seed, p.scale)
+
+
+def csgm(prior, scan, p, seed):
+    return posterior.csgm(prior, scan, p, p.langevin_steps, seed)
+
+
+def studied(p):
+    return study(p, aid_mri.prepare(p), progress=False)
 
 
 def config(name, **options):
@@ -97,13 +118,17 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def priors(tiny):
     p = tiny()
-    return {"sequence": Prior.load(p.weights, p, 2), "single": Prior.load(p.single, p, 2)}
+    return {
+        name: aid_mri.measured(Prior.load(weights, "", "cpu"), 24, p.spacing_mm, 0, people=2)
+        for name, weights in (("sequence", p.weights), ("single", p.single))
+    }
 
 
 @pytest.fixture
 def fewer_people(monkeypatch, priors):
-    """`study` takes the priors that are loaded already."""
-    monkeypatch.setattr(Prior, "load", lambda name, p, **_: priors["sequence" if "sequence" in name else "single"])
+    """`study` takes the priors that are measured already."""
+    monkeypatch.setattr(Prior, "load", lambda name, *_: priors["sequence" if "sequence" in name else "single"])
+    monkeypatch.setattr(aid_mri, "measured", lambda prior, *_: prior)
 
 
 # --- every choice
@@ -129,10 +154,11 @@ CHOICES = [
 @pytest.mark.parametrize("options", CHOICES, ids=lambda o: ", ".join(f"{k} {v}" for k, v in o.items()))
 def test_every_choice_goes_from_scan_to_table(tiny, fewer_people, options):
     p = tiny(**options)
-    scans, validation = open_scans(p)
-    assert len(scans) == p.subjects and len(validation) == p.validation_subjects
+    cases = aid_mri.prepare(p)
+    scans = [scan for case in cases for scan in case.scans]
+    assert len(scans) == p.subjects and not cases[0].validation  # nothing is tuned
     before = [(s.y.clone(), s.maps.clone(), s.x.clone()) for s in scans]
-    result = study(p, scans, validation, progress=False)
+    result = study(p, cases, progress=False)
     for scan, kept in zip(scans, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip((scan.y, scan.maps, scan.x), kept, strict=True))
     models = [*[name for name in MODELS if name in p.models], *["CSGM-Langevin"] * (p.langevin_steps > 0)]
@@ -166,9 +192,10 @@ def test_classical_methods_are_tuned_on_others_and_scored(tiny, fewer_people):
     p = tiny(classical=True, langevin_steps=0, models=("single image",), acceleration=2, frames=2)
     scans, validation = open_scans(p)
     assert not torch.equal(scans[0].x, validation[0].x)
-    tuned = tune_classical(validation)
+    assert len(validation) == p.validation_subjects
+    tuned = baselines.tune_all([(s.y, s.maps, s.mask, s.x) for s in validation], aid_mri.GRIDS)
     assert tuned["zero-filled"] is None and all(tuned[name] in aid_mri.GRIDS[name] for name in list(tuned)[1:])
-    table = {row["method"]: row for row in summary(study(p, scans, validation, progress=False).rows, "CG-SENSE")}
+    table = {row["method"]: row for row in summary(studied(p).rows, "CG-SENSE")}
     assert table["zero-filled"]["PSNR (dB)"] < min(table[m]["PSNR (dB)"] for m in ("CG-SENSE", "L1-wavelet", "TV"))
 
 
@@ -219,7 +246,7 @@ def peak(x):
 
 @pytest.mark.parametrize(("acceleration", "width"), [(2, 24), (4, 32), (8, 64), (12, 60)])
 def test_interleaved_slices_together_measure_all_lines(tiny, acceleration, width):
-    mask = line_masks(tiny(acceleration=acceleration, interleave=True, acs=4), width, acceleration, seed=0)
+    mask = tiny(acceleration=acceleration, interleave=True, acs=4).lines(width, acceleration, seed=0)
     lines = mask.mask[:, 0, 0]
     assert lines.shape == (acceleration, width) and set(lines.unique().tolist()) == {0, 1}
     centre = slice(width // 2 - 2, width // 2 + 2)
@@ -274,14 +301,14 @@ def test_the_truth_has_the_phase_that_its_maps_give_it(tiny):
     bare = simulate(replace(p, maps="oracle"), "test", 0, REFERENCE)
     torch.testing.assert_close(combine(bare.y, bare.maps), bare.x, rtol=1e-3, atol=1e-3)
     S, phase = birdcage_maps((8, 8), 2), torch.exp(torch.tensor(0.5j))
-    torch.testing.assert_close(turn(S, S * phase), phase.conj().expand(1, 8, 8))
-    assert torch.equal(turn(S, 0 * S), torch.ones(1, 8, 8, dtype=S.dtype))
+    torch.testing.assert_close(phase_alignment(S, S * phase), phase.conj().expand(1, 8, 8))
+    assert torch.equal(phase_alignment(S, 0 * S), torch.ones(1, 8, 8, dtype=S.dtype))
 
 
 def test_scans_depend_on_seed_and_person_and_on_nothing_else(tiny):
     p = tiny(subjects=2)
     (first, second), _ = open_scans(p)
-    (alone,), (other,) = open_scans(replace(p, subjects=1, draws=5))
+    (alone,), (other,) = open_scans(replace(p, subjects=1, draws=5, classical=True))
     assert torch.equal(first.y, alone.y) and first.scale == alone.scale
     noise = [s.y / s.scale - (fft(birdcage_maps((24, 24), 3) * person("", "test", i, 3, 24, 5.0)) * s.mask.mask)
              for i, s in enumerate((first, second))]  # fmt: skip
@@ -292,9 +319,9 @@ def test_scans_depend_on_seed_and_person_and_on_nothing_else(tiny):
 
 def test_draws_depend_on_their_seed_and_not_on_other_volumes_or_draws(tiny, priors, fewer_people):
     p = tiny(subjects=2, models=("AID",))
-    scans, validation = open_scans(p)
-    both = study(p, scans, validation, progress=False)
-    alone = study(p, scans[:1], validation, progress=False)
+    (case,) = aid_mri.prepare(p)
+    scans, both = case.scans, study(p, [case], progress=False)
+    alone = study(p, [replace(case, scans=scans[:1])], progress=False)
     assert both.rows[: len(alone.rows)] == alone.rows
     assert torch.equal(both.draws["AID"], alone.draws["AID"])
     second = score(reconstruct(priors["sequence"], scans[1], p, "full", p.seed + p.draws).x.mean(0), scans[1], False)
@@ -321,7 +348,7 @@ def test_context_reaches_slices_as_the_model_says(tiny, priors):
 def test_networks_that_concatenate_start_from_a_blank_frame(tiny, tmp_path):
     weights = save(tmp_path / "concat", config("CausalUNet", seq_len=2, concat_cond=True))
     p = tiny(weights=weights, image_size=26)
-    prior = Prior.load(weights, p, 2)
+    prior = aid_mri.measured(Prior.load(weights, ""), 26, p.spacing_mm, 0, people=2)
     x = reconstruct(prior, simulate(p, "test", 0, REFERENCE), p, "full", 0).x
     assert prior.start == "blank" and x.shape == (2, 3, 1, 26, 26) and torch.isfinite(x).all()
 
@@ -342,8 +369,11 @@ def test_measured_and_inferred_parts_add_up(tiny, priors):
         assert 0 <= maps[name].min() and maps[name].max() <= 1
 
 
-def test_unfolding_knows_the_slice_before(tiny, fewer_people):
-    result = unfold(tiny(draws=2), frame=1)
+def test_unfolding_knows_the_slice_before(tiny, priors, fewer_people):
+    p = tiny(draws=2)
+    (case,) = aid_mri.prepare(p)
+    scan = aid_mri.unfolding_scan(case.people, p.noise_std, frame=1)
+    result = posterior.unfold(priors["sequence"], scan, 1, p, 0)
     assert {k: v.shape for k, v in result.items()} == {
         "before": (1, 24, 24), "truth": (1, 24, 24), "zero-filled": (1, 24, 24),
         "with": (2, 1, 24, 24), "without": (2, 1, 24, 24)}  # fmt: skip
@@ -420,8 +450,8 @@ def test_a_file_of_odd_size_goes_to_metrics_without_a_constant_set_by_hand(
     monkeypatch.setattr(aid_mri, "GRIDS", {name: grid[1:3] for name, grid in aid_mri.GRIDS.items()})  # saves time
     path, rss = files[coils]
     p = tiny(source=str(path), classical=True, acceleration=2, frames=10)
-    scans, validation = open_scans(p)
-    (scan,) = scans
+    (case,) = aid_mri.prepare(p)
+    (scan,) = case.scans
     assert scan.y.shape == (SLICES, coils, ROWS, COLUMNS) and scan.x.shape == (SLICES, 1, ROWS, COLUMNS)
     assert scan.voxel_mm == pytest.approx((5.0, 2.0, 3.0)) and scan.name == path.stem
     assert scan.mask.mask.shape == (COLUMNS,) and scan.mask.acceleration == pytest.approx(2)
@@ -430,7 +460,10 @@ def test_a_file_of_odd_size_goes_to_metrics_without_a_constant_set_by_hand(
     bright = truth > 0.2 * truth.max()  # ESPIRiT leaves out what is dark
     assert ((scan.x.abs() - truth).abs()[bright] / truth[bright]).median() < 0.05
     assert 0.5 < torch.quantile(scan.x.abs(), 0.99).item() / REFERENCE < 1.6
-    result = study(p, scans, validation, progress=False)
+    for other in case.validation:  # other people, scanned as this file was
+        assert other.y.shape[1:] == scan.y.shape[1:] and torch.equal(other.mask.mask, scan.mask.mask)
+        assert 0.3 < other.noise_std / scan.noise_std < 3
+    result = study(p, [case], progress=False)
     scores = {row["method"]: row for row in result.rows}
     models = [*MODELS, "CSGM-Langevin"]
     assert set(scores) == {"zero-filled", "CG-SENSE", "L1-wavelet", "TV", *models, *(f"{m}, one draw" for m in models)}
@@ -459,11 +492,12 @@ def test_an_undersampled_file_is_reconstructed_and_not_scored(tiny, fewer_people
     mask[::3] = mask[COLUMNS // 2 - 7 : COLUMNS // 2 + 7] = True
     write(tmp_path / "test.h5", 12, mask=mask)
     p = tiny(source=str(tmp_path / "test.h5"), maps="oracle", start="truth", langevin_steps=0, models=("AID",))
-    (scan,), validation = open_scans(p)
+    (case,) = aid_mri.prepare(p)
+    (scan,) = case.scans
     assert scan.x is None and scan.mask.acs >= 14 and scan.mask.lines == mask.sum()
     assert scan.mask.acceleration == pytest.approx(COLUMNS / mask.sum())
     assert scan.y[..., ~mask].abs().max() == 0 and scan.noise_std / scan.scale == pytest.approx(0.004 * UNITS, rel=0.1)
-    result = study(p, [scan], validation, progress=False)
+    result = study(p, [case], progress=False)
     assert result.rows == [] and result.calibration == {} and summary(result.rows) == []
     assert result.draws["AID"].shape == (2, SLICES, 1, ROWS, COLUMNS) and torch.isfinite(result.draws["AID"]).all()
     own = torch.stack([scan.operator(n)(result.images["AID"][n]) for n in range(SLICES)])
@@ -491,6 +525,56 @@ def test_a_folder_with_a_corrupt_file_gives_the_others_and_says_why(tiny, tmp_pa
         open_scans(tiny(source=str(tmp_path / "a.h5")))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_scans(tiny(source=str(tmp_path / "nowhere")))
+
+
+def test_only_what_is_asked_for_is_read_rendered_and_measured(tiny, tmp_path, monkeypatch):
+    """The k-space of one file of a folder; priors measured and classical methods tuned at its size, or not at all."""
+    for name in "abc":
+        write(tmp_path / f"{name}.h5", 2)
+    read, sizes, fitted = [], [], []
+    whole, rendered, fit = Volume.read, aid_mri.volumes, posterior.Measured.fit
+
+    def volumes(source, split, subjects, frames, image_size, spacing_mm):
+        sizes.append(image_size)
+        return rendered(source, split, subjects, frames, image_size, spacing_mm)
+
+    monkeypatch.setattr(Volume, "read", lambda self, *a: read.append(self.path.name) or whole(self, *a))
+    monkeypatch.setattr(aid_mri, "volumes", volumes)
+    monkeypatch.setattr(posterior.Measured, "fit", lambda D, x, **o: fitted.append(x.shape[-1]) or fit(D, x[:1], **o))
+    p = tiny(source=str(tmp_path), subjects=1, classical=True)
+    (case,) = aid_mri.prepare(p)
+    assert [scan.name for scan in case.scans] == ["a"] and read == ["a.h5"]
+    assert set(fitted) == {max(ROWS, COLUMNS)} == set(sizes) and case.validation[0].y.shape[-2:] == (ROWS, COLUMNS)
+    read.clear(), sizes.clear(), fitted.clear()
+    (case,) = aid_mri.prepare(replace(p, method="published", scale=0.3, classical=False))
+    assert not sizes and not fitted and not case.validation and case.priors["AID"].alone is None
+
+
+def test_scans_of_different_matrices_are_cases_of_their_own(tiny, fewer_people, tmp_path):
+    for name, coils in (("a", 2), ("b", 3), ("c", 2)):
+        write(tmp_path / f"{name}.h5", coils)
+    cases = aid_mri.prepare(tiny(source=str(tmp_path), subjects=3, frames=2))
+    assert [[scan.name for scan in case.scans] for case in cases] == [["a", "c"], ["b"]]
+
+
+def test_no_context_is_left_behind(tiny, priors):
+    """Whoever holds the same network next must find it as it was, also after an error."""
+    network, p = network_of(priors["sequence"].D), tiny()
+    scan = simulate(p, "test", 0, REFERENCE)
+    reconstruct(priors["sequence"], scan, p, "last", 0)
+    assert network.context == "full" and network.cache is None
+    with pytest.raises(RuntimeError), network.attending("last"):
+        raise RuntimeError
+    with pytest.raises(ValueError, match="expected"), network.attending("none"):
+        pass
+    assert network.context == "full"
+
+
+def test_terms_of_calibration_add_up_to_its_ratio():
+    draws = randn((4, 1, 1, 8, 8), torch.complex64, torch.Generator().manual_seed(0)).abs()
+    truth = draws[0] + 0.1
+    variance, error = metrics.calibration_terms(draws, truth)
+    assert variance / error == pytest.approx(metrics.calibration_ratio(draws, truth).item(), rel=1e-5)
 
 
 # --- errors

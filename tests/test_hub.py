@@ -363,7 +363,7 @@ def test_fine_tuning_is_the_same_from_embedded_converted_and_hub_checkpoints(hub
             out=str(tmp_path / f"run{len(trained)}"), data=str(tmp_path / "slices.h5"), image_size=16, subjects=1,
             slices_per_subject=2, steps=2, batch_size=2, grad_accumulation=1, warmup=0, autocast=None, start_from=name,
         )  # fmt: skip
-        trained.append(train_prior.train_prior(p, progress=False))
+        trained.append(train_prior.train(p, progress=False)[0])
     assert all(same(trained[0].ema, other.ema) for other in trained[1:]) and not same(trained[0].ema, start)
 
 

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from companion.networks import CausalUNet, UNet
 from companion.networks.blocks import timestep_embedding
 from companion.networks.causal_blocks import positional_embedding
 from companion.operators.mri import crop_kspace, normalise, sense
-from companion.papers.aid.prior import published_columns
 
 from .ledger import Case, Folder, handles
 
@@ -28,6 +28,26 @@ CHAIN = 10  # rounding grows along a chain: so many times the tolerance of one e
 
 # The published networks fix the image size, compute in half precision on request, and ignore these dilations.
 NOT_OURS = ("image_size", "use_fp16", "dilations")
+
+
+# The published code sets NumPy's global generator to these seeds; here it stays untouched.
+MASK_SEEDS = {"random": 1234, "high": 42}
+
+
+def published_columns(width: int, acceleration: int, kind: str = "equal") -> Tensor:
+    """Sorted indices of the k-space columns that the published experiments measure, without centre lines.
+
+    equal: every acceleration-th from column 0. random: width // acceleration columns, uniform. high: as many,
+    meant to be of variable density, but a condition that is always true makes it uniform. The same columns as
+    in the published code; for new experiments use `operators.mri.cartesian_mask`.
+    """
+    if kind == "equal":
+        return torch.arange(0, width, acceleration)
+    if kind not in MASK_SEEDS:
+        raise ValueError(f'published masks are "equal", "random" and "high", not "{kind}"')
+    density = np.full(width, 1 / width) if kind == "high" else None
+    draw = np.random.RandomState(MASK_SEEDS[kind])
+    return torch.from_numpy(np.sort(draw.choice(width, width // acceleration, replace=False, p=density)))
 
 
 def build(spec: dict) -> UNet:

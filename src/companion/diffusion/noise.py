@@ -156,8 +156,13 @@ class DiscreteSchedule:
         """Weight of x_t in the mean of q(x_{t-1} | x_t, x0)."""
         return (1 - self.alphas_cumprod_prev) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
 
-    def levels(self) -> Tensor:
-        """Levels for `sample`: the schedule's own sigmas, decreasing, and a final 0, float64 (T+1,)."""
+    def levels(self, steps: int | None = None) -> Tensor:
+        """Levels for `sample`: the schedule's own sigmas, decreasing, and a final 0, float64 (T+1,).
+
+        steps: only so many of them, as `respace` spreads them; None: all.
+        """
+        if steps is not None and steps != len(self):
+            return self.respace(str(steps)).levels()
         return _end_with_zero(self.sigmas.flip(0))
 
     def respace(self, spec: str | int | Sequence[int]) -> "DiscreteSchedule":

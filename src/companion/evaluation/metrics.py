@@ -73,6 +73,15 @@ def calibration_ratio(draws: Tensor, truth: Tensor, mask=None) -> Tensor:
     return (1 + 1 / n) * _mean(variance, mask) / _mean((mean - truth).abs().square(), mask)
 
 
+def calibration_terms(draws: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Numerator and denominator of `calibration_ratio` of one image, to be summed over images of any size.
+
+    draws `(draw, *shape)`, truth `(*shape)`.
+    """
+    n = len(draws)
+    return ((1 + 1 / n) * draws.var(0).sum()).item(), (draws.mean(0) - truth).abs().square().sum().item()
+
+
 def pooled_calibration(draws: Tensor, truth: Tensor) -> float:
     """`calibration_ratio` of all images together, as if they were one: a ratio of sums over subjects.
 

@@ -168,6 +168,17 @@ class CausalUNet(UNet):
         return torch.is_grad_enabled() and any(h.requires_grad for h in (context, t, *self.parameters()))
 
     @contextlib.contextmanager
+    def attending(self, context: str) -> Iterator[None]:
+        """Let new frames attend to "full" or "last" inside the block; afterwards to what they did before."""
+        before = self.context
+        self.context = context
+        try:
+            self.check_context()
+            yield
+        finally:
+            self.context = before
+
+    @contextlib.contextmanager
     def caching(self, budget_bytes: int = 2**30) -> Iterator[CacheReport]:
         """Inside `with net.caching() as report:` each new frame costs the conditioning of about one frame.
 

@@ -1,4 +1,4 @@
-"""The brain prior and the study of start_here: complex T1w slices, a small diffusion prior, multi-coil MRI."""
+"""The study of start_here: complex T1w slices of people, multi-coil scans, a small diffusion prior, its posterior."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.acquisition.mri import Scan
+from companion.acquisition.mri import Scan, acquire, with_estimated_maps
+from companion.data.virtual import slices
 from companion.diffusion.covariance import Measured
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import posterior_mean
-from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
-from companion.operators.mri import birdcage_maps, cartesian_mask, estimate_maps, sense
-from companion.papers.train_prior import slices
+from companion.operators.mri import birdcage_maps, cartesian_mask
 from companion.parameters import Parameters, param
-from companion.randomness import randn
 from companion.reconstruction import mri as baselines
 
 FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
@@ -46,15 +44,38 @@ class StartHere(Parameters):
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
-def acquire(x: Tensor, acceleration: int, p: StartHere, seed: int) -> Scan:
-    """Return the multi-coil scan of slices x (slice, 1, y, x), equispaced lines plus `p.acs` at the centre."""
-    mask = cartesian_mask(x.shape[-1], acceleration, "equispaced", acs=p.acs, seed=seed)
-    A = sense(birdcage_maps(x.shape[-2:], p.coils), mask)
-    noise = randn((len(x), *A.range_shape), x.dtype, torch.Generator().manual_seed(seed))
-    y = A(x) + p.noise_std * A.mask(noise)
-    if p.maps == "espirit":
-        A = sense(estimate_maps(y, p.acs), mask)
-    return Scan(x, y, A, mask, p.noise_std)
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What `study` finds at each acceleration: images by method, posterior draws, one tidy table, tuned settings."""
+
+    images: dict[int, dict[str, Tensor]]  # R -> method -> (slice, 1, y, x)
+    draws: dict[int, Tensor]  # R -> (draw, slice, 1, y, x)
+    table: list[dict]
+    regularisation: dict[int, dict[str, float]]
+    bills: dict[int, Bill]  # of one draw of one slice
+
+
+def study(
+    p: StartHere, D: Denoiser, C: Measured, levels: Tensor, progress: bool = True
+) -> tuple[Study, dict[int, Scan]]:
+    """Every method on all held-out slices at all accelerations, and the scans; classical ones tuned on other people."""
+    x = slices("test", p.subjects, p.image_size).to(p.device)
+    others = slices("validation", p.validation_subjects, p.image_size).to(p.device)
+    images, draws, tuned, bills, table, scans = {}, {}, {}, {}, [], {}
+    for R in p.accelerations:
+        scans[R] = scan = scanned(x, R, p.acs, p.coils, p.noise_std, p.maps, p.seed)
+        images[R], tuned[R] = classical(scan, scanned(others, R, p.acs, p.coils, p.noise_std, p.maps, p.seed + 1))
+        draws[R], bills[R] = posterior(D, C, scan, levels, p.draws, p.seed, progress)
+        images[R] |= {"diffusion, one draw": draws[R][0], f"diffusion, mean of {p.draws}": draws[R].mean(0)}
+        table += [{"R": R, "method": name} | score(x, scan, images[R]["TV"]) for name, x in images[R].items()]
+    return Study(images, draws, table, tuned, bills), scans
+
+
+def scanned(x: Tensor, R: float, acs: int, coils: int, noise_std: float, maps: str = "oracle", seed: int = 0) -> Scan:
+    """The multi-coil scan of slices x (slice, 1, y, x): equispaced lines, `acs` at the centre; maps: or "espirit"."""
+    mask = cartesian_mask(x.shape[-1], R, "equispaced", acs=acs, seed=seed)
+    scan = acquire(x, birdcage_maps(x.shape[-2:], coils).to(x.device), mask, noise_std, seed)
+    return with_estimated_maps(scan) if maps == "espirit" else scan
 
 
 GRIDS = {  # searched on validation subjects; the best values lie inside
@@ -65,43 +86,30 @@ GRIDS = {  # searched on validation subjects; the best values lie inside
 
 
 def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the classical reconstructions (slice, 1, y, x) by name, and the regularisation that each was tuned to."""
-    maps, mask = scan.A.coils.maps, scan.mask
-    case = (validation.y, validation.A.coils.maps, mask, validation.x)
-    images, tuned = {"zero-filled": baselines.zero_filled(scan.y, maps, mask)}, {}
-    for name, grid in GRIDS.items():
-        method = baselines.METHODS[name]
-        tuned[name] = baselines.tune(method, [case], grid).regularisation
-        images[name] = method(scan.y, maps, mask, tuned[name])
-    return images, tuned
+    """The classical reconstructions (slice, 1, y, x) by name, and the regularisation that each was tuned to."""
+    tuned = baselines.tune_all([(validation.y, validation.maps, validation.mask, validation.x)], GRIDS)
+    images = baselines.reconstruct_all(scan.y, scan.maps, scan.mask, tuned)
+    return images, {name: value for name, value in tuned.items() if value is not None}
 
 
-FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
+def posterior(
+    D: Denoiser, C: Measured, scan: Scan, levels: Tensor, draws: int, seed: int = 0, progress: bool = False
+) -> tuple[Tensor, Bill]:
+    """Posterior draws (draw, slice, 1, y, x) of all slices of a scan, and what one draw cost.
 
-
-def measured_error(D: Denoiser, p: StartHere, subjects: int = 16) -> Measured:
-    """Return the covariance model of the error of D, measured on validation slices: variance and spectrum by level."""
-    return Measured.fit(D, slices("validation", subjects, p.image_size).to(p.device), FIT_SIGMAS, seed=p.seed)
-
-
-def posterior(D: Denoiser, error: Measured, scan: Scan, p: StartHere, progress: bool = False) -> tuple[Tensor, Bill]:
-    """Return posterior draws (draw, slice, 1, y, x) of all slices of a scan, and what one draw cost.
-
-    Slice i uses the seeds from p.seed + i * p.draws on, so no two slices share their noise.
+    Slice i uses the seeds from seed + i * draws on, so no two slices share their noise.
     """
-    levels = karras(p.evaluations, sigma_min=p.last_sigma, sigma_max=FIRST_SIGMA)
     results = []
-    for i in tqdm(range(len(scan.x)), desc="posterior draws, slice", disable=not progress):
-        one = scan.one(i)
-        seeds = range(p.seed + i * p.draws, p.seed + (i + 1) * p.draws)
-        G = posterior_mean(one.A, one.y, one.noise_std, error)
+    for i in tqdm(range(len(scan.y)), desc="posterior draws, slice", disable=not progress):
+        G = posterior_mean(scan.one(i).A, scan.y[i : i + 1], scan.noise_std, C)
+        seeds = range(seed + i * draws, seed + (i + 1) * draws)
         results.append(annealed_gibbs(D, G, levels, seeds=seeds, dtype=scan.x.dtype, device=scan.x.device))
     seconds = sum(r.bill.seconds for r in results) / len(results)
     return torch.stack([r.x for r in results], 1), replace(results[0].bill, seconds=seconds)
 
 
 def score(x: Tensor, scan: Scan, tv: Tensor) -> dict[str, tuple[float, float]]:
-    """Return PSNR, its paired gain over TV, SSIM and NRMSE, each as mean and standard error over slices.
+    """PSNR, its paired gain over TV, SSIM and NRMSE, each as mean and standard error over slices.
 
     Magnitudes of whole images, peak = the largest value of each true slice.
     """
@@ -112,12 +120,3 @@ def score(x: Tensor, scan: Scan, tv: Tensor) -> dict[str, tuple[float, float]]:
         "SSIM": metrics.mean_and_error(metrics.ssim(x, scan.x)),
         "NRMSE": metrics.mean_and_error(metrics.nrmse(x, scan.x)),
     }
-
-
-def calibration(draws: Tensor, scan: Scan) -> float:
-    """Return the variance of draws (draw, slice, 1, y, x) over the squared error of their mean, summed over slices.
-
-    1 is calibrated, below 1 over-confident; `metrics.calibration_ratio` of all slices as one image.
-    """
-    together = draws.movedim(1, 2)  # the slices become rows of one image
-    return metrics.calibration_ratio(together.flatten(2, 3)[:, None], scan.x.movedim(0, 1).flatten(1, 2)[None]).item()

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,9 +158,13 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+BART = "BART l1-wavelet"
+NAMES = (*METHODS, BART)  # of all classical methods, whether they can run here or not
+
+
 def available_methods() -> dict[str, Callable[..., Tensor]]:
-    """METHODS, and "BART l1-wavelet" where the program `bart` is on PATH."""
-    return METHODS | ({"BART l1-wavelet": bart_pics} if shutil.which("bart") else {})
+    """METHODS, and BART where the program `bart` is on PATH."""
+    return METHODS | ({BART: bart_pics} if shutil.which("bart") else {})
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,24 @@ def tune(
             stacklevel=2,
         )
     return Tuned(grid[best], grid, scores)
+
+
+def tune_all(cases: Iterable[tuple], grids: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """The regularisation of each available method of `grids` that is best on the cases, see `tune`; first zero-filled.
+
+    Raises ValueError for a name that no method has.
+    """
+    if unknown := set(grids) - set(NAMES):
+        raise ValueError(f"there is no method {', '.join(sorted(unknown))}; expected some of {', '.join(NAMES)}")
+    methods, cases = available_methods(), list(cases)
+    tuned = {name: tune(methods[name], cases, grid).regularisation for name, grid in grids.items() if name in methods}
+    return {"zero-filled": None} | tuned
+
+
+def reconstruct_all(y: Tensor, maps: Tensor, mask, tuned: Mapping[str, float | None]) -> dict[str, Tensor]:
+    """The image of each method by name, with the regularisation that `tune_all` found."""
+    methods = available_methods()
+    return {name: methods[name](y, maps, mask, value) for name, value in tuned.items()}
 
 
 def _operator(y: Tensor, maps: Tensor, mask) -> Sense:

@@ -5,8 +5,6 @@ Parameters and assembling functions of notebooks/aid/3_sample; the loops are `co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from companion.data.store import open_dataset
+from companion.data.virtual import SOURCES, volumes
 from companion.diffusion.denoisers import ComplexDenoiser, Denoiser
 from companion.diffusion.latent import LatentSpace, cine_space
 from companion.diffusion.noise import karras
@@ -22,12 +21,12 @@ from companion.diffusion.sampling import Bill, find_solver
 from companion.diffusion.sequence import sample_retrospective, sample_sequence
 from companion.diffusion.solvers import SOLVERS
 from companion.evaluation import metrics
+from companion.evaluation.sequences import Line, change, frame_change, line, phase_agreement, strangers
 from companion.files import project_root
-from companion.models.architectures import network_of
+from companion.models.architectures import inner_denoiser, network_of
 from companion.models.checkpoint import describe, load, load_denoiser
 from companion.models.latent import load_prior
-from companion.papers.aid.data import SOURCES, image_name, volumes
-from companion.papers.aid.prior import inner_denoiser
+from companion.papers.aid.data import image_name
 from companion.parameters import Parameters, param
 
 MODES = ("retrospective", "warm", "cold", "first stage", "noised start")
@@ -37,12 +36,9 @@ EMBEDDED = "aid/brain"
 
 
 @dataclass(frozen=True)
-class SampleSequence(Parameters):
-    """Parameters of aid/3_sample.ipynb."""
+class Drawing:
+    """The part of a form that says how sequences are drawn."""
 
-    weights: str = param(EMBEDDED, "sequence prior: an embedded or published name, a folder, hf:owner/name")
-    codec: str | None = param(None, "autoencoder whose latents the prior works on: a folder; none: it works on images")
-    source: str = param("brain", "held-out sequences: brain or heart, the embedded cohorts; else a prepared file")
     modes: tuple[str, ...] = param(
         MODES, "how to sample; first stage needs a network without concat_cond", choices=MODES
     )
@@ -51,7 +47,6 @@ class SampleSequence(Parameters):
         "what warm and cold starts are given: the full window, or the last frame only, as published",
         choices=("full", "last"),
     )
-    subjects: int = param(16, "held-out sequences to compare with", minimum=2)
     draws: int = param(4, "sequences of each mode: a seed each and, if warm, a person each", minimum=2)
     extra_frames: int = param(4, "frames drawn beyond one window", minimum=0)
     start: str | None = param(
@@ -71,6 +66,26 @@ class SampleSequence(Parameters):
     first_sigma: float = param(40.0, "highest noise level (karras)", minimum=1e-3)
     last_sigma: float = param(0.01, "lowest noise level above 0 (karras)", minimum=1e-5)
     cache_mib: int = param(1024, "memory for keys and values of context frames while the window grows", minimum=0)
+
+    def noise_levels(self, D: Denoiser) -> Tensor:
+        """Noise levels for about `evaluations` network evaluations a frame, whatever the solver asks of a step."""
+        steps = max(1, self.evaluations // find_solver(self.solver).calls)
+        if self.levels == "karras":
+            return karras(steps, self.last_sigma, self.first_sigma)
+        schedule = getattr(inner_denoiser(D), "schedule", None)
+        if schedule is None:
+            raise ValueError("the prior was not trained at discrete times; choose levels: karras")
+        return schedule.levels(steps)
+
+
+@dataclass(frozen=True)
+class SampleSequence(Drawing, Parameters):
+    """Parameters of aid/3_sample.ipynb."""
+
+    weights: str = param(EMBEDDED, "sequence prior: an embedded or published name, a folder, hf:owner/name")
+    codec: str | None = param(None, "autoencoder whose latents the prior works on: a folder; none: it works on images")
+    source: str = param("brain", "held-out sequences: brain or heart, the embedded cohorts; else a prepared file")
+    subjects: int = param(16, "held-out sequences to compare with", minimum=2)
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
@@ -83,22 +98,28 @@ class SequencePrior:
     data: dict  # what it was trained on, from its config
 
     @classmethod
-    def load(cls, p: SampleSequence) -> SequencePrior:
-        """Return the prior of a checkpoint. Raises ValueError if it is none of sequences."""
-        about = describe(p.weights, EMBEDDED)
-        if p.codec is None:
-            D, space = load_denoiser(p.weights, p.device, p.autocast, EMBEDDED), None
+    def load(
+        cls, weights: str = EMBEDDED, codec: str | None = None, device: str = "cpu", autocast: str | None = None
+    ) -> SequencePrior:
+        """The prior of a checkpoint, on the latents of an autoencoder if given. Raises ValueError for other priors."""
+        about = describe(weights, EMBEDDED)
+        if codec is None:
+            D, space = load_denoiser(weights, device, autocast, EMBEDDED), None
         elif "latent" in about:
-            prior = load_prior(p.weights, load(p.codec), p.device, p.autocast)
+            prior = load_prior(weights, load(codec), device, autocast)
             D, space = prior.D, prior.space
         else:  # the published cine prior does not say what its latents are
-            D, space = load_denoiser(p.weights, p.device, p.autocast), cine_space(load(p.codec)).to(p.device).eval()
+            D, space = load_denoiser(weights, device, autocast), cine_space(load(codec)).to(device).eval()
         if not hasattr(network_of(D), "seq_len"):
             raise ValueError(
-                f"{p.weights} holds a {about['network']['name']}, which knows no sequences; give weights "
+                f"{weights} holds a {about['network']['name']}, which knows no sequences; give weights "
                 "that aid/2_train made with model: sequence"
             )
         return cls(D, space, about.get("data", {}))
+
+    @property
+    def device(self) -> torch.device:
+        return next(network_of(self.D).parameters()).device
 
     @property
     def window(self) -> int:
@@ -111,72 +132,46 @@ class SequencePrior:
         return torch.complex64 if isinstance(self.D, ComplexDenoiser) else torch.float32
 
     def encode(self, images: Tensor, seed: int = 0) -> Tensor:
-        """Return what D sees of images (sequence, frame, 1, y, x)."""
+        """What D sees of images (sequence, frame, 1, y, x)."""
         if self.space is None:
             return images
         return self.space.encode(images, Generator(images.device).manual_seed(seed))
 
     def decode(self, x: Tensor) -> Tensor:
-        """Return images (sequence, frame, 1, y, x) of what D draws; colour images become grey."""
+        """Images (sequence, frame, 1, y, x) of what D draws; colour images become grey."""
         return x if self.space is None else self.space.decode(x).mean(-3, keepdim=True)
 
-    @contextmanager
-    def given(self, context: str) -> Iterator[None]:
-        """Set what a frame is given, "full" or "last", inside the block."""
-        network, before = network_of(self.D), network_of(self.D).context
-        network.context = context
-        try:
-            yield
-        finally:
-            network.context = before
 
+def held_out(prior: SequencePrior, source: str, count: int, frames: int) -> Tensor:
+    """Held-out images (subject, frame, 1, y, x): complex, or magnitudes if the prior works on them.
 
-def true_sequences(prior: SequencePrior, p: SampleSequence) -> Tensor:
-    """Return held-out images (subject, frame, 1, y, x): complex, or magnitudes if the prior works on them.
-
-    From an embedded cohort the sequences go on as long as the prior will be asked to, past where training ended. A
-    prepared file gives its test sequences, or else its validation sequences, as far as they go.
+    From an embedded cohort the sequences go on for `frames`, past where training ended. A prepared file gives its test
+    sequences, or else its validation sequences, as far as they go.
     Raises ValueError if the file has none, or the prior does not say what it was trained on.
     """
-    if p.source in SOURCES:
+    if source in SOURCES:
         if missing := {"frames", "image_size"} - prior.data.keys():
             raise ValueError(
-                f"{p.weights} does not say on which {' and '.join(sorted(missing))} it was trained; give "
+                f"the prior does not say on which {' and '.join(sorted(missing))} it was trained; give "
                 "a prepared file as source"
             )
-        frames, size = prior.data["frames"], prior.data["image_size"][-1]
+        trained, size = prior.data["frames"], prior.data["image_size"][-1]
         size *= prior.space.codec.factor if prior.space else 1
-        beyond = max(0, 2 * prior.window + p.extra_frames - frames)
-        x = volumes(p.source, "test", p.subjects, frames, size, prior.data.get("spacing_mm", 3.25), beyond=beyond)
+        spacing, beyond = prior.data.get("spacing_mm", 3.25), max(0, frames - trained)
+        x = volumes(source, "test", count, trained, size, spacing, beyond=beyond)
     else:
-        prepared = open_dataset(project_root() / p.source)
+        prepared = open_dataset(project_root() / source)
         split = next((name for name in ("test", "validation") if prepared.split.get(name)), None)
         if split is None:
-            raise ValueError(f"{p.source} has no test or validation sequences; prepare it with a test_share")
+            raise ValueError(f"{source} has no test or validation sequences; prepare it with a test_share")
         name = image_name(prepared)
         whole = prepared.sequences(name, split, prepared.shapes[name][1])
-        x = torch.stack([whole[i] for i in range(min(p.subjects, len(whole)))])
-    if len(x) < p.draws or x.shape[1] < prior.window:
-        raise ValueError(
-            f"{p.source} holds out {len(x)} sequences of {x.shape[1]} frames; need {p.draws} (draws) of "
-            f"at least {prior.window} (the window)"
-        )
+        x = torch.stack([whole[i] for i in range(min(count, len(whole)))])
     if x.is_complex() != prior.dtype.is_complex:
         if not x.is_complex():
-            raise ValueError(f"{p.source} holds magnitudes, but {p.weights} draws complex images")
+            raise ValueError(f"{source} holds magnitudes, but the prior draws complex images")
         x = x.abs()
-    return x.to(p.device)
-
-
-def noise_levels(prior: SequencePrior, p: SampleSequence) -> Tensor:
-    """Return noise levels for about `p.evaluations` network evaluations a frame, whatever the solver asks of a step."""
-    steps = max(1, p.evaluations // find_solver(p.solver).calls)
-    if p.levels == "karras":
-        return karras(steps, p.last_sigma, p.first_sigma)
-    schedule = getattr(inner_denoiser(prior.D), "schedule", None)
-    if schedule is None:
-        raise ValueError(f"{p.weights} was not trained at discrete times; choose levels: karras")
-    return (schedule if steps == len(schedule) else schedule.respace(str(steps))).levels()
+    return x.to(prior.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,79 +191,47 @@ class Drawn:
 
 
 def draw_sequences(
-    prior: SequencePrior, true: Tensor, mode: str, context: str, p: SampleSequence, progress: bool = False
+    prior: SequencePrior, true: Tensor, mode: str, context: str, drawing: Drawing, seed: int = 0
 ) -> Drawn:
-    """Return `p.draws` sequences drawn in one mode; the warm ones continue the first frames of true images.
+    """The sequences drawn in one mode; the warm ones continue the first frames of true images.
 
     retrospective: frame n + 1 given true frames 0 .. n, all at once. warm: given one true window, then on and on. cold:
     from nothing. first stage: each frame by itself. noised start: warm, each frame from the one before it, noised.
     """
-    W, options = (
-        prior.window,
-        dict(
-            seeds=range(p.seed, p.seed + p.draws),
-            solver=p.solver,
-            dtype=prior.dtype,
-            device=p.device,
-            progress=progress,
-        ),
-    )
-    x, levels = prior.encode(true[: p.draws, :W], p.seed), noise_levels(prior, p)
-    with prior.given(context), network_of(prior.D).caching(p.cache_mib * 2**20):
+    W, network = prior.window, network_of(prior.D)
+    options = {"seeds": range(seed, seed + drawing.draws), "solver": drawing.solver, "dtype": prior.dtype}
+    x, levels = prior.encode(true[: drawing.draws, :W], seed), drawing.noise_levels(prior.D)
+    with network.attending(context), network.caching(drawing.cache_mib * 2**20):
         if mode == "retrospective":
-            samples, first = sample_retrospective(prior.D, levels, context=x, **options), 1
+            samples, first = sample_retrospective(prior.D, levels, context=x, device=prior.device, **options), 1
         else:
             how, first = {
                 "warm": ({"context": x}, W),
-                "cold": ({"start": p.start}, 0),
+                "cold": ({"start": drawing.start}, 0),
                 "first stage": ({"first_stage": True}, 0),
-                "noised start": ({"context": x, "sigma_start": p.sigma_start}, W),
+                "noised start": ({"context": x, "sigma_start": drawing.sigma_start}, W),
             }[mode]
-            samples = sample_sequence(
-                prior.D, levels, frames=W + p.extra_frames, shape=x.shape[2:], window=W, **how, **options
-            )
+            options |= {"frames": W + drawing.extra_frames, "shape": x.shape[2:], "window": W, "device": prior.device}
+            samples = sample_sequence(prior.D, levels, **how, **options)
     return Drawn(mode, context, prior.decode(samples.x), first, samples.bill)
 
 
-def draw_all(prior: SequencePrior, true: Tensor, p: SampleSequence, progress: bool = True) -> list[Drawn]:
-    """Return what every mode in `p.modes` draws; warm and cold starts with every context in `p.contexts`."""
-    plan = [(mode, context) for mode in p.modes for context in (p.contexts if mode in CHOOSE else ("full",))]
-    return [draw_sequences(prior, true, *which, p) for which in tqdm(plan, "modes", disable=not progress)]
+def draw_all(prior: SequencePrior, true: Tensor, drawing: Drawing, seed: int = 0, progress: bool = True) -> list[Drawn]:
+    """What every mode draws; warm and cold starts with every context. Raises ValueError for too few true images."""
+    if len(true) < drawing.draws or true.shape[1] < prior.window:
+        raise ValueError(
+            f"there are {len(true)} held-out sequences of {true.shape[1]} frames; need {drawing.draws} (draws) of "
+            f"at least {prior.window} (the window)"
+        )
+    plan = [(m, context) for m in drawing.modes for context in (drawing.contexts if m in CHOOSE else ("full",))]
+    return [draw_sequences(prior, true, *which, drawing, seed) for which in tqdm(plan, "modes", disable=not progress)]
 
 
 # ------------------------------------------------------------------------------------------ do sequences hang together?
 
 
-def strangers(x: Tensor) -> Tensor:
-    """Return sequences whose every frame is of another person: frame n of sequence i is that of person i + n.
-
-    What neighbours have in common when nothing but their place in the sequence is.
-    """
-    return torch.stack([x[:, n].roll(-n, 0) for n in range(x.shape[1])], 1)
-
-
-def change(a: Tensor, b: Tensor) -> Tensor:
-    """Return ||a| - |b|| / sqrt((|a|^2 + |b|^2) / 2) of images (..., 1, y, x): 0 the same, 1.4 nothing in common."""
-    a, b = a.abs().flatten(-3).double(), b.abs().flatten(-3).double()
-    return (a - b).norm(dim=-1) / ((a.square() + b.square()).sum(-1) / 2).sqrt().clamp(min=1e-12)
-
-
-def frame_change(x: Tensor, lag: int = 1) -> Tensor:
-    """Return the mean change between frames `lag` apart of sequences x (sequence, frame, 1, y, x), (sequence,)."""
-    return change(x[:, lag:], x[:, : x.shape[1] - lag]).mean(1)
-
-
-def phase_agreement(x: Tensor) -> Tensor:
-    """Return how well the phases of neighbouring frames agree, (sequence,): 1 the same, 0 at random.
-
-    Re sum conj(x_n) x_n+1 / sum |x_n| |x_n+1|, mean over neighbours.
-    """
-    a, b = x[:, :-1].flatten(2), x[:, 1:].flatten(2)
-    return ((a.conj() * b).sum(2).real / (a.abs() * b.abs()).sum(2).clamp(min=1e-12)).mean(1)
-
-
 def coherence_table(true: Tensor, drawn: list[Drawn], window: int) -> list[dict[str, object]]:
-    """Return what neighbouring frames share in true sequences, in each mode, and among strangers; mean and error.
+    """What neighbouring frames share in true sequences, in each mode, and among strangers; mean and error.
 
     Beside the change to the next frame stands that of held-out people, at the same frames where a mode continues a
     person; and for these modes the change from what truly followed, at the last frame that is known.
@@ -291,8 +254,8 @@ def coherence_table(true: Tensor, drawn: list[Drawn], window: int) -> list[dict[
     return rows
 
 
-def change_by_lag(true: Tensor, drawn: list[Drawn], window: int) -> dict[str, tuple[list, list, list]]:
-    """Return lines (lag, change between frames so far apart, standard error): does memory reach further than one frame?
+def change_by_lag(true: Tensor, drawn: list[Drawn], window: int) -> dict[str, Line]:
+    """Lines (lag, change between frames so far apart, standard error): does memory reach further than one frame?
 
     Warm starts and the first stage, beside held-out people and strangers at the frames that warm starts draw (at all
     frames, if fewer than two of those are known).
@@ -301,14 +264,13 @@ def change_by_lag(true: Tensor, drawn: list[Drawn], window: int) -> dict[str, tu
     chosen = {d.name: d.x for d in drawn if d.mode in ("warm", "first stage")}
     lines = {}
     for name, x in ({"held-out people": same} | chosen | {"different people": strangers(same)}).items():
-        lags = list(range(1, min(x.shape[1], same.shape[1])))
-        values = [metrics.mean_and_error(frame_change(x, lag)) for lag in lags]
-        lines[name] = (lags, *map(list, zip(*values, strict=True)))
+        lags = range(1, min(x.shape[1], same.shape[1]))
+        lines[name] = line(lags, (frame_change(x, lag) for lag in lags))
     return lines
 
 
-def error_by_frame(true: Tensor, drawn: list[Drawn], window: int) -> dict[str, tuple[list, list, list]]:
-    """Return lines (frame, change from what truly followed, standard error) of warm starts and of two rules of thumb.
+def error_by_frame(true: Tensor, drawn: list[Drawn], window: int) -> dict[str, Line]:
+    """Lines (frame, change from what truly followed, standard error) of warm starts and of two rules of thumb.
 
     The rules: the last given frame, repeated; and another person's frame. A draw is not the mean of all draws: one that
     is right in law differs from the truth sqrt(2) times as much as that mean.
@@ -323,24 +285,23 @@ def error_by_frame(true: Tensor, drawn: list[Drawn], window: int) -> dict[str, t
         known = true[: len(x), first : first + x.shape[1]]
         if not known.shape[1]:
             continue
-        values = change(x[:, : known.shape[1]], known)
-        pairs = [metrics.mean_and_error(v) for v in values.T]
-        lines[name] = ([first + 1 + i for i in range(len(pairs))], *map(list, zip(*pairs, strict=True)))
+        values = change(x[:, : known.shape[1]], known).T
+        lines[name] = line(range(first + 1, first + 1 + len(values)), values)
     return lines
 
 
-def signal_by_frame(true: Tensor, drawn: list[Drawn]) -> dict[str, tuple[list, list, list]]:
-    """Return lines (frame, mean magnitude, standard error) of true and drawn sequences: does anything drift?"""
+def signal_by_frame(true: Tensor, drawn: list[Drawn]) -> dict[str, Line]:
+    """Lines (frame, mean magnitude, standard error) of true and drawn sequences: does anything drift?"""
     sequences = {"held-out people": (true, 0)} | {d.name: (d.x, d.first) for d in drawn}
     lines = {}
     for name, (x, first) in sequences.items():
-        pairs = [metrics.mean_and_error(v) for v in x.abs().flatten(2).mean(2).T]
-        lines[name] = ([first + 1 + i for i in range(len(pairs))], *map(list, zip(*pairs, strict=True)))
+        values = x.abs().flatten(2).mean(2).T
+        lines[name] = line(range(first + 1, first + 1 + len(values)), values)
     return lines
 
 
 def strips(true: Tensor, drawn: list[Drawn], i: int = 0) -> dict[str, dict[str, Tensor]]:
-    """Return rows of frames for `figures.image_grid`: sequence i of each, under the true one it continues.
+    """Rows of frames for `figures.image_grid`: sequence i of each, under the true one it continues.
 
     Modes without a person of their own begin at the left; places without a frame stay white.
     """
@@ -355,7 +316,7 @@ def strips(true: Tensor, drawn: list[Drawn], i: int = 0) -> dict[str, dict[str, 
 
 
 def played(true: Tensor, drawn: list[Drawn], i: int = 0) -> dict[str, Tensor]:
-    """Return sequence i of each mode for `figures.animation`, all as long as the truth and in step with it.
+    """Sequence i of each mode for `figures.animation`, all as long as the truth and in step with it.
 
     The frames that a mode was given come first, at half their brightness; where it has no more frames it is black.
     """
@@ -369,18 +330,18 @@ def played(true: Tensor, drawn: list[Drawn], i: int = 0) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def bill_table(prior: SequencePrior, drawn: list[Drawn], true: Tensor, p: SampleSequence) -> list[dict[str, object]]:
-    """Return what a frame of each mode cost: network evaluations, operations, seconds.
+def bill_table(prior: SequencePrior, drawn: list[Drawn], true: Tensor, seed: int = 0) -> list[dict[str, object]]:
+    """What a frame of each mode cost: network evaluations, operations, seconds.
 
     Operations are those of one evaluation for one new frame when the window is full (and slides), counted, not timed;
     multiply-add = 2.
     """
-    rows, counted, x = [], {}, prior.encode(true[:1, : prior.window], p.seed)
+    rows, counted, x = [], {}, prior.encode(true[:1, : prior.window], seed)
     for d in drawn:
         at_once, alone = d.mode == "retrospective", d.mode == "first stage"
         if (kind := (d.context, at_once, alone)) not in counted:
             noisy, level = (x if at_once else x[:, -1]), torch.ones(1, device=x.device)
-            with prior.given(d.context), FlopCounterMode(display=False) as counter:
+            with network_of(prior.D).attending(d.context), FlopCounterMode(display=False) as counter:
                 prior.D(noisy, level, None if alone else x)
             counted[kind] = counter.get_total_flops() / 1e9 / (prior.window if at_once else 1)
         frames, gflop = d.x.shape[1], counted[kind]

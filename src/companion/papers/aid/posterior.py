@@ -1,0 +1,232 @@
+"""Posterior draws of volumes with a sequence prior: slice n given its data and the slices before it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from companion.acquisition.mri import Scan
+from companion.diffusion.covariance import Measured
+from companion.diffusion.denoisers import AnySize, Denoiser
+from companion.diffusion.guidance import Guidance, ddnm, dds, diffpir, dps, landweber, pigdm, posterior_mean
+from companion.diffusion.langevin import langevin
+from companion.diffusion.noise import karras
+from companion.diffusion.sampling import Samples
+from companion.diffusion.sequence import SequenceSamples, draw_sequence, reconstruct_sequence
+from companion.diffusion.solvers import ddim
+from companion.models.architectures import inner_denoiser, network_of
+from companion.models.checkpoint import load_denoiser
+from companion.operators.linear import LinearOperator
+from companion.parameters import param
+from companion.randomness import randn
+from companion.reconstruction import nullspace
+
+FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
+CONTEXT_ERROR = 0.05  # deviation of drawn slices from the truth, roughly
+GUIDANCES: dict[str, Callable[..., Guidance]] = {
+    "annealed_gibbs": posterior_mean,
+    "published": landweber,
+    "dds": dds,
+    "ddnm": ddnm,
+    "diffpir": diffpir,
+    "pigdm": pigdm,
+    "dps": dps,
+}
+METHODS = tuple(GUIDANCES)
+SOLVERS = {"annealed_gibbs": "annealed_gibbs", "published": "aid_stochastic"}  # the others: "ddim", stochastic
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The part of a form that says how posterior draws are made."""
+
+    start: str = param(
+        "nothing",
+        "what the first slice is given: nothing, or truth, the fully sampled slice (paper's protocol)",
+        choices=("nothing", "truth"),
+    )
+    method: str = param(
+        "annealed_gibbs", "posterior sampler; published: gradient steps, stochastic rule", choices=METHODS
+    )
+    draws: int = param(4, "posterior draws of a volume", minimum=2)
+    evaluations: int = param(24, "network evaluations a draw and slice", minimum=2)
+    last_sigma: float = param(0.04, "noise level of the last evaluation; about 4 noise_std", minimum=1e-4)
+    refresh: float | None = param(
+        10.0,
+        "annealed_gibbs: how often the noise is renewed while sigma falls by e; none: "
+        "in every evaluation, which drifts over hundreds of them",
+        minimum=0,
+    )
+
+    def levels(self, D: Denoiser | None = None) -> Tensor:
+        """The noise levels; for the published method those of the prior's own schedule, if it has one."""
+        if self.method == "published" and hasattr(inner_denoiser(D), "schedule"):
+            return inner_denoiser(D).schedule.levels(self.evaluations)
+        return karras(self.evaluations, sigma_min=self.last_sigma, sigma_max=FIRST_SIGMA)
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """A denoiser of any image size, with what its errors look like: `alone` without context, `given` a window of it.
+
+    start: what the first slice sees, see `draw_sequence`.
+    """
+
+    D: Denoiser
+    alone: Measured | None = None
+    given: Measured | None = None
+    window: int = 0
+    start: str | None = None
+
+    @classmethod
+    def load(cls, name: str, default: str, device: str = "cpu", autocast: str | None = None) -> Prior:
+        """The prior of a checkpoint, its errors not measured yet. default: what the name "embedded" means."""
+        D = load_denoiser(name, device, autocast, default=default)
+        network = network_of(D)
+        start = "blank" if getattr(network, "concat_cond", False) else None
+        return cls(AnySize(D, network.total_stride), window=getattr(network, "seq_len", 0), start=start)
+
+    @property
+    def device(self) -> torch.device:
+        return next(network_of(self.D).parameters()).device
+
+    @property
+    def frames(self) -> int:
+        """How many frames of a person `measured` needs."""
+        return max(self.window, 3) + 1
+
+    def measured(self, x: Tensor, seed: int = 0) -> Prior:
+        """The same with its errors measured on sequences x (person, frames, 1, y, x) that it was not trained on.
+
+        The context that it is measured with has errors, as draws have.
+        """
+        x = x.to(self.device)
+        images = x[:, ::3].flatten(0, 1)
+        blank = torch.zeros_like(images[:1, None]) if self.start == "blank" else None
+        alone, given = Measured.fit(self.D, images, seed=seed, cond=blank), None
+        if self.window:
+            error = CONTEXT_ERROR * randn(x.shape, x.dtype, torch.Generator().manual_seed(seed), x.device)
+            context = (x + error)[:, -1 - self.window : -1]
+            given = Measured.fit(self.D, x[:, -1], seed=seed, cond=context)
+        return replace(self, alone=alone, given=given)
+
+
+def guidance(
+    method: str, A: LinearOperator, y: Tensor, noise_std: float, error: Measured | None, peak: float | None = None
+) -> Guidance:
+    """What data of one slice do to a prior: with its measured error, if known, where the method asks for it.
+
+    peak: of the zero-filled image in the units of the prior, for the published steps.
+    """
+    options: dict[str, object] = {"scale": peak} if method == "published" else {}
+    if method == "annealed_gibbs" and error is not None:
+        options["covariance"] = error
+    return GUIDANCES[method](A, y, noise_std, **options)
+
+
+def reconstruct(
+    prior: Prior,
+    scan: Scan,
+    sampler: Sampler,
+    context: str | None,
+    seed: int,
+    peak: float | None = None,
+    progress: bool = False,
+) -> SequenceSamples:
+    """Posterior draws (draw, frame, 1, y, x) of a volume, slice n given the draws of the slices before it.
+
+    context: "full" or "last", see `CausalUNet`; None gives no slice any context, as a single-image prior works.
+    """
+    network, scan = network_of(prior.D), scan.to(prior.device)
+    given = scan.x[:1] if sampler.start == "truth" and scan.x is not None else None
+    frames = range(0 if given is None else 1, len(scan.y))
+    errors = [prior.alone if context is None or (n == 0 and given is None) else prior.given for n in frames]
+    data = [
+        guidance(sampler.method, scan.operator(n), scan.y[n : n + 1], scan.noise_std, error, peak)
+        for n, error in zip(frames, errors, strict=True)
+    ]
+    with contextlib.ExitStack() as stack:
+        if prior.window:
+            stack.enter_context(network.attending(context or "full"))
+            stack.enter_context(network.caching())
+        samples = reconstruct_sequence(
+            prior.D,
+            data,
+            sampler.levels(prior.D),
+            seeds=range(seed, seed + sampler.draws),
+            solver=SOLVERS.get(sampler.method, ddim(eta=1.0)),
+            refresh=sampler.refresh,
+            window=prior.window or None,
+            context=None if given is None else given[None],
+            start=prior.start,
+            first_stage=context is None,
+            device=prior.device,
+            progress=progress,
+        )
+    known = [] if given is None else [given[None].expand(sampler.draws, *[-1] * given.ndim)]
+    return SequenceSamples(torch.cat([*known, samples.x], 1).cpu(), samples.bill)
+
+
+def csgm(prior: Prior, scan: Scan, sampler: Sampler, steps: int, seed: int) -> SequenceSamples:
+    """Draws (draw, frame, 1, y, x) by annealed Langevin dynamics, `steps` a level, each slice by itself."""
+    levels = karras(sampler.evaluations, sigma_min=sampler.last_sigma, sigma_max=FIRST_SIGMA)
+    scan = scan.to(prior.device)
+
+    def draw_frame(n: int, cond: None, draws: list) -> Samples:
+        G = posterior_mean(scan.operator(n), scan.y[n : n + 1], scan.noise_std)
+        return langevin(prior.D, G, levels, seeds=draws, steps=steps, device=prior.device)
+
+    samples = draw_sequence(
+        draw_frame,
+        len(scan.y),
+        shape=scan.shape,
+        seeds=range(seed, seed + sampler.draws),
+        first_stage=True,
+        dtype=scan.y.dtype,
+        device=prior.device,
+    )
+    return SequenceSamples(samples.x.cpu(), samples.bill)
+
+
+def unfold(prior: Prior, scan: Scan, frame: int, sampler: Sampler, seed: int) -> dict[str, Tensor]:
+    """Slice `frame` of a scan, drawn knowing the true slice before it and not: the paper's single-coil unfolding.
+
+    Keys "before", "truth", "zero-filled" (1, y, x) and "with", "without" context, draws (draw, 1, y, x) each.
+    """
+    scan = scan.to(prior.device)
+    A, y, before = scan.operator(frame), scan.y[frame : frame + 1], scan.x[frame - 1 : frame]
+    result = {"before": before[0], "truth": scan.x[frame], "zero-filled": A.H(y)[0]}
+    for name, context, error in (("with", before[None], prior.given), ("without", None, prior.alone)):
+        result[name] = reconstruct_sequence(
+            prior.D,
+            [guidance("annealed_gibbs", A, y, scan.noise_std, error)],
+            karras(sampler.evaluations, sigma_min=sampler.last_sigma, sigma_max=FIRST_SIGMA),
+            seeds=range(seed, seed + sampler.draws),
+            start=None,
+            solver="annealed_gibbs",
+            refresh=sampler.refresh,
+            context=context,
+            device=prior.device,
+        ).x[:, 0]
+    return result
+
+
+def measured_and_inferred(scan: Scan, draws: Tensor, frame: int, prior_std: float = 0.34) -> dict[str, Tensor]:
+    """Maps of one slice, (1, y, x): what its data say and what the prior filled in.
+
+    "measured": how much of each pixel the data determine, 0 to 1; "measured part" and "inferred part" of the mean of
+    the draws (draw, frame, 1, y, x); "agreement" of the inferred part over the draws, 0 to 1; see `nullspace`.
+    """
+    A, weight = scan.operator(frame), (scan.noise_std / prior_std) ** 2
+    x = draws[:, frame]
+    inferred = x - nullspace.measured_part(A, x, weight)
+    return {
+        "measured": nullspace.measured_fraction(A, weight),
+        "measured part": (x - inferred).mean(0),
+        "inferred part": inferred.mean(0),
+        "agreement": nullspace.agreement(inferred),
+    }
