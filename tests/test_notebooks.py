@@ -1,11 +1,16 @@
 """Every notebook runs with its smoke parameters, and all its parameter files are valid."""
 
+import ast
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from companion.parameters import read_yaml
+from companion.papers import start_here
+from companion.papers.aid import reconstruct
+from companion.parameters import check, read_yaml
+from companion.reconstruction import mri as classical
 from companion.workbench.run import read_run
 from companion.workbench.runner import read_signature, run_notebook
 
@@ -29,6 +34,30 @@ def test_parameter_files_are_valid(notebook):
     assert "smoke" in profiles(notebook)
     outs = [signature.check(read_yaml(path))["out"] for path in profiles(notebook).values()]
     assert len(set(outs)) == len(outs), "two profiles would write into one folder"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_defaults_are_those_of_the_class(notebook):
+    """All of them: what a notebook does when opened, and what its form does when made in Python."""
+    signature = read_signature(notebook)
+    written = check(signature.parameters, signature.defaults)
+    made = asdict(signature.parameters())
+    assert {n: v for n, v in written.items() if n != "out"} == {n: v for n, v in made.items() if n != "out"}
+
+
+def test_every_classical_method_is_called_by_its_name():
+    """Names in grids and notebooks are those of reconstruction.mri, or a comparison is left out without a word."""
+    assert len(set(classical.NAMES)) == len(classical.NAMES)
+    for grids in (reconstruct.GRIDS, start_here.GRIDS):
+        assert set(grids) < set(classical.NAMES)
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        names = {n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        first = {name.split(" ")[0].upper() for name in classical.NAMES}
+        near = {name for name in names if len(name) < 20 and name.split(" ")[0].upper() in first}
+        shown = near - set(classical.NAMES)
+        assert not shown, f"{path.name} names {shown}; the methods are {', '.join(classical.NAMES)}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

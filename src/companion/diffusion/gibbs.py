@@ -107,8 +107,8 @@ def split_gibbs(
     """Draws from p(x0 | y), x (draw, *A.domain_shape), by sweeps between x and a copy z, one for each
     coupling rho:
 
-        x | z, y ~ N(y; A x, noise_std^2) N(x; z, rho^2)    exactly: perturb, solve by CG; z | x    ~ p(z)
-        N(x; z, rho^2)                      reverse diffusion, `steps` levels from sigma = rho.
+        x | z, y ~ N(y; A x, noise_std^2) N(x; z, rho^2)    exactly: perturb, solve by CG
+        z | x    ~ p(z) N(x; z, rho^2)                      reverse diffusion, `steps` levels from sigma = rho
 
     rhos: positive, not increasing. z is returned; its law is the posterior for a likelihood of covariance
     noise_std^2 + rho^2 A A^H, so the last rho belongs below noise_std, and the way there must be slow:

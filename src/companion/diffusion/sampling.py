@@ -103,7 +103,7 @@ def sample(
             if state is None:
                 noise = levels[0] * randn(shape, dtype, draws[part], device)
                 x = noise if start is None else x + noise
-            path = []
+            path, info = [], {}  # check_sigmas sees to it that there is a step
             for info in steps(bound, x, levels, solver, draws[part]):
                 bar.update()
                 if trajectory:

@@ -96,7 +96,8 @@ def frechet_by_plane(features: Callable, a: Tensor, b: Tensor, per_volume: int =
 
     Finite samples bias it upwards, the more the fewer there are: compare distances between sets of one size.
     """
-    check_volumes(a, "a"), check_volumes(b, "b")
+    check_volumes(a, "a")
+    check_volumes(b, "b")
     values = {}
     for plane in PLANES:
         seen = [features(plane_slices(x, plane, per_volume)) for x in (a, b)]

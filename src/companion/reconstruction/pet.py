@@ -187,7 +187,8 @@ def map_rdp(
         gradient = torch.where(seen, A.H(counts_ratio(y, expected)) - total - weight * slope, 0.0)
         direction = gradient / (total / (x + floor) + 2 * weight * curvature).clamp(min=1e-30)
         step = torch.where(active, (2 * step).clamp(max=4.0), 0.0)
-        for _ in range(12):  # halve the steps of items that do not improve (Armijo)
+        halvings = 0
+        while True:  # halve the steps of items that do not improve, twelve times at most (Armijo)
             new = _faded((x + _like(step, x) * direction).clamp(min=0))
             new_expected = expected_counts(A, new, background)
             new_value, new_slope, new_curvature = objective(new, new_expected)
@@ -195,7 +196,9 @@ def map_rdp(
             failed = active & ~(new_value >= value + 1e-4 * gain)
             if not failed.any():
                 break
-            step = torch.where(failed, step / 2, step)
+            step, halvings = torch.where(failed, step / 2, step), halvings + 1
+            if halvings == 12:
+                break
         better = active & ~failed
         keep = _like(better, x)
         taken += better

@@ -1,0 +1,49 @@
+"""No state is left where another caller would find it: in networks, and in caches of what can be changed."""
+
+import ast
+from pathlib import Path
+
+SRC = Path(__file__).parents[1] / "src" / "companion"
+FILES = sorted(SRC.rglob("*.py"))
+
+
+CHANGEABLE = ("Tensor", "Prior", "Denoiser", "Module", "Slices", "Network", "Codec", "Translator")
+
+
+def cached(function) -> bool:
+    names = [ast.unparse(d).partition("(")[0].rpartition(".")[2] for d in function.decorator_list]
+    return bool({"cache", "lru_cache"} & set(names))
+
+
+def lasting(tree) -> list[ast.FunctionDef]:
+    """Functions of a module and of its classes, but not those inside functions: their caches end with the call."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return [node for where in (tree, *classes) for node in where.body if isinstance(node, ast.FunctionDef)]
+
+
+def test_no_cache_of_the_papers_holds_models_or_images():
+    """A cached model sits on a device, and whoever changes it changes everybody's; so do cached tensors."""
+    kept = []
+    for path in FILES:
+        if path.relative_to(SRC).parts[0] in ("papers", "reconstruction", "evaluation", "models"):
+            for function in filter(cached, lasting(ast.parse(path.read_text()))):
+                returned = ast.unparse(function.returns) if function.returns else "Tensor"
+                if any(word in returned for word in CHANGEABLE):
+                    kept.append(f"{path.relative_to(SRC)}: {function.name}")
+    assert not kept
+
+
+def test_nobody_sets_the_context_of_a_network():
+    """It would stay set for the next holder of the same network; `with network.attending(...)` puts it back."""
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in targets:
+                if (
+                    isinstance(target, ast.Attribute)
+                    and target.attr == "context"
+                    and ast.unparse(target.value) != "self"
+                ):
+                    found.append(f"{path.name}: {ast.unparse(node)}")
+    assert not found
