@@ -492,6 +492,8 @@ def test_an_undersampled_file_is_reconstructed_and_not_scored(tiny, fewer_people
     mask[::3] = mask[COLUMNS // 2 - 7 : COLUMNS // 2 + 7] = True
     write(tmp_path / "test.h5", 12, mask=mask)
     p = tiny(source=str(tmp_path / "test.h5"), maps="oracle", start="truth", langevin_steps=0, models=("AID",))
+    (tuning,) = aid_mri.prepare(replace(p, classical=True))[0].validation  # other people, measured as the file was
+    assert torch.equal(tuning.mask.mask.bool(), torch.from_numpy(mask)) and tuning.maps.shape == tuning.y.shape
     (case,) = aid_mri.prepare(p)
     (scan,) = case.scans
     assert scan.x is None and scan.mask.acs >= 14 and scan.mask.lines == mask.sum()

@@ -36,6 +36,7 @@ from companion.parameters import param
 from companion.randomness import randn
 
 LEAST_CENTRE = 12  # lines of a k-space centre whose low-resolution image tells the brightness
+AS_MEASURED = "as measured"  # kind of the mask of a file that is undersampled already
 REFERENCE_ACS = 24  # centre of fully sampled data from which the maps of the reference image come
 
 # (frames, y, x) -> images (person, frame, 1, y, x) in the units of a prior: how bright people are there
@@ -267,7 +268,7 @@ def read_fastmri(
     width = kspace.shape[-1]
     if file.mask is not None:
         acs, lines = centre_lines(file.mask), int(file.mask.sum())
-        mask = CartesianMask(file.mask, width / lines, width / lines, lines, acs, "as measured", seed)
+        mask = CartesianMask(file.mask, width / lines, width / lines, lines, acs, AS_MEASURED, seed)
         measured = Protocol(maps="acs", acs=acs, scale=protocol.scale)
         return undersampled(name, kspace, measured, mask, like, kspace, noise_std, voxel_mm=file.voxel_mm)
     best = coil_maps(kspace, min(REFERENCE_ACS, *kspace.shape[-2:]))

@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from companion.acquisition.mri import Examples, Protocol, Scan, read_fastmri, simulate
+from companion.acquisition.mri import AS_MEASURED, Examples, Protocol, Scan, read_fastmri, simulate
 from companion.data import anatomy, fastmri
 from companion.data.virtual import volume, volumes
 from companion.diffusion.sampling import Bill
@@ -172,7 +172,10 @@ class Cohort:
         x = volume("brain", "validation", index, frames, max(scan.shape[1:]), self.spacing_mm)
         lines = scan.mask.mask
         mask = replace(scan.mask, mask=lines[:frames]) if lines.ndim == scan.y.ndim else scan.mask
-        return self._simulated(resized(x, scan.shape[1:]), "validation", index, mask, scan.y.shape[1], scan.noise_std)
+        measured = Protocol(maps="acs", acs=mask.acs, scale=self.protocol.scale)
+        others = replace(self, protocol=measured) if mask.kind == AS_MEASURED else self
+        x = resized(x, scan.shape[1:])
+        return others._simulated(x, "validation", index, mask, scan.y.shape[1], scan.noise_std)
 
     def _simulated(self, x: Tensor, split: str, index: int, mask: CartesianMask, coils: int, noise_std: float) -> Scan:
         generator = Generator().manual_seed(self.seed + 7919 * index + {"validation": 1, "test": 2}[split])
