@@ -128,7 +128,7 @@ def test_nothing_to_prepare_is_an_error_with_reasons(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a folder"):
         aid.prepare(prepare(tmp_path, source=str(tmp_path / "missing")), progress=False)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="it is empty"):
+    with pytest.raises(ValueError, match="nothing to use there"):
         aid.prepare(prepare(tmp_path, source=str(tmp_path / "empty")), progress=False)
     (tmp_path / "empty" / "a.h5").write_bytes(b"no")
     with pytest.raises(ValueError, match="a.h5: not an HDF5 file"):
