@@ -21,6 +21,7 @@ from companion.operators.mri import CartesianMask, Sense, Shape, crop_kspace, if
 from companion.operators.soft_sense import soft_sense
 
 KEPT_ENERGY = 0.999  # of the signal, by the virtual coils that coil compression keeps
+MOST_SLICES = 8  # of a volume, that noise and coil compression are measured on
 BRIGHTNESS_QUANTILE = 0.99  # share of the object's pixels in the low-resolution image below the stated brightness
 
 
@@ -175,9 +176,10 @@ def prepare_kspace(
         kspace, mask = remove_oversampling(kspace, mask, oversampling)
     space = tuple(kspace.shape[-ndim:])
     echo = echo_of(kspace, ndim)
+    some = kspace[:: -(-len(kspace) // MOST_SLICES)]  # enough to know the noise and the coils, of a large volume
     if not isinstance(noise, Noise):
-        noise = noise_of_edges(kspace, ndim, echo) if noise is None else noise_of_scan(noise)
-    matrix, kept = compression(kspace, noise, coils, ndim)
+        noise = noise_of_edges(some, ndim, echo) if noise is None else noise_of_scan(noise)
+    matrix, kept = compression(some, noise, coils, ndim)
     y = mix(matrix, kspace, ndim) * mask
     centre, estimates = None, []
     if maps is not None:
@@ -241,9 +243,11 @@ def compression(kspace: Tensor, noise: Noise, coils: int | None = None, ndim: in
         raise ValueError(f"cannot compress {present} coils to {coils}; use 1 to {present}")
     whitening = noise.whitening
     samples = kspace.movedim(-ndim - 1, 0).flatten(1)
-    samples = samples[:, (samples != 0).any(0)].to(torch.complex128)
+    measured, scale = (samples != 0).any(0).sum(), samples.abs().max()
+    samples = samples / scale  # sums of squares of raw numbers could leave single precision
+    gram = (samples @ samples.mH).to(torch.complex128) * scale.double() ** 2 / measured
     whitening = whitening.to(samples.device)
-    values, vectors = torch.linalg.eigh(whitening @ (samples @ samples.mH / samples.shape[1]) @ whitening.mH)
+    values, vectors = torch.linalg.eigh(whitening @ gram @ whitening.mH)
     energy = (values.flip(0) - 2).clamp_min(0)  # white noise of deviation 1 per real component has 2
     if not energy.any():
         raise ValueError("k-space holds nothing but noise; check the file, or the noise that was given")

@@ -1,0 +1,68 @@
+"""The benchmark on raw k-space runs from a file to its table and picture, and its protocol holds."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from companion.data.cfl import write_cfl
+from companion.diffusion.covariance import Measured
+from companion.diffusion.sets import EachSet
+from companion.operators.mri import birdcage_maps, fft
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "real_kspace.py"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location("real_kspace", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    class Shrink:
+        def __call__(self, x, sigma, cond=None):
+            return x / (1 + (sigma / 0.3).square())[:, None, None, None]
+
+    sigmas = torch.tensor([0.01, 10.0])
+    monkeypatch.setattr(
+        module, "prior", lambda *args: (EachSet(Shrink()), Measured(sigmas, torch.ones(2, 4), prior_std=0.3))
+    )
+    return module
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """A BART pair of fully sampled k-space, 48 x 40, 5 coils."""
+    grid = [torch.linspace(-1, 1, n) for n in (48, 40)]
+    y, x = grid[0][:, None], grid[1][None]
+    image = ((y / 0.8) ** 2 + (x / 0.7) ** 2 < 1) * (0.7 + 0.3 * torch.cos(6 * x) * torch.cos(5 * y))
+    kspace = fft(birdcage_maps((48, 40), 5) * image)
+    kspace = kspace + 0.01 * torch.randn(kspace.shape, dtype=kspace.dtype, generator=torch.Generator().manual_seed(0))
+    write_cfl(tmp_path / "full", kspace.permute(1, 2, 0)[None])
+    return tmp_path / "full.cfl"
+
+
+def test_from_a_file_to_its_table(benchmark, raw, tmp_path):
+    out = tmp_path / "out"
+    options = ["--accelerations", "2", "--acs", "14", "--draws", "2", "--evaluations", "4", "--validation", "1"]
+    rows = benchmark.main([str(raw), "--out", str(out), "--methods", "TV", "CG-SENSE", *options])
+    assert [r["method"] for r in rows[:5]] == ["zero-filled", "CG-SENSE", "TV", "one draw", "posterior mean"]
+    assert {r["mask"] for r in rows} == {"lines", "Poisson"} and len(rows) == 10
+    best = {r["method"]: r["PSNR (dB)"] for r in rows if r["mask"] == "lines"}
+    assert best["CG-SENSE"] > best["zero-filled"] + 3 and best["posterior mean"] > best["one draw"]
+    means = [r for r in rows if r["method"] == "posterior mean"]
+    assert all(0 < r["coverage"] <= 1 and r["calibration"] > 0 and r["memory (GiB)"] > 0 for r in means)
+    assert len((out / "table.md").read_text().splitlines()) == 12 and (out / "sheet.png").stat().st_size > 10000
+    assert json.loads((out / "results.json").read_text())["rows"][0]["scan"] == "full 0"
+
+
+def test_undersampled_files_are_refused(benchmark, raw, tmp_path):
+    from companion.data.cfl import read_cfl
+
+    kspace = read_cfl(raw)
+    kspace[:, :, ::2] = 0
+    write_cfl(tmp_path / "half", kspace)
+    with pytest.raises(SystemExit, match="fully sampled"):
+        benchmark.main([str(tmp_path / "half.cfl"), "--out", str(tmp_path / "out")])
