@@ -112,3 +112,17 @@ def test_without_noise_to_add_the_mean_is_the_exact_one():
     y = torch.full((1, 1, 6, 6), 1 + 1j, dtype=torch.complex64)
     result = annealed_gibbs(D, posterior_mean(Identity((1, 6, 6)), y, 0.5), [1e4], seeds=range(3))
     assert torch.allclose(result.mean, (y / 1.25).expand_as(result.mean), atol=1e-3)
+
+
+def test_a_chain_that_starts_at_an_image_needs_fewer_sweeps_and_is_no_less_exact():
+    problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
+    covariance = Measured.fit(problem.prior, problem.images(64), bench.LEVELS)
+    G = posterior_mean(problem.A, problem.y, 0.05, covariance, iterations=40)
+    start = problem.mean[None].to(torch.complex64)
+    warm = annealed_gibbs(problem.prior, G, karras(5, 0.25, 0.6), seeds=range(300), start=start)
+    scores = bench.score(warm.x, problem, warm.mean)
+    assert scores["mean_error"] < 0.15 and abs(scores["variance_ratio"] - 1) < 0.08
+    zero = annealed_gibbs(problem.prior, G, [0.6, 0.25], seeds=[1], start=torch.zeros_like(start))
+    assert torch.equal(zero.x, annealed_gibbs(problem.prior, G, [0.6, 0.25], seeds=[1]).x)
+    with pytest.raises(ValueError, match="start has shape"):
+        annealed_gibbs(problem.prior, G, [0.6], seeds=[1], start=start[..., :4])

@@ -31,6 +31,7 @@ def annealed_gibbs(
     *,
     seeds: str | int | Iterable[int] | Sequence[Generator],
     refresh: float | None = None,
+    start: Tensor | None = None,
     dtype: torch.dtype = torch.complex64,
     device: torch.device | str = "cpu",
     cond: Tensor | None = None,
@@ -53,6 +54,9 @@ def annealed_gibbs(
     `mean` of the result is E[x0 | x, y] at the last level, which costs one solution by CG more and no evaluation of D.
     refresh: how often the noise is renewed while sigma falls by a factor e, f = 1 - (sigma / last sigma)^refresh, so
     that many sweeps tend to a limit, a guided reverse diffusion. None: all of it in every sweep, f = 1.
+    start: a clean image (draws or 1, *A.domain_shape) in the place of x0 = 0 of the first sweep, such as CG-SENSE's:
+    with it the first sigma may be as low as the errors of that image are, and sweeps are saved. Its errors are
+    forgotten as far as sigma drowns them.
     Raises ValueError as `sample` does and for a negative refresh, TypeError for a covariance without factor.
     Zhang et al. 2024 (DAPS), Algorithm 1, where f = 1, with their Langevin steps for an isotropic C replaced by an
     exact draw for a better one.
@@ -81,7 +85,7 @@ def annealed_gibbs(
         last = step == len(levels) - 1
         return z, data.mean(x0_hat, C) if last else None
 
-    samples = chain(sweep, D, levels, G, 1, seeds, dtype, device, cond, batch_size, callback, progress)
+    samples = chain(sweep, D, levels, G, 1, seeds, dtype, device, cond, batch_size, callback, progress, start)
     calls = samples.bill.operator_calls + G.operator_calls  # those of the mean
     return replace(samples, bill=replace(samples.bill, operator_calls=calls))
 
@@ -141,8 +145,10 @@ def split_gibbs(
 
 
 @torch.no_grad()
-def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, callback, progress) -> Samples:
-    """z, mean <- sweep(data, z, step, level, generators, cond) for every level, from z = 0, in batches of draws.
+def chain(
+    sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, callback, progress, start=None
+) -> Samples:
+    """z, mean <- sweep(data, z, step, level, generators, cond) for every level, from z = start or 0, in batches.
 
     calls: of D in a sweep, for the bill; G: what the sweeps get as `data`, its y cut to the batch. The mean of the last
     sweep is kept, None for a sampler without one.
@@ -153,6 +159,8 @@ def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, ca
     if count == 0:
         raise ValueError("no seeds were given; a Gibbs sampler draws one image per seed")
     y, cond = per_draw("y", G.y, count), per_draw("cond", cond, count)
+    start = torch.zeros(1, *shape, dtype=dtype) if start is None else start
+    start = per_draw("start", start, count, shape)
     batch_size = batch_size or count
     parts = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     results, means, began = [], [], time.perf_counter()
@@ -163,7 +171,7 @@ def chain(sweep, D, levels, G, calls, seeds, dtype, device, cond, batch_size, ca
         for part in parts:
             data = replace(G, y=y[part].to(device))
             condition = None if cond is None else cond[part].to(device)
-            z = torch.zeros(len(draws[part]), *shape, dtype=dtype, device=device)
+            z = start[part].to(device, dtype)
             for step, level in enumerate(levels):
                 z, mean = sweep(data, z, step, level, draws[part], condition)
                 bar.update()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from companion.diffusion.covariance import Factor, Measured
 from companion.diffusion.denoisers import Denoiser, column
 from companion.randomness import randn
 
@@ -77,3 +78,63 @@ class Recalibrated:
         w = ((t - levels[left]) / (levels[right] - levels[left]).clamp_min(1e-12))[:, None]
         tables = self.stated.to(sigma), self.factor.to(sigma)
         return tuple((1 - w) * table[left] + w * table[right] for table in tables)
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorModel:
+    """A covariance model C of p(x0 | x): `Measured`, of the variance of D corrected by a table of `Recalibrated`.
+
+    Where D meets images unlike its training set, it errs most where it claims certainty: one factor for all pixels,
+    which is what `Measured` alone has, would be set by the background and drown the object. images: in words, those
+    that the error was measured on. table: sigmas, stated, factor of a `Recalibrated`, None to take D at its word.
+    """
+
+    measured: Measured
+    table: tuple[Tensor, Tensor, Tensor] | None = None
+    images: str = ""
+
+    @classmethod
+    def fit(cls, D: Denoiser, images: Tensor, sigmas, *, about: str = "", bins: int = 8, seed: int = 0) -> ErrorModel:
+        """The model for D at the noise levels `sigmas` from images (batch, channel, *space) that D was not trained on.
+
+        A denoiser without `moments` has no stated variance to correct, and gets `Measured` alone.
+        """
+        if not hasattr(D, "moments"):
+            return cls(Measured.fit(D, images, sigmas, seed=seed), None, about)
+        known = Recalibrated.fit(D, images, sigmas, bins=bins, seed=seed)
+        table = known.sigmas.cpu(), known.stated.cpu(), known.factor.cpu()
+        return cls(Measured.fit(known, images, sigmas, seed=seed + 1), table, about)
+
+    def __call__(self, D: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Factor]:
+        """(x0_hat, C), as `posterior_mean` asks of a covariance."""
+        return self.measured(D if self.table is None else Recalibrated(D, *self.table), x, sigma, cond)
+
+    def times(self, factor: float) -> ErrorModel:
+        """The same with its variance multiplied."""
+        return replace(self, measured=replace(self.measured, spectrum=factor * self.measured.spectrum))
+
+    def to_dict(self) -> dict:
+        """The model as plain numbers, for JSON."""
+        table = None if self.table is None else [values.tolist() for values in self.table]
+        m = self.measured
+        plain = {"sigmas": m.sigmas.tolist(), "spectrum": m.spectrum.tolist(), "prior_std": m.prior_std, "ndim": m.ndim}
+        return {"images": self.images, **plain, "table": table}
+
+    @classmethod
+    def from_dict(cls, plain: dict) -> ErrorModel:
+        """The model that `to_dict` stored. Raises ValueError for numbers that are not one."""
+        try:
+            sigmas, spectrum = (torch.tensor(plain[name], dtype=torch.float32) for name in ("sigmas", "spectrum"))
+            table = (
+                None if plain["table"] is None else tuple(torch.tensor(v, dtype=torch.float64) for v in plain["table"])
+            )
+            measured = Measured(sigmas, spectrum, float(plain["prior_std"]), int(plain["ndim"]))
+            images = str(plain["images"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not an error model: {error!r}; measure it again") from error
+        whole = spectrum.ndim == 2 and sigmas.shape == spectrum.shape[:1] and bool((spectrum > 0).all())
+        if table is not None:
+            whole &= len(table) == 3 and table[1].shape == table[2].shape and table[0].shape == table[1].shape[:1]
+        if not whole:
+            raise ValueError("not an error model: its tables do not fit together; measure it again")
+        return cls(measured, table, images)

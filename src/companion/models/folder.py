@@ -22,6 +22,7 @@ from companion.models.architectures import _blank, _check_finite, _check_match, 
 MODEL, CONFIG, RECORD, CARD, SUMS = (
     "model.safetensors", "config.json", "training.json", "README.md", "SHA256SUMS"
 )  # fmt: skip
+ERRORS = "errors.json"  # how far the model errs, see `companion.models.errors`; goes when the weights change
 
 
 def root() -> Path:
@@ -60,7 +61,7 @@ def save_checkpoint(
     tensors = {name: t.detach().cpu().contiguous() for name, t in network_of(model).state_dict().items()}
     _check_match(_shapes(_blank(config)), {k: tuple(t.shape) for k, t in tensors.items()}, "the model")
     _check_finite(tensors, "the model")
-    strangers = {path.name for path in folder.glob("*")} - {MODEL, CONFIG, RECORD, CARD}
+    strangers = {path.name for path in folder.glob("*")} - {MODEL, CONFIG, RECORD, CARD, ERRORS}
     if strangers:
         raise ValueError(f"{folder} also holds {', '.join(sorted(strangers)[:3])}; save to a folder of its own")
 

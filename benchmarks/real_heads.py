@@ -1,0 +1,393 @@
+"""Every head of a folder through one protocol: classical methods, a prior, and what the scan says of the prior.
+
+    python benchmarks/real_heads.py FOLDER --out runs/benchmarks/real_heads
+    python benchmarks/real_heads.py FOLDER --tune          # on validation heads: writes real_heads_tuned.json
+
+Heads: images of any format that `companion look` knows (NIfTI of any orientation, DICOM series, ...), one file or
+series each. A head is turned to its nearest axial position; 1 is the 99th percentile of its tissue. Slices lie between
+40 and 110 mm below the top of the head. Sizes: "64" is 64 x 64 pixels of 3.25 mm with 4 centre lines, "native" the
+file's own pixels, not interpolated, in a field of view of about 240 mm (multiples of 8), with 24 centre lines. A smooth
+phase, 8 birdcage coils, equispaced lines R = 4 and 8, noise 0.01 per real component, true maps. The settings of the
+classical methods come from real_heads_tuned.json, made on validation heads; the folder is never tuned on.
+
+Columns: PSNR (peak of each slice), SSIM, NRMSE of magnitudes; calibration = variance of the draws / squared error of
+their mean (1 is right); coverage of 90 % intervals inside the head; chi2 of held-out samples and the verdict, which
+know no truth; seconds a slice and the largest memory of the process. Numbers of a head are means over its slices, the
+table gives means and standard errors over heads. A finished head is not redone: each has its file in <out>/heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import resource
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter, map_coordinates
+from torch import Tensor
+
+from companion.data import anatomy
+from companion.data.intake.look import find
+from companion.diffusion.denoisers import AnySize
+from companion.diffusion.gibbs import annealed_gibbs
+from companion.diffusion.guidance import posterior_mean
+from companion.diffusion.noise import karras
+from companion.evaluation import metrics
+from companion.files import atomic_write, code_version
+from companion.models.architectures import network_of
+from companion.models.checkpoint import describe_source, load_denoiser
+from companion.models.errors import load_errors
+from companion.operators.mri import Sense, birdcage_maps, cartesian_mask, sense
+from companion.randomness import randn
+from companion.reconstruction import mri as baselines
+from companion.reconstruction import trust
+
+TUNED = Path(__file__).with_name("real_heads_tuned.json")
+ACS = {"64": 4, "native": 24}
+COILS, NOISE = 8, 0.01
+BELOW_TOP_MM = (40.0, 110.0)
+LEVELS = (0.04, 5.0)
+GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+CLASSICAL = ("L1-wavelet", "TV", "BART l1-wavelet")
+OURS = ("prior, mean of draws", "prior, posterior mean", "prior, trusted")
+
+
+# ----------------------------------------------------------------------------------------------------------- heads
+
+
+def canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The volume (x, y, z) of magnitudes towards right, front and top, and its voxel size in mm."""
+    image = nibabel.as_closest_canonical(
+        nibabel.Nifti1Image(np.abs(array).astype(np.float32).transpose(2, 1, 0), affine)
+    )
+    return np.asarray(image.dataobj), np.linalg.norm(image.affine[:3, :3], axis=0)
+
+
+def head_slices(array: np.ndarray, affine: np.ndarray, size: str, count: int) -> Tensor:
+    """Axial slices (slice, 1, y, x) of a head, nose up, from the top down; see the head of this file."""
+    x, voxel = canonical(array, affine)
+    x = x / np.percentile(x[x > 0.08 * np.percentile(x, 99.9)], 99)
+    body = np.argwhere(gaussian_filter(x, 3 / voxel) > 0.1)
+    if not len(body):
+        raise ValueError("the volume is empty")
+    low, high = body.min(0), body.max(0)
+    centre, n, mm = (low + high) / 2, 64, np.full(2, 3.25)
+    if size == "native":
+        mm = voxel[:2]
+        n = 8 * round(240 / mm.mean() / 8)
+        centre = np.round(centre)
+    else:  # what a pixel of 3.25 mm sees
+        x = gaussian_filter(x, 0.42 * 3.25 / voxel)
+    heights = np.clip(high[2] - np.linspace(*BELOW_TOP_MM, count) / voxel[2], low[2], high[2]).round()
+    steps = np.arange(n) - n // 2
+    rows, columns = centre[1] - steps * mm[1] / voxel[1], centre[0] + steps * mm[0] / voxel[0]
+    yy, xx = np.meshgrid(rows, columns, indexing="ij")
+    images = [map_coordinates(x, [xx, yy, np.full_like(xx, z)], order=1) for z in heights]
+    return torch.from_numpy(np.clip(np.stack(images), 0, None).astype(np.float32))[:, None]
+
+
+def scan(x: Tensor, acceleration: int, acs: int, seed: int) -> tuple[Sense, Tensor]:
+    """The operator and the data (slice, coil, y, x) of complex slices."""
+    A = sense(birdcage_maps(x.shape[-2:], COILS), cartesian_mask(x.shape[-1], acceleration, acs=acs))
+    noise = randn((len(x), *A.range_shape), x.dtype, torch.Generator().manual_seed(seed))
+    return A, A(x) + NOISE * A.mask(noise)
+
+
+def inside(x: Tensor) -> Tensor:
+    """The head in magnitudes (slice, 1, y, x): where there is signal, and the holes within."""
+    smooth = torch.nn.functional.avg_pool2d(x, 5, 1, 2)
+    return smooth > 0.1 * x.flatten(1).quantile(0.99, 1).reshape(-1, 1, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- methods
+
+
+def classical(name: str, settings: dict) -> trust.Classical:
+    """The method (A, y) -> image, with its setting."""
+    method = baselines.available_methods()[name]
+    return lambda A, y: method(y, A.coils.maps, A.mask.mask, settings[name])
+
+
+def tune(heads: dict, args) -> dict:
+    """The best settings of the classical methods on validation heads, by size and acceleration."""
+    methods = baselines.available_methods()
+    found = {}
+    for size in args.sizes:
+        for R in args.R:
+            cases = []
+            for seed, load in enumerate(heads.values()):
+                x = anatomy.random_phase(head_slices(*load(), size, args.slices), torch.Generator().manual_seed(seed))
+                A, y = scan(x, R, ACS[size], seed)
+                cases += [(y[i : i + 1], A.coils.maps, A.mask.mask, x[i : i + 1]) for i in range(len(x))]
+            for name in (n for n in CLASSICAL if n in methods):
+                best = baselines.tune(methods[name], cases, args.grid)
+                found.setdefault(f"{size} R={R}", {})[name] = best.regularisation
+                print(size, R, name, best, flush=True)
+    how = {"heads": sorted(heads), "slices": args.slices, "grid": list(args.grid), "noise": NOISE, "coils": COILS}
+    made = {setting: {**how, "score": "mean PSNR", "code": code_version()} for setting in found}
+    return {"made": made, "settings": found}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one method on one head; None where a method has none."""
+
+    head: str
+    size: str
+    R: int
+    method: str
+    psnr: float
+    ssim: float
+    nrmse: float
+    calibration: float | None
+    coverage: float | None
+    chi2: float | None
+    verdict: str
+    seconds: float
+    memory_gb: float
+
+
+def score(name, size, R, method, x, truth, seconds, draws=None, chi2=None, verdict="") -> Row:
+    """The scores of images x and draws (draw, slice, 1, y, x) against the complex truth (slice, 1, y, x)."""
+    calibration = coverage = None
+    if draws is not None:
+        together = draws.abs().movedim(1, 2).flatten(2, 3)[:, None], truth.abs().movedim(0, 1).flatten(1, 2)[None]
+        calibration = metrics.calibration_ratio(*together).item()
+        mask = inside(truth.abs())
+        coverage = metrics.coverage(draws.abs(), truth.abs(), levels=(0.9,), mask=mask)[1].mean().item()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    means = (f(x, truth).mean().item() for f in (metrics.psnr, metrics.ssim, metrics.nrmse))
+    return Row(name, size, R, method, *means, calibration, coverage, chi2, verdict, seconds, memory)
+
+
+def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], dict[str, Tensor]]:
+    """Rows of one head, and for each size and R the middle slice of all methods (method, y, x)."""
+    D, errors = prior
+    rows, pictures = [], {}
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "big")  # the same in any folder
+    for size in args.sizes:
+        x = anatomy.random_phase(head_slices(*load(), size, args.slices), torch.Generator().manual_seed(seed))
+        for R in args.R:
+            A, y = scan(x, R, ACS[size], seed + 1)
+            tuned, images = settings[f"{size} R={R}"], {}
+            for method in (m for m in CLASSICAL if m in tuned and m in baselines.available_methods()):
+                began = time.perf_counter()
+                images[method] = classical(method, tuned)(A, y)
+                rows.append(score(name, size, R, method, images[method], x, (time.perf_counter() - began) / len(x)))
+            plain, trusted, verdict, seconds = reconstruct(
+                D, errors, A, y, classical("TV", tuned), ACS[size], seed, args
+            )
+            draws = torch.stack([s.x for s in plain], 1)
+            images[OURS[0]] = draws.mean(0)
+            images[OURS[1]] = torch.cat([s.mean.mean(0, keepdim=True) for s in plain])
+            images[OURS[2]] = torch.cat([s.mean for s in trusted])
+            first = verdict.first.score.chi2
+            rows.append(score(name, size, R, OURS[0], images[OURS[0]], x, seconds[0], draws))
+            rows.append(score(name, size, R, OURS[1], images[OURS[1]], x, seconds[0], draws))
+            wide = torch.stack([s.x for s in trusted], 1)
+            rows.append(score(name, size, R, OURS[2], images[OURS[2]], x, seconds[1], wide, first, verdict.verdict))
+            for row in rows[-len(images) :]:
+                print(
+                    f"{name} {size} R={R} {row.method}: {row.psnr:.2f} dB {row.calibration} {row.verdict}", flush=True
+                )
+            middle = len(x) // 2
+            stack = torch.cat([x[middle], *[v[middle] for v in images.values()]]).abs()
+            pictures[f"{size} R={R}"] = stack.half()
+    return rows, pictures
+
+
+def reconstruct(D, errors, A, y, tv, acs, seed, args):
+    """Plain and trusted samples of all slices, the verdict of the middle one, seconds a slice of both."""
+    sigmas, own = karras(args.evaluations, sigma_min=LEVELS[0], sigma_max=LEVELS[1]), next(iter(errors.values()))
+    seeds, found, spent = [range(seed + 8 * i, seed + 8 * i + args.draws) for i in range(len(y))], None, [0.0, 0.0]
+    plain, trusted = [], []
+    began = time.perf_counter()
+    middle = len(y) // 2
+    found = trust.assess(
+        D, trust.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, levels=LEVELS, seed=seed,
+        evaluations=args.evaluations * args.draws // 2, classical=tv,
+    )  # fmt: skip
+    spent[1] += time.perf_counter() - began
+    for i, draws in enumerate(seeds):
+        one, began = y[i : i + 1], time.perf_counter()
+        plain.append(annealed_gibbs(D, posterior_mean(A, one, NOISE, own), sigmas, seeds=draws))
+        spent[0] += time.perf_counter() - began
+        began = time.perf_counter()
+        same = (found.chosen.name, found.chosen.scale) == (found.first.name, found.first.scale)
+        again = (
+            plain[-1] if same else annealed_gibbs(D, posterior_mean(A, one, NOISE, found.error), sigmas, seeds=draws)
+        )
+        trusted.append(found.apply(again, tv(A, one)))
+        spent[1] += time.perf_counter() - began + (same * plain[-1].bill.seconds * args.draws)
+    return plain, trusted, found, [s / len(y) for s in spent]
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def table(rows: list[Row]) -> list[dict]:
+    """For each size, R and method the mean over heads of every column, and its standard error for more than one."""
+    lines = []
+    for size, R, method in dict.fromkeys((r.size, r.R, r.method) for r in rows):
+        group = [r for r in rows if (r.size, r.R, r.method) == (size, R, method)]
+        line = {"size": size, "R": R, "method": method, "heads": len(group)}
+        for column in ("psnr", "ssim", "nrmse", "calibration", "coverage", "chi2", "seconds", "memory_gb"):
+            values = [v for r in group if (v := getattr(r, column)) is not None]
+            line[column] = float(np.mean(values)) if values else None
+            line[f"{column} error"] = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+        told = [r.verdict for r in group if r.verdict]
+        line["known"] = sum(v.startswith("the prior knows") for v in told) / len(told) if told else None
+        lines.append(line)
+    return lines
+
+
+def markdown(lines: list[dict]) -> str:
+    """The table in Markdown, +- one standard error over heads."""
+    heads = ("PSNR dB", "SSIM", "NRMSE", "calibration", "coverage 90 %", "held-out chi2", "known", "s a slice", "GB")
+    columns = ("psnr", "ssim", "nrmse", "calibration", "coverage", "chi2", "known", "seconds", "memory_gb")
+    text = [f"| size | R | method | heads | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 4)]
+    for line in lines:
+        cells = [line["size"], str(line["R"]), line["method"], str(line["heads"])]
+        for column in columns:
+            value, error = line[column], line.get(f"{column} error")
+            digits = 1 if column in ("psnr", "seconds") else 2 if column != "ssim" else 3
+            shown = "" if value is None else f"{value:.{digits}f}"
+            cells.append(shown if error is None or not shown else f"{shown} +- {error:.{digits}f}")
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def contact_sheet(pictures: dict[str, dict[str, Tensor]], setting: str):
+    """A row a head: the truth and all methods at one size and R."""
+    from matplotlib.figure import Figure
+
+    shown = {name: sheets[setting].float().numpy() for name, sheets in pictures.items() if setting in sheets}
+    columns = max(len(images) for images in shown.values())
+    figure = Figure(figsize=(1.8 * columns, 1.9 * len(shown)), facecolor="black")
+    axes = figure.subplots(len(shown), columns, squeeze=False)
+    for row, (name, images) in zip(axes, shown.items(), strict=True):
+        for ax in row:
+            ax.axis("off")
+        for ax, image in zip(row, images, strict=False):
+            ax.imshow(image, cmap="gray", vmin=0, vmax=images[0].max())
+        row[0].set_title(name[:24], color="white", fontsize=7)
+    figure.subplots_adjust(0, 0, 1, 0.96, 0.02, 0.06)
+    return figure
+
+
+def heads_of(folder: Path) -> tuple[dict, dict[str, str]]:
+    """Loaders of (array (z, y, x), affine) by name, and the reasons for what is left out."""
+    found = find(folder)
+    heads, left = {}, dict(found.left)
+    for item in found.items:
+        if len(item.what.shape) < 3 or min(item.what.shape[-3:]) < 16:
+            left[item.name] = f"shape {item.what.shape}: not a volume"
+            continue
+
+        def load(item=item):
+            frames = item.what.axes[0] == "t"
+            volume = item.reader.read((*item.files, *item.what.parts), **({"frame": 0} if frames else {}))
+            return volume.array, volume.affine
+
+        heads[item.name] = load
+    return heads, left
+
+
+def main(argv=None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/real_heads"))
+    parser.add_argument("--weights", default="brain/t1w")
+    parser.add_argument("--sizes", nargs="+", default=list(ACS), choices=list(ACS))
+    parser.add_argument("--R", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--slices", type=int, default=6)
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--evaluations", type=int, default=30, help="of the network, a draw")
+    parser.add_argument("--tune", action="store_true", help="the folder holds validation heads: tune on them, and stop")
+    parser.add_argument("--grid", nargs="+", type=float, default=list(GRID))
+    parser.add_argument("--tuned", type=Path, default=TUNED)
+    args = parser.parse_args(argv)
+    heads, left = heads_of(args.folder)
+    for name, why in left.items():
+        print(f"left out: {name}: {why}")
+    if args.tune:
+        found = tune(heads, args)
+        if args.tuned.exists():  # other sizes stay
+            known = json.loads(args.tuned.read_text())
+            found = {"made": {**known["made"], **found["made"]}, "settings": {**known["settings"], **found["settings"]}}
+        with atomic_write(args.tuned) as path:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        return []
+    tuned = read_tuned(args)
+    D = load_denoiser(args.weights)
+    prior = AnySize(D, network_of(D).total_stride), load_errors(args.weights)
+    asked = {k: getattr(args, k) for k in ("sizes", "R", "slices", "draws", "evaluations")}
+    key = {**asked, "weights": describe_source(args.weights).sha256, "settings": tuned["settings"]}
+    rows, pictures = [], {}
+    (args.out / "heads").mkdir(parents=True, exist_ok=True)
+    for name, load in heads.items():
+        stem = hashlib.sha256(f"{name} {json.dumps(key, sort_keys=True)}".encode()).hexdigest()[:16]
+        done = args.out / "heads" / f"{stem}.json"
+        images = done.with_suffix(".pt")
+        if not done.exists():
+            try:
+                found, sheets = study(name, load, prior, tuned["settings"], args)
+            except (ValueError, OSError) as error:
+                warnings.warn(f"{name} left out: {error}", stacklevel=1)
+                continue
+            with atomic_write(images) as path:
+                torch.save(sheets, path)
+            with atomic_write(done) as path:
+                path.write_text(json.dumps({"head": name, **key, "rows": [asdict(r) for r in found]}, indent=1))
+        rows += [Row(**r) for r in json.loads(done.read_text())["rows"]]
+        pictures[name] = torch.load(images, weights_only=True)
+        write(args.out, rows, pictures)
+    if not rows:
+        raise SystemExit(f"{args.folder}: no head could be used")
+    print(markdown(table(rows)))
+    return table(rows)
+
+
+def read_tuned(args) -> dict:
+    """The settings of the classical methods. Raises SystemExit where one that is needed was never tuned."""
+    tuned = json.loads(args.tuned.read_text()) if args.tuned.exists() else {"settings": {}}
+    missing = [f"{size} R={R}" for size in args.sizes for R in args.R if f"{size} R={R}" not in tuned["settings"]]
+    if missing:
+        raise SystemExit(
+            f"{args.tuned} has no settings of classical methods for {', '.join(missing)}; make them on a folder of "
+            "validation heads with --tune, or leave out these --sizes or --R"
+        )
+    return tuned
+
+
+def write(out: Path, rows: list[Row], pictures: dict) -> None:
+    """The table as Markdown, JSON and CSV, all rows, and a contact sheet for each size and R."""
+    lines, text = table(rows), io.StringIO()
+    writer = csv.DictWriter(text, lines[0])
+    writer.writeheader()
+    writer.writerows(lines)
+    results = {"code": code_version(), "table": lines, "rows": [asdict(r) for r in rows]}
+    contents = {
+        "table.md": markdown(lines),
+        "table.csv": text.getvalue(),
+        "results.json": json.dumps(results, indent=1),
+    }
+    for name, content in contents.items():
+        with atomic_write(out / name) as path:
+            path.write_text(content)
+    for setting in dict.fromkeys(s for sheets in pictures.values() for s in sheets):
+        with atomic_write(out / f"sheet {setting}.png".replace(" ", "_").replace("=", "")) as path:
+            contact_sheet(pictures, setting).savefig(path, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

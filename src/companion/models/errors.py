@@ -1,0 +1,57 @@
+"""How far a prior errs, measured once and kept beside its weights, so that no virtual people are rendered to use it.
+
+errors.json    {"sha256": of the weights, "errors": {name: `ErrorModel.to_dict`}}; the first are the prior's own
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from companion.diffusion.recalibration import ErrorModel
+from companion.files import atomic_write
+from companion.models.checkpoint import describe, resolve
+from companion.models.folder import ERRORS
+
+
+def save_errors(name: str | os.PathLike, errors: Mapping[str, ErrorModel], default: str | None = None) -> Path:
+    """The file errors.json of a checkpoint, written whole. The first of `errors` is that of the prior's own people."""
+    path = resolve(name, default) / ERRORS
+    plain = {
+        "sha256": describe(name, default)["sha256"],
+        "errors": {k: rounded(e.to_dict()) for k, e in errors.items()},
+    }
+    with atomic_write(path) as aside:
+        aside.write_text(json.dumps(plain, indent=1) + "\n")
+    return path
+
+
+def load_errors(name: str | os.PathLike, default: str | None = None) -> dict[str, ErrorModel]:
+    """The error models of a checkpoint by name, the prior's own people first.
+
+    Raises FileNotFoundError when none were measured, ValueError when they belong to other weights or are damaged.
+    """
+    path = resolve(name, default) / ERRORS
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the error of {name} was not measured; tools/prior_errors.py does it"
+        )
+    try:
+        plain = json.loads(path.read_text())
+        owner, errors = plain["sha256"], dict(plain["errors"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); measure it again") from error
+    if owner != describe(name, default)["sha256"]:
+        raise ValueError(f"{path} was measured with other weights than those beside it; measure it again")
+    return {key: ErrorModel.from_dict(value) for key, value in errors.items()}
+
+
+def rounded(plain):
+    """The same structure with numbers of six significant digits."""
+    if isinstance(plain, dict):
+        return {key: rounded(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [rounded(value) for value in plain]
+    return float(f"{plain:.6g}") if isinstance(plain, float) else plain

@@ -1,0 +1,342 @@
+"""How far a prior may be trusted with a scan, asked of the scan itself.
+
+A few measured samples are held out. Draws made from the rest predict them; how well they do says, without a truth,
+
+- which model of the prior's error fits this scan, and on which scale (log score),
+- whether the error bars are right (chi-square per sample, 1 for the right law) and by how much to widen them,
+- whether the posterior mean or a classical image comes closer, and in which mixture of both the error is least.
+
+Then the image is drawn from all data. Everything is judged by linear predictions of samples, so any operator will do: a
+`Split` says how data fall in two parts, `hold_out` makes one for Cartesian MRI, and scoring knows nothing of either.
+docs/trust.md has the formulas, the thresholds and how they were set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.gibbs import annealed_gibbs
+from companion.diffusion.guidance import posterior_mean
+from companion.diffusion.noise import karras
+from companion.diffusion.recalibration import ErrorModel
+from companion.diffusion.sampling import Bill, Samples
+from companion.operators.linear import Diagonal, LinearOperator
+from companion.operators.mri import Sense, sense
+
+Classical = Callable[[LinearOperator, Tensor], Tensor]  # (A, y) -> image (batch, *A.domain_shape)
+
+BANDS = 6  # rings of k-space in which predicted variances are pooled
+SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
+KNOWN = 1.25  # chi-square per held-out sample above which the prior does not know the scan
+LEAST_CALLS = 4  # evaluations of a chain, below which its draws are too rough to judge by
+LEAST_SHARE = 0.5  # of the posterior mean in the mixture, below which the classical image is preferred
+
+
+# ------------------------------------------------------------------------------------------------------- splitting
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A scan in two parts: y = A x + noise is what draws see, held_y = held_A x + noise judges them.
+
+    held: the samples of held_y that count, True, shaped to broadcast to it. group: for each of them which pool of
+    predicted variances it belongs to, integers from 0, shaped like `held`.
+    """
+
+    A: LinearOperator
+    y: Tensor
+    held_A: LinearOperator
+    held_y: Tensor
+    held: Tensor
+    group: Tensor
+
+
+def hold_out(A: LinearOperator, y: Tensor, acs: int = 0, share: float = 0.1, seed: int = 0) -> Split:
+    """The split of data y (1, coil, *space), 0 where not measured, that holds out `share` of the samples, at random.
+
+    The `acs` central samples along every axis that is undersampled stay with the draws, so that maps made from them
+    are not touched. Single samples, of all coils at once: their neighbours on a measured line tell much of them, and a
+    prior that is surer of itself than it should be is found out by not listening. Raises ValueError where nothing is
+    left to hold out, and for more than one slice.
+    """
+    if len(y) != 1:
+        raise ValueError(f"got data of {len(y)} slices; hold out of one, (1, coil, *space): it speaks for the others")
+    measured = (y[0] != 0).any(0)
+    free = measured.clone()
+    if acs:
+        free[centre_of(measured, acs)] = False
+    places = free.flatten().nonzero()[:, 0]
+    if not len(places):
+        raise ValueError(f"all measured samples lie in the centre of {acs} lines; nothing can be held out")
+    number = min(max(1, round(share * measured.sum().item())), len(places))
+    chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:number]
+    held = torch.zeros_like(measured).flatten()
+    held[places[chosen.to(places.device)]] = True
+    held = held.reshape(measured.shape)
+    seen, other = (masked(A, part) for part in (measured & ~held, held))
+    return Split(seen, torch.where(held, 0, y), other, torch.where(held, y, 0), held, bands(held))
+
+
+def masked(A: LinearOperator, part: Tensor) -> LinearOperator:
+    """A for some of its samples, `part` (*space) True, and zeros for the others."""
+    if isinstance(A, Sense):
+        return sense(A.coils.maps, part.to(A.mask.mask.dtype), part.ndim)
+    return Diagonal(part.to(A.domain_dtype.to_real()), A.range_shape, A.range_dtype) @ A
+
+
+def centre_of(measured: Tensor, acs: int) -> tuple[slice, ...]:
+    """The slices of the calibration centre: `acs` wide along axes on which the mask depends, whole along the others."""
+    axes = range(measured.ndim)
+    depends = [not torch.equal(measured, measured.narrow(axis, 0, 1).expand_as(measured)) for axis in axes]
+    return tuple(
+        slice(n // 2 - acs // 2, n // 2 - acs // 2 + acs) if changes else slice(0, n)
+        for n, changes in zip(measured.shape, depends, strict=True)
+    )
+
+
+def bands(held: Tensor, count: int = BANDS) -> Tensor:
+    """For each held-out sample (*space) the ring of k-space that it lies in; rings hold equally many of them."""
+    grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in held.shape], indexing="ij")
+    radius = sum(g.square() for g in grids).sqrt().to(held.device)
+    edges = torch.quantile(radius[held], torch.linspace(0, 1, count + 1, device=held.device)[1:-1])
+    return torch.bucketize(radius, edges)
+
+
+# --------------------------------------------------------------------------------------------------------- scoring
+
+
+@dataclass(frozen=True)
+class Score:
+    """How held-out samples fell under a predictive law, per complex sample.
+
+    log_score: mean log density, higher is better. chi2: mean squared residual over its predicted variance, 1 for the
+    right law. excess: mean squared residual less the noise, what the image misses. spread: the predicted part of it.
+    """
+
+    log_score: float
+    chi2: float
+    excess: float
+    spread: float
+
+    @property
+    def widening(self) -> float:
+        """The factor that makes the predicted spread the found one, as a ratio of variances."""
+        return max(self.excess, 0.0) / max(self.spread, 1e-30)
+
+
+def predictive_score(split: Split, samples: Samples, noise_std: float, image: Tensor | None = None) -> Score:
+    """The score of held-out data under N(mean, variance of the draws + noise), variances pooled in groups.
+
+    The mean is `image` (1, *shape), by default the average of the conditional means; to its own predicted error, the
+    variance of the posterior, that of an average over few draws is added.
+    """
+    means = samples.x if samples.mean is None else samples.mean
+    n = len(means)
+    draws, centres = (pick(split.held_A(x), split.held) for x in (samples.x, means))
+    mean = centres.mean(0) if image is None else pick(split.held_A(image), split.held)[0]
+    power = (draws - draws.mean(0)).abs().square().sum(0) / (n - 1)
+    power = power + (centres - centres.mean(0)).abs().square().sum(0) / ((n - 1) * n)
+    group = split.group[split.held].expand_as(power)
+    spread = pooled(power, group)
+    return gaussian_score(pick(split.held_y, split.held)[0] - mean, spread, 2 * noise_std**2)
+
+
+def gaussian_score(residual: Tensor, spread: Tensor, noise: float) -> Score:
+    """The score of complex residuals under N_C(0, spread + noise), both E|.|^2 of a complex sample."""
+    power, variance = residual.abs().square().double(), spread.double() + noise
+    chi2 = power / variance
+    log_score = -((torch.pi * variance).log() + chi2).mean().item()
+    return Score(log_score, chi2.mean().item(), power.mean().item() - noise, spread.double().mean().item())
+
+
+def pick(values: Tensor, held: Tensor) -> Tensor:
+    """The held-out samples (batch, coil, sample) of data (batch, coil, *space)."""
+    return values.flatten(-held.ndim)[..., held.flatten()]
+
+
+def pooled(power: Tensor, group: Tensor) -> Tensor:
+    """`power` with each value replaced by the mean of its group."""
+    size = int(group.max()) + 1
+    total = torch.zeros(size, dtype=torch.float64, device=power.device)
+    total.index_add_(0, group.flatten(), power.flatten().double())
+    count = torch.bincount(group.flatten(), minlength=size).clamp_min(1)
+    return (total / count)[group]
+
+
+def best_share(split: Split, mean: Tensor, other: Tensor) -> float:
+    """The share of `mean` in its mixture with `other`, images (1, *shape), that predicts held-out data best: 0 to 1."""
+    ours, theirs = (pick(split.held_A(x), split.held) for x in (mean, other))
+    step, wanted = ours - theirs, pick(split.held_y, split.held) - theirs
+    power = step.abs().square().sum()
+    if power <= 0:
+        return 1.0
+    return ((step.conj() * wanted).real.sum() / power).clamp(0, 1).item()
+
+
+# --------------------------------------------------------------------------------------------------------- verdict
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model of the prior's error that was tried: `name`, the factor on its variance, and its score."""
+
+    name: str
+    scale: float
+    score: Score
+
+
+@dataclass(frozen=True, eq=False)
+class Trust:
+    """What a scan says of a prior.
+
+    error: the model of its error to draw with. share: of the posterior mean in the image, the rest is classical.
+    widening: factor on the variance of the draws around the image. chosen: the candidate that `error` is; tried: all.
+    first: the candidate of the prior's own people at scale 1, by which the prior is judged to know the scan or not.
+    classical: squared error of the classical image on held-out samples, less the noise; bill: the cost of the trial.
+    """
+
+    error: ErrorModel
+    share: float
+    widening: float
+    chosen: Candidate
+    tried: tuple[Candidate, ...]
+    classical: float | None
+    bill: Bill
+    known_below: float = field(default=KNOWN, repr=False)
+
+    @property
+    def first(self) -> Candidate:
+        return self.tried[0]
+
+    @property
+    def knows(self) -> bool:
+        """Whether the prior's own error model predicts the held-out samples."""
+        return self.first.score.chi2 <= self.known_below and self.share >= LEAST_SHARE
+
+    @property
+    def verdict(self) -> str:
+        """In words and numbers."""
+        chi2 = self.first.score.chi2
+        if self.knows:
+            text = f"the prior knows this scan: held-out chi-square {chi2:.2f}"
+        else:
+            text = f"the prior does not know this scan: held-out chi-square {chi2:.2f}"
+        details = []
+        if (self.chosen.name, self.chosen.scale) != (self.first.name, self.first.scale):
+            times = "" if self.chosen.scale == 1 else f", variance times {self.chosen.scale:g}"
+            details.append(f"errors as measured on {self.chosen.name}{times}")
+        if self.widening > 1:
+            details.append(f"error bars widened by {self.widening**0.5:.2f}")
+        if self.classical is not None and self.share < LEAST_SHARE:
+            details.append(f"classical reconstruction preferred ({1 - self.share:.0%} of the image)")
+        elif self.classical is not None and self.share < 0.99:
+            details.append(f"{1 - self.share:.0%} of the image is classical")
+        return "; ".join([text, *details])
+
+    def apply(self, samples: Samples, classical: Tensor | None = None) -> Samples:
+        """Draws and mean of all data, leaning on the classical image (1, *shape) as far as the scan asks.
+
+        `mean` becomes the one image (1, *shape); the draws scatter about it, as they did about their mean, wider by
+        `widening`.
+        """
+        means = samples.x if samples.mean is None else samples.mean
+        image = means.mean(0, keepdim=True)
+        if classical is not None:
+            image = self.share * image + (1 - self.share) * classical
+        x = image + self.widening**0.5 * (samples.x - samples.x.mean(0))
+        return replace(samples, x=x, mean=image)
+
+
+def assess(
+    D: Denoiser,
+    split: Split,
+    noise_std: float,
+    errors: Mapping[str, ErrorModel],
+    *,
+    levels: tuple[float, float] = (0.04, 5.0),
+    evaluations: int = 60,
+    draws: int = 2,
+    tries: int = 4,
+    seed: int = 0,
+    classical: Classical | None = None,
+    iterations: int = 30,
+) -> Trust:
+    """What a scan, in two parts, says of the prior D, for at most `evaluations` of it.
+
+    errors: models of the error of D by name, the first measured on people like its training set, others on anything
+    else. levels: noise of the last and the first evaluation. Each candidate gets `draws` chains, as long as
+    `evaluations` allow for `tries` candidates. First all models as they are; then the best one with twice and four
+    times the variance, while that scores better. classical: the method to compare with, tuned elsewhere.
+    Fewer tries where the evaluations do not suffice; raises ValueError when they do not even allow for one.
+    """
+    tries = min(tries, evaluations // (LEAST_CALLS * draws))
+    if tries < 1:
+        raise ValueError(f"{evaluations} evaluations are too few for {draws} chains of {LEAST_CALLS}; allow for more")
+    calls = evaluations // (tries * draws)
+    sigmas = karras(calls, sigma_min=levels[0], sigma_max=levels[1])
+    found: list[tuple[Candidate, Samples]] = []
+
+    def attempt(name: str, scale: float) -> None:
+        G = posterior_mean(split.A, split.y, noise_std, errors[name].times(scale), iterations)
+        seeds = range(seed, seed + draws)
+        samples = annealed_gibbs(D, G, sigmas, seeds=seeds, dtype=split.y.dtype, device=split.y.device)
+        found.append((Candidate(name, scale, predictive_score(split, samples, noise_std)), samples))
+
+    for name in list(errors)[:tries]:
+        attempt(name, SCALES[0])
+    for scale in SCALES[1:]:
+        best = max(found, key=lambda pair: pair[0].score.log_score)[0]
+        if len(found) >= tries or best.score.chi2 < 1 or best.scale != SCALES[SCALES.index(scale) - 1]:
+            break
+        attempt(best.name, scale)
+    best, samples = max(found, key=lambda pair: pair[0].score.log_score)
+    share, other, score = 1.0, None, best.score
+    if classical is not None:
+        image, mean = classical(split.A, split.y), (samples.x if samples.mean is None else samples.mean).mean(0)[None]
+        share = best_share(split, mean, image)
+        other = predictive_score(split, samples, noise_std, image).excess
+        score = predictive_score(split, samples, noise_std, share * mean + (1 - share) * image)
+    bill = Bill(
+        sum(s.bill.denoiser_calls for _, s in found) * draws,
+        sum(s.bill.operator_calls for _, s in found) * draws,
+        sum(s.bill.seconds for _, s in found) * draws,
+    )
+    tried = tuple(candidate for candidate, _ in found)
+    return Trust(errors[best.name].times(best.scale), share, max(1.0, score.widening), best, tried, other, bill)
+
+
+def reconstruct(
+    D: Denoiser,
+    A: LinearOperator,
+    y: Tensor,
+    noise_std: float,
+    errors: Mapping[str, ErrorModel],
+    *,
+    acs: int,
+    seeds: Sequence[int],
+    evaluations: int = 30,
+    levels: tuple[float, float] = (0.04, 5.0),
+    trust: Trust | None = None,
+    classical: Classical | None = None,
+    extra: float = 0.5,
+) -> tuple[Samples, Trust]:
+    """Draws of a slice from all its data, after a trial by the slice itself, and what the trial found.
+
+    trust: of another slice of the same scan, whose trial then serves this one too. extra: work of the trial, as a part
+    of that of the draws. The result is `Trust.apply`'s.
+    """
+    if trust is None:
+        split = hold_out(A, y, acs, seed=seeds[0])
+        allowed = int(extra * evaluations * len(seeds))
+        trust = assess(
+            D, split, noise_std, errors, levels=levels, evaluations=allowed, seed=seeds[0], classical=classical
+        )
+    sigmas = karras(evaluations, sigma_min=levels[0], sigma_max=levels[1])
+    G = posterior_mean(A, y, noise_std, trust.error)
+    samples = annealed_gibbs(D, G, sigmas, seeds=seeds, dtype=y.dtype, device=y.device)
+    return trust.apply(samples, None if classical is None else classical(A, y)), trust
