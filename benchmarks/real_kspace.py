@@ -3,15 +3,15 @@
     python benchmarks/real_kspace.py scan.cfl other.h5 --heads validation_head.nii.gz --out runs/benchmarks/real_kspace
 
 Protocol. Each file is fully sampled k-space of any format that `companion look` names as such. Its reference image is
-the coil combination of all data with maps from the centre of all data. Measured are every R-th line, or a Poisson
-disc over both phase encodes, R = 4 and 8, with a fully sampled centre of 24; noise, coil compression, maps and units
-come from the measured samples alone (`prepare_scan`), the noise level from the redundancy of the coils. Classical
-methods are tuned, and the error of the prior is measured, on the validation heads given (else on virtual people), seen
-by the coils and mask of the scan; never on the scan. The posterior mean is the average of the conditional means of the
-last level.
+the coil combination of all data with maps from the centre of all data, zero where ESPIRiT sees air. Measured are every
+R-th line, or a Poisson disc over both phase encodes, R = 4 and 8, with a fully sampled centre of 24; noise, coil
+compression, maps and units come from the measured samples alone (`prepare_scan`), the noise level from the redundancy
+of the coils. Classical methods are tuned, and the error of the prior is measured, on the validation heads given (else
+on virtual people), seen by the coils and mask of the scan; never on the scan. The posterior mean is the average of the
+conditional means of the last level.
 
 Rows: file, mask, R, method. PSNR (peak: largest magnitude of the reference), SSIM, NRMSE of magnitudes; calibration
-(variance of draws / squared error of their mean) and coverage of the 90 % interval, complex, inside the object;
+(variance of draws / squared error of their mean) and coverage of the 90 % interval, of magnitudes inside the object;
 seconds; peak memory of the process so far. Writes table.md, results.json and sheet.png into --out.
 """
 
@@ -105,7 +105,7 @@ def reference_image(kspace: Tensor, m: Measurement) -> Tensor:
     box = centre_of_mask((full != 0).any(0), echo_of(full))
     centre = full[(slice(None), *(slice(first, last) for first, last in box))]
     first = tuple(f - n // 2 for (f, _), n in zip(box, full.shape[1:], strict=True))
-    maps = espirit(centre, tuple(full.shape[1:]), m.maps.shape[1], first=first, noise_std=m.noise_std).maps
+    maps = espirit(centre, tuple(full.shape[1:]), m.maps.shape[1], air=0.8, first=first, noise_std=m.noise_std).maps
     return (maps.conj() * ifft(full)).sum(1).abs().square().sum(0).sqrt()[None, None].to(torch.complex64)
 
 
@@ -179,14 +179,9 @@ def classical(m: Measurement) -> dict:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def magnitude(x: Tensor) -> Tensor:
-    """Root sum of squares over sets, (batch, 1, y, x)."""
-    return x.abs().square().sum(1, keepdim=True).sqrt()
-
-
 def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None = None) -> dict:
     """One line of the table. draws: (draw, set, y, x)."""
-    truth, found = case.reference.abs(), magnitude(x)
+    truth, found = case.reference.abs(), case.m.magnitude(x)
     line = {
         "scan": case.name,
         "mask": case.kind,
@@ -201,7 +196,7 @@ def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None
         "memory (GiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     if draws is not None:
-        spread = magnitude(draws)[:, None]
+        spread = case.m.magnitude(draws)[:, None]
         line["calibration"] = metrics.calibration_ratio(spread, truth, mask=case.inside).item()
         line["coverage"] = metrics.coverage(spread, truth, (0.9,), mask=case.inside)[1].item()
     return line
@@ -297,10 +292,11 @@ def sheet(sheets):
     for case, pictures in sheets:
         truth, name = case.reference.abs(), f"{case.name} {case.kind} {case.acceleration:g}"
         peak = torch.quantile(truth, 0.995)
-        grid[name] = {one: magnitude(pictures[one])[0, 0] / peak for one in shown}
-        grid[f"{name} error x 5"] = {one: 5 * (magnitude(pictures[one]) - truth).abs()[0, 0] / peak for one in shown}
+        pictures = {one: truth if one == "reference" else case.m.magnitude(pictures[one]) for one in shown}
+        grid[name] = {one: pictures[one][0, 0] / peak for one in shown}
+        grid[f"{name} error x 5"] = {one: 5 * (pictures[one] - truth).abs()[0, 0] / peak for one in shown}
         for one in shown[1:]:
-            notes[name, one] = f"{metrics.psnr(magnitude(pictures[one]), truth).item():.1f} dB"
+            notes[name, one] = f"{metrics.psnr(pictures[one], truth).item():.1f} dB"
     return figures.image_grid(grid, notes=notes, width=2.2)
 
 

@@ -58,7 +58,7 @@ def centre_of_mask(mask: Tensor, echo: Shape, widest: int = WIDEST) -> Box:
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Coil maps (set, coil, *space) complex64, unit sum of squares over coils where a set has signal, else zero.
+    """Coil maps (set, coil, *space) complex64, unit sum of squares over coils, or zero where a set has none.
 
     eigenvalues: (set + 1, *space), largest first; the last belongs to the set left out. 1 where the coil vector
     explains neighbouring samples wholly. folded: share of the image's energy in pixels with a second vector.
@@ -76,6 +76,7 @@ def espirit(
     sets: int | None = None,
     kernel: int | None = None,
     crop: float = CROP,
+    air: float = 0.0,
     threshold: float = 0.02,
     noise_std: float = 0.0,
     phase: str = "image",
@@ -90,6 +91,8 @@ def espirit(
     kernel: width in samples, at most 6 and a third of the centre (by default; 3 at least). threshold: singular values
     of the calibration matrix below this share of the largest are noise, and so are those that white noise of deviation
     noise_std (per real component) would have.
+    crop: eigenvalue below which a pixel has no vector in the second set; air: the same for the first, by default never,
+    so that the data say of air that it is empty, where a sampler would otherwise draw what its prior likes to see.
     phase: "image", the image loses the phase of its low-resolution version, with it any ramp of an echo off the
     centre; "coil", it has the phase of the first coil.
     Raises ValueError when the centre is too small or holds no signal. Uecker et al. 2014.
@@ -119,7 +122,8 @@ def espirit(
     energy = image.abs().square().sum(0)
     folded = (energy[values[1] > crop].sum() / energy.sum()).item()
     kept = (2 if folded > FOLDED else 1) if sets is None else kept
-    maps = vectors[:kept] * (values[:kept, None] > crop)
+    least = torch.tensor([air] + [crop] * (kept - 1)).to(values)
+    maps = vectors[:kept] * (values[:kept] > least.reshape(-1, *[1] * ndim))[:, None]
     maps = _turned(maps, image) if kept == 2 else maps
     return Maps(_with_phase(maps, image, phase), values[: kept + 1], folded, taps)
 

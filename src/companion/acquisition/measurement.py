@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from companion.acquisition.maps import Box, Maps, centre_of_mask, echo_of, espirit, low_resolution
+from companion.acquisition.maps import CROP, Box, Maps, centre_of_mask, echo_of, espirit, low_resolution
 from companion.acquisition.noise import Noise, mix, noise_of_edges, noise_of_scan
 from companion.data.raw.scan import RawScan
 from companion.operators.linear import LinearOperator, check_finite
@@ -117,6 +117,14 @@ class Measurement:
         """k-space (..., coil, *space) of the same coils in the units and virtual coils of y."""
         return self.scale * mix(self.found.matrix, kspace, self.y.ndim - 2)
 
+    def magnitude(self, x: Tensor) -> Tensor:
+        """Root sum of squares over sets of images (batch, set, *space) of one slice, (batch, 1, *space).
+
+        A set counts where it has a coil vector: elsewhere the data say nothing of it, and draws show what priors like.
+        """
+        seen = (self.maps != 0).any(2)  # (slice, set, *space)
+        return (x.abs() * seen).square().sum(1, keepdim=True).sqrt()
+
     def to(self, device: str) -> Measurement:
         """The same with its tensors on another device."""
         return replace(self, y=self.y.to(device), A=self.A.to(device), maps=self.maps.to(device))
@@ -154,7 +162,7 @@ def prepare_kspace(
     oversampling: tuple[float, ...] | None = None,
     brightness: float | None = 1.0,
     kernel: int | None = None,
-    crop: float = 0.8,
+    crop: float = CROP,
 ) -> Measurement:
     """The measurement that raw Cartesian k-space is: `(coil, *space)`, or `(slice, coil, *space)` of several slices.
 
