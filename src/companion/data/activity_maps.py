@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,48 +11,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from companion.data.pet import Activity, activity_from_labels, load_activity, load_brainweb, load_phantoms
+from companion.data.intake.look import find
+from companion.data.pet import Activity, activity_from_labels, activity_from_volume, load_brainweb, load_phantoms
 
 PHANTOMS_MM = 224.0  # side of the published phantoms' images
-BRAINWEB, NIFTI = (".mnc", ".mnc.gz", ".raws", ".raws.gz", ".rawb", ".rawb.gz"), (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
 class Person:
-    """What a source gives of one subject: image (slice, 1, y, x), mu or none, and its place (slice,) from 0 to 1."""
+    """What a source gives of one subject: image (slice, 1, y, x), mu or none, and its place (slice,) from 0 to 1.
+
+    who: the person, where names of files are not those of people; part: "train" or "test", where a table says it.
+    """
 
     name: str
     image: Tensor
     mu: Tensor | None
     place: Tensor
     pixel_mm: float
+    who: str = ""
+    part: str = ""
 
 
-def read_people(path: Path, most: int, per_subject: int, image_size: int) -> Iterator[Person]:
+def read_people(
+    path: Path,
+    most: int,
+    per_subject: int,
+    image_size: int,
+    table: Path | None = None,
+    skipped: dict[str, str] | None = None,
+) -> Iterator[Person]:
     """Yield the subjects of a phantoms .npz (relative activity) or of a folder of files (kBq/mL), `most` at most.
 
-    Raises FileNotFoundError or ValueError for what is neither, or holds none.
+    Folders are read by `data.intake`: PET images of any format, in the units of the file or kBq/mL, and BrainWeb
+    models. table: whose the files are. skipped: takes the names of files that cannot be used, and why. Raises
+    FileNotFoundError or ValueError for what is neither, or holds none.
     """
     if path.suffix == ".npz":
         for i, volume in enumerate(load_phantoms(path)[:most]):
             activity = Activity(volume[:, 0], PHANTOMS_MM / volume.shape[-1], np.eye(4))
             yield chosen_slices(str(i), activity, per_subject, image_size)
-    elif path.is_dir():
-        files = [f for f in sorted(path.iterdir()) if f.name.endswith(BRAINWEB + NIFTI)]
-        if not files:
-            raise ValueError(f"{path} holds no {', '.join(BRAINWEB + NIFTI)} files; give a folder that does")
-        for file in files[:most]:
-            labels = file.name.endswith(BRAINWEB)
-            activity = activity_from_labels(load_brainweb(file), image_size) if labels else load_activity(file)
-            yield chosen_slices(file.name, activity, per_subject, image_size)
-    else:
+        return
+    if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither a phantoms .npz nor a folder; give one, or source: cohort")
+    found, count, skipped = find(path, table, ("image", "labels")), 0, {} if skipped is None else skipped
+    skipped |= found.left
+    for item in found.items:
+        if count == most:
+            return
+        try:
+            if item.reader.name in ("MINC", "BrainWeb"):
+                activity = activity_from_labels(load_brainweb(item.path), image_size)
+            elif item.what.kind == "labels":
+                raise ValueError("labels of no BrainWeb model; give activity")
+            else:
+                activity = activity_from_volume(item.read(), item.what.units or "kBq/mL", item.path)
+            person = chosen_slices(item.name, activity, per_subject, image_size)
+        except (ValueError, OSError) as error:
+            skipped[item.name] = str(error).removeprefix(f"{item.path}: ")
+            continue
+        count += 1
+        yield replace(person, who=item.person, part=found.split.get(item.person, ""))
 
 
 def chosen_slices(name: str, a: Activity, per_subject: int, image_size: int) -> Person:
-    """Evenly spaced slices that are not empty, brought to the wanted size by averaging."""
+    """Evenly spaced slices that are not empty, brought to the wanted size by averaging; ValueError for too few."""
     filled = torch.nonzero(a.image.flatten(1).sum(1) > 0)[:, 0]
-    at = filled[torch.linspace(0, len(filled) - 1, min(per_subject, len(filled))).round().long()]
+    if len(filled) < per_subject:
+        raise ValueError(f"{len(filled)} slices with activity, fewer than slices_per_subject={per_subject}")
+    at = filled[torch.linspace(0, len(filled) - 1, per_subject).round().long()]
     side = max(a.image.shape[-2:])
     shares = _area_shares(side, image_size)
 

@@ -8,14 +8,12 @@ decided here: see `operators.pet.with_counts`.
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,6 +22,8 @@ from torch import Tensor
 
 from companion.data import anatomy
 from companion.data.anatomy import FIELD_OF_VIEW_MM, SLAB_MM, TISSUES, Subject, grid_mm
+from companion.data.intake import others, streams
+from companion.data.intake.records import Unreadable
 from companion.data.nifti import Volume, centred_affine, load_nifti
 from companion.data.npz import read_npz
 
@@ -50,8 +50,10 @@ BRAINWEB = (
     "dura",
     "marrow",
 )
-BRAINWEB_SHAPE, BRAINWEB_MM = (362, 434, 362), 0.5
+BRAINWEB_SHAPE, BRAINWEB_MM = others.BRAINWEB_SHAPE, others.BRAINWEB_MM
 BRAINWEB_UPTAKE = UPTAKE | {"skin": 2.75, "muscle": 2.75, "vessels": 4.0, "fat": 1.0, "around fat": 1.0, "marrow": 2.0}
+ACTIVITY_UNITS = {"kBq/mL": 1.0, "Bq/mL": 1e-3, "MBq/mL": 1e3, "relative": 1.0}  # kBq/mL of one
+MOST_KBQ = 5000.0  # 100 times what grey matter takes up: more is another unit
 PHANTOM_SLICES = 281  # of each subject in the published file
 
 
@@ -294,13 +296,16 @@ def load_brainweb(path: str | os.PathLike) -> Volume:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; download it from brainweb.bic.mni.mcgill.ca")
-    name = path.name.removesuffix(".gz")
+    name = path.name.lower().removesuffix(".gz")
     if name.endswith(".mnc"):
-        values, affine = _read_minc(path)
+        volume = others.read_minc((path,))
     elif name.endswith((".raws", ".rawb", ".bin")):
-        values, affine = _read_raw(path), centred_affine(BRAINWEB_SHAPE, BRAINWEB_MM)
+        if reason := streams.instead(path):
+            raise Unreadable(path, reason)
+        volume = others.read_brainweb((path,))
     else:
         raise ValueError(f"{path.name}: expected .mnc, .raws, .rawb or .bin, with or without .gz")
+    values, affine = volume.array, volume.affine
     labels = np.rint(values)
     if np.abs(values - labels).max() > 1e-3:
         raise ValueError(f"{path}: values between the labels, so a fuzzy model; use the discrete ('crisp') one")
@@ -310,27 +315,6 @@ def load_brainweb(path: str | os.PathLike) -> Volume:
         raise ValueError(f"{path}: labels {labels.min():g} to {labels.max():g}; expected 0 to {len(BRAINWEB) - 1}")
     flipped = affine @ np.array([[1, 0, 0, 0], [0, -1, 0, labels.shape[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     return Volume(np.ascontiguousarray(labels[:, ::-1]).astype(np.uint8), flipped)
-
-
-def _read_minc(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Values (z, y, x) in the directions right, anterior, superior, and the affine."""
-    try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))
-        values = np.asarray(image.dataobj, dtype=np.float32)
-    except Exception as error:  # nibabel, h5py and scipy raise many kinds for damaged files
-        raise ValueError(f"{path}: not a readable MINC volume ({error})") from error
-    if values.ndim != 3:
-        raise ValueError(f"{path}: expected a volume of three axes, got shape {values.shape}")
-    return values.transpose(2, 1, 0), image.affine
-
-
-def _read_raw(path: Path) -> np.ndarray:
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    voxels = math.prod(BRAINWEB_SHAPE)
-    kinds = {voxels: np.uint8, 2 * voxels: np.dtype("<u2")}
-    if len(content) not in kinds:
-        raise ValueError(f"{path}: {len(content)} bytes; expected {voxels} bytes or shorts, {BRAINWEB_SHAPE} (z, y, x)")
-    return np.frombuffer(content, kinds[len(content)]).reshape(BRAINWEB_SHAPE).astype(np.float32)
 
 
 def activity_from_labels(volume: Volume, size: int = 64, values: dict[str, float] = BRAINWEB_UPTAKE) -> Activity:
@@ -363,17 +347,29 @@ def load_activity(path: str | os.PathLike, units: str = "kBq/mL", frame: int | N
     """The activity map of a NIfTI file, (z, y, x), converted to kBq/mL; only the image, without labels.
 
     units: those of the file, "kBq/mL", "Bq/mL", "MBq/mL" or "relative" (kept as they are). frame: of a dynamic scan.
-    Raises ValueError for negative activity and for pixels that are not square.
+    Raises ValueError for negative activity, for more than any tissue takes up, and for pixels that are not square.
     """
-    factors = {"kBq/mL": 1.0, "Bq/mL": 1e-3, "MBq/mL": 1e3, "relative": 1.0}
-    if units not in factors:
-        raise ValueError(f"units {units!r} are unknown; use one of {', '.join(factors)}")
-    volume = load_nifti(path, frame=frame)
-    array = volume.array.astype(np.float32) * factors[units]
-    _check_activity(array, Path(path))
+    if units not in ACTIVITY_UNITS:
+        raise ValueError(f"units {units!r} are unknown; use one of {', '.join(ACTIVITY_UNITS)}")
+    return activity_from_volume(load_nifti(path, frame=frame), units, path)
+
+
+def activity_from_volume(volume: Volume, units: str, name: str | os.PathLike = "the volume") -> Activity:
+    """The activity of a volume that was read, in units as for `load_activity`, which see; name: for errors."""
+    if units not in ACTIVITY_UNITS:
+        raise ValueError(f"{name}: units {units!r} are no activity; expected one of {', '.join(ACTIVITY_UNITS)}")
+    if np.iscomplexobj(volume.array):
+        raise ValueError(f"{name}: complex values are no activity; give the PET image")
+    array = volume.array.astype(np.float32) * ACTIVITY_UNITS[units]
+    _check_activity(array, Path(name))
+    if units == "kBq/mL" and array.max() > MOST_KBQ:
+        raise ValueError(
+            f"{name}: up to {array.max():.4g} kBq/mL, more than any tissue takes up; if these are Bq/mL, say so with "
+            "units='Bq/mL', or divide the file by 1000"
+        )
     _, y, x = volume.voxel_mm
     if abs(y - x) > 1e-3 * x:
-        raise ValueError(f"{path}: pixels of {y:.4g} x {x:.4g} mm are not square; resample to square pixels first")
+        raise ValueError(f"{name}: pixels of {y:.4g} x {x:.4g} mm are not square; resample to square pixels first")
     return Activity(torch.from_numpy(array), x, volume.affine)
 
 

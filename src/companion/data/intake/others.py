@@ -15,6 +15,8 @@ from companion.data.intake.records import Description, Unreadable, Volume
 
 MGH, MINC, ITK = (".mgz", ".mgh"), (".mnc", ".mnc.gz"), (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+BRAINWEB = (".rawb", ".raws", ".rawb.gz", ".raws.gz")
+BRAINWEB_SHAPE, BRAINWEB_MM = (362, 434, 362), 0.5  # (z, y, x) of the 20 normal models, right, anterior, superior
 MGH_TYPES = {0: ">u1", 1: ">i4", 3: ">f4", 4: ">i2", 10: ">u2"}
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GREY = ("L", "I", "I;16", "I;16B", "I;16L", "F")
@@ -91,6 +93,36 @@ def _minc(path: Path):
         raise Unreadable(path, f"shape {tuple(shape)}; expected a volume of three axes")
     check_affine(image.affine, path)
     return image
+
+
+def sniff_brainweb(path: Path) -> Description | None:
+    """What a raw BrainWeb model is: bytes or shorts without a header, so its size must be that of a normal model."""
+    if reason := streams.instead(path):
+        raise Unreadable(path, reason)
+    _brainweb_type(path)
+    return Description("labels", "BrainWeb raw", ("z", "y", "x"), BRAINWEB_SHAPE, (BRAINWEB_MM,) * 3, "uint8")
+
+
+def read_brainweb(files: Sequence[Path], frame: int | None = None) -> Volume:
+    """The values of a raw BrainWeb model, as stored; the middle of the volume is the origin."""
+    path = Path(files[0])
+    _frame(path, frame, 1)
+    dtype = _brainweb_type(path)
+    voxels = int(np.prod(BRAINWEB_SHAPE))
+    stored = np.frombuffer(streams.part(path, 0, voxels * dtype.itemsize), dtype).reshape(BRAINWEB_SHAPE)
+    affine = np.diag([BRAINWEB_MM] * 3 + [1.0])
+    affine[:3, 3] = -BRAINWEB_MM * (np.array(BRAINWEB_SHAPE[::-1]) - 1) / 2
+    return Volume(stored, affine)
+
+
+def _brainweb_type(path: Path) -> np.dtype:
+    """Bytes or little-endian shorts: by the size, or, compressed, by the name."""
+    voxels, size = int(np.prod(BRAINWEB_SHAPE)), path.stat().st_size
+    packed = streams.head(path, 1) != path.open("rb").read(1)
+    shorts = ".raws" in path.name.lower() if packed else size == 2 * voxels
+    if not packed and size not in (voxels, 2 * voxels):
+        raise Unreadable(path, f"{size} bytes; expected {voxels} bytes or shorts, {BRAINWEB_SHAPE} (z, y, x)")
+    return np.dtype("<u2" if shorts else "u1")
 
 
 def sniff_itk(path: Path) -> Description | None:

@@ -26,6 +26,7 @@ READERS: tuple[Reader, ...] = (
     Reader("BART", (".cfl", ".hdr"), arrays.sniff_cfl, arrays.read_cfl_scan),
     Reader("NumPy", (".npy",), arrays.sniff_npy, arrays.read_npy),
     Reader("DICOM", (".dcm", ".ima", ".dicom", ""), sniff_dicom, read_dicom, join_dicom),
+    Reader("BrainWeb", others.BRAINWEB, others.sniff_brainweb, others.read_brainweb),
     Reader("picture", others.PICTURES, others.sniff_picture, others.read_picture),
 )
 

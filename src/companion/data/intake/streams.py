@@ -25,13 +25,16 @@ MAGIC = {
 }
 
 
-def instead(path: Path) -> str:
-    """Return what a file is when it is certainly no data ("" otherwise), with what to do about it."""
+def instead(path: Path, zeros: bool = False) -> str:
+    """Return what a file is when it is certainly no data ("" otherwise), with what to do about it.
+
+    zeros: whether it may begin with zeros, as raw values without a header do.
+    """
     with _file(path) as file:
         start = file.read(64)
     if not start:
         return "empty, 0 bytes; download or copy it again"
-    if not start.strip(b"\0"):
+    if not (zeros or start.strip(b"\0")):
         return "begins with zeros only, as interrupted copies do; copy it again"
     lower = start.lstrip().lower()
     return next((what for magic, what in MAGIC.items() if start.startswith(magic) or lower.startswith(magic)), "")

@@ -20,6 +20,8 @@ from companion.acquisition.pet import FIELD_MM, Physics, Scan, acquire, iterates
 from companion.data import anatomy
 from companion.data import pet as cohort
 from companion.data.activity_maps import Person, read_people
+from companion.data.intake.splits import split_people, split_table
+from companion.data.rows import Rows
 from companion.data.store import Prepared, prepare_once
 from companion.evaluation import metrics
 from companion.files import project_root
@@ -63,6 +65,7 @@ class PrepareData(Protocol, Parameters):
     lesion_share: float = param(0.5, "of the virtual people who have lesions", minimum=0, maximum=1)
     classes: int = param(8, "class labels: the height of a slice, in so many steps", minimum=1)
     held_out_share: float = param(0.1, "of the subjects of files, kept for tests", minimum=0, maximum=1)
+    people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
 
 
 def prepare(p: PrepareData, progress: bool = True) -> Prepared:
@@ -77,24 +80,29 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     path = project_root() / p.source
 
     def make() -> dict:
+        skipped: dict[str, str] = {}
         if p.source == "cohort":
             people = virtual_people(p.subjects, p.slices_per_subject, p.image_size, p.lesions, p.lesion_share)
         else:
-            people = read_people(path, p.subjects, p.slices_per_subject, p.image_size)
-        names, rows, pixel_mm = [], [], set()
+            table = p.people and project_root() / p.people
+            people = read_people(path, p.subjects, p.slices_per_subject, p.image_size, table, skipped)
+        names, arrays, pixel_mm, whose, given = [], {}, set(), {}, {}
         for person in tqdm(people, "subjects", total=p.subjects, disable=not progress):
-            rows.append(scanned(person, p, p.classes, p.seed * 10**6 + len(names)))
+            for name, row in scanned(person, p, p.classes, p.seed * 10**6 + len(names)).items():
+                arrays.setdefault(name, Rows((project_root() / p.data).parent)).append(row)
             names.append(person.name)
+            whose[person.name] = person.who or person.name
+            given |= {person.who: person.part} if person.part else {}
             pixel_mm.add(round(person.pixel_mm, 4))
-        if len({len(row["label"]) for row in rows}) > 1:
-            raise ValueError(
-                f"subjects have {sorted({len(r['label']) for r in rows})} slices with activity; lower "
-                "slices_per_subject to the smallest"
-            )
+        if not names:
+            told = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
+            raise ValueError(f"no file of {p.source} can be used:{told}")
         if len(pixel_mm) > 1:
             raise ValueError(f"pixels of {sorted(pixel_mm)} mm in one folder; resample them to one size first")
-        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        tests = round(p.held_out_share * len(names)) if p.source != "cohort" else 0
+        share = p.held_out_share if p.source != "cohort" else 0.0
+        split = split_people(whose.values(), (1 - share, 0.0, share), p.seed, given)
+        if progress and share:
+            print(split_table(split, {who: [n for n in names if whose[n] == who] for who in whose.values()}))
         activity = "relative" if path.suffix == ".npz" else "kBq/mL"
         units = {"counts": "1", "label": "1", "sensitivity": f"1/({activity})"}
         return {
@@ -104,10 +112,12 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
             "seed": p.seed,
             "source": PEOPLE if p.source == "cohort" else Path(p.source).name,
             "subjects": names,
-            "split": {"train": names[: len(names) - tests], "test": names[len(names) - tests :]},
+            "split": {part: [n for n in names if whose[n] in split[part]] for part in ("train", "test")},
             "attrs": {
                 "pixel_mm": pixel_mm.pop(),
-                "rms": math.sqrt(np.square(arrays["activity"], dtype=np.float64).mean()),
+                "rms": math.sqrt(np.mean([np.square(x, dtype=np.float64).mean() for x in arrays["activity"]])),
+                "people": whose,
+                "skipped": skipped,
             },
         }
 
