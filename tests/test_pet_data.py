@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from companion.data import anatomy, pet
+from companion.data.intake import others
 from companion.data.nifti import Volume, save_nifti
 from companion.data.pet import (
     Lesion,
@@ -173,7 +174,7 @@ def test_brainweb_minc(tmp_path):
 
 
 def test_brainweb_raw(tmp_path, monkeypatch):
-    monkeypatch.setattr(pet, "BRAINWEB_SHAPE", head().shape)
+    monkeypatch.setattr(others, "BRAINWEB_SHAPE", head().shape)
     shorts = (head().astype("<u2") * 16 + 1).tobytes()
     (tmp_path / "subject04.raws.gz").write_bytes(gzip.compress(shorts))
     (tmp_path / "subject04.rawb").write_bytes(head().tobytes())

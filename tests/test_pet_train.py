@@ -177,9 +177,12 @@ def test_published_phantoms_and_activity_maps_can_be_prepared(tmp_path):
     assert prepared.split["test"] == ("1.nii.gz",) and prepared.attrs["pixel_mm"] == pytest.approx(6.0)
     inside = prepared.read("activity")[0, 0, 0]
     assert inside.max() == pytest.approx(5.0) and inside.sum() * 36 == pytest.approx(5.0 * 400 * 16, rel=1e-4)
-    with pytest.raises(ValueError, match=r"\[4, 8\] slices"):
-        save_nifti(folder / "2.nii.gz", np.ones((9, 32, 32), np.float32), voxel_mm=6.0)
-        pet.prepare(replace(p, slices_per_subject=8, data=str(tmp_path / "b.h5")), progress=False)
+    save_nifti(folder / "2.nii.gz", np.ones((9, 32, 32), np.float32), voxel_mm=6.0)
+    few = pet.prepare(replace(p, slices_per_subject=8, data=str(tmp_path / "b.h5"), held_out_share=0.0), progress=False)
+    assert few.subjects == ("2.nii.gz",) and "4 slices with activity" in few.attrs["skipped"]["0.nii.gz"]
+    save_nifti(folder / "3.nii.gz", 5e3 * x, voxel_mm=4.0)
+    again = pet.prepare(replace(p, data=str(tmp_path / "d.h5")), progress=False)
+    assert "say so with units='Bq/mL'" in again.attrs["skipped"]["3.nii.gz"] and len(again.subjects) == 3
     with pytest.raises(FileNotFoundError, match="neither a phantoms .npz nor a folder"):
         pet.prepare(preparation(tmp_path, source="nowhere", data=str(tmp_path / "c.h5")), progress=False)
 

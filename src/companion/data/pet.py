@@ -362,14 +362,14 @@ def activity_from_volume(volume: Volume, units: str, name: str | os.PathLike = "
         raise ValueError(f"{name}: complex values are no activity; give the PET image")
     array = volume.array.astype(np.float32) * ACTIVITY_UNITS[units]
     _check_activity(array, Path(name))
+    _, y, x = volume.voxel_mm
+    if abs(y - x) > 1e-3 * x:
+        raise ValueError(f"{name}: pixels of {y:.4g} x {x:.4g} mm are not square; resample to square pixels first")
     if units == "kBq/mL" and array.max() > MOST_KBQ:
         raise ValueError(
             f"{name}: up to {array.max():.4g} kBq/mL, more than any tissue takes up; if these are Bq/mL, say so with "
             "units='Bq/mL', or divide the file by 1000"
         )
-    _, y, x = volume.voxel_mm
-    if abs(y - x) > 1e-3 * x:
-        raise ValueError(f"{name}: pixels of {y:.4g} x {x:.4g} mm are not square; resample to square pixels first")
     return Activity(torch.from_numpy(array), x, volume.affine)
 
 

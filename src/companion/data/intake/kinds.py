@@ -97,7 +97,7 @@ def refuse_labels(array: np.ndarray, path: str | Path) -> None:
         return
     if len(values) == 1:
         raise Unreadable(path, f"a mask: its values are 0 and {values[0]:g}; give the image, and name this NAME_mask")
-    if len(values) <= 256 and same.mean() > 0.9:
+    if len(values) <= 8 or (len(values) <= 256 and same.mean() > 0.9):
         raise Unreadable(path, f"a label map: {len(values)} whole numbers in uniform regions; give the image itself")
 
 
