@@ -300,7 +300,7 @@ def load_brainweb(path: str | os.PathLike) -> Volume:
     if name.endswith(".mnc"):
         volume = others.read_minc((path,))
     elif name.endswith((".raws", ".rawb", ".bin")):
-        if reason := streams.instead(path):
+        if reason := streams.instead(path, zeros=True):
             raise Unreadable(path, reason)
         volume = others.read_brainweb((path,))
     else:

@@ -97,7 +97,7 @@ def _minc(path: Path):
 
 def sniff_brainweb(path: Path) -> Description | None:
     """What a raw BrainWeb model is: bytes or shorts without a header, so its size must be that of a normal model."""
-    if reason := streams.instead(path):
+    if reason := streams.instead(path, zeros=True):
         raise Unreadable(path, reason)
     _brainweb_type(path)
     return Description("labels", "BrainWeb raw", ("z", "y", "x"), BRAINWEB_SHAPE, (BRAINWEB_MM,) * 3, "uint8")
