@@ -8,20 +8,22 @@ import torch
 from PIL import Image
 from torch import nn
 
-from companion.data import anatomy
+from companion.data import anatomy, remap, shading
+from companion.data.contrasts import CONTRASTS, cohort_slices, magnitudes
 from companion.data.nifti import save_nifti
-from companion.data.store import write_dataset
+from companion.data.store import open_dataset, write_dataset
+from companion.diffusion import local_information as lmi
 from companion.diffusion.denoisers import DiscreteDenoiser, EDMDenoiser
 from companion.diffusion.noise import DiscreteSchedule
 from companion.information.box_mi import BoxMI
 from companion.information.local_mi import LocalMI
 from companion.models.architectures import build
-from companion.models.checkpoint import load
-from companion.papers.lmi import conditions as lmi
+from companion.models.checkpoint import describe, load
 from companion.papers.lmi import data as lmi_data
 from companion.papers.lmi import prior as lmi_prior
-from companion.papers.lmi import remap
+from companion.papers.lmi.translate import Translator, conditioning_of
 from companion.randomness import randn
+from companion.training.recipe import save
 
 SMALL = lmi.Conditioning(patches=(3, 5), bins=8)
 
@@ -29,7 +31,7 @@ SMALL = lmi.Conditioning(patches=(3, 5), bins=8)
 @pytest.fixture(scope="module")
 def slices() -> dict[str, torch.Tensor]:
     """Slices (4, 1, 32, 32) of each contrast and "labels"."""
-    return {name: x.flatten(0, 1) for name, x in lmi_data.cohort_slices("train", 2, 2, image_size=32).items()}
+    return {name: x.flatten(0, 1) for name, x in cohort_slices("train", 2, 2, image_size=32).items()}
 
 
 class Recorder(nn.Module):
@@ -54,6 +56,17 @@ def small(**others) -> lmi_prior.TrainTranslator:
         "schedule": "constant",
     }
     return lmi_prior.TrainTranslator(**settings | others)
+
+
+def loss_of(D, x0, seed: int, p: lmi_prior.TrainTranslator) -> torch.Tensor:
+    options = p.pick("remapped_share", "dropout", "look_ahead", "P_mean", "P_std", "mirror")
+    return lmi_prior.translation_loss(
+        D, x0, torch.Generator().manual_seed(seed), conditioning=p.conditioning, **options
+    )
+
+
+def config_of(p: lmi_prior.TrainTranslator) -> dict:
+    return lmi_prior.translator_config(p, open_dataset(p.data), p.target)
 
 
 # ------------------------------------------------------------------------------------------------- the fast maps
@@ -92,7 +105,7 @@ def test_training_and_sampling_are_told_the_same(slices):
     p = small(maps=lmi.MAPS, patches=(3, 5), remapped_share=0.0, dropout=0.0, mirror=False)
     x0, network = slices["T2w"], Recorder()
     D = EDMDenoiser(network, 0.4)
-    lmi_prior.translation_loss(D, x0, torch.Generator().manual_seed(3), p)
+    loss_of(D, x0, 3, p)
     trained, x_in = network.cond, network.x
     generator = torch.Generator().manual_seed(3)
     lmi.told(4, 3, 0.0, generator)
@@ -158,7 +171,7 @@ def test_the_published_mismatch_has_a_name(slices):
         equalised=False,
     )
     assert p.conditioning == c
-    lmi_prior.translation_loss(DiscreteDenoiser(network, schedule), x0, torch.Generator().manual_seed(0), p)
+    loss_of(DiscreteDenoiser(network, schedule), x0, 0, p)
     generator = torch.Generator().manual_seed(0)
     lmi.told(1, 2, 0.0, generator)
     noise = randn(x0.shape, x0.dtype, generator, x0.device)
@@ -199,7 +212,7 @@ def test_guidance_exaggerates_what_the_source_says(slices):
         (lambda x: lmi.Conditioning(("cross", "edges")), "maps"),
         (lambda x: lmi.Conditioning(patches=(4,)), "odd"),
         (lambda x: lmi.Conditioning(normalise=False), "bits"),
-        (lambda x: lmi.Conditioning.of("brain/t1w"), "lmi/t2w"),
+        (lambda x: Translator.load("brain/t1w"), "lmi/t2w"),
         (lambda x: BoxMI((5, 3)), "smallest first"),
     ],
 )
@@ -213,16 +226,16 @@ def test_errors_say_what_to_do(call, words):
 
 def test_equalised_sources_depend_on_the_order_of_grey_levels_only(slices):
     x = torch.where(slices["PDw"] > 0.1, slices["PDw"], 0)
-    seen, air = lmi.equalised(x), x == 0
-    assert not seen[air].any() and seen[~air].min() >= lmi.DARKEST and seen.max() <= 1
-    assert torch.allclose(lmi.equalised(0.8 * x), seen, atol=0.01)
+    seen, air = shading.equalised(x), x == 0
+    assert not seen[air].any() and seen[~air].min() >= shading.DARKEST and seen.max() <= 1
+    assert torch.allclose(shading.equalised(0.8 * x), seen, atol=0.01)
     levels = seen[0][seen[0] > 0]  # equal shares of the tissue between equal steps
-    assert (levels.sort().values - torch.linspace(lmi.DARKEST, 1, len(levels))).abs().max() < 0.05
+    assert (levels.sort().values - torch.linspace(shading.DARKEST, 1, len(levels))).abs().max() < 0.05
     faint = 0.7 + 0.1 * x  # a tenth of the contrast
-    assert np.corrcoef(lmi.equalised(torch.where(air, 0, faint))[~air], seen[~air])[0, 1] > 0.8
+    assert np.corrcoef(shading.equalised(torch.where(air, 0, faint))[~air], seen[~air])[0, 1] > 0.8
     told = replace(lmi.Conditioning(), equalised=True)
     assert torch.equal(lmi.conditions(x, 1.0, x, told, ("source",))[:, -1:], seen)
-    assert not lmi.equalised(torch.zeros(1, 1, 8, 8)).any()
+    assert not shading.equalised(torch.zeros(1, 1, 8, 8)).any()
 
 
 def test_knots_lie_at_the_tissues():
@@ -270,8 +283,8 @@ def test_told_says_all_or_less():
 def test_contrasts_are_those_of_anatomy():
     person = anatomy.cohort("test", 1)[0]
     heights = anatomy.slice_heights(person, 2)
-    found = lmi_data.magnitudes(person, lmi.CONTRASTS, heights, 32)
-    for contrast in lmi.CONTRASTS:
+    found = magnitudes(person, CONTRASTS, heights, 32)
+    for contrast in CONTRASTS:
         same = anatomy.render(person, contrast, (2, 32, 32), slices_mm=heights)
         assert torch.allclose(found[contrast], same.image.abs(), atol=1e-5)
         assert torch.equal(found["labels"], same.labels)
@@ -280,7 +293,7 @@ def test_contrasts_are_those_of_anatomy():
 def test_no_contrast_is_a_rising_function_of_another(slices):
     """So that histogram matching, which knows rising maps only, cannot be right for any direction."""
     order = {}
-    for contrast in lmi.CONTRASTS:
+    for contrast in CONTRASTS:
         level = [anatomy.signal(contrast, *anatomy.RELAXATION[t]) for t in anatomy.TISSUES]
         order[contrast] = tuple(np.argsort(level))
         assert slices[contrast].min() >= 0 and slices[contrast].max() == 1
@@ -300,7 +313,7 @@ def test_prepared_cohort(prepared):
     p, data = prepared
     assert data.shapes["T1w"] == (4, 2, 1, 32, 32) and {len(data.rows(s)) for s in ("validation", "test")} == {1}
     assert lmi_data.prepare(p, progress=False).path == data.path
-    with pytest.raises(ValueError, match="subjects = 2 .now 3"):
+    with pytest.raises(ValueError, match="subjects = 2 where the parameters ask for subjects = 3"):
         lmi_data.prepare(replace(p, subjects=3))
 
 
@@ -372,7 +385,7 @@ def test_training_never_sees_another_contrast(prepared, tmp_path):
             subjects=data.subjects,
             split=data.split,
         )
-        result = lmi_prior.train_translator(small(data=str(path), out=str(tmp_path / name)), progress=False)
+        result, _ = lmi_prior.train(small(data=str(path), out=str(tmp_path / name)), progress=False)
         weights.append(result.model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
 
@@ -381,18 +394,18 @@ def test_training_resumes_exactly_and_exports(prepared, tmp_path):
     p, data = prepared
     once = small(data=p.data, out=str(tmp_path / "once"), steps=4)
     twice = replace(once, out=str(tmp_path / "twice"), steps=2)
-    whole = lmi_prior.train_translator(once, progress=False)
-    lmi_prior.train_translator(twice, progress=False)
-    again = lmi_prior.train_translator(replace(twice, steps=4), progress=False)
+    whole, config = lmi_prior.train(once, progress=False)
+    lmi_prior.train(twice, progress=False)
+    again, _ = lmi_prior.train(replace(twice, steps=4), progress=False)
     assert all(
         torch.equal(a, b)
         for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True)
     )
-    errors = lmi_prior.denoising_errors(whole.ema, once, [1.0])
+    errors = lmi_prior.source_errors(whole.ema, once.conditioning, lmi_data.some_slices(data, 48), "T2w", [1.0])
     assert set(errors[0]) == {"sigma", "nothing", "itself", "remapped", "T1w", "PDw"}
-    folder = lmi_prior.save_translator(whole, once, errors)
+    folder = save(whole, once, config, errors)
     D = load(folder)
-    assert isinstance(D, EDMDenoiser) and lmi.Conditioning.of(folder) == once.conditioning
+    assert isinstance(D, EDMDenoiser) and conditioning_of(describe(folder), "it") == once.conditioning
     assert D(torch.randn(1, 1, 32, 32), torch.ones(1), torch.zeros(1, 3, 32, 32)).shape == (1, 1, 32, 32)
 
 
@@ -406,8 +419,8 @@ def test_training_resumes_exactly_and_exports(prepared, tmp_path):
 )
 def test_other_models_learn(prepared, slices, others):
     p = small(data=prepared[0].data, **others)
-    D = build(lmi_prior.translator_config(p))
-    loss = lmi_prior.translation_loss(D, slices["T2w"], torch.Generator().manual_seed(0), p)
+    D = build(config_of(p))
+    loss = loss_of(D, slices["T2w"], 0, p)
     loss.mean().backward()
     assert loss.shape == (4,) and torch.isfinite(loss).all()
 
@@ -429,8 +442,8 @@ def test_colours(tmp_path):
     )
     assert data.shapes["he"] == (3, 1, 3, 32, 32)
     p = small(data=str(tmp_path / "d.h5"), target="he")
-    D = build(lmi_prior.translator_config(p))
+    D = build(config_of(p))
     x0 = torch.from_numpy(data.read("he"))[:, 0]
-    assert lmi_prior.translation_loss(D, x0, torch.Generator().manual_seed(0), p).isfinite().all()
+    assert loss_of(D, x0, 0, p).isfinite().all()
     informed = lmi.Informed(D, torch.rand(1, 1, 32, 32), p.conditioning)  # a grey source will do
     assert informed(torch.randn(2, 3, 32, 32), torch.ones(2)).shape == (2, 3, 32, 32)

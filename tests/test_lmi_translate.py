@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from companion.data import anatomy
+from companion.data import anatomy, shading
+from companion.data.contrasts import cohort_slices
 from companion.data.nifti import load_nifti, save_nifti
+from companion.diffusion import local_information as lmi
 from companion.diffusion.ddpm import DiscreteProcess
 from companion.diffusion.denoisers import DiscreteDenoiser, EDMDenoiser
+from companion.diffusion.local_information import Conditioning, conditions
+from companion.evaluation import translation
 from companion.networks.unet import UNet
-from companion.papers.lmi import conditions as lmi
-from companion.papers.lmi import data as lmi_data
 from companion.papers.lmi import people as lmi_people
 from companion.papers.lmi import translate as lmi_translate
-from companion.papers.lmi.conditions import Conditioning, conditions
 from companion.papers.lmi.people import Translate
-from companion.papers.lmi.translate import Setting, Translator, translate, translate_file
+from companion.papers.lmi.translate import ABLATION, Setting, Translator, translate, translate_file
 from companion.randomness import randn
 
 
@@ -36,7 +37,7 @@ def prior() -> Translator:
 
 @pytest.fixture(scope="module")
 def people() -> dict:
-    return lmi_data.cohort_slices("test", 2, 2, ("T1w", "T2w"), 16)
+    return cohort_slices("test", 2, 2, ("T1w", "T2w"), 16)
 
 
 def test_denoiser_sees_the_conditions_of_the_step_it_is_in(prior, people, monkeypatch):
@@ -79,29 +80,29 @@ def test_every_second_draw_may_be_mirrored(prior, people):
 
 
 def test_a_draw_is_given_the_shading_of_its_source(people):
-    source, truth = (lmi_data.cohort_slices("test", 2, 2, (c,), 48)[c].flatten(0, 1) for c in ("T1w", "PDw"))
+    source, truth = (cohort_slices("test", 2, 2, (c,), 48)[c].flatten(0, 1) for c in ("T1w", "PDw"))
     tilt = torch.tensor([[0.2, -0.1], [-0.15, 0.0], [0.0, 0.25], [0.1, 0.1]])
-    field = torch.einsum("nc,cyx->nyx", tilt, lmi_translate.positions(source))[:, None].exp()
-    plain, shaded = (lmi_translate.shaded_like(s, truth) for s in (source, source * field))
-    tissue = (source > lmi.FAINT) & (truth > lmi.FAINT)
+    field = torch.einsum("nc,cyx->nyx", tilt, shading.positions(source))[:, None].exp()
+    plain, shaded = (shading.shaded_like(s, truth) for s in (source, source * field))
+    tissue = (source > shading.FAINT) & (truth > shading.FAINT)
     change = torch.where(tissue, (shaded / plain).log(), 0)
     wanted = torch.where(tissue, field.log(), 0)
     wanted = torch.where(tissue, wanted - wanted.sum((2, 3), True) / tissue.sum((2, 3), True), 0)
     assert (change - wanted).square().mean().sqrt() < 0.35 * wanted.square().mean().sqrt()
-    again = torch.where(tissue, (lmi_translate.shaded_like(source * field, shaded) / shaded).log(), 0)
+    again = torch.where(tissue, (shading.shaded_like(source * field, shaded) / shaded).log(), 0)
     assert again.square().mean().sqrt() < 0.35 * change.square().mean().sqrt(), "done once, little is left"
-    assert torch.allclose(lmi_translate.shaded_like(source, 3 * truth), 3 * plain, rtol=1e-2), "whatever the gain"
-    colours = lmi_translate.shaded_like(source, truth.expand(-1, 3, -1, -1))
+    assert torch.allclose(shading.shaded_like(source, 3 * truth), 3 * plain, rtol=1e-2), "whatever the gain"
+    colours = shading.shaded_like(source, truth.expand(-1, 3, -1, -1))
     assert torch.allclose(colours[:, 1:2], plain, rtol=1e-4)
     empty = torch.zeros_like(source)
-    assert torch.equal(lmi_translate.shaded_like(source, empty), empty)
-    assert torch.equal(lmi_translate.shaded_like(empty, truth), truth)
+    assert torch.equal(shading.shaded_like(source, empty), empty)
+    assert torch.equal(shading.shaded_like(empty, truth), truth)
 
 
 def test_the_shading_is_a_part_of_the_setting(prior, people):
     source = people["T1w"].flatten(0, 1)
     plain, shaded = (translate(prior, source, Setting(evaluations=2, draws=1, shading=s)).x for s in (False, True))
-    assert torch.allclose(shaded, lmi_translate.shaded_like(source, plain))
+    assert torch.allclose(shaded, shading.shaded_like(source, plain))
 
 
 def test_estimates_may_be_cut_to_the_range_of_images(prior, people):
@@ -227,6 +228,18 @@ def oblique(shape=(13, 31, 27), voxel=(6.1, 5.3, 7.2)):
     return head.astype(np.float32), matrix
 
 
+def test_rows_have_names_of_their_own():
+    assert len(Translate(sdedit=(0.25, 0.5), published=10, rows=tuple(ABLATION)).settings()) == 3 + len(ABLATION)
+    with pytest.raises(ValueError, match="both called SDEdit from sigma = 0.25,"):
+        Translate(sdedit=(0.25, 0.25 + 1e-9)).settings()
+
+
+def test_embedded_is_a_name_here_too():
+    assert lmi_people.named("embedded", "PDw") == "lmi/pdw"
+    assert lmi_people.named("embedded", "PDw", lmi_people.SEGMENTERS) == "segmenter/pdw"
+    assert Translator.load("embedded").contrast == "T2w"
+
+
 def test_volumes_keep_shape_and_affine(prior, tmp_path):
     head, affine = oblique()
     source, out = tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz"
@@ -249,20 +262,20 @@ def test_histogram_matching_is_right_where_contrast_is_monotone():
     source = torch.rand(1, 2, 1, 16, 16, generator=g)
     inside = torch.ones_like(source, dtype=torch.bool)
     truth = source**2
-    assert (lmi_people.matched(source, inside, truth[inside]) - truth).abs().max() < 0.1
+    assert (translation.matched(source, inside, truth[inside]) - truth).abs().max() < 0.1
     inverted = 1 - source
-    assert (lmi_people.matched(source, inside, inverted[inside]) - inverted).abs().mean() > 0.3
+    assert (translation.matched(source, inside, inverted[inside]) - inverted).abs().mean() > 0.3
 
 
 def test_scores_of_the_truth_and_of_another(people):
     truth, labels = people["T2w"], people["labels"]
     inside = labels > 0
-    best = lmi_people.score(truth + 1e-6, truth, inside)
-    other = lmi_people.score(people["T1w"], truth, inside)
+    best = translation.score(truth + 1e-6, truth, inside)
+    other = translation.score(people["T1w"], truth, inside)
     assert (best["PSNR"] > 100).all() and (best["SSIM"] > 0.999).all() and (best["MAE"] < 1e-5).all()
     assert (other["PSNR"] < 25).all() and set(best) == {"PSNR", "SSIM", "MS-SSIM", "MAE", "NMI"}
     shifted = truth + 0.1
-    assert lmi_people.score(shifted, truth, inside)["PSNR"] == pytest.approx([20, 20], abs=1e-3)
+    assert translation.score(shifted, truth, inside)["PSNR"] == pytest.approx([20, 20], abs=1e-3)
 
 
 def test_a_study_has_every_row_for_every_subject(prior, people):
@@ -278,8 +291,8 @@ def test_a_study_has_every_row_for_every_subject(prior, people):
         rows=("unconditional", "oracle: LMI of the truth", "recommended"),
         segmenters=None,
     )
-    held_out = lmi_people.People.of(p)
-    found = lmi_people.translate_people(prior, None, held_out, "T1w", p)
+    held_out = lmi_people.People.of(p.people, p.split, p.subjects, p.slices, (*p.sources, *p.targets), p.image_size)
+    found = lmi_people.translate_people(prior, None, held_out, "T1w", p.settings(), p.seed)
     methods = {r["method"] for r in found.rows}
     assert methods == {
         "no translation",

@@ -15,7 +15,12 @@ Estimate = Callable[[Tensor, Tensor], Tensor]
 
 @torch.no_grad()
 def denoising_errors(
-    estimates: Mapping[str, Estimate], x0: Tensor, sigmas: Sequence[float], *, seed: int = 0, digits: int | None = 4
+    estimates: Mapping[str, Estimate],
+    x0: Tensor,
+    sigmas: Sequence[float],
+    *,
+    seed: int | Generator = 0,
+    digits: int | None = 4,
 ) -> list[dict[str, float]]:
     """A row for each sigma: root mean squared error, per real component, of each estimate of the noised images x0.
 
@@ -43,9 +48,10 @@ def expected_errors(
     return rows
 
 
-def _noised(x0: Tensor, sigmas: Sequence[float], seed: int) -> Iterator[tuple[float, Tensor, Tensor]]:
+def _noised(x0: Tensor, sigmas: Sequence[float], seed: int | Generator) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Each sigma with x0 noised by the same noise, and the sigma of each image (batch,)."""
-    noise = randn(x0.shape, x0.dtype, Generator().manual_seed(seed)).to(x0.device)
+    generator = seed if isinstance(seed, Generator) else Generator().manual_seed(seed)
+    noise = randn(x0.shape, x0.dtype, generator).to(x0.device)
     for sigma in sigmas:
         yield sigma, x0 + sigma * noise, torch.full((len(x0),), sigma, device=x0.device)
 

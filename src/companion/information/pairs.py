@@ -32,6 +32,11 @@ def luma(rgb: Tensor) -> Tensor:
     return (rgb * rgb.new_tensor([0.299, 0.587, 0.114]).view(1, 3, *[1] * (rgb.ndim - 2))).sum(1, keepdim=True)
 
 
+def grey(image: Tensor) -> Tensor:
+    """Images (batch, 1, *space), of colours (batch, 3, *space) their luma."""
+    return luma(image) if image.ndim > 2 and image.shape[1] == 3 else image
+
+
 def grey_levels(image: Tensor, clamp: bool = True, quantise: bool = False) -> Tensor:
     """255 * image; clamp: into 0..255; quantise: to integers towards zero, which has no gradient."""
     levels = 255 * image

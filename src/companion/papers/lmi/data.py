@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.data import anatomy, intensity, paired, slicing
+from companion.data import intensity, paired, slicing
 from companion.data.alignment import MAX_SHIFT
 from companion.data.cohort import ANY, LAYOUTS, find_contrasts, find_subjects, some
+from companion.data.contrasts import CONTRASTS, SCALE, cohort_slices
 from companion.data.intake.persons import certain
 from companion.data.intake.splits import split_people, split_table
 from companion.data.rows import Rows
-from companion.data.store import Prepared, open_dataset, write_dataset
+from companion.data.shading import AIR
+from companion.data.store import Prepared, open_dataset, prepare_once
+from companion.diffusion.local_information import Conditioning, conditions
 from companion.evaluation import metrics
 from companion.files import project_root
-from companion.papers.lmi.conditions import AIR, CONTRASTS, Conditioning, conditions, grey
+from companion.information.pairs import grey
 from companion.parameters import Parameters, param
 from companion.randomness import randn
 
-# ------------------------------------------------------------------------------------------------------------- data
+SLICES = 8  # of each person of the embedded cohort, whose scale is found from all of them
 
 
 @dataclass(frozen=True)
-class PrepareData(Parameters):
-    """Parameters of lmi/1_data.ipynb."""
+class Reading:
+    """The part of a form that says what is read of a folder, and who is for what."""
 
-    source: str = param(
-        "brain",
-        "brain: the embedded cohort; else a folder of NIfTI volumes, or one with a sub-folder "
-        "of slice images for each contrast",
-    )
-    data: str = param("data/lmi_brain_64.h5", "where the prepared slices go; kept when it is there already")
     contrasts: tuple[str, ...] = param(
         CONTRASTS, "of the embedded cohort; of NIfTI: names in the layout; of slice images: the sub-folders"
     )
@@ -47,8 +41,6 @@ class PrepareData(Parameters):
         12, "axial slices of each subject; of slice images there is no such number", minimum=1
     )
     subjects: int = param(1000, "virtual people to train on, or at most so many of a folder", minimum=1)
-    validation_subjects: int = param(16, "virtual people to validate on", minimum=1)
-    test_subjects: int = param(32, "virtual people to test on", minimum=1)
     layout: str | None = param(
         None,
         "of image volumes: how they are named, any: people and contrasts by the names; none: slice images",
@@ -62,10 +54,18 @@ class PrepareData(Parameters):
     people: str | None = param(None, "of layout any: table with file, subject, session, split; none: by names")
 
 
-SCALE = (
-    "percentiles 0.5 of all values and 99.5 of the foreground of a subject's slices are 0 and 1 "
-    "(data.paired.percentile_scale); clipped"
-)
+@dataclass(frozen=True)
+class PrepareData(Reading, Parameters):
+    """Parameters of lmi/1_data.ipynb."""
+
+    source: str = param(
+        "brain",
+        "brain: the embedded cohort; else a folder of NIfTI volumes, or one with a sub-folder "
+        "of slice images for each contrast",
+    )
+    data: str = param("data/lmi_brain_64.h5", "where the prepared slices go; kept when it is there already")
+    validation_subjects: int = param(16, "virtual people to validate on", minimum=1)
+    test_subjects: int = param(32, "virtual people to test on", minimum=1)
 
 
 def prepare(p: PrepareData, progress: bool = True) -> Prepared:
@@ -75,91 +75,47 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     for what cannot be prepared, and ValueError when `p.data` holds something else than the parameters ask for.
     """
     path = project_root() / p.data
-    names = [f for f in asdict(p) if f not in ("device", "out", "data")]
-    wanted = {name: list(v) if isinstance(v := getattr(p, name), tuple) else v for name in names}
-    if not path.exists():
-        make = prepare_cohort if p.source == "brain" else prepare_images if p.layout is None else prepare_volumes
-        arrays, about = make(p, progress)
-        write_dataset(
-            path,
-            arrays,
-            units={name: "1" for name in arrays},
-            seed=p.seed,
-            **about["store"],
-            scale={name: "label values" if name == "labels" else about["scale"] for name in arrays},
-            attrs=about["attrs"] | {"parameters": wanted},
-        )
-    prepared = open_dataset(path)
-    made = prepared.attrs.get("parameters")
-    if made != wanted:
-        other = (
-            "something else"
-            if made is None
-            else ", ".join(f"{k} = {made.get(k)} (now {v})" for k, v in wanted.items() if made.get(k) != v)
-        )
-        raise ValueError(f"{path} was prepared from {other}; delete the file, or give another data file")
-    return prepared
+
+    def make() -> dict:
+        if p.source == "brain":
+            counts = {"train": p.subjects, "validation": p.validation_subjects, "test": p.test_subjects}
+            made = virtual_people(counts, p.slices_per_subject, p.contrasts, p.image_size, progress)
+        else:
+            read = read_images if p.layout is None else read_volumes
+            made = read(project_root() / p.source, path.parent, p, p.seed, progress)
+        return made | {"seed": p.seed, "units": dict.fromkeys(made["arrays"], "1")}
+
+    wanted = p.pick(*(name for name in PrepareData.__dataclass_fields__ if name not in ("device", "out", "data")))
+    return prepare_once(path, wanted, make)
 
 
-def cohort_slices(
-    split: str,
-    subjects: int,
-    per_subject: int,
-    contrasts: Sequence[str] = CONTRASTS,
-    image_size: int = 64,
-    progress: bool = False,
-) -> dict[str, Tensor]:
-    """Slices (subject, slice, 1, y, x) of the embedded cohort: each contrast in [0, 1], and "labels", uint8.
-
-    Anatomy, shading and heights are the same in all contrasts; the scale is `SCALE` of each subject and contrast.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in (*contrasts, "labels")}
-    for subject in tqdm(anatomy.cohort(split, subjects), desc=f"{split} subjects", disable=not progress):
-        heights = anatomy.slice_heights(subject, per_subject)
-        for contrast, image in magnitudes(subject, contrasts, heights, image_size).items():
-            if contrast != "labels":
-                image = torch.from_numpy(paired.scaled(image.numpy(), name=contrast)[0])
-            found[contrast].append(image[:, None])
-    return {name: torch.stack(stacks) for name, stacks in found.items()}
-
-
-def magnitudes(
-    subject: anatomy.Subject, contrasts: Sequence[str], heights: Tensor, image_size: int
-) -> dict[str, Tensor]:
-    """|anatomy.render| (slice, y, x) of several contrasts at once, and "labels": the tissue is worked out once."""
-    shape = (len(heights), image_size, image_size)
-    voxel_mm = anatomy.FIELD_OF_VIEW_MM / image_size
-    points = anatomy.grid_mm(shape, voxel_mm, heights)
-    maps = anatomy.tissue_maps(subject, points, voxel_mm)
-    shading = (0.08 * anatomy.smooth_field(points, subject.generator("bias"))).exp()
-    images = {c: (anatomy.image_from_tissue(subject, maps, c) * shading).abs() for c in contrasts}
-    return images | {"labels": anatomy.labels_from_tissue(maps)}
-
-
-def prepare_cohort(p: PrepareData, progress: bool = True) -> tuple[dict, dict]:
-    """Arrays of all splits of the embedded cohort, and what is to be said of them."""
-    counts = {"train": p.subjects, "validation": p.validation_subjects, "test": p.test_subjects}
+def virtual_people(
+    counts: Mapping[str, int], per_subject: int, contrasts: Sequence[str], image_size: int, progress: bool = False
+) -> dict:
+    """What `write_dataset` takes of so many people of each split of the embedded cohort."""
     parts = {
-        split: cohort_slices(split, n, p.slices_per_subject, p.contrasts, p.image_size, progress)
-        for split, n in counts.items()
+        split: cohort_slices(split, n, per_subject, contrasts, image_size, progress) for split, n in counts.items()
     }
-    arrays = {name: torch.cat([part[name] for part in parts.values()]).numpy() for name in (*p.contrasts, "labels")}
+    arrays = {name: torch.cat([part[name] for part in parts.values()]).numpy() for name in (*contrasts, "labels")}
     split = {name: [f"{name} {i}" for i in range(n)] for name, n in counts.items()}
-    store = {
+    return {
+        "arrays": arrays,
+        "scale": dict.fromkeys(arrays, SCALE) | {"labels": "label values"},
         "source": "virtual cohort of companion.data.anatomy (ICBM 152), axial slices",
         "subjects": [s for members in split.values() for s in members],
         "split": split,
     }
-    return arrays, {"scale": SCALE, "store": store, "attrs": {}}
 
 
-def prepare_images(p: PrepareData, progress: bool = True) -> tuple[dict, dict]:
-    """Arrays (image, 1, channel, y, x) of paired slice images, split by person; see `paired.SlicePairs`."""
-    source = project_root() / p.source
+def read_images(source: Path, beside: Path, r: Reading, seed: int, progress: bool = True) -> dict:
+    """What `write_dataset` takes of paired slice images, arrays (image, 1, channel, y, x), split by person.
+
+    See `paired.SlicePairs`. beside: a folder with room for the arrays while they are read.
+    """
     pairs = paired.SlicePairs(
-        {c: source / c for c in p.contrasts}, channels=p.channels, size=(p.image_size,) * 2, refuse=False
+        {c: source / c for c in r.contrasts}, channels=r.channels, size=(r.image_size,) * 2, refuse=False
     )
-    arrays, used, left = {c: Rows((project_root() / p.data).parent) for c in p.contrasts}, [], dict(pairs.refused)
+    arrays, used, left = {c: Rows(beside) for c in r.contrasts}, [], dict(pairs.refused)
     bad = []
     for i, name in enumerate(tqdm(pairs.names, desc="images", disable=not progress)):
         try:
@@ -169,7 +125,7 @@ def prepare_images(p: PrepareData, progress: bool = True) -> tuple[dict, dict]:
             continue
         if (fit := paired.worst_alignment(images)) and fit.distance > MAX_SHIFT:
             bad.append(f"{name} {fit}")
-        for contrast, image in zip(p.contrasts, images, strict=True):
+        for contrast, image in zip(r.contrasts, images, strict=True):
             arrays[contrast].append(image[None].numpy())
         used.append(i)
     if not used:
@@ -177,59 +133,83 @@ def prepare_images(p: PrepareData, progress: bool = True) -> tuple[dict, dict]:
     if bad:
         raise ValueError(f"{len(bad)} of {len(used)} pairs do not fit each other: {'; '.join(bad[:4])}; register them")
     whose = {pairs.names[i]: certain(pairs.subjects[i]) or pairs.subjects[i] for i in used}
-    people = _people(p, whose, {}, progress)
+    people = _people(r, whose, {}, seed, progress)
     split = {part: [name for name in whose if whose[name] in who] for part, who in people.items()}
-    store = {"source": f"images of {Path(p.source).name}", "subjects": list(whose), "split": split}
-    return arrays, {
-        "scale": "as in the files, 0 and 1 the ends of their range",
-        "store": store,
+    return {
+        "arrays": arrays,
+        "scale": dict.fromkeys(arrays, "as in the files, 0 and 1 the ends of their range"),
+        "source": f"images of {source.name}",
+        "subjects": list(whose),
+        "split": split,
         "attrs": {"left_out": left, "people": whose},
     }
 
 
-def prepare_volumes(p: PrepareData, progress: bool = True) -> tuple[dict, dict]:
-    """Arrays of NIfTI volumes cut into slices, by `paired.prepare` into a file that is read back; its attributes."""
-    path = (project_root() / p.data).with_suffix(".cut.h5")
-    folder = project_root() / p.source
-    if p.layout == ANY:
-        cohort = find_contrasts(folder, p.contrasts, p.people and project_root() / p.people)
+def read_volumes(source: Path, beside: Path, r: Reading, seed: int, progress: bool = True) -> dict:
+    """What `write_dataset` takes of volumes cut into slices, by `paired.prepare` into a file that is read back."""
+    path = beside / "lmi.cut.h5"
+    if r.layout == ANY:
+        cohort = find_contrasts(source, r.contrasts, r.people and project_root() / r.people)
     else:
-        cohort = find_subjects(folder, {c: LAYOUTS[p.layout][c] for c in p.contrasts}, complete_only=True)
+        cohort = find_subjects(source, {c: LAYOUTS[r.layout][c] for c in r.contrasts}, complete_only=True)
 
     def split(subjects: Sequence[str]) -> dict[str, list[str]]:
         whose = {subject: cohort.person(subject) for subject in subjects}
-        people = _people(p, whose, cohort.split, progress)
+        people = _people(r, whose, cohort.split, seed, progress)
         return {part: [s for s in subjects if whose[s] in who] for part, who in people.items()}
 
     try:
         cut = paired.prepare(
             path,
             cohort,
-            contrasts=p.contrasts,
-            per_subject=p.slices_per_subject,
-            subjects=p.subjects,
-            plane=p.plane,
-            size=(p.image_size,) * 2,
-            reference=p.reference,
-            source=f"NIfTI files, {p.layout}",
+            contrasts=r.contrasts,
+            per_subject=r.slices_per_subject,
+            subjects=r.subjects,
+            plane=r.plane,
+            size=(r.image_size,) * 2,
+            reference=r.reference,
+            source=f"NIfTI files, {r.layout}",
             split=split,
-            scales={"CT": intensity.ct_window()} if "CT" in p.contrasts else None,
+            scales={"CT": intensity.ct_window()} if "CT" in r.contrasts else None,
         )
         arrays = {name: cut.read(name) for name in cut.shapes}
     finally:
         path.unlink(missing_ok=True)
-    store = {"source": cut.source, "subjects": list(cut.subjects), "split": dict(cut.split)}
-    people = {subject: cohort.person(subject) for subject in cut.subjects}
-    return arrays, {"scale": SCALE, "store": store, "attrs": dict(cut.attrs) | {"people": people}}
+    return {
+        "arrays": arrays,
+        "scale": dict.fromkeys(arrays, SCALE),
+        "source": cut.source,
+        "subjects": list(cut.subjects),
+        "split": dict(cut.split),
+        "attrs": dict(cut.attrs) | {"people": {subject: cohort.person(subject) for subject in cut.subjects}},
+    }
 
 
-def _people(p: PrepareData, whose: dict[str, str], given: Mapping[str, str], progress: bool) -> dict[str, list[str]]:
+def _people(
+    r: Reading, whose: Mapping[str, str], given: Mapping[str, str], seed: int, progress: bool
+) -> dict[str, list[str]]:
     """Which people are in which split, printed with the number of their subjects."""
-    shares = (1 - p.validation_share - p.test_share, p.validation_share, p.test_share)
-    people = split_people(whose.values(), shares, p.seed, given)
+    shares = (1 - r.validation_share - r.test_share, r.validation_share, r.test_share)
+    people = split_people(whose.values(), shares, seed, given)
     if progress:
         print(split_table(people, {who: [s for s in whose if whose[s] == who] for who in whose.values()}))
     return people
+
+
+def stacks(people: str, split: str, subjects: int, contrasts: Sequence[str], image_size: int) -> dict[str, Tensor]:
+    """Slices (subject, slice, 1, y, x) of contrasts and, if known, "labels", of the first people of a split.
+
+    people: "brain", the embedded cohort, or a prepared file, which `image_size` does not concern.
+    """
+    if people == "brain":
+        return cohort_slices(split, subjects, SLICES, tuple(dict.fromkeys(contrasts)), image_size)
+    prepared = open_dataset(project_root() / people, require=contrasts)
+    names = dict.fromkeys(n for n in (*contrasts, "labels") if n in prepared.shapes)
+    count, depth = min(subjects, len(prepared.rows(split))), prepared.shapes[contrasts[0]][1]
+    slices = {n: prepared.slices(n, split) for n in names}
+    return {
+        n: torch.stack([s[i] for i in range(count * depth)]).unflatten(0, (count, depth)) for n, s in slices.items()
+    }
 
 
 def some_slices(prepared: Prepared, count: int, split: str = "validation") -> dict[str, Tensor]:
@@ -243,28 +223,6 @@ def some_slices(prepared: Prepared, count: int, split: str = "validation") -> di
     total = len(next(iter(stacks.values())))
     at = torch.linspace(0, total - 1, min(count, total)).round().long()
     return {name: x[at] for name, x in stacks.items()}
-
-
-def intensity_rules(stacks: dict[str, Tensor], bins: int = 128) -> list[dict]:
-    """How well any rule of intensities alone could translate: PSNR (mean, standard error over slices), every direction.
-
-    stacks: paired slices (slice, 1, y, x) in [0, 1] of each contrast. "as it is": no translation. "best rising map":
-    the rising map with the smallest squared error on these very slices, more than histogram matching can reach. "best
-    map": the mean target value of each source value. The maps are fitted to the truth: limits, not methods.
-    """
-    table = []
-    for a, b in itertools.permutations([name for name in stacks if name != "labels"], 2):
-        x, y = grey(stacks[a]), grey(stacks[b])
-        index = (x * (bins - 1)).round().long().flatten().numpy()
-        counts = np.bincount(index, minlength=bins)
-        mean = np.bincount(index, weights=y.flatten().double().numpy(), minlength=bins) / counts.clip(1)
-        rising = isotonic_regression(mean, weights=counts + 1e-9).x
-        row = {"from": a, "to": b, "as it is": metrics.mean_and_error(metrics.psnr(x, y, data_range=1.0))}
-        for name, rule in (("best rising map", rising), ("best map", mean)):
-            found = torch.from_numpy(rule[index]).to(x.dtype).view_as(x)
-            row[name] = metrics.mean_and_error(metrics.psnr(found, y, data_range=1.0))
-        table.append(row)
-    return table
 
 
 def invariance(stacks: dict[str, Tensor], target: str, conditioning: Conditioning, sigma: float, seed: int = 0) -> list:

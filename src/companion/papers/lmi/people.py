@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,22 +11,81 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
-from skimage.exposure import match_histograms
 from torch import Tensor
 
 from companion.data import anatomy
+from companion.data.contrasts import CONTRASTS
 from companion.data.nifti import load_nifti, save_nifti
+from companion.data.shading import AIR
+from companion.diffusion.local_information import MAPS
 from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
 from companion.evaluation.segmenter import Segmenter, load_segmenter
-from companion.papers.lmi import conditions as lmi
-from companion.papers.lmi.conditions import AIR, CONTRASTS
-from companion.papers.lmi.translate import ABLATION, RECOMMENDED, Setting, Translator, stacks, translate
+from companion.evaluation.tables import check_unique, grouped
+from companion.evaluation.translation import SCORES, matched, score_draws
+from companion.papers.lmi.data import stacks
+from companion.papers.lmi.translate import ABLATION, RECOMMENDED, Setting, Translator, translate
 from companion.parameters import Parameters, param
+
+WEIGHTS, SEGMENTERS = "lmi/{target}", "segmenter/{target}"  # what the name "embedded" stands for
 
 
 @dataclass(frozen=True)
-class Translate(Parameters):
+class Drawing:
+    """The part of a form that says which rows of the table networks draw, and how."""
+
+    rows: tuple[str, ...] = param(
+        ("unconditional", "cross and self LMI", "recommended"),
+        "what the networks draw: rows of the table",
+        choices=tuple(ABLATION),
+    )
+    keep: tuple[str, ...] = param(RECOMMENDED.keep, "maps that the recommended row is told", choices=MAPS)
+    sdedit: tuple[float, ...] = param((0.25, 0.5, 1.0), "noise levels at which SDEdit puts the source in", minimum=0.01)
+    published: int = param(0, "evaluations of the published chain; 1000 as released, 0: no such row", minimum=0)
+    cut: bool = param(False, "estimates of the published chain are cut to [0, 1], which the release does not do")
+    solver: str = param("dpmpp_2m", "of all other rows", choices=("dpmpp_2m", "ddim", "heun", "ddpm", "dpmpp_2m_sde"))
+    evaluations: int = param(30, "steps of a draw", minimum=1)
+    draws: int = param(4, "draws of an image; their mean is the translation", minimum=2)
+    guidance: float = param(2.0, "classifier-free guidance of the recommended row; 1 is none", minimum=0)
+    mirrored: bool = param(True, "half the draws of the recommended row are those of the mirrored source")
+    shading: bool = param(True, "draws of the recommended row are given the shading of their source")
+    attraction: float = param(0.0, "weight of the gradient of the LMI in the recommended row", minimum=0)
+
+    def settings(self) -> dict[str, Setting]:
+        """The rows of the table that are drawn, in its order. Raises ValueError for two of one name."""
+        common = {"solver": self.solver, "evaluations": self.evaluations, "draws": self.draws}
+        check_unique([sdedit_name(s) for s in self.sdedit], "rows of SDEdit")
+        edited = {sdedit_name(s): Setting((), start=s, begin="source", **common) for s in self.sdedit}
+        chosen = {name: replace(ABLATION[name], **common) for name in ABLATION if name in self.rows}
+        if "recommended" in chosen:
+            chosen["recommended"] = self.chosen
+        if self.published:
+            name = "published chain, cut" if self.cut else "published chain"
+            chosen[name] = Setting(("cross", "self"), "published", self.published, draws=self.draws, cut=self.cut)
+        return edited | chosen
+
+    @property
+    def chosen(self) -> Setting:
+        """The recommended setting, with the maps, solver, evaluations, draws and guidance asked for."""
+        return Setting(
+            self.keep,
+            self.solver,
+            self.evaluations,
+            draws=self.draws,
+            guidance=self.guidance,
+            mirrored=self.mirrored,
+            shading=self.shading,
+            attraction=self.attraction,
+        )
+
+
+def sdedit_name(sigma: float) -> str:
+    """The name of the row of SDEdit from a noise level."""
+    return f"SDEdit from sigma = {sigma:g}"
+
+
+@dataclass(frozen=True)
+class Translate(Drawing, Parameters):
     """Parameters of lmi/4_translate.ipynb."""
 
     people: str = param("brain", "brain: the embedded cohort; else a file prepared by 1_data")
@@ -40,50 +99,8 @@ class Translate(Parameters):
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
     subjects: int = param(12, "held-out people", minimum=2)
     slices: int = param(2, "slices of each, evenly spaced", minimum=1)
-    rows: tuple[str, ...] = param(
-        ("unconditional", "cross and self LMI", "recommended"),
-        "what the networks draw: rows of the table",
-        choices=tuple(ABLATION),
-    )
-    keep: tuple[str, ...] = param(RECOMMENDED.keep, "maps that the recommended row is told", choices=lmi.MAPS)
-    sdedit: tuple[float, ...] = param((0.25, 0.5, 1.0), "noise levels at which SDEdit puts the source in", minimum=0.01)
-    published: int = param(0, "evaluations of the published chain; 1000 as released, 0: no such row", minimum=0)
-    cut: bool = param(False, "estimates of the published chain are cut to [0, 1], which the release does not do")
-    solver: str = param("dpmpp_2m", "of all other rows", choices=("dpmpp_2m", "ddim", "heun", "ddpm", "dpmpp_2m_sde"))
-    evaluations: int = param(30, "steps of a draw", minimum=1)
-    draws: int = param(4, "draws of an image; their mean is the translation", minimum=2)
-    guidance: float = param(2.0, "classifier-free guidance of the recommended row; 1 is none", minimum=0)
-    mirrored: bool = param(True, "half the draws of the recommended row are those of the mirrored source")
-    shading: bool = param(True, "draws of the recommended row are given the shading of their source")
-    attraction: float = param(0.0, "weight of the gradient of the LMI in the recommended row", minimum=0)
     volume: str | None = param(None, "NIfTI volume to translate; none: a person of the cohort, lying oblique")
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
-
-    def settings(self) -> dict[str, Setting]:
-        """Return the rows of the table that are drawn, in its order."""
-        common = {"solver": self.solver, "evaluations": self.evaluations, "draws": self.draws}
-        edited = {f"SDEdit from sigma = {s:g}": Setting((), start=s, begin="source", **common) for s in self.sdedit}
-        chosen = {name: replace(ABLATION[name], **common) for name in ABLATION if name in self.rows}
-        if "recommended" in chosen:
-            chosen["recommended"] = self.chosen
-        if self.published:
-            name = "published chain, cut" if self.cut else "published chain"
-            chosen[name] = Setting(("cross", "self"), "published", self.published, draws=self.draws, cut=self.cut)
-        return edited | chosen
-
-    @property
-    def chosen(self) -> Setting:
-        """Return the recommended setting, with the maps, solver, evaluations, draws and guidance asked for."""
-        return Setting(
-            self.keep,
-            self.solver,
-            self.evaluations,
-            draws=self.draws,
-            guidance=self.guidance,
-            mirrored=self.mirrored,
-            shading=self.shading,
-            attraction=self.attraction,
-        )
 
 
 TRAINING_PEOPLE = 4  # whose tissue histogram matching aims at
@@ -101,78 +118,53 @@ class People:
     reference: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, p: Translate) -> People:
-        """Return those that the parameters ask for. Raises ValueError for a file that lacks them."""
-        names = tuple(dict.fromkeys((*p.sources, *p.targets)))
-        found = stacks(p.people, p.split, p.subjects, names, p.image_size)
+    def of(
+        cls, source: str, split: str, subjects: int, slices: int, contrasts: Sequence[str], image_size: int = 64
+    ) -> People:
+        """So many of a source ("brain" or a prepared file). Raises ValueError for a file that lacks them."""
+        names = tuple(dict.fromkeys(contrasts))
+        found = stacks(source, split, subjects, names, image_size)
         count, made = found[names[0]].shape[:2]
-        if made < p.slices:
-            raise ValueError(f"{p.slices} slices of each subject are wanted, {p.people} has {made}; lower slices")
+        if made < slices:
+            raise ValueError(f"{slices} slices of each subject are wanted, {source} has {made}; lower slices")
         people = torch.arange(count)[:, None]  # the next person's slices lie a little higher, so that all heights occur
-        at = ((torch.arange(p.slices) + (people + 0.5) / count) * made / p.slices).long()
+        at = ((torch.arange(slices) + (people + 0.5) / count) * made / slices).long()
         found = {n: x[people, at] for n, x in found.items()}
-        train = stacks(p.people, "train", TRAINING_PEOPLE, names, p.image_size)
+        train = stacks(source, "train", TRAINING_PEOPLE, names, image_size)
         reference = {n: train[n][train["labels"] > 0 if "labels" in train else train[n] > AIR] for n in names}
         return cls({n: found[n] for n in names}, found.get("labels"), reference)
 
     def inside(self, target: str) -> Tensor:
-        """Return where there is tissue, bool, in the shape of the images."""
+        """Where there is tissue, bool, in the shape of the images."""
         return self.images[target] > AIR if self.labels is None else self.labels > 0
 
 
-def matched(source: Tensor, inside: Tensor, reference: Tensor) -> Tensor:
-    """Return source images (..., 1, y, x) with their grey levels matched to `reference` (pixel,), by scikit-image.
-
-    Only pixels `inside` the true tissue are matched, each slice by itself, the others are 0: a favour to this method.
-    """
-    x = torch.zeros_like(source)
-    for index in np.ndindex(*source.shape[:-3]):
-        here = inside[index]
-        if here.any():
-            x[index][here] = torch.from_numpy(match_histograms(source[index][here].numpy(), reference.numpy())).to(x)
-    return x
+def named(pattern: str, contrast: str, default: str = WEIGHTS) -> str:
+    """The name of a checkpoint for one contrast; the pattern "embedded" stands for `default`."""
+    return (default if pattern == "embedded" else pattern).format(target=contrast.lower())
 
 
-SCORES = ("PSNR", "SSIM", "MS-SSIM", "MAE", "NMI", "Dice")
-
-
-def score(
-    x: Tensor, truth: Tensor, inside: Tensor, labels: Tensor | None = None, segmenter: Segmenter | None = None
-) -> dict[str, Tensor]:
-    """Return the scores (subject,) of images x (subject, slice, 1, y, x), the slices of a subject taken as one image.
-
-    Inside the tissue: PSNR in dB for a peak of 1, SSIM, mean absolute error, normalised mutual information. MS-SSIM of
-    whole slices. Dice of the segmenter's labels, the mean over CSF, grey and white matter.
-    """
-    whole, true, mask = (v.transpose(1, 2) for v in (x, truth, inside))
-    slices, true_slices, masks = (v.flatten(0, 1) for v in (x, truth, inside))
-
-    def by_subject(v: Tensor) -> Tensor:
-        return v.unflatten(0, x.shape[:2]).mean(1)
-
-    found = {
-        "PSNR": metrics.psnr(whole, true, 1.0, mask),
-        "SSIM": by_subject(metrics.ssim(slices, true_slices, 1.0, masks)),
-        "MS-SSIM": by_subject(metrics.ms_ssim(slices, true_slices, 1.0)),
-        "MAE": metrics.mae(whole, true, mask),
-        "NMI": metrics.nmi(whole, true, mask),
-    }
-    if segmenter is not None and labels is not None:
-        found["Dice"] = metrics.dice(segmenter.labels(slices).reshape(labels.shape), labels).nanmean(1)
-    return found
-
-
-def named(pattern: str, contrast: str) -> str:
-    """Return the name of a checkpoint for one contrast."""
-    return pattern.format(target=contrast.lower())
-
-
-def load_pair(p: Translate, target: str) -> tuple[Translator, Segmenter | None]:
-    """Return the translator into a contrast, and the segmenter that judges it. ValueError if they know another one."""
-    prior = Translator.load(named(p.weights, target), p.device, p.autocast)
+def load_pair(
+    weights: str, segmenters: str | None, target: str, device: str = "cpu", autocast: str | None = None
+) -> tuple[Translator, Segmenter | None]:
+    """The translator into a contrast, and the segmenter that judges it. ValueError if they know another one."""
+    prior = Translator.load(named(weights, target), device, autocast)
     if prior.contrast != target:
-        raise ValueError(f"{named(p.weights, target)} makes {prior.contrast}, not {target}; give weights=...")
-    return prior, load_segmenter(named(p.segmenters, target), target) if p.segmenters else None
+        raise ValueError(f"{named(weights, target)} makes {prior.contrast}, not {target}; give weights=...")
+    return prior, load_segmenter(named(segmenters, target, SEGMENTERS), target) if segmenters else None
+
+
+def study(p: Translate, people: People, progress: bool = True) -> list[Direction]:
+    """All translations that the parameters ask for, direction by direction, with their scores."""
+    directions = []
+    for target in p.targets:
+        prior, segmenter = load_pair(p.weights, p.segmenters, target, p.device, p.autocast)
+        directions += [
+            translate_people(prior, segmenter, people, source, p.settings(), p.seed, progress)
+            for source in p.sources
+            if source != target
+        ]
+    return directions
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,9 +183,15 @@ class Direction:
 
 
 def translate_people(
-    prior: Translator, segmenter: Segmenter | None, people: People, source: str, p: Translate, progress: bool = False
+    prior: Translator,
+    segmenter: Segmenter | None,
+    people: People,
+    source: str,
+    settings: Mapping[str, Setting],
+    seed: int = 0,
+    progress: bool = False,
 ) -> Direction:
-    """Return the translations of one direction by all methods, and their scores."""
+    """The translations of one direction by all methods, and their scores."""
     truth, given = people.images[prior.contrast], people.images[source]
     inside, shape = people.inside(prior.contrast), given.shape[:2]
     draws = {
@@ -201,9 +199,9 @@ def translate_people(
         "histogram matching": matched(given, inside, people.reference[prior.contrast])[None],
     }
     bills = {}
-    for name, setting in p.settings().items():
+    for name, setting in settings.items():
         shown = truth if setting.oracle else given
-        found = translate(prior, shown.flatten(0, 1), setting, seed=p.seed, progress=progress)
+        found = translate(prior, shown.flatten(0, 1), setting, seed=seed, progress=progress)
         draws[name], bills[name] = found.draws.unflatten(1, shape), found.bill
     draws["true target"] = truth[None]
     rows = []
@@ -214,39 +212,13 @@ def translate_people(
     )
 
 
-def score_draws(
-    name: str, draws: Tensor, truth: Tensor, inside: Tensor, labels: Tensor | None, segmenter: Segmenter | None
-) -> list[dict]:
-    """Return a row for each subject: scores of the mean of the draws and, if there are several, of single draws.
-
-    "<score>, one draw" is the mean over draws, "<score>, spread" their standard deviation. "Frechet distance", of the
-    first draws' slices from the true ones in the segmenter's features, is that of all subjects together.
-    """
-    several = len(draws) > 1
-    of_mean = score(draws.mean(0), truth, inside, labels, segmenter)
-    each = [score(x, truth, inside, labels, segmenter) for x in draws] if several else []
-    frechet = None
-    if segmenter is not None and draws[0].flatten(0, 1).shape[0] > 1:
-        seen, true = (segmenter.features(x.flatten(0, 1)) for x in (draws[0], truth))
-        frechet = metrics.frechet_distance(seen, true)
-    rows = []
-    for i in range(len(truth)):
-        row = {"method": name, "subject": i} | {k: v[i].item() for k, v in of_mean.items()}
-        for k in of_mean if several else ():
-            values = torch.stack([e[k][i] for e in each])
-            row |= {f"{k}, one draw": values.mean().item(), f"{k}, spread": values.std().item()}
-        rows.append(row | ({} if frechet is None else {"Frechet distance": frechet}))
-    return rows
-
-
 def summary(rows: list[dict]) -> list[dict]:
-    """Return a table row for each direction and method: mean and standard error over subjects of the scores.
+    """A table row for each direction and method: mean and standard error over subjects of the scores.
 
     The score of the mean of the draws; PSNR and Dice of single draws, with the deviation between draws of a subject.
     """
     table = []
-    for direction, method in dict.fromkeys((r["direction"], r["method"]) for r in rows):
-        mine = [r for r in rows if (r["direction"], r["method"]) == (direction, method)]
+    for (direction, method), mine in grouped(rows, "direction", "method").items():
         row = {"direction": direction, "method": method}
         for name in SCORES:
             if name in mine[0]:
@@ -266,17 +238,14 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def verdict(rows: list[dict], method: str = "recommended") -> list[dict]:
-    """Return for each direction what `method` gains in PSNR, SSIM and Dice: paired means and standard errors.
+    """For each direction what `method` gains in PSNR, SSIM and Dice: paired means and standard errors.
 
     Over no translation, histogram matching, and SDEdit from that level, for each score, where it is best. Last, the
     Dice as a share of what the true targets reach.
     """
     table = []
-    for direction in dict.fromkeys(r["direction"] for r in rows):
-        by_method: dict[str, list[dict]] = {}
-        for r in rows:
-            if r["direction"] == direction:
-                by_method.setdefault(r["method"], []).append(r)
+    for direction, found in grouped(rows, "direction").items():
+        by_method = grouped(found, "method")
         if method not in by_method:
             continue
         row: dict = {"direction": direction}
@@ -303,34 +272,36 @@ def verdict(rows: list[dict], method: str = "recommended") -> list[dict]:
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
+SHORT = {  # names as a figure has room for them
+    "histogram matching": "matching",
+    "cross and self LMI": "cross + self",
+    "LMI and source": "LMI + source",
+    "guided LMI and source": "guided + source",
+    "oracle: LMI of the truth": "oracle",
+    "published chain": "published",
+    "published chain, cut": "published, cut",
+}
+
+
 def picture_rows(d: Direction, people: People, count: int = 3) -> dict[str, dict[str, Tensor]]:
-    """Return one slice of the first people, translated by every method: row -> column -> (1, y, x)."""
+    """One slice of the first people, translated by every method: row -> column -> (1, y, x)."""
     at = people.images[d.source].shape[1] // 2
-    short = {
-        "no translation": d.source,
-        "histogram matching": "matching",
-        "true target": f"true {d.target}",
-        "cross and self LMI": "cross + self",
-        "LMI and source": "LMI + source",
-        "guided LMI and source": "guided + source",
-        "oracle: LMI of the truth": "oracle",
-        "published chain": "published",
-        "published chain, cut": "published, cut",
-    }
+    short = {"no translation": d.source, "true target": f"true {d.target}"}
     return {
         f"person {i}": {
-            short.get(name, name.replace(" from sigma =", "")): x.mean(0)[i, at] for name, x in d.draws.items()
+            short.get(name, SHORT.get(name, name.replace(" from sigma =", ""))): x.mean(0)[i, at]
+            for name, x in d.draws.items()
         }
         for i in range(min(count, len(people.images[d.source])))
     }
 
 
-def example_volume(path: Path, p: Translate, prior: Translator) -> Path:
-    """Return the path of a NIfTI volume of a held-out person in another contrast: odd in size, lying oblique."""
-    source = next(c for c in (*p.sources, *CONTRASTS) if c != prior.contrast)
+def example_volume(path: Path, sources: Sequence[str], target: str, split: str = "test") -> Path:
+    """The path of a NIfTI volume of a held-out person in another contrast: odd in size, lying oblique."""
+    source = next(c for c in (*sources, *CONTRASTS) if c != target)
     shape, voxel, spacing = (11, 81, 71), 2.5, 8.0
     heights = anatomy.SLAB_MM[0] + spacing * torch.arange(shape[0])  # the slab that the cohort's slices come from
-    image = anatomy.render(anatomy.cohort(p.split, 1)[0], source, shape, voxel, heights).image.abs()
+    image = anatomy.render(anatomy.cohort(split, 1)[0], source, shape, voxel, heights).image.abs()
     upright = anatomy.affine(shape, voxel)
     upright[2, 2:] = spacing, heights[0].item()
     turned = np.eye(4)
@@ -346,7 +317,7 @@ class Volumes(NamedTuple):
 
 
 def compare_volumes(source: str | Path, made: str | Path) -> Volumes:
-    """Return three planes through the middle of two NIfTI files, each in a window of its own, and their geometry."""
+    """Three planes through the middle of two NIfTI files, each in a window of its own, and their geometry."""
     pictures, facts = {}, {}
     for name, volume in (("source", load_nifti(source)), ("translation", load_nifti(made))):
         x = torch.from_numpy(np.asarray(volume.array, np.float32))

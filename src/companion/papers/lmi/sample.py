@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from companion.data.shading import AIR
+from companion.diffusion.local_information import conditions, prepare_source
 from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
-from companion.papers.lmi import conditions as lmi
-from companion.papers.lmi.conditions import AIR
-from companion.papers.lmi.people import score
-from companion.papers.lmi.translate import BOTH, Setting, Translator, begin, informed, stacks, translate
+from companion.evaluation.translation import score
+from companion.information.pairs import grey
+from companion.papers.lmi.data import stacks
+from companion.papers.lmi.translate import BOTH, EMBEDDED, Setting, Translator, begin, informed, translate
 from companion.parameters import Parameters, param
 from companion.randomness import generators, randn
 
@@ -23,7 +25,7 @@ from companion.randomness import generators, randn
 class Sample(Parameters):
     """Parameters of lmi/3_sample.ipynb."""
 
-    weights: str = param("lmi/t2w", "translator: an embedded name or a folder")
+    weights: str = param(EMBEDDED, "translator: an embedded name or a folder")
     people: str = param("brain", "brain: the embedded cohort; else a file prepared by 1_data")
     source: str = param("T1w", "contrast to translate from")
     image_size: int = param(64, "pixels along y and x", minimum=16)
@@ -40,29 +42,31 @@ class Sample(Parameters):
 
     @property
     def setting(self) -> Setting:
-        """Return the setting of the pictures."""
+        """The setting of the pictures."""
         return replace(BOTH, solver=self.solvers[0], evaluations=self.evaluations[-1], draws=self.draws)
 
 
-def held_out(p: Sample, target: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sources, true targets and tissue masks (image, 1, y, x): a slice of each person, ever higher up."""
-    if p.source == target:
-        raise ValueError(f"source is {p.source}, which is what {p.weights} makes; give another contrast")
-    found = stacks(p.people, p.split, p.subjects, (p.source, target), p.image_size)
+def held_out(
+    people: str, split: str, subjects: int, source: str, target: str, image_size: int = 64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sources, true targets and tissue masks (image, 1, y, x): a slice of each person, ever higher up."""
+    if source == target:
+        raise ValueError(f"source is {source}, which is what the translator makes; give another contrast")
+    found = stacks(people, split, subjects, (source, target), image_size)
     count, slices = found[target].shape[:2]
-    people = torch.arange(count)
-    given, truth, *labels = (x[people, people * slices // count] for x in found.values())
-    return given, truth, labels[0] > 0 if labels else lmi.grey(truth) > AIR
+    i = torch.arange(count)
+    given, truth, *labels = (x[i, i * slices // count] for x in found.values())
+    return given, truth, labels[0] > 0 if labels else grey(truth) > AIR
 
 
 def maps_at(prior: Translator, source: Tensor, truth: Tensor, sigmas: Sequence[float], seed: int) -> dict:
-    """Return for each noise level what the network is told of one image (1, 1, y, x): row -> column -> (1, y, x)."""
+    """For each noise level what the network is told of one image (1, 1, y, x): row -> column -> (1, y, x)."""
     noise = randn(truth.shape[1:], truth.dtype, [torch.Generator().manual_seed(seed)])
-    side, sizes, rows = lmi.prepare_source(source, prior.conditioning), prior.conditioning.patches, {}
+    side, sizes, rows = prepare_source(source, prior.conditioning), prior.conditioning.patches, {}
     for sigma in sigmas:
         x = truth + sigma * noise
         shrunk = x / math.hypot(1, sigma)
-        told = lmi.conditions(x, sigma, side, prior.conditioning, ("cross",))[0]
+        told = conditions(x, sigma, side, prior.conditioning, ("cross",))[0]
         first = sum(prior.conditioning.widths[: prior.conditioning.maps.index("cross")])
         rows[f"σ = {sigma:g}"] = (
             {"source": source[0], "noisy target": shrunk[0]}
@@ -73,7 +77,7 @@ def maps_at(prior: Translator, source: Tensor, truth: Tensor, sigmas: Sequence[f
 
 
 def reverse_run(prior: Translator, source: Tensor, setting: Setting, seed: int, pictures: int = 8) -> dict:
-    """Return pictures of one draw of one image (1, 1, y, x): row -> column -> (1, y, x), from noise to the result.
+    """Pictures of one draw of one image (1, 1, y, x): row -> column -> (1, y, x), from noise to the result.
 
     "noisy": x / sqrt(1 + sigma^2); "estimate": x0_hat there; "cross x 2": twice the finest cross map.
     """
@@ -97,16 +101,13 @@ def reverse_run(prior: Translator, source: Tensor, setting: Setting, seed: int, 
         rows["estimate"][column_name] = path[i]["x0_hat"][0]
         if "cross" in c.maps:
             rows["cross x 2"][column_name] = (
-                2
-                * lmi.prepare_source(source, c).cross(lmi.grey(xs[i]) / (math.hypot(1, sigma) if c.scaled else 1))[
-                    0, :1
-                ]
+                2 * prepare_source(source, c).cross(grey(xs[i]) / (math.hypot(1, sigma) if c.scaled else 1))[0, :1]
             )
     return rows
 
 
-def compare_solvers(prior: Translator, source: Tensor, truth: Tensor, inside: Tensor, p: Sample) -> list[dict]:
-    """Return a table row for each solver and number of evaluations: PSNR and SSIM of the mean of the draws, seconds.
+def study(p: Sample, prior: Translator, source: Tensor, truth: Tensor, inside: Tensor) -> list[dict]:
+    """A table row for each solver and number of evaluations: PSNR and SSIM of the mean of the draws, seconds.
 
     Sources, true targets and masks (image, 1, y, x); the scores are means and standard errors over images.
     """

@@ -14,8 +14,8 @@ Wang et al. 2024, IEEE TMI, doi 10.1109/TMI.2024.3382043.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -25,30 +25,28 @@ from tqdm.auto import tqdm
 from companion.data import anatomy
 from companion.data.intensity import FOREGROUND, Scale
 from companion.data.nifti import load_nifti
+from companion.data.shading import shaded_like
 from companion.data.slicing import Slicing, cut_file, save_translation
-from companion.data.store import open_dataset
 from companion.diffusion.denoisers import AnySize, Denoiser, column
+from companion.diffusion.local_information import MAPS, Conditioning, Informed, SourceSide, prepare_source
 from companion.diffusion.noise import DiscreteSchedule, karras
 from companion.diffusion.sampling import Bill, sample
 from companion.diffusion.solvers import Solver, ddpm
-from companion.files import project_root
+from companion.information.pairs import grey
+from companion.models import checkpoint
 from companion.models.architectures import network_of
-from companion.models.checkpoint import describe, load_denoiser
-from companion.papers.lmi import conditions as lmi
-from companion.papers.lmi import data as lmi_data
-from companion.papers.lmi.conditions import CONTRASTS, Conditioning, Informed, SourceSide
 from companion.randomness import generators, randn
 
+EMBEDDED = "lmi/t2w"
 FIRST_SIGMA, LAST_SIGMA = 30.0, 0.01  # noise levels between which images are drawn; from 10 on they come out too dark
 PUBLISHED = DiscreteSchedule.linear()  # 1000 times; the chain that the release trains and samples with
-DIRECTIONS = tuple((a, b) for b in CONTRASTS for a in CONTRASTS if a != b)  # (source, target)
 
 
 @dataclass(frozen=True)
 class Setting:
     """How a translation is drawn.
 
-    keep: the maps that the network is told, see `lmi.conditions`; () is an unconditional draw, none: all it knows.
+    keep: the maps that the network is told, see `conditions`; () is an unconditional draw, none: all it knows.
     solver: a name or Solver of `companion.diffusion`. "published": the ancestral chain of the release, 1000
         evaluations or a respacing, its larger variance, and noise added after the last step too.
     start: noise level to begin at; none: the highest. begin: there with the "source", noised (SDEdit), or with "noise"
@@ -99,16 +97,16 @@ class Setting:
 
 BOTH = Setting(("cross", "self"))  # the paper's maps
 GUIDED = replace(BOTH, guidance=2.0, mirrored=True)
-RECOMMENDED = replace(GUIDED, keep=lmi.MAPS, shading=True)  # chosen on validation people, see docs/lmi.md
+RECOMMENDED = replace(GUIDED, keep=MAPS, shading=True)  # chosen on validation people, see docs/lmi.md
 ABLATION = {  # the rows of the evaluation that a network draws
     "unconditional": replace(BOTH, keep=()),
     "self LMI only": replace(BOTH, keep=("self",)),
     "cross LMI only": replace(BOTH, keep=("cross",)),
     "cross and self LMI": BOTH,
     "source only": replace(BOTH, keep=("source",)),
-    "LMI and source": replace(BOTH, keep=lmi.MAPS),
+    "LMI and source": replace(BOTH, keep=MAPS),
     "guided LMI": GUIDED,
-    "guided LMI and source": replace(GUIDED, keep=lmi.MAPS),
+    "guided LMI and source": replace(GUIDED, keep=MAPS),
     "recommended": RECOMMENDED,
     "oracle: LMI of the truth": replace(BOTH, oracle=True),
 }
@@ -133,21 +131,34 @@ class Translator:
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", autocast: str | None = None) -> Translator:
-        """Return that of a checkpoint. Raises ValueError for checkpoints that know nothing of sources."""
-        conditioning, about = Conditioning.of(name), describe(name)
-        data, inputs = about["data"], about["network"]["in_channels"]
+        """That of a checkpoint. Raises ValueError for checkpoints that know nothing of sources."""
+        found = checkpoint.find(name, EMBEDDED)
+        conditioning, data = conditioning_of(found.config, found.name), found.config["data"]
         return cls(
-            load_denoiser(name, device, autocast),
+            found.denoiser(device, autocast),
             conditioning,
             data["contrast"],
             anatomy.FIELD_OF_VIEW_MM / data["image_size"][-1],
-            inputs - conditioning.channels,
+            found.config["network"]["in_channels"] - conditioning.channels,
             tuple(data["image_size"]),
         )
 
     @property
+    def denoiser(self) -> Denoiser:
+        """D for images of any size."""
+        return AnySize(self.D, network_of(self.D).total_stride)
+
+    @property
     def device(self) -> torch.device:
         return next(network_of(self.D).parameters()).device
+
+
+def conditioning_of(config: Mapping, name: str) -> Conditioning:
+    """What the network of a checkpoint's config was told in training. ValueError if it is not one of this paper's."""
+    found = config.get("data", {}).get("conditioning")
+    if found is None:
+        raise ValueError(f"{name} says nothing of conditions on a source; choose one such as {EMBEDDED}")
+    return Conditioning(**found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,11 +175,11 @@ class Attracted:
     spread: float = 0.35  # standard deviation of images
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: None = None) -> Tensor:
-        """x0_hat, the shape of x."""
+        """X0_hat, the shape of x."""
         x0_hat = self.D(x, sigma)
         with torch.enable_grad():
             estimate = x0_hat.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.side.cross(lmi.grey(estimate)).sum(), estimate)
+            (slope,) = torch.autograd.grad(self.side.cross(grey(estimate)).sum(), estimate)
         return x0_hat + self.weight * column(1 / (sigma**-2 + self.spread**-2), x) * slope
 
 
@@ -193,10 +204,10 @@ def translate(
     batch_size: int = 32,
     progress: bool = False,
 ) -> Translation:
-    """Return translations of images of any contrast, (image, 1, y, x) or RGB (image, 3, y, x), in [0, 1].
+    """Translations of images of any contrast, (image, 1, y, x) or RGB (image, 3, y, x), in [0, 1].
 
     Draw j of image i has the seed `seed + i * draws + j`, whatever the batches. Any size will do: what the network
-    cannot halve often enough is extended for it. Raises TypeError or ValueError as `lmi.prepare_source`.
+    cannot halve often enough is extended for it. Raises TypeError or ValueError as `prepare_source`.
     """
     if source.ndim != 4 or source.shape[1] not in (1, 3):
         raise ValueError(
@@ -229,81 +240,27 @@ def translate(
 
 
 def informed(prior: Translator, source: Tensor, setting: Setting) -> Denoiser:
-    """Return the denoiser that has seen sources (image, 1 or 3, y, x), for images of any size."""
-    D = AnySize(prior.D, network_of(prior.D).total_stride)
-    side = lmi.prepare_source(source, prior.conditioning)
-    G = Informed(D, side, prior.conditioning, setting.keep, setting.guidance)
+    """The denoiser that has seen sources (image, 1 or 3, y, x), for images of any size."""
+    side = prepare_source(source, prior.conditioning)
+    G = Informed(prior.denoiser, side, prior.conditioning, setting.keep, setting.guidance)
     G = Attracted(G, side, setting.attraction) if setting.attraction else G
     return (lambda x, sigma, cond=None: G(x, sigma).clamp(0, 1)) if setting.cut else G
 
 
 def begin(source: Tensor, channels: int, sigma: float, setting: Setting, seeds: list[Generator]) -> Tensor:
-    """Return the noisy images (image, channel, y, x) to start from: x0 + sigma n, or without x0 as noise alone.
+    """The noisy images (image, channel, y, x) to start from: x0 + sigma n, or without x0 as noise alone.
 
     The published chain begins with unit noise at the scale where images have the variance 1 / (1 + sigma^2).
     """
     noise = randn((channels, *source.shape[2:]), source.dtype, seeds, source.device)
     if setting.begin == "source":
-        known = source if source.shape[1] == channels else lmi.grey(source).expand(-1, channels, -1, -1)
+        known = source if source.shape[1] == channels else grey(source).expand(-1, channels, -1, -1)
         return known + sigma * noise
     return (math.hypot(1, sigma) if setting.solver == "published" else sigma) * noise
 
 
 # The release adds noise after the last step as well: that of the posterior of its second time ("fixedlarge").
 LAST_STD = PUBLISHED.posterior_log_variance_clipped[0].div(2).exp().item()
-
-
-# --------------------------------------------------------------------------------------------------------- shading
-
-KNOTS, ROUNDS = 5, 5  # of the map from ranks to grey levels; of reweighting
-FLAT = 0.03  # share of the pixels that speak for no shading, from the border: composition is not the same everywhere
-
-
-def shaded_like(source: Tensor, x: Tensor) -> Tensor:
-    """Return images x (image, 1 or 3, y, x) with the shading of their sources (image, 1 or 3, y, x) for their own.
-
-    A receive coil shades all contrasts of a sitting alike, but ranks are free of shading, and a network that is told
-    them makes some up. Only the linear part, exp(slope . position), can be told from anatomy. The mean of log x stays.
-    """
-    given, made = lmi.grey(source), lmi.grey(x)
-    tissue = (given > lmi.FAINT) & (made > lmi.FAINT)
-    pairs = (given, lmi.equalised(made), made, lmi.equalised(given), tissue)
-    change = torch.cat(
-        [
-            slope(a, rank_b, inside) - slope(b, rank_a, inside)  # one by one, which bounds the memory
-            for a, rank_b, b, rank_a, inside in zip(*(v.split(1) for v in pairs), strict=True)
-        ]
-    )
-    shading = torch.einsum("nc,cyx->nyx", change, positions(x))[:, None]
-    shading = shading - (shading * tissue).sum((2, 3), True) / tissue.sum((2, 3), True).clamp(min=1)
-    return x * shading.exp()
-
-
-def slope(image: Tensor, rank: Tensor, tissue: Tensor) -> Tensor:
-    """Return the slopes (image, 2) along y and x, over half the field of view, of log image = f(rank) + slope position.
-
-    f is piecewise linear in the ranks of the other contrast. Least squares over the `tissue` with Cauchy weights.
-    """
-    at = (rank.flatten(1).double() - lmi.DARKEST).clamp(min=0) / (1 - lmi.DARKEST) * (KNOTS - 1)
-    hats = (1 - (at[..., None] - torch.arange(KNOTS).to(at)).abs()).clamp(min=0)
-    place = positions(image).flatten(1).T.double().expand(len(image), -1, -1)
-    M, v = torch.cat([hats, place], -1), image.flatten(1).double().clamp(min=1e-6).log()
-    inside = tissue.flatten(1)
-    flat = FLAT * inside.sum(1, keepdim=True).clamp(min=1) * torch.ones(2).to(M)
-    prior = torch.cat([torch.full_like(M[:, 0, :KNOTS], 1e-6), flat], 1).diag_embed()
-    weight = inside.double()
-    for _ in range(ROUNDS):
-        weighted = (M * weight[..., None]).mT
-        found = torch.linalg.solve(weighted @ M + prior, weighted @ v[..., None])
-        residual = v - (M @ found)[..., 0]
-        width = 1.48 * residual.abs().masked_fill(~inside, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num()
-        weight = inside / (1 + (residual / (2 * width).clamp(min=1e-6)).square())
-    return found[:, KNOTS:, 0].to(image)
-
-
-def positions(x: Tensor) -> Tensor:
-    """Return the coordinates (2, y, x) of the pixels of x, from -1 to 1 across the field of view."""
-    return torch.stack(torch.meshgrid(*((2 * torch.arange(n).to(x) + 1) / n - 1 for n in x.shape[2:]), indexing="ij"))
 
 
 # --------------------------------------------------------------------------------------------------------- volumes
@@ -322,7 +279,7 @@ def translate_file(
     target_scale: Scale | None = None,
     progress: bool = False,
 ) -> Path:
-    """Return the path of a NIfTI volume: that of `path`, slice by slice, with its shape and affine.
+    """The path of a NIfTI volume: that of `path`, slice by slice, with its shape and affine.
 
     pixel_mm: side of the pixels that the network sees, by default that of its training slices; air is put around fields
     of view smaller than theirs. source_scale: what is 0 and 1 in the source, by default percentiles. target_scale: what
@@ -343,25 +300,3 @@ def translate_file(
 
 FILLED = 0.02  # share of the pixels of a slice that must be foreground for it to be translated
 UNITS = "1: bright tissue (99.5 % of the foreground)"
-
-
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-SLICES = 8  # of each person of the embedded cohort, whose scale is found from all of them
-
-
-@lru_cache(maxsize=8)
-def stacks(people: str, split: str, subjects: int, contrasts: tuple[str, ...], image_size: int) -> dict[str, Tensor]:
-    """Return slices (subject, slice, 1, y, x) of contrasts and, if known, "labels", of the first people of a split.
-
-    people: "brain", the embedded cohort, or a prepared file, which `image_size` does not concern. Remembered.
-    """
-    if people == "brain":
-        return lmi_data.cohort_slices(split, subjects, SLICES, tuple(dict.fromkeys(contrasts)), image_size)
-    prepared = open_dataset(project_root() / people, require=contrasts)
-    names = dict.fromkeys(n for n in (*contrasts, "labels") if n in prepared.shapes)
-    count, depth = min(subjects, len(prepared.rows(split))), prepared.shapes[contrasts[0]][1]
-    slices = {n: prepared.slices(n, split) for n in names}
-    return {
-        n: torch.stack([s[i] for i in range(count * depth)]).unflatten(0, (count, depth)) for n, s in slices.items()
-    }

@@ -1,4 +1,6 @@
-"""Zero-shot translation between contrasts by local mutual information (Wang et al. 2024, doi 10.1109/TMI.2024.3382043).
+"""Denoisers that are told of another image by local mutual information.
+
+Wang et al. 2024, IEEE TMI, doi 10.1109/TMI.2024.3382043.
 
 A diffusion model learns images of one contrast, the target, given what a source of unknown contrast shares with them:
 
@@ -6,10 +8,10 @@ A diffusion model learns images of one contrast, the target, given what a source
     self     that of the source with itself: where it has structure at all
     source   the source itself, an extension by us: in training the target under a random map of intensities
 
-Training never sees another contrast. Its source is the clean target, as published, or that target under a random map
-(`remapped`), and is seen as ranks of its tissue (`equalised`), however faint its contrast. `conditions` makes the
-network's input from a source, in training and in sampling alike.
-Data, training and export of the notebooks under notebooks/lmi; translation is in `lmi_translate`.
+`conditions` makes the network's input from a source, in training and in sampling alike:
+
+    side = prepare_source(source, conditioning)           # once a source
+    D_s = Informed(D, side, conditioning)                 # a denoiser like any other, for every sampler and guidance
 """
 
 from __future__ import annotations
@@ -17,26 +19,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from companion.data.shading import equalised
 from companion.diffusion.denoisers import Denoiser
 from companion.information.box_mi import BoxMI
 from companion.information.local_mi import LocalMI
-from companion.information.pairs import luma
-from companion.models.checkpoint import describe
+from companion.information.pairs import grey
 
-CONTRASTS = ("T1w", "T2w", "PDw")
 MAPS = ("cross", "self", "source")
-AIR = 0.02  # values up to this are air
-FAINT = 0.05  # in sources, which may be noisy, up to this
-DARKEST = 0.1  # tissue, in equalised sources
-COND_SCALE = 2.0  # brings conditions to the size of images in the network
-
-# -------------------------------------------------------------------------------------------------- the conditions
 
 
 @dataclass(frozen=True)
@@ -78,14 +71,6 @@ class Conditioning:
     def mismatched(self) -> Conditioning:
         """What the released code samples with in four of its five configurations, having trained with `published`."""
         return replace(self, normalise=False)
-
-    @classmethod
-    def of(cls, weights: str | Path) -> Conditioning:
-        """The conditioning that a checkpoint was trained with. ValueError if it is not one of this paper's."""
-        found = describe(weights).get("data", {}).get("conditioning")
-        if found is None:
-            raise ValueError(f"{weights} says nothing of conditions on a source; choose one such as lmi/t2w")
-        return cls(**found)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -149,7 +134,7 @@ def prepare_source(source: Tensor, conditioning: Conditioning, allow_constant: b
     if low.min() < -1e-3 or high.max() > 1 + 1e-3:
         raise ValueError(
             f"the source has values from {low.min():.3g} to {high.max():.3g}; expected 0 to 1, such as "
-            "paired.scaled gives"
+            "intensity.scaled gives"
         )
     if not allow_constant and (flat := (low == high).nonzero().flatten().tolist()):
         raise ValueError(
@@ -157,21 +142,6 @@ def prepare_source(source: Tensor, conditioning: Conditioning, allow_constant: b
             "translate; leave empty slices out, or allow_constant=True to draw from the prior"
         )
     return SourceSide(equalised(image) if conditioning.equalised else image, conditioning)
-
-
-def equalised(image: Tensor) -> Tensor:
-    """Images (batch, 1, y, x) as ranks of their tissue, freed from slow shading: 0 in air, DARKEST to 1 in tissue.
-
-    Does not change with the gain, nor, but for the shading, with any rising map of grey levels: as little as mutual
-    information does. So the bins of the histograms hold equal shares of the tissue, however faint the contrast.
-    """
-    tissue = (image > FAINT).flatten(1)
-    values = (image / local_mean(image)).flatten(1).masked_fill(~tissue, -1)
-    ordered = values.sort(1).values
-    below, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-    count = tissue.sum(1, keepdim=True)
-    rank = ((below + upto) / 2 - (values.shape[1] - count)) / count.clamp(min=1)
-    return torch.where(tissue, DARKEST + (1 - DARKEST) * rank, 0).view_as(image).to(image)
 
 
 def conditions(
@@ -231,11 +201,6 @@ def _kept(keep: Sequence[str] | Tensor | None, maps: tuple[str, ...], x: Tensor)
     return torch.tensor([name in names for name in maps], device=x.device).expand(len(x), -1)
 
 
-def grey(image: Tensor) -> Tensor:
-    """Images (batch, 1, *space), of colours (batch, 3, *space) their luma."""
-    return luma(image) if image.ndim > 2 and image.shape[1] == 3 else image
-
-
 class Informed:
     """A denoiser that has seen the source: the same protocol as D, for every sampler and guidance.
 
@@ -259,22 +224,6 @@ class Informed:
         if self.guidance == 1:
             return told
         return told + (self.guidance - 1) * (told - self.D(x, sigma, conditions(x, sigma, None, self.conditioning)))
-
-
-def local_mean(x: Tensor) -> Tensor:
-    """The mean of the tissue around each pixel (Gaussian, std a tenth of the image), its brightest made 1; 1 in air."""
-    tissue = (x > AIR).to(x)
-    std = x.shape[-1] / 10
-    at = torch.arange(-round(2.5 * std), round(2.5 * std) + 1, device=x.device)
-    weight = torch.exp(-0.5 * (at / std) ** 2).to(x)
-
-    def blurred(v: Tensor) -> Tensor:
-        rows = F.conv2d(v, weight.view(1, 1, 1, -1), padding=(0, len(weight) // 2))
-        return F.conv2d(rows, weight.view(1, 1, -1, 1), padding=(len(weight) // 2, 0))
-
-    mean = torch.where(tissue > 0, blurred(x * tissue) / blurred(tissue).clamp(min=1e-6), 0)
-    top = mean.amax((1, 2, 3), keepdim=True).clamp(min=AIR)
-    return torch.where(tissue > 0, (mean / top).clamp(min=0.1), 1)
 
 
 def told(batch: int, maps: int, dropout: float, generator: Generator) -> Tensor:

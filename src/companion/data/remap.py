@@ -1,4 +1,4 @@
-"""The source remapped to the grey values of the target."""
+"""An image in contrasts that nobody has seen: its grey values under a random map, for training without pairs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from companion.papers.lmi.conditions import AIR, grey, local_mean
+from companion.data.shading import AIR, local_mean
+from companion.information.pairs import grey
 from companion.randomness import randn
-
-# ------------------------------------------------------------------------------------------------- remapped sources
 
 KNOTS = (4, 7)  # fewest and most knots of a map of intensities
 WINDOW = 3  # side of the neighbourhood in which partial volumes are mixed linearly

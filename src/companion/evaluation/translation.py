@@ -1,0 +1,103 @@
+"""How well an image was translated into another contrast: scores, a rule of thumb to beat, what rules could reach."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from scipy.optimize import isotonic_regression
+from skimage.exposure import match_histograms
+from torch import Tensor
+
+from companion.evaluation import metrics
+from companion.evaluation.segmenter import Segmenter
+from companion.information.pairs import grey
+
+SCORES = ("PSNR", "SSIM", "MS-SSIM", "MAE", "NMI", "Dice")
+
+
+def score(
+    x: Tensor, truth: Tensor, inside: Tensor, labels: Tensor | None = None, segmenter: Segmenter | None = None
+) -> dict[str, Tensor]:
+    """The scores (subject,) of images x (subject, slice, 1, y, x), the slices of a subject taken as one image.
+
+    Inside the tissue: PSNR in dB for a peak of 1, SSIM, mean absolute error, normalised mutual information. MS-SSIM of
+    whole slices. Dice of the segmenter's labels, the mean over CSF, grey and white matter.
+    """
+    whole, true, mask = (v.transpose(1, 2) for v in (x, truth, inside))
+    slices, true_slices, masks = (v.flatten(0, 1) for v in (x, truth, inside))
+
+    def by_subject(v: Tensor) -> Tensor:
+        return v.unflatten(0, x.shape[:2]).mean(1)
+
+    found = {
+        "PSNR": metrics.psnr(whole, true, 1.0, mask),
+        "SSIM": by_subject(metrics.ssim(slices, true_slices, 1.0, masks)),
+        "MS-SSIM": by_subject(metrics.ms_ssim(slices, true_slices, 1.0)),
+        "MAE": metrics.mae(whole, true, mask),
+        "NMI": metrics.nmi(whole, true, mask),
+    }
+    if segmenter is not None and labels is not None:
+        found["Dice"] = metrics.dice(segmenter.labels(slices).reshape(labels.shape), labels).nanmean(1)
+    return found
+
+
+def score_draws(
+    name: str, draws: Tensor, truth: Tensor, inside: Tensor, labels: Tensor | None, segmenter: Segmenter | None
+) -> list[dict]:
+    """A row for each subject: scores of the mean of the draws and, if there are several, of single draws.
+
+    "<score>, one draw" is the mean over draws, "<score>, spread" their standard deviation. "Frechet distance", of the
+    first draws' slices from the true ones in the segmenter's features, is that of all subjects together.
+    """
+    several = len(draws) > 1
+    of_mean = score(draws.mean(0), truth, inside, labels, segmenter)
+    each = [score(x, truth, inside, labels, segmenter) for x in draws] if several else []
+    frechet = None
+    if segmenter is not None and draws[0].flatten(0, 1).shape[0] > 1:
+        seen, true = (segmenter.features(x.flatten(0, 1)) for x in (draws[0], truth))
+        frechet = metrics.frechet_distance(seen, true)
+    rows = []
+    for i in range(len(truth)):
+        row = {"method": name, "subject": i} | {k: v[i].item() for k, v in of_mean.items()}
+        for k in of_mean if several else ():
+            values = torch.stack([e[k][i] for e in each])
+            row |= {f"{k}, one draw": values.mean().item(), f"{k}, spread": values.std().item()}
+        rows.append(row | ({} if frechet is None else {"Frechet distance": frechet}))
+    return rows
+
+
+def matched(source: Tensor, inside: Tensor, reference: Tensor) -> Tensor:
+    """Source images (..., 1, y, x) with their grey levels matched to `reference` (pixel,), by scikit-image.
+
+    Only pixels `inside` the true tissue are matched, each slice by itself, the others are 0: a favour to this method.
+    """
+    x = torch.zeros_like(source)
+    for index in np.ndindex(*source.shape[:-3]):
+        here = inside[index]
+        if here.any():
+            x[index][here] = torch.from_numpy(match_histograms(source[index][here].numpy(), reference.numpy())).to(x)
+    return x
+
+
+def intensity_rules(stacks: dict[str, Tensor], bins: int = 128) -> list[dict]:
+    """How well any rule of intensities alone could translate: PSNR (mean, standard error over slices), every direction.
+
+    stacks: paired slices (slice, 1, y, x) in [0, 1] of each contrast. "as it is": no translation. "best rising map":
+    the rising map with the smallest squared error on these very slices, more than histogram matching can reach. "best
+    map": the mean target value of each source value. The maps are fitted to the truth: limits, not methods.
+    """
+    table = []
+    for a, b in itertools.permutations([name for name in stacks if name != "labels"], 2):
+        x, y = grey(stacks[a]), grey(stacks[b])
+        index = (x * (bins - 1)).round().long().flatten().numpy()
+        counts = np.bincount(index, minlength=bins)
+        mean = np.bincount(index, weights=y.flatten().double().numpy(), minlength=bins) / counts.clip(1)
+        rising = isotonic_regression(mean, weights=counts + 1e-9).x
+        row = {"from": a, "to": b, "as it is": metrics.mean_and_error(metrics.psnr(x, y, data_range=1.0))}
+        for name, rule in (("best rising map", rising), ("best map", mean)):
+            found = torch.from_numpy(rule[index]).to(x.dtype).view_as(x)
+            row[name] = metrics.mean_and_error(metrics.psnr(found, y, data_range=1.0))
+        table.append(row)
+    return table
