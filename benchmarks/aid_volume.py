@@ -20,7 +20,7 @@ from companion.acquisition.mri import Protocol, Scan
 from companion.evaluation import metrics, tables
 from companion.files import atomic_write, code_version
 from companion.papers.aid import reconstruct as aid_mri
-from companion.papers.aid.posterior import METHODS, Prior, Sampler, reconstruct
+from companion.reconstruction.sequence import METHODS, Prior, Sampler, reconstruct
 from companion.show import figures
 
 GRADIENT = ("pigdm", "dps")  # guidances that differentiate the network

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from companion.data.sequences import pieces
 from companion.data.store import open_dataset
 from companion.data.virtual import volume, volumes
 from companion.diffusion.sampling import Bill
@@ -138,7 +139,7 @@ def test_nothing_to_prepare_is_an_error_with_reasons(tmp_path):
 
 @pytest.mark.parametrize("count", [6, 7, 11, 12, 13, 40])
 def test_pieces_lose_no_frame(count):
-    starts = aid.pieces(count, 6)
+    starts = pieces(count, 6)
     assert {n for first in starts for n in range(first, first + 6)} == set(range(count))
     assert len(starts) == math.ceil(count / 6)
 

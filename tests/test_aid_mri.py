@@ -17,12 +17,12 @@ from companion.evaluation import metrics
 from companion.models.architectures import build, network_of
 from companion.models.folder import save_checkpoint
 from companion.operators.mri import birdcage_maps, cartesian_mask, combine, fft, ifft
-from companion.papers.aid import posterior
 from companion.papers.aid import reconstruct as aid_mri
-from companion.papers.aid.posterior import METHODS, Prior, measured_and_inferred
 from companion.papers.aid.reconstruct import MODELS, Reconstruct, score, study, summary
 from companion.randomness import randn
 from companion.reconstruction import mri as baselines
+from companion.reconstruction import sequence as posterior
+from companion.reconstruction.sequence import METHODS, Prior, measured_and_inferred
 
 REFERENCE = 0.8  # magnitude that 99 % of the pixels of `person` do not exceed, nearly
 

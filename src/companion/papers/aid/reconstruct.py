@@ -26,10 +26,10 @@ from companion.evaluation import metrics, tables
 from companion.files import project_root
 from companion.models.checkpoint import describe
 from companion.operators.mri import CartesianMask
-from companion.papers.aid.posterior import Prior, Sampler, csgm, reconstruct
 from companion.papers.aid.sample import EMBEDDED
 from companion.parameters import Parameters, param
 from companion.reconstruction import mri as baselines
+from companion.reconstruction.sequence import Prior, Sampler, csgm, reconstruct
 
 EMBEDDED_SINGLE = "brain/t1w"
 MODELS = {"AID": "full", "AID, newest slice only": "last", "single image": None}  # name -> context

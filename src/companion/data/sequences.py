@@ -1,0 +1,162 @@
+"""Sequences of images from the files of a folder: slices of volumes, frames of cines, combined from their coils."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from companion.data import fastmri
+from companion.data.intake.kinds import one_contrast, one_each
+from companion.data.intake.look import find
+from companion.data.intake.records import Item
+from companion.data.intake.splits import split_people, split_table
+from companion.data.rows import Rows
+from companion.data.series import Series, load_series
+from companion.data.virtual import SOURCES
+from companion.files import project_root
+from companion.operators.mri import estimate_maps, ifft, normalise
+from companion.parameters import param
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The part of a form that says what is read of each file of a folder, at which size."""
+
+    image_size: int = param(64, "pixels along y and x", minimum=16)
+    frames: int = param(16, "slices of a volume or frames of a cine; longer files are cut", minimum=2)
+    axis: int | None = param(None, "of NIfTI, .npy, .cfl: the axis that counts frames; none: the format's usual one")
+    leave_out: tuple[int, ...] = param((0, 0), "of files: frames left out at the start and at the end", minimum=0)
+    magnitude: bool = param(False, "of files: drop the phase")
+    acs: int = param(24, "of fastMRI files: width of the k-space centre that coil maps come from", minimum=12)
+    contrast: str | None = param(None, "of image files: the one to take, as in T1w; none: T1w where there are several")
+    people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
+
+
+def folder(
+    source: str,
+    reading: Reading,
+    most: int,
+    shares: tuple[float, float, float],
+    seed: int,
+    scratch: Path,
+    progress: bool = True,
+) -> dict[str, object]:
+    """What `write_dataset` stores of at most so many files of a folder: sequences (sequence, frame, 1, y, x).
+
+    "image", complex64, or "magnitude", float32, when no file has a phase: each file divided by its largest magnitude,
+    phase untouched, resized. "scale", (sequence,), multiplies back to the file's values. A file longer than `frames`
+    is cut into sequences that overlap rather than leave frames out; shorter ones are skipped, not padded. A patient is
+    in one split only. attrs["files"] and attrs["skipped"] tell what became of each file, attrs["people"] whose each
+    is, attrs["first_frame"] where each sequence begins. One file is held in memory at a time.
+    """
+    items, skipped, given = find_files(source, reading)
+    phase = not reading.magnitude and any(_has_phase(item) for item in items)
+    kind, files, whose, steps, sequences = "image" if phase else "magnitude", {}, {}, [], []
+    arrays = {name: Rows(scratch) for name in (kind, "scale")}
+    for item in tqdm(items, desc="files", disable=not progress):
+        if len(files) == most:
+            break
+        try:
+            if phase and not _has_phase(item):
+                raise ValueError("has no phase, unlike other files; magnitude=True drops that of all")
+            series = read_file(item, reading)
+            starts = pieces(len(series.frames), reading.frames)
+        except (ValueError, OSError) as error:
+            skipped[item.name] = str(error).removeprefix(f"{item.path}: ")
+            continue
+        for first in starts:
+            arrays[kind].append(series.frames[first : first + reading.frames].numpy())
+            arrays["scale"].append(np.float32(series.scale))
+            sequences.append((item.name, first))
+        files[item.name], whose[item.name] = len(series.frames), item.person
+        steps += [series.step_mm] if series.step_mm else []
+    if not files:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items()) or " it is empty"
+        raise ValueError(f"no file of {source} can be used:{reasons}")
+    people = split_people(whose.values(), shares, seed, given)
+    if progress:
+        print(split_table(people, {who: [n for n in whose if whose[n] == who] for who in whose.values()}))
+    first_frames = [first for _, first in sequences]
+    attrs = {"files": files, "skipped": skipped, "people": whose, "first_frame": first_frames}
+    return {
+        "arrays": arrays,
+        "units": {kind: "1", "scale": "as in the file"},
+        "scale": {
+            kind: "1 is the largest magnitude of a file; the array scale multiplies back",
+            "scale": "multiplies images back to the values of the file",
+        },
+        "seed": seed,
+        "source": f"files of {Path(source).name}",
+        "subjects": [f"{name}/{first}" for name, first in sequences],
+        "split": {
+            part: [f"{name}/{first}" for name, first in sequences if whose[name] in who] for part, who in people.items()
+        },
+        "attrs": attrs | ({"spacing_mm": float(np.median(steps))} if steps else {}),
+    }
+
+
+def find_files(source: str, reading: Reading) -> tuple[list[Item], dict[str, str], dict[str, str]]:
+    """The images and the k-space of a folder, by `data.intake`, why others are not used, and a table's split.
+
+    Of several contrasts of images one is taken, see `intake.kinds.one_contrast`. Raises FileNotFoundError for a folder
+    that does not exist, and as `intake.look.find`.
+    """
+    folder = project_root() / source
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{source} is not a folder; give one with fastMRI, NIfTI, .npy or .cfl files, or the "
+            f"name of an embedded cohort: {', '.join(SOURCES)}"
+        )
+    found = find(folder, reading.people and project_root() / reading.people, ("image", "k-space"))
+    images, others = one_contrast([item for item in found.items if item.what.kind == "image"], reading.contrast)
+    images, versions = one_each(images)
+    chosen = {item.name for item in images}
+    items = [item for item in found.items if item.name in chosen or item.what.kind == "k-space"]
+    return items, dict(found.left) | others | versions, dict(found.split)
+
+
+def _has_phase(item: Item) -> bool:
+    return item.what.kind == "k-space" or item.what.dtype.startswith("complex")
+
+
+def read_file(item: Item, reading: Reading) -> Series:
+    """The frames of one file. Raises ValueError or OSError with the reason for a file that cannot be used."""
+    shape, (before, after) = (reading.image_size, reading.image_size), reading.leave_out
+    part = slice(before, -after or None)
+    if item.what.kind == "image":
+        return load_series(item.path, axis=reading.axis, frames=part, shape=shape, magnitude=reading.magnitude)
+    if item.reader.name != "fastMRI":
+        raise ValueError(f"k-space ({item.what.format}), of which images have to be made first; fastMRI files are read")
+    file = fastmri.open_volume(item.path)
+    if file.mask is not None:
+        raise ValueError("is undersampled; only fully sampled k-space shows what images look like")
+    slices = [coil_combined(file.crop(file.read(i)), reading.acs) for i in range(file.slices)[part]]
+    if not slices:
+        raise ValueError(f"has {file.slices} slices, of which leave_out={reading.leave_out} keeps none")
+    image, scale = normalise(torch.stack(slices))
+    mm = file.voxel_mm
+    series = Series(file.name, image.abs() if reading.magnitude else image, float(scale), mm and mm[1:], mm and mm[0])
+    return series.resized(shape)
+
+
+def coil_combined(kspace: Tensor, acs: int) -> Tensor:
+    """The image (1, y, x) of fully sampled k-space (coil, y, x): sum_c conj(S_c) F^-1 y_c, S from the centre."""
+    if len(kspace) == 1:
+        return ifft(kspace)
+    return (estimate_maps(kspace, min(acs, *kspace.shape[-2:])).conj() * ifft(kspace)).sum(0, keepdim=True)
+
+
+def pieces(count: int, length: int) -> list[int]:
+    """Where sequences of `length` begin that together hold all of `count` frames, evenly overlapping.
+
+    Raises ValueError for fewer frames than one sequence.
+    """
+    if count < length:
+        raise ValueError(f"has {count} frames, fewer than a sequence of {length}; lower frames to use it")
+    number = -(-count // length)
+    return [round(i * (count - length) / max(number - 1, 1)) for i in range(number)]
