@@ -6,7 +6,16 @@ import torch
 
 from companion.models.architectures import build
 from companion.networks.blocks import AttentionBlock
-from companion.papers.general import Bank, TrainGeneral, crop, prior_config, prior_loss, train_general
+from companion.papers.general import (
+    Bank,
+    TrainGeneral,
+    crop,
+    denoising_errors,
+    prior_config,
+    train_general,
+    training_set,
+    validation_slices,
+)
 
 
 def test_network_has_no_attention_and_costs_at_most_15_gflop():
@@ -55,5 +64,15 @@ def test_training_finishes_once(tmp_path):
     assert result.step == again.step == 4 and result.finished
     for a, b in zip(result.ema.parameters(), again.ema.parameters(), strict=True):
         assert torch.equal(a, b)
-    x0 = torch.rand(3, 1, 16, 16)
-    assert prior_loss(result.ema, x0, torch.Generator().manual_seed(0), p).shape == (3,)
+    x0 = validation_slices(None, count=2, size=32)
+    (row,) = denoising_errors(result.ema, x0, [0.1])
+    assert 0 < row["error"] < 1 and 0 < row["stated"] < 1
+
+
+def test_bank_is_completed_and_the_same_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("companion.papers.general.PART", 2)
+    p = TrainGeneral(heads=None, bank=str(tmp_path / "bank"), images=3)
+    first = training_set(p)
+    assert first[2].shape == (1, 128, 128) and len(list((tmp_path / "bank").iterdir())) == 2
+    (tmp_path / "bank" / "001.npy").unlink()
+    assert torch.equal(training_set(p)[2], first[2])

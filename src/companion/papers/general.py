@@ -1,54 +1,53 @@
-"""The general prior: complex images of heads, and of anything else, at any size and pixel size."""
+"""The general prior: complex images of heads, and of anything else, of any size and pixel size."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
+from companion.data.heads import Head, dead_leaves, head_image
+from companion.data.heads_download import load_heads
 from companion.data.phase import add_phase
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.losses import edm_loss
-from companion.files import code_version, project_root
-from companion.models.architectures import build
-from companion.models.checkpoint import load
-from companion.models.folder import save_checkpoint
-from companion.parameters import Parameters, param
-from companion.training.loop import TrainConfig, TrainResult, train
+from companion.files import atomic_write, project_root
+from companion.parameters import param
+from companion.randomness import randn
+from companion.training.loop import TrainResult
+from companion.training.recipe import Training, begin, fit, main
 
 SIGMA_DATA = 0.32  # standard deviation of the real components of the training images
 SCALE = "1 is the 99th percentile of the magnitude inside the object"
 GAIN = 0.25  # standard deviation of ln of the gain that each image gets, so that errors of scale do not hurt
+BANK_SIZE = 128  # pixels along y and x of an image of the bank
+PART = 250  # images in a file of the bank
+LEAVES, BRAIN = 0.2, 0.07  # shares of the bank: dead leaves, and brains without a head
 
 
 @dataclass(frozen=True)
-class TrainGeneral(Parameters):
-    """Parameters of notebooks/general/train.ipynb."""
+class TrainGeneral(Training):
+    """Parameters of general_prior.ipynb."""
 
-    bank: str = param("data/heads_bank", "folder of the bank of images; made when missing")
-    images: int = param(9000, "images in the bank", minimum=1)
+    heads: str | None = param("data/heads", "folder of the real heads; none: dead leaves alone")
+    bank: str = param("data/heads_bank", "folder of the images to learn from; completed when too few")
+    images: int = param(8000, "images to learn from", minimum=1)
     crop: int = param(80, "pixels along y and x that a step sees of an image", minimum=16)
     model_channels: int = param(32, "width of the network", minimum=32)
     channel_mult: tuple[float, ...] = param((1, 2, 3, 3), "relative width of each level, finest first")
     patch: int = param(2, "side of the pixel-unshuffle stem", minimum=1)
-    variance_weight: float = param(0.05, "weight of the variance channel's likelihood in the loss", minimum=0)
+    variance_weight: float = param(0.3, "weight of the variance channel's likelihood in the loss", minimum=0)
     P_mean: float = param(-2.2, "mean of ln sigma in training")
     P_std: float = param(1.5, "standard deviation of ln sigma in training", minimum=0)
-    start_from: str | None = param(None, "checkpoint whose weights to begin with; none: random weights")
-    steps: int = param(6000, "optimiser steps", minimum=1)
-    batch_size: int = param(12, "images a step", minimum=1)
-    grad_accumulation: int = param(1, "pieces a batch is cut into; processes share them", minimum=1)
-    learning_rate: float = param(6e-4, "highest learning rate", minimum=0)
     schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
-    warmup: int = param(100, "steps of linear warm-up", minimum=0)
-    ema_halflife: float = param(3000.0, "half-life of the averaged weights, images", minimum=0)
-    autocast: str | None = param(None, "number format inside the network", choices=("bfloat16", None))
-    seconds: float | None = param(None, "stop with a checkpoint after this long", minimum=1)
-    checkpoint_every: int = param(100, "steps between checkpoints", minimum=1)
+    ema_halflife: float = param(3000.0, "half-life of the averaged weights, images; short at first", minimum=0)
 
 
 def prior_config(p: TrainGeneral) -> dict:
@@ -81,6 +80,28 @@ def prior_config(p: TrainGeneral) -> dict:
     }
 
 
+def make_bank(heads: Sequence[Head], folder: Path, images: int, seed: int = 17) -> None:
+    """Complete a bank of images in a folder, in files of `PART`; image i depends on seed and i alone."""
+    for part in tqdm(range(-(-images // PART)), desc="images, files"):
+        path = folder / f"{part:03d}.npy"
+        if not path.exists():
+            made = [bank_image(heads, np.random.default_rng([seed, i])) for i in range(part * PART, (part + 1) * PART)]
+            with atomic_write(path) as aside:
+                np.save(aside, np.stack(made).astype(np.float16))
+
+
+def bank_image(heads: Sequence[Head], rng: np.random.Generator) -> np.ndarray:
+    """Return one image (BANK_SIZE, BANK_SIZE): dead leaves, a brain alone, or one of the whole heads."""
+    brains = [head for head in heads if head.name.endswith("_brain")]
+    whole = [head for head in heads if not head.name.endswith("_brain")]
+    kind = rng.random()
+    if kind < LEAVES or not whole:
+        return dead_leaves(rng, BANK_SIZE)
+    if brains and kind < LEAVES + BRAIN:
+        return head_image(brains[0], rng, BANK_SIZE)
+    return head_image(whole[int(rng.integers(len(whole)))], rng, BANK_SIZE)
+
+
 class Bank(Dataset):
     """Images (1, y, x) float32 of the files of a folder, each (n, y, x) float16, in the order of their names."""
 
@@ -108,56 +129,77 @@ def crop(image: Tensor, generator: Generator, size: int) -> Tensor:
     return (part * (GAIN * torch.randn((), generator=generator)).exp()).contiguous()
 
 
-def prior_loss(D: Denoiser, image: Tensor, generator: Generator, p: TrainGeneral) -> Tensor:
+def prior_loss(
+    D: Denoiser, image: Tensor, generator: Generator, P_mean: float, P_std: float, variance_weight: float
+) -> Tensor:
     """Return the EDM loss (batch,) of real images (batch, 1, y, x), each given a new phase."""
-    phased = add_phase(image, generator)
-    return edm_loss(D, phased, generator, p.P_mean, p.P_std, variance_weight=p.variance_weight)
+    return edm_loss(D, add_phase(image, generator), generator, P_mean, P_std, variance_weight=variance_weight)
 
 
 def train_general(p: TrainGeneral, progress: bool = True) -> TrainResult:
     """Return the trained prior; continues what `p.out` holds. The same call serves torchrun's processes."""
     config = prior_config(p)
-    torch.manual_seed(p.seed)
-    D = build(config)
-    if p.start_from:
-        D.load_state_dict(load(p.start_from).state_dict())
-    D.D.autocast = getattr(torch, p.autocast) if p.autocast else None
-    options = TrainConfig(
-        steps=p.steps,
-        batch_size=p.batch_size,
-        grad_accumulation=p.grad_accumulation,
-        learning_rate=p.learning_rate,
-        warmup=p.warmup,
+    return fit(
+        begin(config, p.seed, p.start_from, p.autocast, p.device),
+        prior_loss,
+        training_set(p),
+        p,
+        config | {"crop": p.crop},
+        p.pick("P_mean", "P_std", "variance_weight"),
+        augment=partial(crop, size=p.crop),
+        progress=progress,
         schedule=p.schedule,
         ema_halflife=p.ema_halflife,
-        seed=p.seed,
-        device=p.device,
-        seconds=p.seconds,
-        checkpoint_every=p.checkpoint_every,
+        channels_last=False,
         log_every=20,
     )
-    about = config | {name: getattr(p, name) for name in ("crop", "P_mean", "P_std", "variance_weight", "start_from")}
-    return train(
-        D,
-        lambda D, image, generator: prior_loss(D, image, generator, p),
-        Bank(project_root() / p.bank, p.images),
-        options,
-        project_root() / p.out,
-        augment=lambda image, generator: crop(image, generator, p.crop),
-        about=about,
-        progress=progress,
-    )
 
 
-def save_prior(result: TrainResult, p: TrainGeneral, errors: list[dict[str, float]]) -> Path:
-    """Return the folder <out>/checkpoint with the averaged weights in half precision, their config, record and card."""
-    record = {
-        "parameters": asdict(p),
-        "steps": result.step,
-        "images": result.step * p.batch_size,
-        "seconds": round(result.seconds),
-        "loss": result.loss,
-        "validation": errors,
-        "code": code_version(),
-    }
-    return save_checkpoint(project_root() / p.out / "checkpoint", result.ema.half(), prior_config(p), record)
+def training_set(p: TrainGeneral) -> Bank:
+    """Return the images to learn from; those that the bank lacks are made of the real heads first."""
+    folder = project_root() / p.bank
+    if len(list(folder.glob("[0-9]*.npy"))) * PART < p.images:
+        heads = load_heads(project_root() / p.heads, "train") if p.heads else []
+        make_bank(heads, folder, p.images)
+    return Bank(folder, p.images)
+
+
+def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: int = 1) -> Tensor:
+    """Return axial slices (count, 1, size, size) of the head held for validation, complex, 1 mm; else dead leaves.
+
+    Its own signal, nothing warped or recoloured but for a phase of `add_phase`; 1 is bright tissue.
+    """
+    if heads is None:
+        leaves = np.stack([dead_leaves(np.random.default_rng([seed, i]), size) for i in range(count)])
+        return add_phase(torch.from_numpy(leaves)[:, None], torch.Generator().manual_seed(seed))
+    (head,) = load_heads(project_root() / heads, "validation")
+    signal = head.signal[::2, ::2, ::2]
+    first, last = round(0.5 * signal.shape[2]), round(0.85 * signal.shape[2])
+    canvas = torch.zeros(count, 1, size, size)
+    for i, z in enumerate(np.linspace(first, last, count).round().astype(int)):
+        image = signal[:, :, z].T.flip(0)
+        centre = [(n - size) // 2 for n in image.shape]
+        rows, columns = (slice(max(c, 0), max(c, 0) + size) for c in centre)
+        part = image[rows, columns]
+        top, left = ((size - n) // 2 for n in part.shape)
+        canvas[i, 0, top : top + part.shape[0], left : left + part.shape[1]] = part
+    return add_phase(canvas, torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def denoising_errors(D: Denoiser, x0: Tensor, sigmas: Sequence[float], seed: int = 0) -> list[dict[str, float]]:
+    """Return, for each sigma, the error of D on images x0 and the error that its variance channel states.
+
+    Root mean square per real component, over all pixels.
+    """
+    noise = randn(x0.shape, x0.dtype, torch.Generator().manual_seed(seed)).to(x0.device)
+    rows = []
+    for sigma in sigmas:
+        mean, variance = D.moments(x0 + sigma * noise, torch.full((len(x0),), sigma, device=x0.device))
+        error = ((mean - x0).abs().square().mean() / 2).sqrt().item()
+        rows.append({"sigma": sigma, "error": round(error, 4), "stated": round(variance.mean().sqrt().item(), 4)})
+    return rows
+
+
+if __name__ == "__main__":  # torchrun --nproc_per_node=4 -m companion.papers.general params.yaml
+    main(TrainGeneral, train_general)

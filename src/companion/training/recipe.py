@@ -97,6 +97,7 @@ def fit(
     options: Mapping[str, object] | None = None,
     *,
     folder: Path | None = None,
+    augment: Callable | None = None,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: bool = True,
     **loop,
@@ -104,7 +105,8 @@ def fit(
     """The trained model; continues what `folder`, by default `p.out`, holds. torchrun's processes share the work.
 
     loss(model, batch, generator, **options) -> (batch,). config and options make the training what it is: a run that
-    is continued must have the same. loop: options of `TrainConfig` beside those of the form.
+    is continued must have the same. augment, validate: as for `training.loop.train`. loop: options of `TrainConfig`
+    beside those of the form.
     """
     options = dict(options or {})
     return train(
@@ -114,6 +116,7 @@ def fit(
         p.config(**loop),
         folder or project_root() / p.out,
         about=dict(config) | options | {"start_from": p.start_from},
+        augment=augment,
         validate=validate,
         progress=progress,
     )
