@@ -46,6 +46,9 @@ class TrainGeneral(Training):
     variance_weight: float = param(0.3, "weight of the variance channel's likelihood in the loss", minimum=0)
     P_mean: float = param(-2.2, "mean of ln sigma in training")
     P_std: float = param(1.5, "standard deviation of ln sigma in training", minimum=0)
+    steps: int = param(20000, "optimiser steps", minimum=1)
+    batch_size: int = param(8, "images a step", minimum=1)
+    learning_rate: float = param(6e-4, "highest learning rate", minimum=0)
     schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     ema_halflife: float = param(3000.0, "half-life of the averaged weights, images; short at first", minimum=0)
 
