@@ -1,0 +1,335 @@
+"""Small files of every format that is read, ways to spoil them, and what the readers make of the spoilt ones.
+
+A reader may refuse (its own error, or "not my format") or give the same values. Anything else is a finding: other
+values, another error, a crash, more than `SECONDS`, or more memory than 4 times the file.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import scipy.io
+
+from companion.data.cfl import write_cfl
+from companion.data.dicom.write import write_dicom
+from companion.data.intake.readers import readers_for
+from companion.data.intake.records import Unreadable
+from companion.data.npz import read_npz
+from companion.data.store import open_dataset, write_dataset
+
+SECONDS = 10
+SLACK = 96 << 20  # bytes that any reading may take: buffers of libraries, and modules that load at the first use
+REAL = Path(__file__).parents[2] / "shared" / "real" / "kspace" / "gre.dat"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One file of a format. checked: every value in it is under a checksum, so no flip may change one unnoticed."""
+
+    name: str
+    make: Callable[[Path], Path]  # in an empty folder; the path of the file to spoil
+    checked: bool = False
+    options: tuple = ()
+    read: Callable | None = None
+
+
+def values(path: Path, sample: Sample) -> list[np.ndarray] | None:
+    """The arrays that are read from a file, None where no reader takes it; raises what readers raise."""
+    if sample.read:
+        return sample.read(path)
+    for reader in readers_for(path.name):
+        what = reader.sniff(path)
+        if what is not None:
+            got = reader.read((path, *what.parts), **dict(sample.options))
+            if hasattr(got, "kspace"):
+                return [got.kspace.numpy(), got.mask.numpy()]
+            return [got.array, got.affine] if hasattr(got, "affine") else [np.asarray(got)]
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+
+
+def _volume(shape=(6, 7, 8), kind=np.int16):
+    return np.random.default_rng(0).integers(0, 1000, shape).astype(kind)
+
+
+def _kspace(shape=(2, 3, 16, 12)):
+    rng = np.random.default_rng(0)
+    k = rng.normal(size=shape) + 1j * rng.normal(size=shape)
+    k[..., shape[-2] // 2, shape[-1] // 2] = 500
+    return k.astype(np.complex64)
+
+
+def _nifti(name):
+    def make(folder):
+        affine = np.diag([1.0, 2, 3, 1])
+        kind = nibabel.MGHImage if name.endswith(".mgz") else nibabel.Nifti1Image
+        nibabel.save(kind(_volume(), affine), folder / name)
+        return folder / name
+
+    return make
+
+
+def _itk(name, compressed):
+    def make(folder):
+        import SimpleITK as sitk
+
+        sitk.WriteImage(sitk.GetImageFromArray(_volume()), str(folder / name), compressed)
+        return folder / name
+
+    return make
+
+
+def _png(folder):
+    from PIL import Image
+
+    Image.fromarray(_volume((20, 22), np.uint8)).save(folder / "a.png")
+    return folder / "a.png"
+
+
+def _dicom(folder):
+    return write_dicom(folder / "d", _volume((1, 12, 14)), np.diag([1.0, 2, 3, 1]), "fuzz")[0]
+
+
+def _fastmri(checked):
+    def make(folder):
+        options = dict(chunks=(1, 3, 16, 12), fletcher32=True) if checked else {}
+        with h5py.File(folder / "a.h5", "w", libver="latest" if checked else None) as file:
+            file.create_dataset("kspace", data=_kspace(), **options)
+            file.attrs["patient_id"] = "abcdef1234"
+        return folder / "a.h5"
+
+    return make
+
+
+def _mrd(folder):
+    """ISMRMRD's layout, written by h5py so that the sample needs no other package."""
+    k = _kspace((1, 2, 16, 12))
+    counters = [(n, "<u2") for n in ("kspace_encode_step_1", "kspace_encode_step_2", "average", "slice", "contrast",
+                                     "phase", "repetition", "set", "segment")]  # fmt: skip
+    head = np.dtype([("flags", "<u8"), ("number_of_samples", "<u2"), ("active_channels", "<u2"), ("center_sample", "<u2"),
+                     ("sample_time_us", "<f4"), ("idx", counters)])  # fmt: skip
+    rows = np.zeros(12, np.dtype([("head", head), ("data", h5py.vlen_dtype("<f4"))]))
+    for x in range(12):
+        rows["head"]["idx"]["kspace_encode_step_1"][x] = x
+        rows["data"][x] = np.ascontiguousarray(k[0, :, :, x]).view(np.float32).ravel()
+    for name, value in dict(number_of_samples=16, active_channels=2, center_sample=8, sample_time_us=4).items():
+        rows["head"][name] = value
+    space = "<matrixSize><x>16</x><y>12</y><z>1</z></matrixSize><fieldOfView_mm><x>32</x><y>24</y><z>5</z></fieldOfView_mm>"
+    text = (
+        f"<ismrmrdHeader><encoding><encodedSpace>{space}</encodedSpace><reconSpace>{space}</reconSpace>"
+        "<trajectory>cartesian</trajectory></encoding></ismrmrdHeader>"
+    )
+    with h5py.File(folder / "a.h5", "w") as file:
+        file["dataset/xml"], file["dataset/data"] = np.array([text], object), rows
+    return folder / "a.h5"
+
+
+def _mat(new):
+    def make(folder):
+        k = _kspace().transpose(2, 3, 1, 0)
+        if new:
+            with h5py.File(folder / "a.mat", "w") as file:
+                pair = np.zeros(k.shape[::-1], [("real", "f4"), ("imag", "f4")])
+                pair["real"], pair["imag"] = k.T.real, k.T.imag
+                file["kspace_full"] = pair
+        else:
+            scipy.io.savemat(folder / "a.mat", {"kspace_full": k}, do_compression=True)
+        return folder / "a.mat"
+
+    return make
+
+
+def _npy(folder):
+    np.save(folder / "a.npy", _kspace())
+    return folder / "a.npy"
+
+
+def _npz(folder):
+    np.savez_compressed(folder / "a.npz", counts=_volume(), factors=np.linspace(0, 1, 50))
+    return folder / "a.npz"
+
+
+def _cfl(part):
+    def make(folder):
+        write_cfl(folder / "a", _kspace((1, 3, 16, 12)).transpose(2, 3, 0, 1))
+        return folder / f"a.{part}"
+
+    return make
+
+
+def _store(folder):
+    return write_dataset(
+        folder / "a.h5", {"image": _volume((3, 4, 1, 8, 8), np.float32), "labels": _volume((3, 4, 1, 8, 8), np.uint8)},
+        units={"image": "1", "labels": "1"}, scale={"image": 1.0, "labels": 1.0}, source="fuzz", seed=0,
+        split={"train": ["0", "1"], "test": ["2"]},
+    )  # fmt: skip
+
+
+def _read_store(path):
+    prepared = open_dataset(path)
+    return [prepared.read(name) for name in sorted(prepared.shapes)]
+
+
+def _read_npz(path):
+    return [array for _, array in sorted(read_npz(path).items())]
+
+
+def _twix(folder):
+    (folder / "a.dat").write_bytes(REAL.read_bytes())
+    return folder / "a.dat"
+
+
+AXES = (("axes", "slice coil y x"),)
+SAMPLES = (
+    Sample("NIfTI .nii.gz", _nifti("a.nii.gz"), True),
+    Sample("NIfTI .nii", _nifti("a.nii")),
+    Sample("FreeSurfer .mgz", _nifti("a.mgz"), True),
+    Sample("MetaImage .mha, compressed", _itk("a.mha", True)),
+    Sample("NRRD .nrrd, compressed", _itk("a.nrrd", True)),
+    Sample("PNG", _png, True),
+    Sample("DICOM", _dicom),
+    Sample("fastMRI .h5", _fastmri(False)),
+    Sample("fastMRI .h5, fletcher32", _fastmri(True), True),
+    Sample("ISMRMRD .h5", _mrd),
+    Sample("MATLAB 7 .mat", _mat(False), True),
+    Sample("MATLAB 7.3 .mat", _mat(True)),
+    Sample("NumPy .npy", _npy, options=AXES),
+    Sample("NumPy .npz", _npz, True, read=_read_npz),
+    Sample("BART .cfl", _cfl("cfl")),
+    Sample("BART .hdr", _cfl("hdr")),
+    Sample("prepared .h5", _store, True, read=_read_store),
+    *([Sample("Siemens .dat", _twix)] if REAL.is_file() else []),
+)
+
+
+# ------------------------------------------------------------------------------------------------------------ spoiling
+
+
+def flip(content: bytes, rng: np.random.Generator) -> bytes:
+    """One byte, anywhere, to another value."""
+    spoilt = bytearray(content)
+    spoilt[rng.integers(len(spoilt))] ^= int(rng.integers(1, 256))
+    return bytes(spoilt)
+
+
+def spoil(content: bytes, rng: np.random.Generator) -> bytes:
+    """Some damage: a byte, mostly near the beginning, a cut, a block of zeros, noise or another part, more or less."""
+    spoilt, kind = bytearray(content), rng.integers(7)
+    at = int(rng.integers(min(len(spoilt), 2048 if rng.random() < 0.7 else len(spoilt))))
+    width = int(min(2 ** rng.integers(1, 12), len(spoilt) - at))
+    if kind <= 1:
+        spoilt[at] ^= int(rng.integers(1, 256))
+    elif kind == 2:
+        del spoilt[int(rng.integers(len(spoilt))) :]
+    elif kind == 3:
+        spoilt[at : at + width] = bytes(width)
+    elif kind == 4:
+        spoilt[at : at + width] = rng.bytes(width)
+    elif kind == 5:
+        spoilt[at : at + min(width, 8)] = b"\xff" * min(width, 8)
+    else:
+        other = int(rng.integers(len(spoilt)))
+        spoilt[at:at] = spoilt[other : other + width]
+    return bytes(spoilt)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a reader did with the spoilt file number `case`."""
+
+    sample: str
+    case: int
+    what: str
+
+
+def try_all(sample: Sample, cases: range, change=spoil, seed: int = 0, seconds: float | None = None):
+    """(how many of each outcome, findings) of one sample spoilt in many ways, each in a process that may die."""
+    outcomes, findings, start = Counter(), [], cases.start
+    while start < cases.stop:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            _child(sample, range(start, cases.stop), change, seed, seconds, write)
+        os.close(write)
+        last = start - 1
+        with os.fdopen(read, "rb") as stream:
+            while True:
+                try:
+                    last, what, finding = pickle.load(stream)
+                except (EOFError, pickle.UnpicklingError):
+                    break
+                outcomes[what] += 1
+                if finding:
+                    findings.append(Finding(sample.name, last, finding))
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            break
+        died = signal.Signals(os.WTERMSIG(status)).name
+        findings.append(Finding(sample.name, last + 1, f"took over {SECONDS} s" if died == "SIGALRM" else f"died, {died}"))
+        outcomes["died"] += 1
+        start = last + 2
+    return outcomes, findings
+
+
+def _child(sample: Sample, cases: range, change, seed: int, seconds: float | None, write: int) -> None:
+    """Spoil and read one case after another, telling the parent; never returns."""
+    import time
+
+    began = time.monotonic()
+    quiet = os.open(os.devnull, os.O_WRONLY)  # libraries in C complain on standard error
+    os.dup2(quiet, 2)
+    try:
+        with tempfile.TemporaryDirectory() as folder, os.fdopen(write, "wb", buffering=0) as out:
+            path = sample.make(Path(folder))
+            content, truth = path.read_bytes(), values(path, sample)
+            size = max(len(content), sum(a.nbytes for a in truth))
+            limit = _address_space() + 4 * size + SLACK
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            for case in cases:
+                if seconds is not None and time.monotonic() - began > seconds:
+                    break
+                path.write_bytes(change(content, np.random.default_rng((seed, case))))
+                signal.alarm(SECONDS)
+                what, finding = _outcome(path, sample, truth)
+                signal.alarm(0)
+                out.write(pickle.dumps((case, what, finding)))
+    finally:
+        os._exit(0)
+
+
+def _outcome(path: Path, sample: Sample, truth: list[np.ndarray]) -> tuple[str, str]:
+    try:
+        got = values(path, sample)
+    except Unreadable as error:
+        return ("refused", "") if str(path.name.split(".")[0]) in str(error) else ("unnamed", f"names no file: {error}")
+    except MemoryError:
+        return "memory", "takes more than 4 times the memory of the file"
+    except ValueError as error:
+        if sample.read:  # of the package's own files
+            return "refused", ""
+        return "error", f"ValueError: {error}"
+    except BaseException as error:
+        return "error", f"{type(error).__name__}: {error}"
+    if got is None:
+        return "refused", ""
+    same = len(got) == len(truth) and all(a.shape == b.shape and np.array_equal(a, b) for a, b in zip(got, truth, strict=True))
+    return ("same", "") if same else ("changed", "values changed unnoticed" if sample.checked else "")
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
