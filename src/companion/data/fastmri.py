@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.data.intake.records import Description, Unreadable, pseudonym
+from companion.data.intake import streams
+from companion.data.intake.records import Description, pseudonym
 from companion.data.raw.header import Header, decode_header, parse_header
 from companion.data.raw.scan import RawScan, describe, echo_offset, raw_scan
 from companion.operators.mri import crop_kspace
@@ -189,13 +190,11 @@ def open_volume(path: str | os.PathLike) -> Volume:
 def sniff_fastmri(path: str | os.PathLike) -> Description | None:
     """What a fastMRI or M4Raw file holds; None for another kind of HDF5 file."""
     path = Path(path)
-    try:
+    with streams.guarded(path, "HDF5 file"):
         with _open(path) as file:
             if not isinstance(file.get("kspace"), h5py.Dataset) or _is_mrd(file):
                 return None
         volume = open_volume(path)
-    except ValueError as error:
-        raise Unreadable(path, str(error).removeprefix(f"{path}: ")) from error
     about = {
         "lines": f"{int(volume.columns.sum())} of {volume.shape[-1]}",
         "acceleration": round(volume.shape[-1] / int(volume.columns.sum()), 2),
@@ -216,11 +215,9 @@ def sniff_fastmri(path: str | os.PathLike) -> Description | None:
 def read_fastmri(files, slices: slice = slice(None)) -> RawScan:
     """The scan of a fastMRI or M4Raw file, or of some of its slices, as one record; raises Unreadable."""
     path = Path(files[0])
-    try:
+    with streams.guarded(path, "HDF5 file"):
         volume = open_volume(path)
         kspace = volume.read(slices)
-    except ValueError as error:
-        raise Unreadable(path, str(error).removeprefix(f"{path}: ")) from error
     over = tuple(n / m for n, m in zip(volume.shape[2:], volume.crop_shape, strict=True))
     scan = raw_scan(path, kspace, volume.columns, voxel_mm=volume.voxel_mm, oversampling=over)
     return replace(scan, shift=tuple(a + b for a, b in zip(scan.shift, volume.shift, strict=True)))

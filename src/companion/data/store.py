@@ -62,8 +62,11 @@ def write_dataset(
         "split": split,
         "attrs": dict(attrs or {}),
         "arrays": sorted(arrays),
+        "units": {name: units[name] for name in arrays},
+        "scale": {name: scale[name] for name in arrays},
     }
-    with atomic_write(path) as aside, h5py.File(aside, "w") as file:
+    # This version of the format has checksums over its own structures; those over values are asked for below.
+    with atomic_write(path) as aside, h5py.File(aside, "w", libver=("v110", "v110")) as file:
         for name, value in arrays.items():
             # One chunk per subject and slice, what training asks for. Labels compress, images hardly.
             lead = min(value.ndim - 1, 2) if value.ndim > 3 else min(value.ndim, 1)
@@ -79,7 +82,8 @@ def write_dataset(
                 stored[...] = value
             stored.attrs["units"] = units[name]
             stored.attrs["scale"] = scale[name]
-        file[HEADER] = json.dumps(header)  # a dataset: attributes end at 64 KiB
+        text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        file.create_dataset(HEADER, data=text, chunks=text.shape, fletcher32=True)  # attributes end at 64 KiB
         file.attrs["format"] = FORMAT
     return path
 
@@ -171,19 +175,20 @@ def open_dataset(path: str | os.PathLike, require: Sequence[str] = ()) -> Prepar
     """
     path = Path(path)
     with _open(path) as file:
-        if file.attrs.get("format") != FORMAT:
-            found = file.attrs.get("format", "none")
+        found = _format(file)
+        if found != FORMAT:
             raise ValueError(
                 f"{path}: not prepared by this package (format {found}, expected {FORMAT}); prepare it again"
             )
         try:
-            header = json.loads(file[HEADER][()])
+            header = file[HEADER][()]
+            header = json.loads(header.tobytes() if isinstance(header, np.ndarray) else header)
             stored = {name: file[name] for name in header["arrays"]}
             shapes = {name: tuple(value.shape) for name, value in stored.items()}
-            units = {name: str(value.attrs["units"]) for name, value in stored.items()}
-            scale = {name: _plain(value.attrs["scale"]) for name, value in stored.items()}
+            units = header.get("units") or {name: str(value.attrs["units"]) for name, value in stored.items()}
+            scale = header.get("scale") or {name: _plain(value.attrs["scale"]) for name, value in stored.items()}
             subjects, split = header["subjects"], header["split"]
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(f"{path}: incomplete ({error}); prepare it again") from error
     missing = [name for name in require if name not in shapes]
     if missing:
@@ -278,6 +283,14 @@ class SequenceDataset(Dataset):
         return self.slices.span(row, start, start + self.length)
 
 
+def _format(file: h5py.File) -> str:
+    """What a file says of its format: "none" if nothing, or nothing that can be read."""
+    try:
+        return str(file.attrs.get("format", "none"))
+    except (OSError, RuntimeError, KeyError, ValueError):
+        return "none"
+
+
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run the data notebook that prepares it, or check the path")
@@ -292,7 +305,7 @@ def _open(path: Path) -> h5py.File:
 def _read(file: h5py.File, path: Path, name: str, key) -> np.ndarray:
     try:
         value = np.asarray(file[name][key])
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"{path}: array {name!r} is damaged ({error}); prepare or download it again") from error
     return _finite(value, f"{path}: array {name!r}")
 

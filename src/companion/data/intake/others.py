@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import io
+import re
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +23,7 @@ BRAINWEB = (".rawb", ".raws", ".rawb.gz", ".raws.gz")
 BRAINWEB_SHAPE, BRAINWEB_MM = (362, 434, 362), 0.5  # (z, y, x) of the 20 normal models, right, anterior, superior
 MGH_TYPES = {0: ">u1", 1: ">i4", 3: ">f4", 4: ">i2", 10: ">u2"}
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+MOST_PIXELS = 8256  # of a picture for each of its bytes: 1 bit a pixel, and deflate makes 1,032 bytes of one at most
 GREY = ("L", "I", "I;16", "I;16B", "I;16L", "F")
 
 
@@ -147,7 +152,7 @@ def read_itk(files: Sequence[Path], frame: int | None = None) -> Volume:
     reader = _itk(path)
     size = [int(n) for n in reader.GetSize()]
     frame = _frame(path, frame, size[3] if len(size) > 3 else 1)
-    _itk_type(path, reader)
+    _check_stream(path, int(np.prod(size, dtype=object)) * _itk_type(path, reader).itemsize)
     try:
         if len(size) > 3:
             reader.SetExtractIndex([0, 0, 0, frame])
@@ -176,6 +181,36 @@ def _itk(path: Path):
     if not 2 <= len(size) <= 4 or min(size) < 1 or np.prod(size, dtype=object) > 2**38:
         raise Unreadable(path, f"size {tuple(size)}; expected a volume or a series of volumes")
     return reader
+
+
+def _check_stream(path: Path, total: int) -> None:
+    """Raise Unreadable unless the compressed values of a MetaImage or NRRD file are whole: ITK checks no checksum."""
+    start = streams.head(path, 1 << 14)
+    if path.suffix.lower() in (".nrrd", ".nhdr"):
+        text, gap, _ = start.partition(b"\n\n") if b"\n\n" in start else start.partition(b"\r\n\r\n")
+        packed = re.search(rb"(?im)^encoding:\s*(gz|gzip|bz2|bzip2)\s*$", text)
+        begin = len(text) + len(gap)
+    else:
+        local = re.search(rb"ElementDataFile\s*=\s*[^\n]*\n?", start)
+        begin = local.end() if local else 0
+        packed = re.search(rb"(?im)^CompressedData\s*=\s*(True)", start[:begin])
+    if not packed:
+        return
+    parts = _itk_parts(path)
+    bzip = packed[1].lower().startswith(b"bz")
+    unpack = bz2.BZ2Decompressor() if bzip else zlib.decompressobj(47)  # 47: zlib's or gzip's header, as it comes
+    length = 0
+    with streams.guarded(path, "compressed values"), open(parts[0] if parts else path, "rb") as file:
+        file.seek(0 if parts else begin)
+        left = file.read(streams.CHUNK)
+        while left and not unpack.eof and length <= total:
+            length += len(unpack.decompress(left, streams.CHUNK))
+            left = b"" if bzip else unpack.unconsumed_tail
+            left = left or (b"" if bzip and not unpack.needs_input else file.read(streams.CHUNK))
+            while bzip and not unpack.eof and not unpack.needs_input:
+                length += len(unpack.decompress(b"", streams.CHUNK))
+    if not unpack.eof or length != total:
+        raise Unreadable(path, f"its values unpack to {length} of {total} bytes: damaged or truncated; copy it again")
 
 
 def _itk_type(path: Path, reader) -> np.dtype:
@@ -261,6 +296,8 @@ def sniff_picture(path: Path) -> Description | None:
             mode, (width, height), frames = image.mode, image.size, getattr(image, "n_frames", 1)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Unreadable(path, f"not a readable picture ({_short(error)}); export it again") from error
+    if width * height > MOST_PIXELS * max(path.stat().st_size, 1):
+        raise Unreadable(path, f"{width} x {height} pixels in {path.stat().st_size} bytes: its header is damaged")
     if frames > 1:
         raise Unreadable(path, f"{frames} images in one file; save each slice by itself")
     if mode not in (*GREY, "RGB"):
@@ -276,7 +313,8 @@ def read_picture(files: Sequence[Path]) -> np.ndarray:
     path = Path(files[0])
     sniff_picture(path)
     try:
-        with Image.open(path) as image:
+        # From memory, where Pillow cannot make room for more bytes than there are.
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
             return finite(np.array(image), path)
     except (OSError, ValueError, SyntaxError) as error:
         raise Unreadable(path, f"damaged ({_short(error)}); export it again") from error

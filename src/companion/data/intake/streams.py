@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from companion.data.intake.records import Unreadable
@@ -38,6 +41,23 @@ def instead(path: Path, zeros: bool = False) -> str:
         return "begins with zeros only, as interrupted copies do; copy it again"
     lower = start.lstrip().lower()
     return next((what for magic, what in MAGIC.items() if start.startswith(magic) or lower.startswith(magic)), "")
+
+
+@contextmanager
+def guarded(path: str | os.PathLike, kind: str) -> Iterator[None]:
+    """Turn any error of a library inside into Unreadable: for damaged files they raise of every kind.
+
+    Errors that say what is wrong already pass, and so does MemoryError, which a reader must not come to.
+    """
+    try:
+        yield
+    except (Unreadable, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200].removeprefix(f"{path}: ") or type(error).__name__
+        raise Unreadable(
+            path, said if type(error) is ValueError else f"damaged {kind} ({said}); copy it again"
+        ) from error
 
 
 def head(path: Path, count: int) -> bytes:

@@ -49,7 +49,8 @@ def read_npy(
 def sniff_mat(path: str | os.PathLike) -> Description | None:
     """The k-space of a MATLAB file, None if it holds no complex array; the axes of CMRxRecon's are known."""
     path = Path(path)
-    name, shape, dtype = _variable(path, None)
+    with streams.guarded(path, "MATLAB file"):
+        name, shape, dtype = _variable(path, None)
     if name is None:
         return None
     axes = _cmrxrecon(name, shape)
@@ -69,7 +70,8 @@ def read_mat(
 ) -> RawScan:
     """The scan in a MATLAB file, of either version. variable: its name, where there are several complex arrays."""
     path = Path(files[0])
-    name, shape, _ = _variable(path, variable)
+    with streams.guarded(path, "MATLAB file"):
+        name, shape, _ = _variable(path, variable)
     if name is None:
         raise Unreadable(path, "holds no complex array with three axes or more: no k-space")
     known = _cmrxrecon(name, shape)

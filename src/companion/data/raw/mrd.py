@@ -32,7 +32,7 @@ MOST = 2**36  # samples of a file that cannot be right
 def sniff_mrd(path: str | os.PathLike) -> Description | None:
     """What an ISMRMRD file holds, from its header and the acquisitions' own; None for another kind of HDF5 file."""
     path = Path(path)
-    with open_hdf5(path) as file:
+    with streams.guarded(path, "ISMRMRD file"), open_hdf5(path) as file:
         group = group_of(file)
         if group is None:
             return None
@@ -55,7 +55,7 @@ def read_mrd(files: Sequence[Path], which: Mapping[str, int] | None = None) -> R
     backwards (EPI, which needs a phase correction first), and whatever does not fit the header.
     """
     path = Path(files[0])
-    with open_hdf5(path) as file:
+    with streams.guarded(path, "ISMRMRD file"), open_hdf5(path) as file:
         group = group_of(file)
         if group is None:
             raise Unreadable(path, f"no ISMRMRD data; it has {', '.join(file) or 'nothing'}")
@@ -101,10 +101,7 @@ def open_hdf5(path: Path) -> h5py.File:
 def group_of(file: h5py.File) -> h5py.Group | None:
     """The group with the data of an ISMRMRD file: "dataset", or the only one of this form; None if there is none."""
     names = ["dataset", *sorted(file)] if "dataset" in file else sorted(file)
-    try:
-        groups = [g for n in names if isinstance(g := file.get(n), h5py.Group) and "xml" in g and "data" in g]
-    except (OSError, RuntimeError, KeyError):
-        return None
+    groups = [g for n in names if isinstance(g := file.get(n), h5py.Group) and "xml" in g and "data" in g]
     return groups[0] if groups else None
 
 
