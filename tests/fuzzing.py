@@ -6,6 +6,8 @@ values, another error, a crash, more than `SECONDS`, or more memory than 4 times
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import pickle
 import resource
@@ -27,6 +29,10 @@ from companion.data.intake.readers import readers_for
 from companion.data.intake.records import Unreadable
 from companion.data.npz import read_npz
 from companion.data.store import open_dataset, write_dataset
+
+for module in ("PIL.PngImagePlugin", "SimpleITK", "twixtools"):  # here, or each child would load them for itself
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module)
 
 SECONDS = 10  # of computing
 SLACK = 96 << 20  # bytes that any reading may take: buffers of libraries, and modules that load at the first use
@@ -312,18 +318,21 @@ def _child(sample: Sample, cases: range, change, seed: int, seconds: float | Non
             for case in cases:
                 if seconds is not None and time.monotonic() - began > seconds:
                     break
-                begin = sample.header(content) if change is flip else 0
+                kept = sample.header(content)
+                begin = kept if change is flip else 0
                 spoilt = change(content[begin:], np.random.default_rng((seed, case)))
                 path.write_bytes(content[:begin] + spoilt)
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor, so that a busy machine finds nothing
-                what, finding = _outcome(path, sample, truth)
+                what, finding = _outcome(
+                    path, sample, truth, sample.checked and path.read_bytes()[:kept] == content[:kept]
+                )
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 out.write(pickle.dumps((case, what, finding)))
     finally:
         os._exit(0)
 
 
-def _outcome(path: Path, sample: Sample, truth: list[np.ndarray]) -> tuple[str, str]:
+def _outcome(path: Path, sample: Sample, truth: list[np.ndarray], checked: bool) -> tuple[str, str]:
     try:
         got = values(path, sample)
     except Unreadable as error:
@@ -341,7 +350,7 @@ def _outcome(path: Path, sample: Sample, truth: list[np.ndarray]) -> tuple[str, 
     same = len(got) == len(truth) and all(
         a.shape == b.shape and np.array_equal(a, b) for a, b in zip(got, truth, strict=True)
     )
-    return ("same", "") if same else ("changed", "values changed unnoticed" if sample.checked else "")
+    return ("same", "") if same else ("changed", "values changed unnoticed" if checked else "")
 
 
 def _address_space() -> int:

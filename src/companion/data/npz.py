@@ -26,7 +26,10 @@ def read_npz(path: str | os.PathLike, names: Sequence[str] | None = None) -> dic
         raise Unreadable(path, reason)
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
+            members = archive.infolist()
+            if not members or min(m.header_offset for m in members) > 0:
+                raise Unreadable(path, "its list of arrays is damaged or empty; save or download it again")
+            for member in members:
                 name = member.filename.removesuffix(".npy")
                 if names is not None and name not in names:
                     continue
