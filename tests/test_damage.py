@@ -23,7 +23,7 @@ def test_the_formats_without_checksums_are_these():
     assert known == UNCHECKED - ({"Siemens .dat"} if not fuzzing.REAL.is_file() else set())
 
 
-@pytest.mark.parametrize("sample", samples())
+@pytest.mark.parametrize("sample", list(samples()))
 def test_a_flipped_byte_is_refused_or_changes_nothing(sample):
     outcomes, findings = fuzzing.try_all(sample, range(12), fuzzing.flip, seed=1)
     assert not findings and outcomes.total() == 12
@@ -31,7 +31,7 @@ def test_a_flipped_byte_is_refused_or_changes_nothing(sample):
         assert not outcomes["changed"]
 
 
-@pytest.mark.parametrize("sample", samples())
+@pytest.mark.parametrize("sample", list(samples()))
 def test_any_damage_is_refused_by_the_readers_own_error(sample):
     outcomes, findings = fuzzing.try_all(sample, range(12), fuzzing.spoil, seed=2)
     assert not findings and outcomes.total() == 12
