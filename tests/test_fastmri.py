@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from companion.data.fastmri import open_volume, parse_header, scan
+from companion.data.fastmri import open_volume, parse_header
+from companion.data.intake.look import look
 from companion.evaluation import metrics
 from companion.operators.mri import cartesian_mask, ifft
 from companion.reconstruction import mri as baselines
@@ -158,27 +159,22 @@ def test_a_folder_is_read_and_what_is_wrong_in_it_reported(tmp_path):
         file["image"] = np.ones((2, 3))
     with h5py.File(folder / "magnitude.h5", "w") as file:
         file["kspace"] = np.abs(kspace)
-    found = scan(folder)
-    assert [v.name for v in found.volumes] == ["good", "good_too"]
-    reasons = {path.name: reason for path, reason in found.skipped.items()}
+    found = look(folder)
+    assert [item.name for item in found.items] == ["good.h5", "more/good_too.h5", "nan.h5"]  # NaN: seen by reading only
+    with pytest.raises(ValueError, match="1 NaN"):
+        found.items[2].read()
     expected = {
         "half.h5": "truncated",
         "notes.h5": "not an HDF5",
         "empty.h5": "not an HDF5",
-        "nan.h5": "1 NaN",
         "flat.h5": "(slice, coil, y, x)",
         "xml.h5": "ismrmrd_header is damaged",
-        "other.h5": "no dataset 'kspace'",
+        "other.h5": "not a readable fastMRI or ISMRMRD file",
         "magnitude.h5": "expected complex",
     }
-    assert reasons.keys() == expected.keys()
+    assert found.left.keys() == expected.keys()
     for name, words in expected.items():
-        assert words in reasons[name] and str(folder) not in reasons[name], reasons[name]
-        assert name in str(found)
-    assert "2 volumes, 8 files skipped" in str(found)
-    assert len(scan(folder, thorough=False).volumes) == 3  # NaN is seen only by reading
-    with pytest.raises(FileNotFoundError, match="not a folder"):
-        scan(folder / "missing")
+        assert words in found.left[name] and str(folder) not in found.left[name], found.left[name]
 
 
 def test_damage_inside_a_slice_is_named(tmp_path):

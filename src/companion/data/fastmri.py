@@ -119,19 +119,6 @@ class Volume:
         return crop_kspace(kspace.mT, self.crop_shape[:1]).mT
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What a folder holds: the good volumes, and why each other file was skipped."""
-
-    folder: Path
-    volumes: tuple[Volume, ...]
-    skipped: Mapping[Path, str]
-
-    def __str__(self) -> str:
-        lines = [f"{self.folder}: {len(self.volumes)} volumes, {len(self.skipped)} files skipped"]
-        return "\n".join(lines + [f"  {path.name}: {reason}" for path, reason in self.skipped.items()])
-
-
 def open_volume(path: str | os.PathLike) -> Volume:
     """The description of a fastMRI file, multi-coil or single-coil, checked; of the k-space it reads one slice of a few
     coils, which shows what was acquired and where the echo lies.
@@ -231,29 +218,6 @@ def _person(patient: str) -> str:
 def _is_mrd(file: h5py.File) -> bool:
     group = file.get("dataset")
     return isinstance(group, h5py.Group) and "xml" in group
-
-
-def scan(folder: str | os.PathLike, thorough: bool = True) -> Scan:
-    """The volumes in a folder and below, in the order of their names, and the files skipped with the reason for each.
-
-    thorough: read all k-space once, so that damage and NaN inside are found now and not in the middle of a run;
-    otherwise only the description of each file is checked. Hidden files are passed over in silence.
-    Raises FileNotFoundError for a folder that does not exist.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; give the one that holds the .h5 files")
-    volumes, skipped = [], {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        try:
-            volume = open_volume(path)
-            for i in range(volume.slices if thorough else 0):
-                volume.read(i)
-        except (ValueError, OSError) as error:
-            skipped[path] = str(error).removeprefix(f"{path}: ")
-        else:
-            volumes.append(volume)
-    return Scan(folder, tuple(volumes), skipped)
 
 
 def _columns(header: Header | None, stored: int) -> tuple[int, tuple[int, int]]:

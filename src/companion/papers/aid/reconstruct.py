@@ -18,7 +18,8 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from companion.acquisition.mri import AS_MEASURED, Examples, Protocol, Scan, read_fastmri, simulate
-from companion.data import anatomy, fastmri
+from companion.data import anatomy
+from companion.data.intake.look import look
 from companion.data.virtual import volume, volumes
 from companion.diffusion.sampling import Bill
 from companion.diffusion.sequence import SequenceSamples
@@ -191,11 +192,14 @@ def fastmri_files(path: Path, count: int) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = fastmri.scan(path, thorough=False)
-    print(found)
-    if not found.volumes:
-        raise ValueError(f"{path} holds no fastMRI volume that can be read; see the reasons above")
-    return [v.path for v in found.volumes[:count]]
+    found = look(path)
+    files = [item.path for item in found.items if item.reader.name == "fastMRI"]
+    left = found.left | {i.name: f"{i.what.format}, no fastMRI file" for i in found.items if i.path not in files}
+    reasons = "".join(f"\n  {name}: {why}" for name, why in left.items())
+    if not files:
+        raise ValueError(f"{path} holds no fastMRI volume that can be read:{reasons or ' it is empty'}")
+    print(f"{path}: {len(files)} volumes, {len(left)} files skipped{reasons}")
+    return files[:count]
 
 
 # ------------------------------------------------------------------------------------------------------------- study
