@@ -7,11 +7,12 @@ the coil combination of all data with maps from the centre of all data, zero whe
 R-th line, or a Poisson disc over both phase encodes, R = 4 and 8, with a fully sampled centre of 24; noise, coil
 compression, maps and units come from the measured samples alone (`prepare_scan`), the noise level from the redundancy
 of the coils. Classical methods are tuned, and the error of the prior is measured, on the validation heads given (else
-on virtual people), seen by the coils and mask of the scan; never on the scan. The posterior mean is the average of the
-conditional means of the last level.
+on virtual people), seen by the coils and mask of the scan; never on the scan. The posterior mean averages the
+conditional means of the last level, and leans on TV as far as held-out samples of the scan ask.
 
 Rows: file, mask, R, method. PSNR (peak: largest magnitude of the reference), SSIM, NRMSE of magnitudes; calibration
 (variance of draws / squared error of their mean) and coverage of the 90 % interval, of magnitudes inside the object;
+chi-square a held-out sample under the error model that the scan chose, and the verdict (`reconstruction.trust`);
 seconds; peak memory of the process so far. Writes table.md, results.json and sheet.png into --out.
 """
 
@@ -32,11 +33,8 @@ from companion.acquisition.redundancy import redundancy
 from companion.data import anatomy
 from companion.data.intake.readers import read_image, sniff
 from companion.data.raw.scan import RawScan
-from companion.diffusion.covariance import Measured
 from companion.diffusion.denoisers import AnySize
-from companion.diffusion.gibbs import annealed_gibbs
-from companion.diffusion.guidance import posterior_mean
-from companion.diffusion.noise import karras
+from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sets import EachSet
 from companion.evaluation import metrics
 from companion.evaluation.tables import markdown
@@ -45,7 +43,7 @@ from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.operators.mri import cartesian_mask, ifft
 from companion.randomness import randn
-from companion.reconstruction import regularised
+from companion.reconstruction import regularised, trust
 from companion.reconstruction.regularised import bart_pics, cg, tv, wavelet
 from companion.show import figures
 
@@ -192,6 +190,8 @@ def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None
         "NRMSE": metrics.nrmse(found, truth).item(),
         "calibration": None,
         "coverage": None,
+        "chi-square": None,
+        "verdict": "",
         "seconds": seconds,
         "memory (GiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
@@ -206,11 +206,11 @@ def prior(weights: str, images: Tensor, args):
     """The denoiser and the model of its error on the validation images."""
     D = load_denoiser(weights, args.device, args.autocast)
     D = EachSet(AnySize(D, network_of(D).total_stride))
-    return D, Measured.fit(D, images, FIT_SIGMAS, seed=args.seed)
+    return D, {"validation heads": ErrorModel.fit(D, images, FIT_SIGMAS, about="validation heads", seed=args.seed)}
 
 
 def evaluate(
-    case: Case, D, error, methods: dict, weights: dict[str, float], args
+    case: Case, D, errors, methods: dict, weights: dict[str, float], args
 ) -> tuple[list[dict], dict[str, Tensor]]:
     """The rows of a case, and its images by method."""
     m, rows, images = case.m, [], {"reference": case.reference}
@@ -221,14 +221,24 @@ def evaluate(
         images[name] = method(m.A, m.y, weights[name])
         rows.append(row(case, name, images[name], time.perf_counter() - began))
     print(f"posterior: {m.cost(D, args.draws, args.evaluations)}", flush=True)
-    levels = karras(args.evaluations, sigma_min=args.last_sigma or 3 * m.noise_std, sigma_max=FIRST_SIGMA)
-    G = posterior_mean(m.A, m.y, m.noise_std, error)
     began = time.perf_counter()
-    samples = annealed_gibbs(D, G, levels, seeds=range(args.seed, args.seed + args.draws))
+    samples, found = trust.reconstruct(
+        D,
+        m.A,
+        m.y,
+        m.noise_std,
+        errors,
+        acs=args.acs,
+        seeds=range(args.seed, args.seed + args.draws),
+        evaluations=args.evaluations,
+        levels=(args.last_sigma or 3 * m.noise_std, FIRST_SIGMA),
+        classical=lambda A, y: tv(A, y, weights.get("TV", m.noise_std**1.5)),
+    )
     seconds = time.perf_counter() - began
-    images["one draw"], images["posterior mean"] = samples.x[:1], samples.mean.mean(0, keepdim=True)
+    images["one draw"], images["posterior mean"] = samples.x[:1], samples.mean
     rows.append(row(case, "one draw", images["one draw"], seconds / args.draws))
     rows.append(row(case, "posterior mean", images["posterior mean"], seconds, samples.x))
+    rows[-1] |= {"chi-square": found.chosen.score.chi2, "verdict": found.verdict}
     return rows, images
 
 

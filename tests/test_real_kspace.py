@@ -9,6 +9,7 @@ import torch
 
 from companion.data.cfl import write_cfl
 from companion.diffusion.covariance import Measured
+from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sets import EachSet
 from companion.operators.mri import birdcage_maps, fft
 
@@ -27,7 +28,9 @@ def benchmark(monkeypatch):
 
     sigmas = torch.tensor([0.01, 10.0])
     monkeypatch.setattr(
-        module, "prior", lambda *args: (EachSet(Shrink()), Measured(sigmas, torch.ones(2, 4), prior_std=0.3))
+        module,
+        "prior",
+        lambda *args: (EachSet(Shrink()), {"all": ErrorModel(Measured(sigmas, torch.ones(2, 4), prior_std=0.3))}),
     )
     return module
 
@@ -46,13 +49,14 @@ def raw(tmp_path):
 
 def test_from_a_file_to_its_table(benchmark, raw, tmp_path):
     out = tmp_path / "out"
-    options = ["--accelerations", "2", "--acs", "14", "--draws", "2", "--evaluations", "4", "--validation", "1"]
+    options = ["--accelerations", "2", "--acs", "14", "--draws", "2", "--evaluations", "8", "--validation", "1"]
     rows = benchmark.main([str(raw), "--out", str(out), "--methods", "TV", "CG-SENSE", *options])
     assert [r["method"] for r in rows[:5]] == ["zero-filled", "CG-SENSE", "TV", "one draw", "posterior mean"]
     assert {r["mask"] for r in rows} == {"lines", "Poisson"} and len(rows) == 10
     best = {r["method"]: r["PSNR (dB)"] for r in rows if r["mask"] == "lines"}
     assert best["CG-SENSE"] > best["zero-filled"] + 3 and best["posterior mean"] > best["one draw"]
     means = [r for r in rows if r["method"] == "posterior mean"]
+    assert all(r["chi-square"] > 0 and "the prior" in r["verdict"] for r in means)
     assert all(0 < r["coverage"] <= 1 and r["calibration"] > 0 and r["memory (GiB)"] > 0 for r in means)
     assert len((out / "table.md").read_text().splitlines()) == 12 and (out / "sheet.png").stat().st_size > 10000
     assert json.loads((out / "results.json").read_text())["rows"][0]["scan"] == "full 0"

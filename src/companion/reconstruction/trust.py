@@ -26,7 +26,7 @@ from companion.diffusion.noise import karras
 from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sampling import Bill, Samples
 from companion.operators.linear import Diagonal, LinearOperator
-from companion.operators.mri import Sense, sense
+from companion.operators.mri import Mask, Sense
 
 Classical = Callable[[LinearOperator, Tensor], Tensor]  # (A, y) -> image (batch, *A.domain_shape)
 
@@ -85,7 +85,7 @@ def hold_out(A: LinearOperator, y: Tensor, acs: int = 0, share: float = 0.1, see
 def masked(A: LinearOperator, part: Tensor) -> LinearOperator:
     """A for some of its samples, `part` (*space) True, and zeros for the others."""
     if isinstance(A, Sense):
-        return sense(A.coils.maps, part.to(A.mask.mask.dtype), part.ndim)
+        return replace(A, mask=Mask(part.to(A.mask.mask.dtype), A.range_shape))
     return Diagonal(part.to(A.domain_dtype.to_real()), A.range_shape, A.range_dtype) @ A
 
 
