@@ -75,10 +75,10 @@ def canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.nda
 def head_slices(array: np.ndarray, affine: np.ndarray, size: str, count: int) -> Tensor:
     """Axial slices (slice, 1, y, x) of a head, nose up, from the top down; see the head of this file."""
     x, voxel = canonical(array, affine)
+    if not (x > 0).any():
+        raise ValueError("the volume is empty")
     x = x / np.percentile(x[x > 0.08 * np.percentile(x, 99.9)], 99)
     body = np.argwhere(gaussian_filter(x, 3 / voxel) > 0.1)
-    if not len(body):
-        raise ValueError("the volume is empty")
     low, high = body.min(0), body.max(0)
     centre, n, mm = (low + high) / 2, 64, np.full(2, 3.25)
     if size == "native":

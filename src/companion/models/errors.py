@@ -24,7 +24,7 @@ def save_errors(name: str | os.PathLike, errors: Mapping[str, ErrorModel], defau
         "errors": {k: rounded(e.to_dict()) for k, e in errors.items()},
     }
     with atomic_write(path) as aside:
-        aside.write_text(json.dumps(plain, indent=1) + "\n")
+        aside.write_text(json.dumps(plain) + "\n")
     return path
 
 

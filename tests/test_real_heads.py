@@ -1,0 +1,75 @@
+"""The benchmark on real heads: orientation, resuming and the table, without a network."""
+
+import json
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from companion.data.nifti import save_nifti
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import real_heads as bench  # noqa: E402
+
+
+def phantom() -> tuple[np.ndarray, np.ndarray]:
+    """A lopsided ellipsoid (z, y, x) of 3 mm voxels, and its affine towards right, front and top."""
+    z, y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in (64, 60, 50)], indexing="ij")
+    array = np.where(x**2 + y**2 + z**2 < 0.8, 1 + 0.3 * x + 0.2 * y - 0.1 * z, 0).astype(np.float32)
+    return array, np.diag([3.0, 3.0, 3.0, 1.0])
+
+
+@pytest.mark.parametrize("size, width", [("64", 64), ("native", 80)])
+def test_any_orientation_gives_the_same_slices_nose_up(size, width):
+    array, affine = phantom()
+    straight = bench.head_slices(array, affine, size, 3)
+    assert straight.shape == (3, 1, width, width) and 0.9 < straight.max() < 1.4
+    image = nibabel.Nifti1Image(array.transpose(2, 1, 0), affine)
+    for codes in ("LPI", "PIR", "SAL"):
+        turned = image.as_reoriented(
+            nibabel.orientations.ornt_transform(
+                nibabel.orientations.io_orientation(affine), nibabel.orientations.axcodes2ornt(codes)
+            )
+        )
+        again = bench.head_slices(np.asarray(turned.dataobj).transpose(2, 1, 0), turned.affine, size, 3)
+        assert torch.allclose(again, straight, atol=1e-4), codes
+    rows = straight[0, 0].sum(1)
+    half = width // 2
+    assert rows[:half].sum() > rows[half:].sum(), "the front is brighter and lies on top"
+    with pytest.raises(ValueError, match="empty"):
+        bench.head_slices(np.zeros((20, 20, 20)), affine, size, 3)
+
+
+def test_a_finished_head_is_not_redone_and_the_table_counts_heads(tmp_path, monkeypatch, capsys):
+    array, affine = phantom()
+    for name in ("one", "two"):
+        save_nifti(tmp_path / "in" / f"{name}.nii.gz", array, affine=affine)
+    save_nifti(tmp_path / "in" / "flat.nii.gz", array[:4], affine=affine)
+    calls = []
+
+    def study(name, load, prior, settings, args):
+        calls.append(name)
+        assert load()[0].shape == array.shape
+        psnr = 30.0 + len(calls)
+        row = bench.Row(name, "64", 4, "TV", psnr, 0.9, 0.1, None, None, None, "", 1.0, 0.5)
+        ours = bench.Row(name, "64", 4, bench.OURS[2], 33.0, 0.9, 0.1, 1.0, 0.9, 1.1, "the prior knows", 1.0, 0.5)
+        return [row, ours], {"64 R=4": torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))}
+
+    monkeypatch.setattr(bench, "study", study)
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text(json.dumps({"settings": {"64 R=4": {"TV": 1e-3}}}))
+    options = ["--out", str(tmp_path / "out"), "--tuned", str(tuned), "--sizes", "64", "--R", "4"]
+    lines = bench.main([str(tmp_path / "in"), *options])
+    assert sorted(calls) == ["one.nii.gz", "two.nii.gz"] and "left out: flat.nii.gz" in capsys.readouterr().out
+    tv, ours = lines
+    assert tv["heads"] == 2 and tv["psnr"] == 31.5 and abs(tv["psnr error"] - 0.5) < 1e-9 and tv["known"] is None
+    assert ours["calibration"] == 1 and ours["known"] == 1
+    assert bench.main([str(tmp_path / "in"), *options]) == lines and len(calls) == 2, "nothing is redone"
+    for name in ("table.md", "table.csv", "results.json", "sheet_64_R4.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert "31.5 +- 0.5" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(SystemExit, match="no settings of classical methods for 64 R=8"):
+        bench.main([str(tmp_path / "in"), *options[:-1], "8"])
