@@ -67,9 +67,8 @@ def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def heads(count: int, size: int) -> Tensor:
     """Complex images (count, 1, y, x) of the validation head, warped and recoloured as in training."""
-    from companion.data.phase import add_phase
-
     from companion.data import heads as source
+    from companion.data.phase import add_phase
 
     known = source.load_heads(split="validation")
     images = [source.head_image(known[i % len(known)], np.random.default_rng(10_000 + i), size) for i in range(count)]
