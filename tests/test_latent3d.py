@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,14 @@ from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
 from companion.models import architectures
 from companion.models import checkpoint as weights
+from companion.models import latent as models_latent
+from companion.models.folder import save_checkpoint
 from companion.papers.latent3d import autoencoder as latent3d_autoencoder
 from companion.papers.latent3d import data as latent3d
 from companion.papers.latent3d import prior as latent3d_prior
 from companion.training import codec as training_codec
+from companion.training import latents
+from companion.training.recipe import save
 
 SHAPE = (8, 12, 16)  # no cube, and no multiple of 16
 
@@ -69,14 +74,19 @@ def toy(prepared, tmp_path):
 @pytest.fixture
 def trained(toy):
     """The parameters of a toy run whose autoencoder is there."""
-    result = latent3d_autoencoder.train_autoencoder(toy, progress=False)
-    latent3d_autoencoder.save_autoencoder(result, toy, {})
+    saved_autoencoder(toy)
     return toy
 
 
+def saved_autoencoder(p):
+    result, config = latent3d_autoencoder.train_autoencoder(p, progress=False)
+    options = {"batch_size": p.ae_batch_size, "folder": Path(p.out) / "autoencoder" / "checkpoint"}
+    return save(result, p, config, {}, model=latent3d_autoencoder.codec_of(result), **options)
+
+
 def saved_prior(p):
-    result, space = latent3d_prior.train_prior(p, progress=False)
-    return latent3d_prior.save_prior(result, space, p, []), result
+    result, _, config = latent3d_prior.train_prior(p, progress=False)
+    return save(result, p, config, [], folder=Path(p.out) / "prior" / "checkpoint"), result
 
 
 # --- data
@@ -116,9 +126,9 @@ def test_a_folder_is_prepared_by_person_and_says_what_it_left_out(tmp_path):
 
 
 def test_cached_latents_are_normalised_and_belong_to_one_autoencoder(trained, prepared, tmp_path):
-    codec = latent3d_autoencoder.load_autoencoder(latent3d_prior.autoencoder_name(trained))
+    codec = models_latent.load_autoencoder(trained.codec)
     path = tmp_path / "z.h5"
-    space, cached = latent3d_prior.cache_latents(codec, prepared, path, autocast=None, progress=False)
+    space, cached = latents.cache_latents(codec, prepared, path, autocast=None, progress=False)
     z = torch.from_numpy(cached.read("z")).float()
     assert z.shape == (5, 2, 3, 2, 3, 4)
     torch.testing.assert_close(z.mean((0, 1, 3, 4, 5)), torch.zeros(3), atol=2e-3, rtol=0)
@@ -128,11 +138,11 @@ def test_cached_latents_are_normalised_and_belong_to_one_autoencoder(trained, pr
     torch.testing.assert_close(space.encode(x.flip(-1)), z[0, 1:], atol=5e-3, rtol=0)
 
     before = path.stat().st_mtime_ns
-    latent3d_prior.cache_latents(codec, prepared, path, progress=False)
+    latents.cache_latents(codec, prepared, path, progress=False)
     assert path.stat().st_mtime_ns == before
     codec.quant_conv.bias.data += 1
     with pytest.raises(ValueError, match="made with another autoencoder"):
-        latent3d_prior.cache_latents(codec, prepared, path, progress=False)
+        latents.cache_latents(codec, prepared, path, progress=False)
     codec.quant_conv.bias.data -= 1
     other = tmp_path / "other.h5"
     other.write_bytes(prepared.path.read_bytes())
@@ -147,7 +157,7 @@ def test_cached_latents_are_normalised_and_belong_to_one_autoencoder(trained, pr
         split={"train": [0, 1]},
     )
     with pytest.raises(ValueError, match="of other volumes"):
-        latent3d_prior.cache_latents(codec, latent3d.open_dataset(other), path, progress=False)
+        latents.cache_latents(codec, latent3d.open_dataset(other), path, progress=False)
 
 
 # --- priors
@@ -157,33 +167,31 @@ def test_cached_latents_are_normalised_and_belong_to_one_autoencoder(trained, pr
 def test_a_prior_loads_with_its_autoencoder_and_draws_volumes(trained, kind, tmp_path):
     p = replace(trained, diffusion=kind, schedule="linear")
     folder, result = saved_prior(p)
-    prior = latent3d_prior.load_latent(folder, autocast=None)
+    prior = models_latent.load_latent(folder, autocast=None)
     assert prior.shape == SHAPE and prior.voxel_mm == (2, 2, 2) and prior.latent_shape == (3, 2, 3, 4)
     z = sample(prior.D, karras(3, 0.01, 20.0), shape=prior.latent_shape, seeds="0-1").x
     x = prior.decode(z, batch=1)
     assert x.shape == (2, 1, *SHAPE) and torch.isfinite(x).all()
     torch.testing.assert_close(prior.decode(z), x)
-    rows = latent3d_prior.denoising_errors(prior.D, z, [0.1, 10.0])
+    rows = latent3d_prior.latent_errors(prior.D, z, [0.1, 10.0])
     assert rows[0]["blank"] == pytest.approx(0.0995) and rows[0]["error"] > 0
 
-    stranger = latent3d_autoencoder.load_autoencoder(latent3d_prior.autoencoder_name(p))
+    stranger = models_latent.load_autoencoder(p.codec)
     stranger.quant_conv.bias.data += 1
-    config = weights.describe(latent3d_prior.autoencoder_name(p))
-    folder.save_checkpoint(tmp_path / "stranger", stranger, config, {})
+    config = weights.describe(p.codec)
+    save_checkpoint(tmp_path / "stranger", stranger, config, {})
     with pytest.raises(ValueError, match="another autoencoder"):
-        latent3d_prior.load_latent(folder, tmp_path / "stranger")
+        models_latent.load_latent(folder, tmp_path / "stranger")
     with pytest.raises(ValueError, match="no autoencoder"):
-        latent3d_autoencoder.load_autoencoder(folder)
+        models_latent.load_autoencoder(folder)
 
 
 def test_training_resumes_exactly(trained, tmp_path):
     _, whole = saved_prior(trained)
-    p = replace(
-        trained, out=str(tmp_path / "again"), stage="prior", autoencoder=latent3d_prior.autoencoder_name(trained)
-    )
-    part, _ = latent3d_prior.train_prior(replace(p, seconds=1e-9), progress=False)
+    p = replace(trained, out=str(tmp_path / "again"), stage="prior", autoencoder=trained.codec)
+    part, *_ = latent3d_prior.train_prior(replace(p, seconds=1e-9), progress=False)
     assert part.step == 1 and not part.finished
-    again, _ = latent3d_prior.train_prior(p, progress=False)
+    again, *_ = latent3d_prior.train_prior(p, progress=False)
     for a, b in zip(whole.ema.parameters(), again.ema.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -191,16 +199,16 @@ def test_training_resumes_exactly(trained, tmp_path):
 def test_covariates_reach_the_prior_in_their_own_units(trained, prepared):
     p = replace(trained, covariates=("brain_ml", "csf_share"))
     folder, _ = saved_prior(p)
-    prior = latent3d_prior.load_latent(folder, autocast=None)
+    prior = models_latent.load_latent(folder, autocast=None)
     values = latent3d_autoencoder.covariates(torch.from_numpy(prepared.read("tissue_ml", "train")), p.covariates)
-    cond = latent3d_prior.condition(values, prior.config, prior.latent_shape[1:])
+    cond = latents.condition(values, prior.config["covariates"], prior.latent_shape[1:])
     assert cond.shape == (5, 2, 2, 3, 4)
     torch.testing.assert_close(cond.mean((0, 2, 3, 4)), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(cond[..., 0, 0, 0].std(0), torch.ones(2))
     x = sample(prior.D, karras(2, 0.1, 10.0), shape=prior.latent_shape, seeds="0-1", cond=cond[:2]).x
     assert torch.isfinite(x).all()
     with pytest.raises(ValueError, match="this prior takes .*brain_ml, csf_share"):
-        latent3d_prior.condition(values[:, :1], prior.config, (2, 3, 4))
+        latents.condition(values[:, :1], prior.config["covariates"], (2, 3, 4))
 
 
 def test_schedules_that_leave_signal_are_refused_before_training(trained, monkeypatch):
@@ -219,30 +227,29 @@ def test_schedules_that_leave_signal_are_refused_before_training(trained, monkey
 @pytest.mark.parametrize("architecture", ["vq", "plain"])
 def test_codebook_autoencoders_train_too(toy, prepared, architecture):
     p = replace(toy, architecture=architecture, channels=(8, 8), codes=16, ae_steps=2)
-    result = latent3d_autoencoder.train_autoencoder(p, progress=False)
-    codec = latent3d_autoencoder.load_autoencoder(latent3d_autoencoder.save_autoencoder(result, p, {}))
+    codec = models_latent.load_autoencoder(saved_autoencoder(p))
     x = latent3d.held_out(prepared, "test", 1)
     assert latent3d_autoencoder.reconstruct(codec, x).shape == x.shape == (1, 1, *SHAPE)
 
 
 def test_a_better_decoder_leaves_latents_and_prior_valid(trained, prepared, tmp_path):
     folder, _ = saved_prior(trained)
-    name = latent3d_prior.autoencoder_name(trained)
+    name = trained.codec
     p = replace(trained, stage="decoder", autoencoder=name, out=str(tmp_path / "decoder"))
-    latent3d_autoencoder.save_autoencoder(latent3d_autoencoder.train_autoencoder(p, progress=False), p, {})
+    saved_autoencoder(p)
     prior, codec = (
-        latent3d_prior.load_latent(folder, autocast=None),
-        latent3d_autoencoder.load_autoencoder(latent3d_prior.autoencoder_name(p)),
+        models_latent.load_latent(folder, autocast=None),
+        models_latent.load_autoencoder(p.codec),
     )
     x = torch.from_numpy(prepared.read("image")[:1]).float()
     assert torch.equal(codec.encode(x), prior.space.codec.encode(x))
-    better = latent3d_prior.with_decoder(prior, codec)
+    better = models_latent.with_decoder(prior, codec)
     z = better.space.encode(x)
     torch.testing.assert_close(z, prior.encode(x))
     assert not torch.equal(better.space.decode(z), prior.decode(z))
     codec.encoder.conv_in.bias.data += 1
     with pytest.raises(ValueError, match="the encoders differ"):
-        latent3d_prior.with_decoder(prior, codec)
+        models_latent.with_decoder(prior, codec)
 
 
 def test_an_adversary_trains_beside_the_autoencoder(toy, monkeypatch):
@@ -252,10 +259,7 @@ def test_an_adversary_trains_beside_the_autoencoder(toy, monkeypatch):
         partial(latent3d_autoencoder.PatchDiscriminator, channels=4, levels=1),
     )
     p = replace(toy, adversary=0.01, ae_steps=2, out=toy.out + "-gan")
-    result = latent3d_autoencoder.train_autoencoder(p, progress=False)
-    assert (
-        latent3d_autoencoder.load_autoencoder(latent3d_autoencoder.save_autoencoder(result, p, {})).latent_channels == 3
-    )
+    assert models_latent.load_autoencoder(saved_autoencoder(p)).latent_channels == 3
 
 
 def test_blur_costs_more_with_the_edge_term():
@@ -308,9 +312,9 @@ def test_digits_come_out_of_latents(tmp_path):
         checkpoint_every=1000,
         device="cpu",
     )
-    latent3d_autoencoder.save_autoencoder(latent3d_autoencoder.train_autoencoder(p, progress=False), p, {})
+    saved_autoencoder(p)
     folder, _ = saved_prior(p)
-    prior = latent3d_prior.load_latent(folder, autocast=None)
+    prior = models_latent.load_latent(folder, autocast=None)
     real = latent3d.held_out(prepared, "test", 297)
     assert (
         latent3d_autoencoder.reconstruction_figures(latent3d_autoencoder.reconstruct(prior.space.codec, real), real)[

@@ -6,12 +6,17 @@ import pytest
 import torch
 from test_latent3d_sample import SHAPE, tiny_prior
 
+from companion.acquisition.mri import Scan
+from companion.acquisition.volume import plane_mask
 from companion.diffusion import latent_guidance
 from companion.diffusion.covariance import Factor
 from companion.diffusion.guidance import posterior_mean
 from companion.evaluation import metrics
+from companion.evaluation.population import power_spectrum
 from companion.operators.linear import adjoint_error
+from companion.operators.real import RealImages
 from companion.papers.latent3d import reconstruct as mri
+from companion.papers.latent3d.data import unseen
 
 P = mri.ReconstructVolumes(
     data="data/none.h5",
@@ -38,7 +43,7 @@ def prior():
 
 @pytest.fixture(scope="module")
 def person():
-    return mri.people(tiny_prior(), P.data, "test", 1)[0]
+    return unseen(tiny_prior(), P.data, "test", 1)[0]
 
 
 class Itself:
@@ -55,7 +60,7 @@ def gaussian():
     """Data of two coils, noisy volumes and their noise levels: for white volumes all is linear."""
     shape, generator = (4, 6, 6), torch.Generator().manual_seed(0)
     maps = torch.randn(2, *shape, generator=generator, dtype=torch.complex64)
-    scan = mri.VolumeScan(None, None, maps, mri.plane_mask(shape, 3, 2, seed=0), 0.1)
+    scan = Scan(torch.zeros(1, 2, *shape), maps, plane_mask(shape, 3, 2, seed=0), 0.1, real=True)
     scan = replace(scan, y=scan.A(torch.randn(1, 1, *shape, generator=generator)))
     x = torch.randn(3, 1, *shape, generator=generator)
     return scan, x, torch.tensor([0.1, 1.0, 10.0])
@@ -66,30 +71,30 @@ def white(z, sigma, cond=None):
 
 
 def test_real_volumes_have_the_right_adjoint(person):
-    assert adjoint_error(mri.RealImages((1, 4, 4, 4))) < 1e-6
-    assert adjoint_error(mri.acquire(person, 0, P).A) < 1e-5
+    assert adjoint_error(RealImages((1, 4, 4, 4))) < 1e-6
+    assert adjoint_error(P.acquire(person, 0).A) < 1e-5
 
 
 def test_a_scan_is_the_truth_plus_noise_where_the_mask_says(person):
-    scan = mri.acquire(person, 0, replace(P, maps="oracle"))
+    scan = replace(P, maps="oracle").acquire(person, 0)
     assert (scan.y[..., scan.mask.mask == 0] == 0).all()
     residual = (scan.y - scan.A(scan.x))[..., scan.mask.mask == 1]
     assert torch.view_as_real(residual).std() == pytest.approx(P.noise_std, rel=0.02)
-    assert torch.equal(scan.y, mri.acquire(person, 0, P).y) and not torch.equal(scan.y, mri.acquire(person, 1, P).y)
+    assert torch.equal(scan.y, P.acquire(person, 0).y) and not torch.equal(scan.y, P.acquire(person, 1).y)
 
 
 def test_readouts_are_as_few_as_asked_and_hold_the_centre():
-    mask = mri.plane_mask((4, 32, 30), 4, 8, seed=1)
+    mask = plane_mask((4, 32, 30), 4, 8, seed=1)
     assert mask.acceleration == 4 == 32 * 30 / mask.mask[0].sum() and torch.equal(mask.mask[0], mask.mask[3])
     assert (mask.mask[:, 12:20, 11:19] == 1).all() and mask.mask[0, 8:24].sum() > 0.6 * mask.lines
-    assert torch.equal(mask.mask, mri.plane_mask((4, 32, 30), 4, 8, seed=1).mask)
+    assert torch.equal(mask.mask, plane_mask((4, 32, 30), 4, 8, seed=1).mask)
     with pytest.raises(ValueError, match="lower acs"):
-        mri.plane_mask((4, 32, 32), 16, 12, seed=0)
+        plane_mask((4, 32, 32), 16, 12, seed=0)
 
 
 def test_centre_maps_leave_a_real_image(person):
-    known = mri.acquire(person, 0, replace(P, maps="oracle", noise_std=0)).maps
-    found = mri.acquire(person, 0, replace(P, noise_std=0)).maps
+    known = replace(P, maps="oracle", noise_std=0).acquire(person, 0).maps
+    found = replace(P, noise_std=0).acquire(person, 0).maps
     agreement = (found.conj() * known).sum(0)[person[0] > 0.5]
     assert agreement.real.mean() > 0.97 and agreement.angle().abs().mean() < 0.1
     assert found.abs().square().sum(0) == pytest.approx(torch.ones(SHAPE), abs=1e-4)
@@ -97,18 +102,20 @@ def test_centre_maps_leave_a_real_image(person):
 
 def test_errors_are_those_at_the_levels_and_constant_outside():
     table = torch.tensor([1.0, 4.0]).reshape(2, 1, 1, 1, 1)
-    errors = mri.Errors(torch.tensor([0.1, 1.0]), table.expand(2, 1, 2, 2, 2), table.expand(2, 3, 1, 1, 1), 0.0)
+    errors = latent_guidance.Errors(
+        torch.tensor([0.1, 1.0]), table.expand(2, 1, 2, 2, 2), table.expand(2, 3, 1, 1, 1), 0.0
+    )
     assert errors.latent_at(torch.tensor([1.0])).flatten().tolist() == pytest.approx([4.0] * 3)
     found = errors.at(torch.tensor([0.01, 0.1, 10**-0.5, 1.0, 50.0]))
     assert found[:, 0, 0, 0, 0] == pytest.approx(torch.tensor([1.0, 1, 2, 4, 4]))
 
 
-@pytest.mark.parametrize("kind", [mri.projection, mri.gradient])
+@pytest.mark.parametrize("kind", [latent_guidance.projection, latent_guidance.gradient])
 def test_guidance_is_exact_for_a_linear_decoder(gaussian, kind):
     """For white volumes of variance 1 the error is sigma^2 / (1 + sigma^2), and both rules give E[x0 | x, y]."""
     scan, x, sigma = gaussian
     variance = (sigma**2 / (1 + sigma**2)).reshape(-1, 1, 1, 1, 1).expand(3, 1, *x.shape[2:])
-    errors = mri.Errors(sigma, variance, variance, 0.0)
+    errors = latent_guidance.Errors(sigma, variance, variance, 0.0)
     G = kind(scan.A, scan.y, 0.1, 60, space=Itself(), errors=errors)
 
     def belief(D, x, sigma, cond=None):
@@ -129,8 +136,8 @@ def test_products_with_the_derivative_of_a_decoder(prior):
 
 
 def test_data_pull_an_ignorant_prior_towards_the_truth(prior):
-    (scan,) = mri.scans(prior, P)
-    made = mri.reconstruct_scan(prior, mri.validation_errors(prior, P), scan, P)
+    (scan,), errors = mri.prepare(P, prior)
+    (made,) = mri.study(P, prior, [scan], errors)
     psnr = {name: metrics.psnr(x, scan.x, 1.0).item() for name, x in made.images.items()}
     for name in P.methods:
         assert psnr[f"{name} + data"] > psnr[name] + 1
@@ -144,13 +151,11 @@ def test_data_pull_an_ignorant_prior_towards_the_truth(prior):
 
 def test_little_noise_brings_the_same_code_back(prior, person):
     z = prior.encode(person[None])
-    made = mri.drawn_anew(prior, z, P)
+    made = mri.drawn_anew(prior, z, P.start_sigmas, P.evaluations)
     near, far = ((made[f"sigma {s:g}"] - made["code"]).norm() for s in P.start_sigmas)
     assert near < 0.2 * far
 
 
 def test_power_of_white_noise_is_flat():
-    frequency, power = latent_guidance.power_spectrum(
-        torch.randn(2, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0)), 6
-    )
+    frequency, power = power_spectrum(torch.randn(2, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0)), 6)
     assert power[1:] == pytest.approx([1.0] * 5, abs=0.1) and frequency[-1] < 0.5

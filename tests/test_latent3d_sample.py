@@ -6,22 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from companion.data import volumes
+from companion.data import anatomy, volumes
 from companion.data.nifti import load_nifti
 from companion.diffusion.denoisers import EDMDenoiser
 from companion.diffusion.latent import LatentDenoiser, LatentSpace
 from companion.diffusion.noise import DiscreteSchedule
+from companion.models.latent import LatentPrior
 from companion.networks.autoencoder import AutoencoderKL
 from companion.networks.unet import UNet
+from companion.papers.latent3d import failures
 from companion.papers.latent3d import sample as latent3d
-from companion.papers.latent3d.prior import LatentPrior
+from companion.papers.latent3d.data import TrainingSet
+from companion.show.planes import by_plane, sheet
 
 SHAPE = (32, 32, 32)
 P = latent3d.SampleVolumes(
     draws=2,
     evaluations=4,
     solvers=("ddim", "heun", "ddpm"),
-    real=4,
+    held_out=4,
     training=2,
     pairs=2,
     data="data/none.h5",
@@ -31,15 +34,19 @@ P = latent3d.SampleVolumes(
 )
 
 
+def drawn(prior, p, solver=None):
+    return latent3d.draw(prior, p, range(p.seed, p.seed + p.draws), solver)
+
+
 def tiny_prior(D=None) -> LatentPrior:
     torch.manual_seed(0)
     codec = AutoencoderKL(3, 1, 1, 8, (1, 1), 1, 2, decoder_blocks=1, middle=False, norm_groups=4, patch=2)
-    images = torch.stack([volumes.virtual(s, SHAPE).image[None] for s in latent3d.anatomy.cohort("train", 2)])
+    images = torch.stack([volumes.virtual(s, SHAPE).image[None] for s in anatomy.cohort("train", 2)])
     space = LatentSpace.fit(codec.requires_grad_(False), [images])
     if D is None:
         D = EDMDenoiser(UNet(2, 32, 2, 1, (), (1,), dims=3), 1.0)
     voxel_mm = volumes.spacing(SHAPE)
-    affine = volumes.grid_affine(SHAPE, voxel_mm, latent3d.anatomy.CENTRE_MM)
+    affine = volumes.grid_affine(SHAPE, voxel_mm, anatomy.CENTRE_MM)
     config = {"data": {"shape": SHAPE, "voxel_mm": voxel_mm, "affine": affine.tolist(), "volumes": 2}}
     return LatentPrior(LatentDenoiser(D, space), config)
 
@@ -62,17 +69,17 @@ def white():
 
 
 def test_a_draw_does_not_depend_on_its_company(prior):
-    both = latent3d.draw(prior, P)
-    alone = latent3d.draw(prior, replace(P, seed=P.seed + 1))
+    both = drawn(prior, P)
+    alone = drawn(prior, replace(P, seed=P.seed + 1))
     assert both.x.shape == (2, 1, *SHAPE) and torch.allclose(both.x[1], alone.x[0], atol=1e-5)
 
 
 def test_respaced_ddpm_keeps_the_variance(white):
     """White latents are what DDPM should end with, the closer the more times it visits."""
     p = replace(P, draws=4, levels="schedule", evaluations=200)
-    assert latent3d.draw(white, p, "ddpm").z.std() == pytest.approx(1, abs=0.05)
-    assert latent3d.noise_levels(white, p)[0] == pytest.approx(DiscreteSchedule.linear().sigmas[-1].item())
-    whole = latent3d.short_steps(white, DiscreteSchedule.linear(200, 1e-3, 0.1), 200, range(4))
+    assert drawn(white, p, "ddpm").z.std() == pytest.approx(1, abs=0.05)
+    assert p.noise_levels(white)[0] == pytest.approx(DiscreteSchedule.linear().sigmas[-1].item())
+    whole = failures.short_steps(white, DiscreteSchedule.linear(200, 1e-3, 0.1), 200, range(4))
     assert whole.std() == pytest.approx(1, abs=0.05)  # with no time left out the step is right
 
 
@@ -83,13 +90,13 @@ def test_short_steps_end_where_sampling_began(prior):
 
     silent = LatentPrior(LatentDenoiser(Nothing(), prior.space), prior.config)
     schedule = DiscreteSchedule.linear(1000)
-    right = latent3d.draw(silent, replace(P, levels="schedule", evaluations=10), "ddpm").z
+    right = drawn(silent, replace(P, levels="schedule", evaluations=10), "ddpm").z
     assert right.std() < 1e-6
-    assert latent3d.short_steps(silent, schedule, 10, range(2)).std() > 0.8
+    assert failures.short_steps(silent, schedule, 10, range(2)).std() > 0.8
 
 
 def test_deterministic_samplers_share_a_limit(white):
-    rows, volumes_by = latent3d.solver_table(white, replace(P, evaluations=24))
+    rows, volumes_by = latent3d.solver_table(white, replace(P, evaluations=24), P.solvers, range(2))
     found = {row["sampler"]: row for row in rows}
     assert found["ddpm"]["from the limit"] == "stochastic" and set(volumes_by) == {"ddim", "heun", "ddpm"}
     assert found["heun"]["from the limit"][0] < found["ddim"]["from the limit"][0] < 1
@@ -97,7 +104,7 @@ def test_deterministic_samplers_share_a_limit(white):
 
 
 def test_each_failure_differs_from_the_repair(prior):
-    made = latent3d.failures(prior, P)
+    made = failures.mistakes(prior, P.evaluations)
     good = made.pop("repaired")
     assert len(made) == 5 and all(x.shape == (2, 1, *SHAPE) and not torch.allclose(x, good) for x in made.values())
 
@@ -105,31 +112,31 @@ def test_each_failure_differs_from_the_repair(prior):
 def test_clipping_is_in_the_units_of_the_autoencoder(prior):
     space = prior.space
     z = 100 * torch.randn(1, *prior.latent_shape)
-    out = latent3d.Clipped(tiny_prior(White()))(z, torch.tensor([1e-3]))
+    out = failures.Clipped(tiny_prior(White()))(z, torch.tensor([1e-3]))
     raw = out * space.std.reshape(-1, 1, 1, 1) + space.mean.reshape(-1, 1, 1, 1)
     assert raw.abs().max() <= 1 + 1e-5 and raw.abs().max() > 0.99
 
 
 def test_loss_of_the_best_white_network_is_the_formula(white):
     z = torch.randn(4, *white.latent_shape)
-    rows = latent3d.loss_against_scale(white, z, levels=6)
+    rows = failures.loss_against_scale(white, z, levels=6)
     known = [float(row["loss that knows only the scale"]) for row in rows]
     assert known == pytest.approx([0.3907, 0.1649, 0.0603, 0.0163], abs=1e-4)
     for row in rows:  # this prior is that network
         assert float(row["loss of this prior"]) == pytest.approx(float(row["loss that knows only the scale"]), rel=0.1)
-    assert latent3d.unexplained(white, z, torch.tensor([0.1, 10.0])) == pytest.approx([1, 1], abs=0.1)
+    assert failures.unexplained(white, z, torch.tensor([0.1, 10.0])) == pytest.approx([1, 1], abs=0.1)
 
 
 def test_rows_are_planes_and_columns_are_volumes():
     a, b = torch.rand(2, 1, *SHAPE)
-    rows = latent3d.by_plane({"a": a, "b": b})
+    rows = by_plane({"a": a, "b": b})
     assert list(rows) == ["axial", "coronal", "sagittal"] and list(rows["axial"]) == ["a", "b"]
     assert torch.equal(rows["coronal"]["b"][0, 0], b[0, -1, SHAPE[1] // 2])  # the vertex is in the first row
 
 
 def test_sheet_cuts_long_sets_into_rows():
     x = torch.rand(5, 1, *SHAPE)
-    rows = latent3d.sheet(x, columns=3)
+    rows = sheet(x, columns=3)
     assert len(rows) == 6 and all(list(row) == ["1", "2", "3"] for row in rows.values())
     assert torch.isnan(rows["4-6\naxial"]["3"]).all()
 
@@ -140,14 +147,14 @@ def test_volumes_on_disk_lie_in_mni_space(prior, tmp_path):
     back = load_nifti(first)
     assert np.array_equal(back.array, x[0, 0].numpy()) and np.allclose(back.affine, prior.affine)
     middle = back.affine @ np.array([15.5, 15.5, 15.5, 1])
-    assert np.allclose(middle[:3], latent3d.anatomy.CENTRE_MM)
+    assert np.allclose(middle[:3], anatomy.CENTRE_MM)
 
 
 def test_study_of_real_people_passes_and_of_copies_fails(prior, tmp_path):
-    trained = latent3d.TrainingSet.of(prior, P)
+    trained = TrainingSet.of(prior, P.data, P.training)
     assert trained.count == 2 and torch.equal(trained[1], next(trained.batches(2))[1])
     copies = torch.stack([trained[0], trained[1].flip(-1)])
-    study = latent3d.study(prior, copies, P)
+    study = latent3d.study(P, prior, copies)
     verdict = {row["question"]: row["passes"] for row in latent3d.verdict(study)}
     assert not verdict["nobody memorised?"]
     assert study.memory[-1]["smallest"] == pytest.approx(0, abs=1e-3)

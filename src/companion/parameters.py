@@ -24,7 +24,7 @@ import yaml
 Value = Any  # int, float, bool, str, None, or a tuple of them
 
 # Former names of parameters: a file that still uses one is told the new one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"real": "held_out"}
 
 
 def param(default: Value, help: str, *, choices: Iterable | None = None, minimum=None, maximum=None):

@@ -113,6 +113,10 @@ class LatentSpace(nn.Module):
         x = (x - low) / (high - low)
         return x.reshape(*lead, *x.shape[1:])
 
+    def decode_in_parts(self, z: Tensor, tile: int | None = None, batch: int = 4) -> Tensor:
+        """`decode`, so many at a time."""
+        return torch.cat([self.decode(part, tile=tile) for part in z.split(batch)])
+
     def _column(self, values: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * self.codec.dims)
 

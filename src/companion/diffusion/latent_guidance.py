@@ -10,31 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from companion.diffusion.covariance import Factor
-from companion.diffusion.denoisers import column
+from companion.diffusion.denoisers import Denoiser, column
 from companion.diffusion.guidance import Guidance, posterior_mean, solve
 from companion.diffusion.latent import LatentSpace
-from companion.papers.latent3d.prior import LatentPrior
 from companion.randomness import generators, randn
 
 ERROR_SIGMAS = torch.logspace(-1.5, 1.5, 7)  # noise levels of the latents at which the error of estimates is measured
-SUPPORT = 0.05  # share of the brightest low-resolution voxel below which coil maps are not believed
-WIDE = 6.0  # voxels, standard deviation of the Gaussian that continues them
-
-
-# ---------------------------------------------------------------------------------------------------- code and decode
-
-
-def power_spectrum(x: Tensor, bins: int = 24) -> tuple[Tensor, Tensor]:
-    """Return frequencies (bins,) in cycles a voxel and the mean power of volumes (n, 1, z, y, x) there, up to 0.5."""
-    power = torch.fft.fftn(x.float(), dim=(-3, -2, -1), norm="ortho").abs().square().mean((0, 1))
-    axes = torch.meshgrid(*[torch.fft.fftfreq(n) for n in x.shape[-3:]], indexing="ij")
-    which = (sum(k.square() for k in axes).sqrt() / 0.5 * bins).long()
-    inside = which < bins
-    total = torch.zeros(bins).index_add_(0, which[inside], power.cpu()[inside])
-    return (torch.arange(bins) + 0.5) * 0.5 / bins, total / torch.bincount(which[inside], minlength=bins).clamp(min=1)
-
-
-# ------------------------------------------------------------------------------------------------------------ guidance
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,25 +34,27 @@ class Errors:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, prior: LatentPrior, x: Tensor, sigmas: Tensor = ERROR_SIGMAS, seed: int = 0) -> Errors:
-        """Return the errors of D(encode(x) + sigma n), and of its decoding, for people x (person, 1, z, y, x)."""
-        z = prior.encode(x)
+    def measure(
+        cls, D: Denoiser, space: LatentSpace, x: Tensor, sigmas: Tensor = ERROR_SIGMAS, seed: int = 0
+    ) -> Errors:
+        """The errors of D(encode(x) + sigma n), and of its decoding, for people x (person, 1, z, y, x)."""
+        z = space.encode(x)
         noise = randn(z.shape[1:], z.dtype, generators(range(seed, seed + len(z))), z.device)
         variance, latent = [], []
         for sigma in sigmas.tolist():
-            z0_hat = prior.D(z + sigma * noise, torch.full((len(z),), sigma, device=z.device))
-            variance.append(_smooth((prior.decode(z0_hat) - x).square().mean(0), 5))
+            z0_hat = D(z + sigma * noise, torch.full((len(z),), sigma, device=z.device))
+            variance.append(_smooth((space.decode_in_parts(z0_hat) - x).square().mean(0), 5))
             latent.append(_smooth((z0_hat - z).square().mean(0), 3))
-        codec = (prior.decode(z) - x).square().mean().item()
+        codec = (space.decode_in_parts(z) - x).square().mean().item()
         tables = (torch.stack(rows).clamp(min=1e-6) for rows in (variance, latent))
         return cls(sigmas.to(x.device), *tables, codec)
 
     def at(self, sigma: Tensor) -> Tensor:
-        """Return the variance of volumes (batch, 1, z, y, x) at sigma (batch,), log-linear, constant outside."""
+        """The variance of volumes (batch, 1, z, y, x) at sigma (batch,), log-linear, constant outside."""
         return self._between(self.variance, sigma)
 
     def latent_at(self, sigma: Tensor) -> Tensor:
-        """Return the variance of latents (batch, channel, *cells) at sigma (batch,), likewise."""
+        """The variance of latents (batch, channel, *cells) at sigma (batch,), likewise."""
         return self._between(self.latent, sigma)
 
     def _between(self, table: Tensor, sigma: Tensor) -> Tensor:
@@ -138,7 +121,7 @@ class gradient(LatentGuidance):
 
 
 def linearised(f: Callable, z: Tensor) -> tuple[Tensor, Callable, Callable]:
-    """Return f(z), v -> J v and w -> J^T w, J the derivative of f at z.
+    """f(z), v -> J v and w -> J^T w, J the derivative of f at z.
 
     J v is the derivative of <J^T w, v> by w, at any w: two backward passes do what a forward derivative would.
     """
@@ -155,6 +138,6 @@ def linearised(f: Callable, z: Tensor) -> tuple[Tensor, Callable, Callable]:
 
 
 def explain(x: Tensor, variance: Tensor, G: LatentGuidance) -> Tensor:
-    """Return the Gaussian posterior mean of a volume: x (batch, 1, z, y, x), off by `variance`, given the data of G."""
+    """The Gaussian posterior mean of a volume: x (batch, 1, z, y, x), off by `variance`, given the data of G."""
     data = posterior_mean(G.A, G.y, G.noise_std, iterations=G.iterations, tol=1e-6)
     return x + data.correction(Factor.diagonal(variance), G.y - G.A(x), len(x))

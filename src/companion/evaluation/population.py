@@ -1,9 +1,9 @@
 """How good are generated volumes? As a population: likeness, diversity, memory, anatomy.
 
-Each question has a number and a yardstick, the same number for real volumes that were not trained on:
+Each question has a number and a yardstick, the same number for people who were not trained on:
 
-    likeness    Frechet distance of slices in three planes           other real people
-    diversity   MS-SSIM between pairs of volumes                     pairs of real people
+    likeness    Frechet distance of slices in three planes           other people
+    diversity   MS-SSIM between pairs of volumes                     pairs of people
     memory      distance to the nearest training volume              that of held-out people
     anatomy     volumes of the tissues, by a segmenter               those of held-out people
 
@@ -103,6 +103,16 @@ def frechet_by_plane(features: Callable, a: Tensor, b: Tensor, per_volume: int =
         seen = [features(plane_slices(x, plane, per_volume)) for x in (a, b)]
         values[plane] = metrics.frechet_distance(*seen)
     return values | {"mean": sum(values.values()) / len(values)}
+
+
+def power_spectrum(x: Tensor, bins: int = 24) -> tuple[Tensor, Tensor]:
+    """Frequencies (bins,) in cycles a voxel and the mean power of volumes (n, 1, z, y, x) there, up to 0.5."""
+    power = torch.fft.fftn(x.float(), dim=(-3, -2, -1), norm="ortho").abs().square().mean((0, 1))
+    axes = torch.meshgrid(*[torch.fft.fftfreq(n) for n in x.shape[-3:]], indexing="ij")
+    which = (sum(k.square() for k in axes).sqrt() / 0.5 * bins).long()
+    inside = which < bins
+    total = torch.zeros(bins).index_add_(0, which[inside], power.cpu()[inside])
+    return (torch.arange(bins) + 0.5) * 0.5 / bins, total / torch.bincount(which[inside], minlength=bins).clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -220,6 +230,31 @@ def likeness_table(
             | {plane: round(value, 4) for plane, value in values.items()}
         )
     return rows
+
+
+def diversity_table(sets: Mapping[str, Tensor], pairs: int, seed: int = 0) -> list[dict[str, object]]:
+    """`pairwise_ms_ssim` of so many pairs of each set of volumes: mean and standard deviation."""
+    rows = []
+    for name, x in sets.items():
+        values = pairwise_ms_ssim(x, pairs, seed)
+        spread = values.std().item() if len(values) > 1 else 0.0
+        row = {"volumes": name, "pairs": len(values), "MS-SSIM": values.mean().item(), "standard deviation": spread}
+        rows.append(row)
+    return rows
+
+
+def memory_table(
+    sets: Mapping[str, Tensor], training: Iterable[Tensor], count: int
+) -> tuple[list[dict[str, object]], dict[str, Nearest]]:
+    """Distances of sets of volumes to the `nearest` of `count` training volumes, and which those are."""
+    near, rows, found, at = nearest(torch.cat(list(sets.values())), training), [], {}, 0
+    for name, x in sets.items():
+        d, index = (v[at : at + len(x)] for v in (near.distance, near.index))
+        found[name], at = Nearest(d, index), at + len(x)
+        about = {"volumes": name, "n": len(x), "training volumes": count}
+        spread = {"to the nearest": d.mean().item(), "standard deviation": d.std().item(), "smallest": d.min().item()}
+        rows.append(about | spread)
+    return rows, found
 
 
 def tissue_table(sets: Mapping[str, Tensor], reference: str) -> list[dict[str, object]]:
