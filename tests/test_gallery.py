@@ -21,7 +21,7 @@ from companion.data.nifti import load_nifti, save_nifti
 from companion.parameters import Parameters, param
 from companion.show.examples import write_examples
 from companion.show.gallery import ROWS, Gallery, RunGrid, alike
-from companion.show.stack import Stack, make_stack, mosaic, open_stack, paint, pictures, png
+from companion.show.stack import READERS, Stack, make_stack, mosaic, open_stack, paint, pictures, png
 from companion.show.viewer import Viewer, view
 from companion.workbench import catalogue
 from companion.workbench.catalogue import conditions, find_entries, flatten
@@ -425,3 +425,7 @@ def test_numbers_offered_are_those_of_the_runs_shown(examples):
     assert all(any(name in entry.values for entry in gallery.entries) for name in gallery.metric.options)
     gallery.where.value = "no such run"
     assert gallery.metric.options == ("-",)
+
+
+def test_the_catalogue_lists_what_the_viewer_opens():
+    assert {name for name in catalogue.ARRAYS if name != ".nii.gz"} == READERS.keys()

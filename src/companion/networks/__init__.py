@@ -1,6 +1,5 @@
 """Neural networks: they know images, times and conditions, and nothing of diffusion."""
 
-from companion.information.local_mi import LocalMI
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
 from companion.networks.ddim_unet import DDIMUNet
@@ -15,7 +14,6 @@ __all__ = [
     "DDIMUNet",
     "DiffusionUNet",
     "EDMUNet",
-    "LocalMI",
     "PlainVQVAE",
     "UNet",
     "VQModel",

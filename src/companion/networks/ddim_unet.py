@@ -145,9 +145,7 @@ def describe(
         "out_channels": shape["out.2.weight"][0],
         "num_res_blocks": blocks[0] if len(set(blocks)) == 1 else blocks,
         "channel_mult": [width / channels for width in widths],
-        "attention_resolutions": [
-            2**level for level, i in enumerate(first) if f"input_blocks.{i}.1.qkv.weight" in shape
-        ],
+        "attention_resolutions": attends,
         "conv_resample": len(widths) == 1 or any(name.endswith(".op.weight") for name in shape),
         "use_scale_shift_norm": shape["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0],
     }

@@ -17,6 +17,7 @@ import torch
 from companion.data import anatomy
 from companion.data.pet import cohort_slices
 from companion.evaluation import metrics
+from companion.files import project_root
 from companion.operators.counts import poisson_counts
 from companion.operators.mri import birdcage_maps, cartesian_mask, sense
 from companion.operators.pet import ParallelBeam, emission_model, with_counts
@@ -25,6 +26,7 @@ from companion.randomness import randn
 from companion.reconstruction import mri as baselines
 from companion.reconstruction.pet import mlem
 from companion.show import figures
+from companion.workbench.catalogue import find_entries
 from companion.workbench.run import Run
 
 SIZE, SCANS = 40, 4
@@ -129,3 +131,23 @@ def _write(p: Scan, stage: str, x, draws, others, depth: str, voxel_mm: float, u
         }
     )
     return run.finish().parent
+
+
+@dataclass(frozen=True)
+class Browse(Parameters):
+    """Parameters of gallery.ipynb."""
+
+    runs: str = param("runs", "folder that holds the runs")
+    examples: bool = param(False, "make small example runs and show those instead")
+    paper: str = param("all", "show runs of this paper only")
+    where: str = param("", "show runs that fulfil this, such as 'acceleration >= 8, mask = random, PSNR > 25'")
+    explore: bool = param(False, "open a volume in ipyniivue (WebGL); not for executed copies, which cannot keep it")
+
+
+def folder_of(p: Browse, beside: Path) -> Path:
+    """The folder of runs to show: p.runs, or examples made `beside` when asked for or when p.runs has none to show."""
+    runs = project_root() / p.runs
+    if not p.examples and runs.is_dir() and any(entry.done and entry.files() for entry in find_entries(runs)):
+        return runs
+    write_examples(beside / ".examples")
+    return beside / ".examples"

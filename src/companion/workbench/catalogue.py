@@ -12,12 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from companion.files import project_root, sha256
-from companion.parameters import Parameters, param
-from companion.show.stack import READERS
+from companion.files import sha256
 from companion.workbench.index import find_runs
 from companion.workbench.run import RunState
 
+ARRAYS = (".npz", ".npy", ".h5", ".hdf5", ".nii", ".nii.gz", ".cfl", ".hdr")  # endings of results that a viewer opens
 OPERATORS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -26,28 +25,6 @@ OPERATORS = {
     ">": operator.gt,
     "<": operator.lt,
 }
-
-
-@dataclass(frozen=True)
-class Browse(Parameters):
-    """Parameters of gallery.ipynb."""
-
-    runs: str = param("runs", "folder that holds the runs")
-    examples: bool = param(False, "make small example runs and show those instead")
-    paper: str = param("all", "show runs of this paper only")
-    where: str = param("", "show runs that fulfil this, such as 'acceleration >= 8, mask = random, PSNR > 25'")
-    explore: bool = param(False, "open a volume in ipyniivue (WebGL); not for executed copies, which cannot keep it")
-
-
-def folder_of(p: Browse, beside: Path) -> Path:
-    """The folder of runs to show: p.runs, or examples made `beside` when asked for or when p.runs has none to show."""
-    runs = project_root() / p.runs
-    if not p.examples and runs.is_dir() and any(entry.done and entry.files() for entry in find_entries(runs)):
-        return runs
-    from companion.show.examples import write_examples
-
-    write_examples(beside / ".examples")
-    return beside / ".examples"
 
 
 @dataclass(frozen=True)
@@ -90,7 +67,7 @@ class Entry:
 
     def files(self) -> list[str]:
         """Names of its results that a viewer can open; what `Run.images` wrote, truth beside draws, first."""
-        names = [name for name in self.record.get("results", {}) if name.endswith((*READERS, ".nii.gz"))]
+        names = [name for name in self.record.get("results", {}) if name.endswith(ARRAYS)]
         return sorted(names, key=lambda name: not name.endswith(".h5"))
 
     def changed(self, name: str) -> str | None:
