@@ -12,6 +12,7 @@ import numpy as np
 from companion.data.intake import kinds, streams
 from companion.data.intake.images import _frame, _voxel_mm, check_affine, finite
 from companion.data.intake.records import Description, Unreadable, Volume
+from companion.extras import extra
 
 MGH, MINC, ITK = (".mgz", ".mgh"), (".mnc", ".mnc.gz"), (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
@@ -141,7 +142,8 @@ def sniff_itk(path: Path) -> Description | None:
 
 def read_itk(files: Sequence[Path], frame: int | None = None) -> Volume:
     """The volume of a MetaImage or NRRD file, its LPS geometry turned to RAS+."""
-    import SimpleITK as sitk
+    with extra("formats"):
+        import SimpleITK as sitk
 
     path = Path(files[0])
     reader = _itk(path)
@@ -160,7 +162,8 @@ def read_itk(files: Sequence[Path], frame: int | None = None) -> Volume:
 
 
 def _itk(path: Path):
-    import SimpleITK as sitk
+    with extra("formats"):
+        import SimpleITK as sitk
 
     if reason := streams.instead(path):
         raise Unreadable(path, reason)
@@ -179,7 +182,8 @@ def _itk(path: Path):
 
 
 def _itk_type(path: Path, reader) -> np.dtype:
-    import SimpleITK as sitk
+    with extra("formats"):
+        import SimpleITK as sitk
 
     if reader.GetNumberOfComponents() != 1:
         kind = "RGB colour or vectors"

@@ -27,6 +27,7 @@ from companion.data import anatomy, volumes
 from companion.data.intake.splits import split_people, split_table
 from companion.data.rows import Rows
 from companion.data.store import Prepared, open_dataset, write_dataset
+from companion.extras import extra
 from companion.files import project_root
 from companion.parameters import Parameters, param
 from companion.training.loop import TrainResult
@@ -145,7 +146,8 @@ def _files(p: PrepareData, progress: bool) -> tuple[dict, list, dict, dict]:
 
 def _digits(p: PrepareData, progress: bool) -> tuple[dict, list, dict, dict]:
     """Return scikit-learn's 1797 handwritten digits of 8 x 8 pixels, enlarged to 16 x 16; the last 297 for tests."""
-    from sklearn.datasets import load_digits  # comes with nilearn
+    with extra("notebooks"):
+        from sklearn.datasets import load_digits  # comes with nilearn
 
     if tuple(p.shape) != (16, 16):
         raise ValueError(f"digits have the shape (16, 16), not {p.shape}; set shape to it")
