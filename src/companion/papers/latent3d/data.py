@@ -22,6 +22,7 @@ from companion.data import anatomy, volumes
 from companion.data.intake.splits import split_people, split_table
 from companion.data.rows import Rows
 from companion.data.store import Prepared, SequenceDataset, open_dataset, prepare_once
+from companion.extras import extra
 from companion.files import project_root
 from companion.models.latent import LatentPrior
 from companion.parameters import Parameters, param
@@ -149,7 +150,8 @@ def read_folder(source: Path, beside: Path, r: Reading, seed: int, progress: boo
 
 def digits(subjects: int) -> dict:
     """What `write_dataset` takes of the 1797 digits of scikit-learn, enlarged to 16 x 16; the last 297 for tests."""
-    from sklearn.datasets import load_digits  # comes with nilearn
+    with extra("notebooks"):
+        from sklearn.datasets import load_digits  # comes with nilearn
 
     images = torch.from_numpy(load_digits().images / 16).float()[:, None]
     images = F.interpolate(images, scale_factor=2.0, mode="bilinear").clamp(0, 1).numpy().astype(np.float16)
