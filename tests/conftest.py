@@ -46,8 +46,9 @@ if p.mode == "lie":
 
 
 @pytest.fixture
-def tiny_notebook(tmp_path):
-    """The path of a notebook that ends as its parameter `mode` says."""
+def tiny_notebook(tmp_path, monkeypatch):
+    """The path of a notebook that ends as its parameter `mode` says; data and runs go beside it."""
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
     import nbformat
     import nbformat.v4 as nb
 

@@ -53,6 +53,7 @@ def runs(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
     for name in ("good", "bad"):
         run = Run.start(Plain(out=f"runs/brain/{name} <1>", device="cpu"), paper="brain", stage=name)
         fig = plt.figure(figsize=(1, 1))

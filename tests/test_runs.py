@@ -26,6 +26,7 @@ class Example(Parameters):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
     return Run.start(Example(out="runs/a", device="cpu"), paper="brain", stage="test")
 
 
@@ -72,11 +73,17 @@ def test_sha256_of_a_known_text(tmp_path):
     assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
-def test_project_root_is_found_from_a_notebook_folder(tmp_path):
+def test_data_and_runs_go_to_the_project_or_to_companion_home_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMPANION_HOME", raising=False)
     (tmp_path / "workflow").mkdir()
-    (tmp_path / "workflow" / "Snakefile").touch()
     (tmp_path / "notebooks").mkdir()
-    assert project_root(tmp_path / "notebooks") == tmp_path.resolve()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    with pytest.raises(FileNotFoundError, match="in no companion project.*companion init FOLDER.*COMPANION_HOME"):
+        project_root()
+    (tmp_path / "workflow" / "Snakefile").touch()
+    assert project_root() == tmp_path.resolve()  # Jupyter starts a kernel in the notebook's folder
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path / "elsewhere"))
+    assert project_root() == (tmp_path / "elsewhere").resolve()
 
 
 # --- parameters ----------------------------------------------------------------------------------------
@@ -185,6 +192,7 @@ def test_same_numbers_give_the_same_bytes(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
     hashes = []
     for name in "ab":
         run = Run.start(Example(out=name, device="cpu"), paper="brain", stage="test")

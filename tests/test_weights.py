@@ -197,7 +197,7 @@ def test_a_load_hashes_each_file_once(repository, saved, tmp_path, monkeypatch):
 
 def test_installed_without_the_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(model_folder, "root", lambda: tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="come with the repository: clone it"):
+    with pytest.raises(FileNotFoundError, match="come with the package: install"):
         load("brain/t1w")
 
 

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import yaml
 
-from companion.workbench.batch import WORKFLOW, all_runs, run_batch
+from companion.files import shipped
+from companion.workbench.batch import all_runs, run_batch
 from companion.workbench.run import read_run
 
 pytestmark = pytest.mark.slow
@@ -132,7 +133,7 @@ def test_a_grid_is_one_target(project):
 def test_slurm_profile_and_config_are_understood(project, capfd):
     assert run_batch("slurm", project / "config.yaml", project, ["--dry-run"]) == 0
     assert "first" in capfd.readouterr().out
-    for run in all_runs(yaml.safe_load((WORKFLOW / "config.yaml").read_text())).values():
+    for run in all_runs(yaml.safe_load((shipped("workflow") / "config.yaml").read_text())).values():
         assert {"name", "notebook", "out"} <= set(run), run
-        assert (WORKFLOW.parent / run["notebook"]).is_file(), run
-        assert (WORKFLOW.parent / run.get("params", run["notebook"])).is_file(), run
+        assert (shipped("workflow").parent / run["notebook"]).is_file(), run
+        assert (shipped("workflow").parent / run.get("params", run["notebook"])).is_file(), run

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from companion.files import atomic_write, project_root
+from companion.files import atomic_write
 from companion.show.gallery import RunGrid
 from companion.show.stack import colour_table
 from companion.workbench.catalogue import find_entries
@@ -31,7 +31,7 @@ PICTURES = {
 
 
 def main() -> int:
-    root, missing = project_root(Path(__file__).parent), 0
+    root, missing = Path(__file__).parents[1], 0
     done = {entry.name: entry for entry in find_entries(root / "runs") if entry.done}
     for name, (run, pattern, make) in PICTURES.items():
         found = sorted(done[run].folder.glob(pattern)) if run in done else []

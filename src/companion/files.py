@@ -47,13 +47,35 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def project_root(start: str | os.PathLike | None = None) -> Path:
-    """The nearest folder from `start` (default: here) upwards that holds the workflow, else `start` itself.
+def project_root() -> Path:
+    """The folder that data/ and runs/ lie in: COMPANION_HOME if it is set, else the project around here.
 
     Jupyter starts a kernel in the notebook's folder, the runner in the project's: both must file alike.
+    Raises FileNotFoundError where there is neither.
     """
+    if home := os.environ.get("COMPANION_HOME"):
+        return Path(home).expanduser().resolve()
+    if project := find_project():
+        return project
+    raise FileNotFoundError(
+        f"{Path.cwd()} is in no companion project, so there is no place for data and runs; make one with "
+        "`companion init FOLDER` and work in it, or set COMPANION_HOME to a folder"
+    )
+
+
+def find_project(start: str | os.PathLike | None = None) -> Path | None:
+    """The nearest folder from `start` (default: here) upwards that holds notebooks and workflow, if there is one."""
     start = Path(start or Path.cwd()).resolve()
-    return next((f for f in (start, *start.parents) if (f / "workflow" / "Snakefile").is_file()), start)
+    return next((f for f in (start, *start.parents) if (f / "workflow" / "Snakefile").is_file()), None)
+
+
+def shipped(name: str) -> Path:
+    """The folder `name` that comes with the package: "checkpoints", "notebooks" or "workflow".
+
+    It lies inside an installed package, and in a checkout beside src/. Read it; nothing is ever written there.
+    """
+    inside = Path(companion.__file__).parent / "share" / name
+    return inside if inside.is_dir() else Path(companion.__file__).parents[2] / name
 
 
 def code_version() -> str:

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from companion.extras import extra
+
 TISSUES = ("csf", "grey", "white")
 LABELS = {"background": 0, "csf": 1, "grey": 2, "white": 3}
 
@@ -186,7 +188,8 @@ def _upsample(noise: Tensor, shape: tuple[int, ...], keep: slice = slice(None)) 
 @lru_cache(maxsize=4)
 def _template(voxel_mm: float) -> tuple[Tensor, Tensor]:
     """Return (csf, grey, white, texture) of the template, blurred to a voxel size, and the matrix MNI mm -> voxel."""
-    from nilearn import datasets
+    with extra("notebooks"):
+        from nilearn import datasets
     from scipy.ndimage import binary_fill_holes, gaussian_filter
 
     images = [

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import t as student_t
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from companion.extras import extra
 from companion.operators.linear import check_finite
 
 
@@ -50,6 +50,8 @@ def ssim(x: Tensor, reference: Tensor, data_range=None, mask=None, fit_scale: bo
         raise ValueError(f"SSIM needs at least 11 pixels along each axis, got {tuple(x.shape[2:])}")
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "full": True}
     maps = torch.empty_like(x)
+    with extra("notebooks"):
+        from skimage.metrics import structural_similarity
     for item, channel in np.ndindex(*x.shape[:2]):
         pair = reference[item, channel].numpy(), x[item, channel].numpy()
         maps[item, channel] = torch.from_numpy(structural_similarity(*pair, data_range=float(peak[item]), **options)[1])

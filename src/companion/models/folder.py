@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from companion.files import atomic_write, sha256
+from companion.files import atomic_write, sha256, shipped
 from companion.models import registry
 from companion.models.architectures import _blank, _check_finite, _check_match, _shapes, network_of
 
@@ -26,8 +26,8 @@ ERRORS = "errors.json"  # how far the model errs, see `companion.models.errors`;
 
 
 def root() -> Path:
-    """The folder of the embedded checkpoints, in the repository beside src/."""
-    return Path(__file__).resolve().parents[3] / "checkpoints"
+    """The folder of the embedded checkpoints, which come with the package."""
+    return shipped("checkpoints")
 
 
 def embedded() -> list[str]:
@@ -129,7 +129,7 @@ def _not_found(name: str) -> str:
     if not names:
         return (
             f"no checkpoint {name!r}: it is no folder, and the embedded checkpoints ({root()}) are absent. "
-            "They come with the repository: clone it and `pip install -e .`, or give the path of a checkpoint"
+            "They come with the package: install its wheel again, or give the path of a checkpoint"
         )
     close = difflib.get_close_matches(name, [*names, *registry.entries()], 1)
     hint = f"did you mean {close[0]!r}?" if close else f"embedded: {', '.join(names)}"

@@ -17,6 +17,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
+from companion.extras import extra
 from companion.operators.linear import Composition, LinearOperator, Shape, _check, check_finite
 from companion.operators.soft_sense import coils_of
 
@@ -45,10 +46,8 @@ def nufft_adjoint(y: Tensor, trajectory: Tensor, space: Shape) -> Tensor:
 
 def _finufft(kind: int, trajectory: Tensor, space: Shape, data: Tensor, sign: int) -> Tensor:
     """Transforms (batch, ...) of type 1 (samples to grid) or 2 (grid to samples)."""
-    try:
+    with extra("mri-extra"):
         import finufft
-    except ImportError as error:
-        raise ImportError("non-Cartesian MRI needs FINUFFT; install it with: pip install 'companion[mri]'") from error
     data = data.contiguous().resolve_conj().numpy()
     double = data.dtype == np.complex128
     points = (2 * torch.pi * trajectory.detach().cpu().double() / torch.tensor(space)).numpy()

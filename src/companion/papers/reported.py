@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-import matplotlib.pyplot as plt
 import yaml
 
+from companion.extras import extra
 from companion.files import atomic_write
 from companion.parameters import Parameters, param
 from companion.show import figures
 from companion.workbench.catalogue import Entry, conditions, flatten, fulfils
 from companion.workbench.run import EXECUTION, NOTEBOOK, Run
+
+with extra("notebooks"):
+    import matplotlib.pyplot as plt
 
 PAPERS = {
     "aid": "Autoregressive image diffusion (AID)",

@@ -14,9 +14,7 @@ from functools import lru_cache, partial
 from html import escape
 from pathlib import Path
 
-import ipywidgets as widgets
-import matplotlib.pyplot as plt
-
+from companion.extras import extra
 from companion.files import project_root
 from companion.show import figures
 from companion.show.picture import Shown, close
@@ -25,6 +23,10 @@ from companion.show.viewer import Viewer
 from companion.workbench.catalogue import Entry, conditions, find_entries, fulfils
 from companion.workbench.index import duration, numbers
 from companion.workbench.run import NOTEBOOK
+
+with extra("notebooks"):
+    import ipywidgets as widgets
+    import matplotlib.pyplot as plt
 
 ROWS = 12
 SLIDERS = 4  # parameters in which the runs of a grid may differ; with more they are not a grid but different runs

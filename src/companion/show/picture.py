@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 
-import ipywidgets as widgets
 import numpy as np
 from traitlets import Unicode
+
+from companion.extras import extra
+
+with extra("notebooks"):
+    import ipywidgets as widgets
 
 NAMES = {("y", "x"): "axial", ("z", "x"): "coronal", ("z", "y"): "sagittal"}
 THREE = (("y", "x"), ("z", "x"), ("z", "y"))

@@ -21,6 +21,7 @@ from companion.data.cfl import read_cfl
 from companion.data.intake.readers import is_image, read_frames
 from companion.data.intake.records import Volume
 from companion.data.npz import read_npz
+from companion.extras import extra
 from companion.workbench.run import IMAGES
 
 PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -167,7 +168,8 @@ def mosaic(tiles: Sequence[np.ndarray]) -> np.ndarray:
 @cache
 def colour_table(name: str) -> np.ndarray:
     """256 colours (256, 3), uint8, of a matplotlib map."""
-    from matplotlib import colormaps
+    with extra("notebooks"):
+        from matplotlib import colormaps
 
     return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 

@@ -14,15 +14,18 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-import ipywidgets as widgets
 import numpy as np
-from ipywidgets import jslink
 
 from companion.data.nifti import save_nifti
+from companion.extras import extra
 from companion.files import atomic_write, project_root
 from companion.show import figures
 from companion.show.picture import COLOURS, MIDDLE, MOST, NAMES, THREE, WIDTHS, Picture, Shown, _square, close
 from companion.show.stack import PARTS, Stack, kind, make_stack, mosaic, open_stack, paint, pictures, png
+
+with extra("notebooks"):
+    import ipywidgets as widgets
+    from ipywidgets import jslink
 
 CSS = """<style>
 .companion-picture { image-rendering: pixelated; background: #000; display: block; max-width: none; }
@@ -35,7 +38,7 @@ class Viewer(Shown):
     """Pictures of a stack beside one another, all at the position that the sliders say."""
 
     def __init__(self, stack: Stack, *, folder: str | os.PathLike | None = None):
-        self.folder = Path(folder) if folder else project_root() / "runs" / "saved"
+        self.folder = Path(folder) if folder else None
         self.stack = stack
         self._at, self._busy, self._tiles, self._link, self.sliders = {}, True, {}, None, {}
         self._make_controls()
@@ -428,8 +431,9 @@ class Viewer(Shown):
         return re.sub(r"[^\w=+-]+", "_", f"{Path(self.stack.source or 'array').name.split('.')[0]}_{where}").strip("_")
 
     def _path(self, name: str | None, suffix: str) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / ((name or self._default_name()).removesuffix(suffix) + suffix)
+        folder = self.folder or project_root() / "runs" / "saved"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / ((name or self._default_name()).removesuffix(suffix) + suffix)
 
 
 def view(first, second=None, *, only=(), folder=None) -> Shown | Picture:
@@ -467,10 +471,8 @@ def explore(path: str | os.PathLike, height: int = 300):
 
     Raises ImportError with the command that installs it.
     """
-    try:
+    with extra("view"):
         from ipyniivue import NiiVue
-    except ImportError:
-        raise ImportError("exploring volumes needs ipyniivue: .venv/bin/pip install 'ipyniivue>=2.1'") from None
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     scene = NiiVue(height=height)

@@ -12,25 +12,30 @@ from pathlib import Path
 
 import yaml
 
-from companion.files import project_root
+import companion
+from companion.extras import extra
+from companion.files import find_project, project_root, shipped
 from companion.workbench.run import MANIFEST, read_run
 
-WORKFLOW = Path(__file__).parents[3] / "workflow"
+PACKAGE = Path(companion.__file__).parent
 INDEX = Path("runs/index.html")
 
 
 def run_batch(profile: str, config: Path | None, folder: Path | None, options: Sequence[str] = ()) -> int:
     """Snakemake's exit code after doing every run that is not up to date.
 
-    profile: "local", "slurm" or a profile's folder. config: the YAML file that lists the runs. folder: the
-    working directory, by default the project. options: passed on to Snakemake.
+    profile: "local", "slurm" or a profile's folder. config: the YAML file that lists the runs, by default the
+    project's. folder: where runs/ goes, by default `project_root()`. options: passed on to Snakemake.
+    Raises ModuleNotFoundError when Snakemake is not installed, FileNotFoundError outside of any project.
     """
-    if not (WORKFLOW / "Snakefile").is_file():
-        raise FileNotFoundError(f"{WORKFLOW} is missing: run this from a checkout with an editable install")
-    folder = (folder or project_root(WORKFLOW)).resolve()
-    config = (config or WORKFLOW / "config.yaml").resolve()
-    known = WORKFLOW / "profiles" / profile
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(WORKFLOW / "Snakefile")]
+    with extra("batch"):
+        import snakemake  # noqa: F401 (run as a program, below)
+    folder = (folder or project_root()).resolve()
+    project = find_project()
+    workflow = project / "workflow" if project else shipped("workflow")
+    config = (config or workflow / "config.yaml").resolve()
+    known = workflow / "profiles" / profile
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(workflow / "Snakefile")]
     command += ["--directory", str(folder), "--configfile", str(config)]
     command += ["--profile", str(known if known.is_dir() else Path(profile).resolve())]
     with _only_driver(folder) as lock:
@@ -49,6 +54,21 @@ def run_batch(profile: str, config: Path | None, folder: Path | None, options: S
         seen = f"; what there is: open {INDEX}" if after is not None else ""
         print(f"the workflow did not finish{seen}", file=sys.stderr)
     return code
+
+
+def located(pattern: str, project: Path) -> list[str]:
+    """The files that a pattern of config.yaml names, sorted: here, else in the project, else in the package.
+
+    A pattern without any file stays as it is, so that Snakemake reports it missing.
+    """
+    within = pattern.removeprefix("src/companion/")
+    places = [(Path(), pattern), (project, pattern), (shipped("checkpoints").parent, pattern)]
+    if within != pattern:
+        places.append((PACKAGE, within))
+    for folder, glob in places:
+        if found := sorted(str(file) for file in folder.glob(glob) if file.is_file()):
+            return found
+    return [pattern]
 
 
 def all_runs(config: Mapping) -> dict[str, dict]:

@@ -57,6 +57,15 @@ def look(
 
 
 @app.command()
+def init(folder: Annotated[Path, typer.Argument(help="new folder for notebooks, data and runs")]):
+    """Lay down the notebooks, their parameters and the workflow in FOLDER."""
+    from companion.workbench.project import lay_down
+
+    written = lay_down(folder)
+    print(f"{folder}: {len(written)} files; next: cd {folder} && companion batch --config workflow/smoke.yaml")
+
+
+@app.command()
 def index(runs: Annotated[Path, typer.Argument(help="folder that holds the runs")] = Path("runs")):
     """Write RUNS/index.html: one offline page with every run, its figures and numbers."""
     from companion.workbench.index import write_index

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 import companion
-from companion.files import project_root
+from companion.files import project_root, shipped
 from companion.models import checkpoint as weights
 from companion.models import folder as folders
 from companion.models import registry
@@ -113,13 +113,13 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
         ("companion", f"{companion.__version__}, {Path(companion.__file__).parent}"),
-        ("project", f"{project_root()}{'' if is_project() else ': no checkout, so no notebooks and no workflow here'}"),
+        ("project", _home()),
         ("Python", f"{platform.python_version()}, {sys.executable}"),
         ("torch", torch.__version__),
         ("device", device),
         ("cores", f"{cores} usable of {os.cpu_count()}; torch uses {torch.get_num_threads()}"),
         ("memory", _memory()),
-        ("disk", f"{_free(project_root())} free for runs, {_free(registry.home())} for weights"),
+        ("disk", f"{_free(here())} free for runs, {_free(registry.home())} for weights"),
         ("weights go to", f"{registry.home()} (COMPANION_HOME) and {constants.HF_HUB_CACHE} (HF_HOME)"),
         ("hub", f"{constants.ENDPOINT}{', offline' if constants.is_offline_mode() else ''}"),
     ]
@@ -133,8 +133,8 @@ def machine() -> str:
 
 def data() -> str:
     """Prepared data sets, and what stands for data where there are none."""
-    files = sorted((project_root() / "data").glob("*.h5"))
-    rows = [(str(path.relative_to(project_root())), _mb(path.stat().st_size)) for path in files]
+    files = sorted((here() / "data").glob("*.h5"))
+    rows = [(str(path.relative_to(here())), _mb(path.stat().st_size)) for path in files]
     return _columns([("embedded cohorts (brain, heart)", "always here"), *rows])
 
 
@@ -145,12 +145,11 @@ def papers() -> str:
         lines = [f"{paper}: {title}"]
         books = notebooks(paper)
         for book in books:
-            shown = book.relative_to(project_root())
+            shown = _shown(book)
             lacking = [f"\n      lacks {thing}: {remedy}" for thing, remedy in lacks(book)]
             lines.append(f"  {shown}:" + ("".join(lacking) or f" runs now: companion run {shown}"))
         if not books:
-            where = "in this version yet" if is_project() else f"in {project_root()}: run this in a checkout's folder"
-            lines.append(f"  no notebooks {where}")
+            lines.append("  no notebooks in this version yet")
         mine = [entry for entry in registry.entries().values() if entry.name.startswith(f"{paper}/")]
         absent = [entry.name.partition("/")[2] for entry in mine if state(entry) == "not here"]
         if absent:
@@ -160,14 +159,10 @@ def papers() -> str:
     return "\n".join(blocks)
 
 
-def is_project() -> bool:
-    """Whether there are notebooks here to run."""
-    return (project_root() / "notebooks").is_dir()
-
-
 def notebooks(paper: str) -> list[Path]:
     """The notebooks of a paper, in order; those at the top belong to "brain"."""
-    folder = project_root() / "notebooks" / ("" if paper == "brain" else paper)
+    books = here() / "notebooks"
+    folder = (books if books.is_dir() else shipped("notebooks")) / ("" if paper == "brain" else paper)
     return sorted(folder.glob("*.ipynb"))
 
 
@@ -179,8 +174,8 @@ def lacks(notebook: Path) -> list[tuple[str, str]]:
         return [("a readable parameters cell", str(error))]
     found = []
     file, maker = defaults.get("data"), notebook.with_name("1_data.ipynb")
-    if file and maker.exists() and notebook != maker and not (project_root() / file).exists():
-        found.append((f"data = {file}", f"companion run {maker.relative_to(project_root())}"))
+    if file and maker.exists() and notebook != maker and not (here() / file).exists():
+        found.append((f"data = {file}", f"companion run {_shown(maker)}"))
     for parameter in CHECKPOINTS:
         name = defaults.get(parameter)
         if isinstance(name, str) and name:
@@ -192,7 +187,7 @@ def lacks(notebook: Path) -> list[tuple[str, str]]:
 
 def _remedy(name: str) -> str | None:
     """None if a checkpoint is here, else how to get it."""
-    if name == "embedded" or name in weights.embedded() or (project_root() / name / weights.CONFIG).exists():
+    if name == "embedded" or name in weights.embedded() or (here() / name / weights.CONFIG).exists():
         return None
     if entry := registry.find(name):
         if entry.repo is None:
@@ -201,10 +196,29 @@ def _remedy(name: str) -> str | None:
     if name.startswith("hf:"):
         return f"companion weights pull {name}"
     paper = name.split("/")[1 if name.startswith("runs/") else 0]
-    trainer = project_root() / "notebooks" / paper / "2_train.ipynb"
+    trainer = here() / "notebooks" / paper / "2_train.ipynb"
     if trainer.exists():
-        return f"companion run {trainer.relative_to(project_root())}"
+        return f"companion run {_shown(trainer)}"
     return f"no embedded checkpoint of this name; it comes with the repository (git pull), or train one for {paper}"
+
+
+def here() -> Path:
+    """Where data and runs are; outside of any project the shipped notebooks and weights are looked at alone."""
+    try:
+        return project_root()
+    except FileNotFoundError:
+        return shipped("notebooks").parent
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(here()) if path.is_relative_to(here()) else path)
+
+
+def _home() -> str:
+    try:
+        return f"data and runs in {project_root()}"
+    except FileNotFoundError:
+        return "no project here: companion init FOLDER lays one down"
 
 
 # ----------------------------------------------------------------------------------------------------

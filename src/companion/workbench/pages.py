@@ -12,6 +12,7 @@ from html import escape, unescape
 from pathlib import Path
 from urllib.parse import unquote
 
+from companion.extras import extra
 from companion.files import atomic_write
 
 # A formula, or code, in which a dollar is a dollar.
@@ -37,8 +38,9 @@ def write_page(notebook: str | os.PathLike) -> Path:
 
 def page(notebook: Path) -> str:
     """The page of a notebook. Raises ValueError when it is not a notebook."""
-    import nbformat
-    from nbconvert.exporters import HTMLExporter
+    with extra("notebooks"):
+        import nbformat
+        from nbconvert.exporters import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
     try:
@@ -78,7 +80,8 @@ def _leads(folder: Path, href: str) -> bool:
 
 def mathml(formula: str, block: bool) -> str:
     """A LaTeX formula as MathML, which browsers set without help; as code, if it is beyond the converter."""
-    from latex2mathml.converter import convert
+    with extra("notebooks"):
+        from latex2mathml.converter import convert
 
     try:
         return convert(formula.strip(), display="block" if block else "inline")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import companion
+from companion.extras import extra
 from companion.files import project_root
 from companion.parameters import Parameters, check, coerce, read_yaml, unknown_names
 from companion.workbench.run import EXECUTION, MANIFEST, NOTEBOOK, VERSION, clear, read_run
@@ -170,8 +171,9 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
     """Run the notebook through papermill; `output` appears whole, whatever happens short of kill -9."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import papermill
-        from papermill.exceptions import PapermillExecutionError
+        with extra("notebooks"):
+            import papermill
+            from papermill.exceptions import PapermillExecutionError
     logging.getLogger("papermill").setLevel(logging.ERROR)
     settle()
     os.environ.update(

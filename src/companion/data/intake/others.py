@@ -16,6 +16,7 @@ import numpy as np
 from companion.data.intake import kinds, streams
 from companion.data.intake.images import _frame, _voxel_mm, check_affine, finite
 from companion.data.intake.records import Description, Unreadable, Volume
+from companion.extras import extra
 
 MGH, MINC, ITK = (".mgz", ".mgh"), (".mnc", ".mnc.gz"), (".mha", ".mhd", ".nrrd", ".nhdr")
 PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
@@ -146,7 +147,8 @@ def sniff_itk(path: Path) -> Description | None:
 
 def read_itk(files: Sequence[Path], frame: int | None = None) -> Volume:
     """The volume of a MetaImage or NRRD file, its LPS geometry turned to RAS+."""
-    import SimpleITK as sitk
+    with extra("formats"):
+        import SimpleITK as sitk
 
     path = Path(files[0])
     reader = _itk(path)
@@ -165,7 +167,8 @@ def read_itk(files: Sequence[Path], frame: int | None = None) -> Volume:
 
 
 def _itk(path: Path):
-    import SimpleITK as sitk
+    with extra("formats"):
+        import SimpleITK as sitk
 
     if reason := streams.instead(path):
         raise Unreadable(path, reason)
@@ -214,7 +217,8 @@ def _check_stream(path: Path, total: int) -> None:
 
 
 def _itk_type(path: Path, reader) -> np.dtype:
-    import SimpleITK as sitk
+    with extra("formats"):
+        import SimpleITK as sitk
 
     if reader.GetNumberOfComponents() != 1:
         kind = "RGB colour or vectors"

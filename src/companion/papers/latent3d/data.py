@@ -22,6 +22,7 @@ from companion.data import anatomy, volumes
 from companion.data.intake.splits import split_people, split_table
 from companion.data.rows import Rows
 from companion.data.store import Prepared, SequenceDataset, open_dataset, prepare_once
+from companion.extras import extra
 from companion.files import project_root
 from companion.models.latent import LatentPrior
 from companion.parameters import Parameters, param

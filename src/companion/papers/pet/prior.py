@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Generator, Tensor
 from torch.utils.data import default_collate
 
@@ -29,6 +29,9 @@ from companion.randomness import randn
 from companion.show import figures
 from companion.training.loop import TrainResult
 from companion.training.recipe import Training, UNetSize, begin, fit, main
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # network units: noise at which a prior is looked at
 COUNTS = (2.5e3, 1e4, 5e4, 2.5e5, 1e6)  # of the scans that a conditional network is tried on
