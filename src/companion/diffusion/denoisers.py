@@ -253,6 +253,8 @@ class ComplexDenoiser(nn.Module):
     mean over its two parts.
     """
 
+    state_dtype = torch.complex64  # of the images that `sample` draws from it, unless told otherwise
+
     def __init__(self, D: Denoiser, channel_axis: int = 1):
         super().__init__()
         self.D, self.channel_axis = D, channel_axis

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.extras import extra
 from companion.operators.linear import LinearOperator, Shape, _broadcasts, _check, check_finite
 
 MASKS = ("equispaced", "random", "variable_density", "poisson_disc")
@@ -244,8 +243,7 @@ def _lines(width: int, acceleration: float, kind: str, rng: np.random.Generator)
 
 
 def _poisson_disc(shape: Shape, acceleration: float, acs: int, seed: int) -> np.ndarray:
-    with extra("mri-extra"):
-        from sigpy.mri import poisson  # compiles with numba at the first call, a few seconds
+    from sigpy.mri import poisson  # compiles with numba at the first call, a few seconds
 
     if len(shape) < 2:
         raise ValueError(f"a Poisson disc needs two axes to undersample, got shape {shape}; use kind='random'")
@@ -267,8 +265,7 @@ def _poisson_disc(shape: Shape, acceleration: float, acs: int, seed: int) -> np.
 def birdcage_maps(shape: Shape, coils: int = 8) -> Tensor:
     """Simulated coil maps `(coil, *shape)`, complex64, unit sum of squares at every pixel; shape (y, x) or
     (z, y, x)."""
-    with extra("mri-extra"):
-        from sigpy.mri import birdcage_maps as birdcage
+    from sigpy.mri import birdcage_maps as birdcage
 
     if len(shape) not in (2, 3) or min(*shape, coils) < 1:
         raise ValueError(f"birdcage maps need a shape (y, x) or (z, y, x) and at least one coil, got {shape}, {coils}")
@@ -294,8 +291,7 @@ def estimate_maps(
     and 6. Raises ValueError when the centre is not fully sampled or too small. Uecker et al. 2014,
     through sigpy.
     """
-    with extra("mri-extra"):
-        from sigpy.mri.app import EspiritCalib
+    from sigpy.mri.app import EspiritCalib
 
     space = kspace.shape[-ndim:]
     kernel = min(6, max(3, acs // 3)) if kernel is None else kernel

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from companion.data.cfl import read_cfl, write_cfl
 from companion.evaluation.metrics import psnr
-from companion.extras import extra
 from companion.operators.linear import check_finite
 from companion.operators.mri import CartesianMask, Sense, sense
 from companion.operators.solve import conjugate_gradient
@@ -49,8 +48,7 @@ def l1_wavelet(y: Tensor, maps: Tensor, mask, regularisation: float = 0.001, ite
     early, which for this penalty is better than the minimum (by 0.6 dB on the embedded cohort). Lustig et al.
     2007.
     """
-    with extra("mri-extra"):
-        from sigpy.mri.app import L1WaveletRecon
+    from sigpy.mri.app import L1WaveletRecon
 
     def solve(y, maps, mask, start, bound):
         return L1WaveletRecon(
@@ -67,8 +65,7 @@ def total_variation(y: Tensor, maps: Tensor, mask, regularisation: float = 0.001
     sigpy's own step sizes need thousands of iterations, because the dual variables (at most `regularisation`)
     are so much smaller than the image; these balance the two and converge to 0.1 dB in about 150.
     """
-    with extra("mri-extra"):
-        from sigpy.mri.app import TotalVariationRecon
+    from sigpy.mri.app import TotalVariationRecon
 
     def solve(y, maps, mask, start, bound):
         dual = 0.6 * (regularisation / max(np.abs(start).max(), 1e-12)) ** 0.5
