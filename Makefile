@@ -33,7 +33,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 lab: $(INSTALLED)
-	$(BIN)/jupyter lab notebooks/start_here.ipynb
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/jupyter lab notebooks/start_here.ipynb
 
 figures: $(INSTALLED)
 	@$(BIN)/python tools/figures.py

@@ -26,6 +26,14 @@ def test_import_loads_no_torch_and_little_else():
     assert not loaded & {"torch", "numpy", "scipy", "matplotlib", "typer"} and len(loaded) < 40
 
 
+@pytest.mark.parametrize("given, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_told_otherwise(monkeypatch, given, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert python("import companion, os; print(os.environ['OMP_WAIT_POLICY'])").strip() == expected
+
+
 def test_every_name_is_there_and_is_the_thing_itself():
     for name in companion.__all__:
         assert name in dir(companion) and getattr(companion, name) is not None

@@ -238,7 +238,8 @@ def test_an_expired_token_says_so(monkeypatch, tmp_path):
 
 
 def test_the_doctor_outside_a_checkout_tells_the_truth(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "project_root", lambda: tmp_path)
-    assert "no checkout" in doctor.machine() and str(SRC / "companion") in doctor.machine()
-    assert f"no notebooks in {tmp_path}: run this in a checkout's folder" in doctor.papers()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COMPANION_HOME", raising=False)
+    assert "no project here: companion init FOLDER" in doctor.machine() and str(SRC / "companion") in doctor.machine()
+    assert "no notebooks here: companion init FOLDER" in doctor.papers()
     assert "in this version" not in doctor.papers()

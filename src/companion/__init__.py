@@ -6,10 +6,15 @@ Everything that a reconstruction needs is an attribute, imported when it is firs
 takes no time and no torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
+
+# OpenMP's threads wait in a spinning loop by default: beside another busy process they burn the cores that they wait
+# for, and a run takes many times as long. Read when torch is loaded, and handed on to kernels and batch jobs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from companion.acquisition.measurement import prepare_kspace as prepare_kspace

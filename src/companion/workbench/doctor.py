@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 import companion
-from companion.files import project_root, shipped
+from companion.files import find_project, project_root
 from companion.models import checkpoint as weights
 from companion.models import folder as folders
 from companion.models import registry
@@ -149,7 +149,7 @@ def papers() -> str:
             lacking = [f"\n      lacks {thing}: {remedy}" for thing, remedy in lacks(book)]
             lines.append(f"  {shown}:" + ("".join(lacking) or f" runs now: companion run {shown}"))
         if not books:
-            lines.append("  no notebooks in this version yet")
+            lines.append("  no notebooks here: companion init FOLDER lays them down")
         mine = [entry for entry in registry.entries().values() if entry.name.startswith(f"{paper}/")]
         absent = [entry.name.partition("/")[2] for entry in mine if state(entry) == "not here"]
         if absent:
@@ -162,8 +162,9 @@ def papers() -> str:
 def notebooks(paper: str) -> list[Path]:
     """The notebooks of a paper, in order; those at the top belong to "brain"."""
     books = here() / "notebooks"
-    folder = (books if books.is_dir() else shipped("notebooks")) / ("" if paper == "brain" else paper)
-    return sorted(folder.glob("*.ipynb"))
+    if not books.is_dir() and (project := find_project()):  # data and runs are elsewhere, by COMPANION_HOME
+        books = project / "notebooks"
+    return sorted((books / ("" if paper == "brain" else paper)).glob("*.ipynb"))
 
 
 def lacks(notebook: Path) -> list[tuple[str, str]]:
@@ -203,11 +204,11 @@ def _remedy(name: str) -> str | None:
 
 
 def here() -> Path:
-    """Where data and runs are; outside of any project the shipped notebooks and weights are looked at alone."""
+    """Where data and runs are looked for: the project, else the current folder."""
     try:
         return project_root()
     except FileNotFoundError:
-        return shipped("notebooks").parent
+        return Path.cwd()
 
 
 def _shown(path: Path) -> str:
