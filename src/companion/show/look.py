@@ -6,11 +6,14 @@ import math
 import os
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from companion.data.intake.records import Found, Item, Unreadable, Volume
+from companion.extras import extra
 from companion.files import atomic_write
+
+with extra("notebooks"):
+    import matplotlib.pyplot as plt
 
 
 def picture(found: Found, path: str | os.PathLike, most: int = 16) -> Path:
