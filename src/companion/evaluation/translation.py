@@ -7,12 +7,15 @@ import itertools
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
-from skimage.exposure import match_histograms
 from torch import Tensor
 
 from companion.evaluation import metrics
 from companion.evaluation.segmenter import Segmenter
+from companion.extras import extra
 from companion.information.pairs import grey
+
+with extra("notebooks"):
+    from skimage.exposure import match_histograms
 
 SCORES = ("PSNR", "SSIM", "MS-SSIM", "MAE", "NMI", "Dice")
 
