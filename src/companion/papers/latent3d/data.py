@@ -150,7 +150,8 @@ def read_folder(source: Path, beside: Path, r: Reading, seed: int, progress: boo
 
 def digits(subjects: int) -> dict:
     """What `write_dataset` takes of the 1797 digits of scikit-learn, enlarged to 16 x 16; the last 297 for tests."""
-    from sklearn.datasets import load_digits  # comes with nilearn
+    with extra("notebooks"):
+        from sklearn.datasets import load_digits  # comes with nilearn
 
     images = torch.from_numpy(load_digits().images / 16).float()[:, None]
     images = F.interpolate(images, scale_factor=2.0, mode="bilinear").clamp(0, 1).numpy().astype(np.float16)
