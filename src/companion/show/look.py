@@ -24,9 +24,8 @@ def picture(found: Found, path: str | os.PathLike, most: int = 16) -> Path:
     items = found.items[:most]
     columns = min(4, max(1, math.ceil(math.sqrt(len(items)))))
     rows = max(1, math.ceil(len(items) / columns))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 1.9 * rows + 0.3), squeeze=False, layout="constrained"
-    )
+    size = (3.6 * columns, 1.9 * rows + 0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, item in zip(axes.flat, items, strict=False):
