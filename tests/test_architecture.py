@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "companion"
 # From the ground up: a room imports from rooms of lower floors only. Rooms of one floor do not know each other.
 FLOORS = [
-    {"files", "randomness", "parameters"},
+    {"files", "extras", "randomness", "parameters"},
     {"operators", "networks", "information"},
     {"data"},
     {"diffusion"},
