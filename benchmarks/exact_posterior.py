@@ -36,7 +36,8 @@ from companion.diffusion.sampling import sample
 from companion.diffusion.solvers import SOLVERS, ddim
 from companion.files import atomic_write
 from companion.operators.linear import LinearOperator
-from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, sense
 from companion.randomness import randn
 
 PRIORS = ("gaussian", "mixture", "overfit")

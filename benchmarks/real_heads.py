@@ -46,7 +46,8 @@ from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
 from companion.models.checkpoint import describe_source, load_denoiser
 from companion.models.errors import load_errors
-from companion.operators.mri import Sense, birdcage_maps, cartesian_mask, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import Sense, birdcage_maps, sense
 from companion.randomness import randn
 from companion.reconstruction import mri as baselines
 from companion.reconstruction import trust

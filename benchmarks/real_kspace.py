@@ -41,7 +41,8 @@ from companion.evaluation.tables import markdown
 from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
-from companion.operators.mri import cartesian_mask, ifft
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import ifft
 from companion.randomness import randn
 from companion.reconstruction import regularised, trust
 from companion.reconstruction.regularised import bart_pics, cg, tv, wavelet

@@ -17,7 +17,8 @@ from companion.acquisition.measurement import (
 from companion.acquisition.noise import Noise, mix, noise_of_edges, noise_of_samples, noise_of_scan, whiten
 from companion.data.raw.scan import RawScan
 from companion.operators.linear import adjoint_error
-from companion.operators.mri import birdcage_maps, cartesian_mask, fft, ifft
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, fft, ifft
 from companion.operators.soft_sense import CoilSets, soft_sense
 from companion.operators.solve import conjugate_gradient
 

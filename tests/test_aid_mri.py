@@ -16,7 +16,8 @@ from companion.data.fastmri import Volume
 from companion.evaluation import metrics
 from companion.models.architectures import build, network_of
 from companion.models.folder import save_checkpoint
-from companion.operators.mri import birdcage_maps, cartesian_mask, combine, fft, ifft
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, combine, fft, ifft
 from companion.papers.aid import reconstruct as aid_mri
 from companion.papers.aid.reconstruct import MODELS, Reconstruct, score, study, summary
 from companion.randomness import randn

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from companion.evaluation.metrics import psnr
-from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, sense
 from companion.reconstruction.mri import (
     METHODS,
     available_methods,

@@ -329,8 +329,8 @@ def pet(folder, uptake_s=3600, **more):
             setattr(info, name, more.pop(name))
     array[1] *= 2
     values = dict(sop=PET, Modality="PT", Units="BQML", DecayCorrection="START",
-                  CorrectedImage=["DECY", "ATTN", "SCAT"], PatientWeight="75", RescaleIntercept="0", SeriesDescription="FDG",
-                  ImageType=["ORIGINAL", "PRIMARY"],
+                  CorrectedImage=["DECY", "ATTN", "SCAT"], PatientWeight="75", RescaleIntercept="0",
+                  SeriesDescription="FDG", ImageType=["ORIGINAL", "PRIMARY"],
                   RescaleSlope=["10", "5"], RadiopharmaceuticalInformationSequence=Sequence([info])) | more  # fmt: skip
     files = []
     for i, slope in enumerate(("10", "5")):

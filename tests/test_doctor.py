@@ -4,9 +4,9 @@ import nbformat
 import nbformat.v4 as nb
 import pytest
 
+from companion.cli import app
 from companion.models import checkpoint as weights
 from companion.workbench import doctor
-from companion.workbench.cli import app
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import torch
 from companion.data.fastmri import open_volume, parse_header
 from companion.data.intake.look import look
 from companion.evaluation import metrics
-from companion.operators.mri import cartesian_mask, ifft
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import ifft
 from companion.reconstruction import mri as baselines
 
 SLICES, ROWS, COLUMNS = 3, 45, 37  # of the image; the readout is oversampled to 90

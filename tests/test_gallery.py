@@ -22,7 +22,8 @@ from companion.parameters import Parameters, param
 from companion.show.examples import write_examples
 from companion.show.gallery import ROWS, Gallery, RunGrid, alike
 from companion.show.stack import READERS, Stack, make_stack, mosaic, open_stack, paint, pictures, png
-from companion.show.viewer import Viewer, view
+from companion.show.view import view
+from companion.show.viewer import Viewer
 from companion.workbench import catalogue
 from companion.workbench.catalogue import conditions, find_entries, flatten
 from companion.workbench.run import MANIFEST, Run

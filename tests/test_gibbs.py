@@ -12,7 +12,8 @@ from companion.diffusion.gibbs import annealed_gibbs, split_gibbs
 from companion.diffusion.guidance import posterior_mean
 from companion.diffusion.noise import karras, log_uniform
 from companion.operators.linear import Identity
-from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, sense
 from companion.randomness import generators, randn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -14,7 +14,8 @@ from companion.diffusion.guidance import ddnm, dds, diffpir, dps, landweber, pig
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
 from companion.operators.linear import Identity
-from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, sense
 from companion.randomness import randn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

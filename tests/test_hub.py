@@ -17,13 +17,13 @@ import torch
 import yaml
 from hub_server import Hub
 
+from companion import cli
 from companion.models import architectures, obtain, registry
 from companion.models import checkpoint as weights
 from companion.models import folder as models_folder
 from companion.models.hub import HubModel, push
 from companion.models.registry import Entry, fetch, moved
 from companion.papers import train_prior
-from companion.workbench import cli
 
 REPO, FILE, NAME = "authors/priors", "AID/model.pt", "test/model"
 

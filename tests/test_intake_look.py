@@ -5,10 +5,10 @@ import pytest
 from test_intake_images import head, save
 from typer.testing import CliRunner
 
+from companion.cli import app
 from companion.data.intake.look import look
 from companion.data.intake.report import report
 from companion.show.look import picture
-from companion.workbench.cli import app
 
 
 def folder(path):

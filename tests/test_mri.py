@@ -5,16 +5,13 @@ import pytest
 import torch
 
 from companion.operators.linear import Identity, Stack, adjoint_error
+from companion.operators.masks import MASKS, CartesianMask, cartesian_mask, centre_lines
 from companion.operators.mri import (
-    MASKS,
-    CartesianMask,
     Coils,
     Fourier,
     Mask,
     birdcage_maps,
-    cartesian_mask,
     centre_crop,
-    centre_lines,
     coil_maps,
     combine,
     compress_coils,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from companion.operators.linear import Diagonal
-from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, sense
 from companion.randomness import randn
 from companion.reconstruction.nullspace import agreement, measured_fraction, measured_part
 

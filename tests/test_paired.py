@@ -15,13 +15,7 @@ from companion.data.cohort import LAYOUTS, find_contrasts, find_subjects
 from companion.data.intake.splits import split_people
 from companion.data.intensity import Scale, ct_window, percentile_scale, scaled
 from companion.data.nifti import Volume, centred_affine, load_nifti, save_nifti
-from companion.data.paired import (
-    SlicePairs,
-    prepare,
-    read_subject,
-    stored_scale,
-    stored_slicing,
-)
+from companion.data.paired import SlicePairs, prepare, read_subject, stored_scale, stored_slicing
 from companion.data.slicing import PLANES, Slicing, cut_file, read_image, save_translation
 from companion.data.store import open_dataset
 

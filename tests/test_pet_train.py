@@ -19,6 +19,7 @@ from companion.models.checkpoint import describe, load_denoiser
 from companion.papers.pet import data as pet
 from companion.papers.pet import prior as pet_prior
 from companion.parameters import check, read_yaml
+from companion.reconstruction import condition
 from companion.training.loop import TrainConfig
 from companion.training.recipe import save
 
@@ -81,7 +82,7 @@ def test_activity_keeps_its_units_at_every_dose(people):
     for counts in (1e4, 1e6):
         scan = acquisition_pet.acquire(people.image, people.mu, counts, [1, 2, 3], pixel_mm=people.pixel_mm)
         assert scan.y.sum((1, 2, 3)).tolist() == pytest.approx([counts] * 3, rel=0.05)
-        level = acquisition_pet.iterates(scan, (8,)).mean((1, 2, 3)) / people.image.mean((1, 2, 3))
+        level = condition.iterates(scan, (8,)).mean((1, 2, 3)) / people.image.mean((1, 2, 3))
         assert level.tolist() == pytest.approx([1] * 3, abs=0.06)
     dose = [
         acquisition_pet.dose_channel(acquisition_pet.mean_sensitivity(acquisition_pet.scanner((32, 32), 7.0) * c), 25.0)
@@ -95,11 +96,11 @@ def test_a_condition_depends_on_its_own_scan_only(people):
     three = acquisition_pet.acquire(people.image, people.mu, torch.tensor([1e4, 1e5, 1e6]), [7, 8, 9], **options)
     alone = acquisition_pet.acquire(people.image[1:2], people.mu[1:2], 1e5, [8], **options)
     assert torch.equal(three.y[1], alone.y[0])
-    cond = acquisition_pet.condition(three, (2, 5), scale_kbq=20.0)
+    cond = condition.condition(three, (2, 5), scale_kbq=20.0)
     assert cond.shape == (3, 3, 32, 32) and torch.allclose(
-        cond[1], acquisition_pet.condition(alone, (2, 5), 20.0)[0], atol=1e-4
+        cond[1], condition.condition(alone, (2, 5), 20.0)[0], atol=1e-4
     )
-    assert torch.allclose(20 * cond[:, :2], acquisition_pet.iterates(three, (2, 5)).clamp(max=80), rtol=1e-5)
+    assert torch.allclose(20 * cond[:, :2], condition.iterates(three, (2, 5)).clamp(max=80), rtol=1e-5)
     assert cond[:, 2].flatten(1).std(1).max() < 1e-6 and (cond[:, 2, 0, 0].diff() > 0).all()  # the dose, a constant
 
 

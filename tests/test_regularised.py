@@ -8,7 +8,8 @@ import torch
 from companion.acquisition.measurement import prepare_kspace
 from companion.acquisition.noise import Noise
 from companion.acquisition.redundancy import redundancy
-from companion.operators.mri import Fourier, birdcage_maps, cartesian_mask, fft, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import Fourier, birdcage_maps, fft, sense
 from companion.operators.noncartesian import noncartesian_sense, radial_trajectory
 from companion.operators.soft_sense import soft_sense
 from companion.reconstruction import mri, regularised

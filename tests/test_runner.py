@@ -27,7 +27,7 @@ def no_kernel(monkeypatch):
 
 
 def companion(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "companion.workbench.cli", *arguments], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "companion.cli", *arguments], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from companion.diffusion.noise import karras
 from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sampling import Bill, Samples
 from companion.operators.linear import Identity
-from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, sense
 from companion.randomness import randn
 from companion.reconstruction import trust
 

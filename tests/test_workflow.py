@@ -40,7 +40,7 @@ def project(tmp_path, tiny_notebook, monkeypatch):
 
 
 def batch(project: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "companion.workbench.cli", "batch", "--config", "config.yaml"]
+    command = [sys.executable, "-m", "companion.cli", "batch", "--config", "config.yaml"]
     command += ["--folder", str(project), "--cores", "1", *options]
     with open(project / "said.txt", "w") as said:  # not a pipe: the orphans of a kill would keep it open
         return subprocess.Popen(command, cwd=project, stdout=said, stderr=said, start_new_session=True)

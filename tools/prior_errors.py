@@ -68,9 +68,11 @@ def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
 def heads(count: int, size: int) -> Tensor:
     """Complex images (count, 1, y, x) of the validation head, warped and recoloured as in training."""
     from companion.data import heads as source
+    from companion.data.heads_download import load_heads
     from companion.data.phase import add_phase
+    from companion.files import project_root
 
-    known = source.load_heads(split="validation")
+    known = load_heads(project_root() / "data" / "heads", "validation")
     images = [source.head_image(known[i % len(known)], np.random.default_rng(10_000 + i), size) for i in range(count)]
     return add_phase(torch.from_numpy(np.stack(images))[:, None], Generator().manual_seed(3))
 

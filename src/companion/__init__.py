@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from companion.models.checkpoint import describe as describe
     from companion.models.checkpoint import load as load
     from companion.models.checkpoint import load_denoiser as load_denoiser
+    from companion.operators.masks import cartesian_mask as cartesian_mask
     from companion.operators.mri import birdcage_maps as birdcage_maps
-    from companion.operators.mri import cartesian_mask as cartesian_mask
     from companion.operators.mri import estimate_maps as estimate_maps
     from companion.operators.mri import sense as sense
     from companion.randomness import generators as generators
     from companion.randomness import randn as randn
-    from companion.show.viewer import view as view
+    from companion.show.view import view as view
 
 _HOME = {  # where each name lives; a module is its own home
     "prepare_kspace": "acquisition.measurement",
@@ -61,12 +61,12 @@ _HOME = {  # where each name lives; a module is its own home
     "load": "models.checkpoint",
     "load_denoiser": "models.checkpoint",
     "birdcage_maps": "operators.mri",
-    "cartesian_mask": "operators.mri",
+    "cartesian_mask": "operators.masks",
     "estimate_maps": "operators.mri",
     "sense": "operators.mri",
     "generators": "randomness",
     "randn": "randomness",
-    "view": "show.viewer",
+    "view": "show.view",
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

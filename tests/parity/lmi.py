@@ -8,7 +8,8 @@ from torch import Tensor
 
 from companion.diffusion.ddpm import DiscreteProcess
 from companion.diffusion.noise import DiscreteSchedule, linear_betas, scaled_linear_betas
-from companion.information.local_mi import Grid, LocalMI, mutual_information
+from companion.information.grid import Grid
+from companion.information.local_mi import LocalMI, mutual_information
 from companion.information.pairs import grey_levels, joint, kernels, marginal
 from companion.networks import UNet
 from companion.networks.ddim_unet import DDIMUNet, describe, load_published, read_published, translate

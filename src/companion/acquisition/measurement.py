@@ -17,7 +17,8 @@ from companion.acquisition.maps import CROP, Box, Maps, centre_of_mask, echo_of,
 from companion.acquisition.noise import Noise, mix, noise_of_edges, noise_of_scan
 from companion.data.raw.scan import RawScan
 from companion.operators.linear import LinearOperator, check_finite
-from companion.operators.mri import CartesianMask, Sense, Shape, crop_kspace, ifft
+from companion.operators.masks import CartesianMask
+from companion.operators.mri import Sense, Shape, crop_kspace, ifft
 from companion.operators.soft_sense import soft_sense
 
 KEPT_ENERGY = 0.999  # of the signal, by the virtual coils that coil compression keeps

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from companion.data import fastmri
 from companion.operators.linear import LinearOperator
+from companion.operators.masks import CartesianMask, cartesian_mask, centre_lines
 from companion.operators.mri import (
-    CartesianMask,
     birdcage_maps,
-    cartesian_mask,
-    centre_lines,
     coil_maps,
     combine,
     estimate_maps,

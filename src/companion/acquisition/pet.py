@@ -32,7 +32,6 @@ from companion.operators.pet import (
     with_counts,
 )
 from companion.parameters import param
-from companion.reconstruction.pet import mlem
 
 FIELD_MM = 224.0  # side of the image and width of the scanner's view: heads fit, scalp included
 SCALE_KBQ = 25.0  # kBq/mL that are 1 for the network; grey matter is about 22
@@ -170,19 +169,6 @@ def read_counts(path: str | os.PathLike, image_size: int) -> Scan:
     return Scan(None, *read_sinograms(path, scanner((image_size, image_size), FIELD_MM / image_size)))
 
 
-def iterates(scan: Scan, iterations: Sequence[int]) -> Tensor:
-    """Return the MLEM images (slice, iterate, y, x) of a scan after each number of iterations, kBq/mL."""
-    kept = {}
-    mlem(
-        scan.y,
-        scan.A,
-        scan.background,
-        iterations=max(iterations),
-        callback=lambda k, x: kept.update({k: x}) if k in iterations else None,
-    )
-    return torch.cat([kept[k] for k in iterations], 1)
-
-
 def mean_sensitivity(A: LinearOperator) -> Tensor:
     """Return the counts that 1 kBq/mL gives in a pixel, mean over pixels, one per slice: what the dose is, in A."""
     return sensitivity(A).mean((-3, -2, -1)).reshape(-1)
@@ -203,12 +189,3 @@ def as_condition(images: Tensor, counts_per_kbq: Tensor, scale_kbq: float) -> Te
     """
     dose = dose_channel(counts_per_kbq.to(images), scale_kbq)[:, None, None, None]
     return torch.cat([(images / scale_kbq).clamp(max=BRIGHTEST), dose.expand(-1, 1, *images.shape[-2:])], 1)
-
-
-def condition(scan: Scan, iterations: Sequence[int], scale_kbq: float = SCALE_KBQ) -> Tensor:
-    """Return what a conditional network is given of a scan, (slice, iterate + 1, y, x).
-
-    Its scale comes from the calibration of the scan, counts to kBq/mL, and never from the image.
-    """
-    counts_per_kbq = mean_sensitivity(scan.A).expand(len(scan.y))
-    return as_condition(iterates(scan, iterations), counts_per_kbq, scale_kbq)

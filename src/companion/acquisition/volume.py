@@ -10,7 +10,8 @@ from torch import Tensor
 from companion.acquisition.mri import Scan
 from companion.data import anatomy
 from companion.data.volumes import spacing
-from companion.operators.mri import CartesianMask, birdcage_maps, fft, ifft, low_pass
+from companion.operators.masks import CartesianMask
+from companion.operators.mri import birdcage_maps, fft, ifft, low_pass
 from companion.parameters import param
 from companion.randomness import randn
 

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from companion.data import anatomy
-from companion.data.heart_parts import POINT_SPREAD, Canvas, Heart, _chest, _ventricles
+from companion.data.heart_canvas import POINT_SPREAD, Canvas
+from companion.data.heart_parts import Heart, _chest, _ventricles
 
 RESOLUTION_MM = 1.8  # edges are at least this soft, as through the thickness of a slice
 

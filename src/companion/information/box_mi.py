@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from companion.information.local_mi import LocalMI, extremes
+from companion.information.grid import extremes
+from companion.information.local_mi import LocalMI
 from companion.information.pairs import grey_levels, kernels, normalised
 
 FLOOR = 1e-12  # added to counts, so that c ln c is defined

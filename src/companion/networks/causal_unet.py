@@ -11,14 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from companion.networks.blocks import (
-    Downsample,
-    ResBlock,
-    Stage,
-    conv,
-    pixel_unshuffle,
-    zero,
-)
+from companion.networks.blocks import Downsample, ResBlock, Stage, conv, pixel_unshuffle, zero
 from companion.networks.causal_blocks import (
     Concatenate,
     Connector,

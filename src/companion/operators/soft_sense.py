@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from companion.operators.linear import LinearOperator
-from companion.operators.mri import CartesianMask, Coils, Mask, Sense, _check_maps
+from companion.operators.masks import CartesianMask
+from companion.operators.mri import Coils, Mask, Sense, _check_maps
 
 
 @dataclass(frozen=True, eq=False, repr=False)

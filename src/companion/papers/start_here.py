@@ -16,7 +16,8 @@ from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import posterior_mean
 from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
-from companion.operators.mri import birdcage_maps, cartesian_mask
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps
 from companion.parameters import Parameters, param
 from companion.reconstruction import mri as baselines
 

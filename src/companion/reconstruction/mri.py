@@ -24,7 +24,8 @@ from torch import Tensor
 from companion.data.cfl import read_cfl, write_cfl
 from companion.evaluation.metrics import psnr
 from companion.operators.linear import check_finite
-from companion.operators.mri import CartesianMask, Sense, sense
+from companion.operators.masks import CartesianMask
+from companion.operators.mri import Sense, sense
 from companion.operators.solve import conjugate_gradient
 
 

@@ -19,7 +19,8 @@ from companion.data.pet import cohort_slices
 from companion.evaluation import metrics
 from companion.files import project_root
 from companion.operators.counts import poisson_counts
-from companion.operators.mri import birdcage_maps, cartesian_mask, sense
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, sense
 from companion.operators.pet import ParallelBeam, emission_model, with_counts
 from companion.parameters import Parameters, param
 from companion.randomness import randn

@@ -202,8 +202,8 @@ class Run:
         default: what the name "embedded" means.
         """
         from companion.models.checkpoint import (
-            describe_source,
-        )  # here: torch, which a run without weights does not need
+            describe_source,  # here: torch, which a run without weights does not need
+        )
 
         for name in names:
             source = describe_source(name, default)

@@ -26,7 +26,7 @@ from companion.diffusion.sequence import SequenceSamples
 from companion.evaluation import metrics, tables
 from companion.files import project_root
 from companion.models.checkpoint import describe
-from companion.operators.mri import CartesianMask
+from companion.operators.masks import CartesianMask
 from companion.papers.aid.sample import EMBEDDED
 from companion.parameters import Parameters, param
 from companion.reconstruction import mri as baselines

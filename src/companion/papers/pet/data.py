@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.acquisition.pet import FIELD_MM, Physics, Scan, acquire, iterates, mean_sensitivity
+from companion.acquisition.pet import FIELD_MM, Physics, Scan, acquire, mean_sensitivity
 from companion.data import anatomy
 from companion.data import pet as cohort
 from companion.data.activity_maps import Person, read_people
@@ -27,6 +27,7 @@ from companion.evaluation import metrics
 from companion.files import project_root
 from companion.operators.counts import poisson_counts, thin
 from companion.parameters import Parameters, param
+from companion.reconstruction.condition import iterates
 
 PEOPLE = "virtual cohort of companion.data.pet (ICBM 152), FDG-like axial slices"
 

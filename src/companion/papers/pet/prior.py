@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import default_collate
 
-from companion.acquisition.pet import SCALE_KBQ, acquire, as_condition, condition, iterates
+from companion.acquisition.pet import SCALE_KBQ, acquire, as_condition
 from companion.data.augmentation import AugmentPipe
 from companion.data.store import Prepared, SliceDataset, open_dataset
 from companion.diffusion.denoisers import EDMDenoiser
@@ -26,6 +26,7 @@ from companion.files import project_root
 from companion.papers.pet.data import PEOPLE, held_out
 from companion.parameters import param
 from companion.randomness import randn
+from companion.reconstruction.condition import condition, iterates
 from companion.show import figures
 from companion.training.loop import TrainResult
 from companion.training.recipe import Training, UNetSize, begin, fit, main

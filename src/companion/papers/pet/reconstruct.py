@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from companion.acquisition.pet import Scan, condition
+from companion.acquisition.pet import Scan
 from companion.diffusion.covariance import Isotropic, Measured, pixel_moments
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.noise import karras
@@ -36,6 +36,7 @@ from companion.models import checkpoint
 from companion.papers.pet.prior import BLIND_SIGMA
 from companion.parameters import param
 from companion.randomness import randn
+from companion.reconstruction.condition import condition
 
 PRIOR, NETWORK = "pet/prior", "pet/enhance"
 FIRST_SIGMA = 10.0  # network units: noise level at which draws begin, an image is invisible in it

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from companion.acquisition.pet import acquire, as_condition, iterates, mean_sensitivity
+from companion.acquisition.pet import acquire, as_condition, mean_sensitivity
 from companion.data.draws import FORMATS, SEED_STEP, Draws
 from companion.data.pet import cohort_slices
 from companion.data.store import Prepared, open_dataset
@@ -30,6 +30,7 @@ from companion.models.architectures import network_of
 from companion.papers.pet.data import PEOPLE, held_out
 from companion.parameters import Parameters, param
 from companion.randomness import parse_seeds
+from companion.reconstruction.condition import iterates
 
 EMBEDDED = "pet/prior"
 
