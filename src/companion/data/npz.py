@@ -27,7 +27,7 @@ def read_npz(path: str | os.PathLike, names: Sequence[str] | None = None) -> dic
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            if not members or min(m.header_offset for m in members) > 0:
+            if not members or min(m.header_offset for m in members) > 0 or len(members) != _stated(path):
                 raise Unreadable(path, "its list of arrays is damaged or empty; save or download it again")
             for member in members:
                 name = member.filename.removesuffix(".npy")
@@ -41,6 +41,15 @@ def read_npz(path: str | os.PathLike, names: Sequence[str] | None = None) -> dic
     except Exception as error:  # zipfile and zlib raise many kinds for damaged archives
         raise Unreadable(path, f"not a readable npz of plain arrays ({error}); save or download it again") from error
     return arrays
+
+
+def _stated(path: Path) -> int:
+    """How many members the end of a zip archive says there are: a damaged list may swallow some without an error."""
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - (1 << 16) - 22, 0))
+        tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    return int.from_bytes(tail[at + 10 : at + 12], "little")
 
 
 def _array(path: Path, name: str, content: bytes) -> np.ndarray:
