@@ -85,7 +85,7 @@ def client(hub, tmp_path) -> subprocess.Popen:
         "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "COMPANION_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
-    program = f"from companion import registry; print(registry.fetch(registry.find({NAME!r})).sha256)"
+    program = f"from companion.models import registry; print(registry.fetch(registry.find({NAME!r})).sha256)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
 

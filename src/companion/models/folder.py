@@ -102,7 +102,7 @@ license: mit
 {chr(10).join(f"- {key}: {value}" for key, value in facts.items())}
 
 ```python
-from companion.weights import load
+from companion.models.checkpoint import load
 
 D = load("path/to/this/folder")
 ```
