@@ -118,7 +118,7 @@ def test_files_that_cannot_be_shown_say_why(tmp_path):
     np.savez(tmp_path / "c.npz", a=np.zeros(3))
     for name, reason in (
         ("a.h5", "a.h5 is damaged"),
-        ("b.npz", "b.npz is damaged"),
+        ("b.npz", "b.npz: not a readable npz"),
         ("c.npz", "holds no image"),
         ("d.dcm", "cannot show this kind"),
     ):

@@ -152,6 +152,8 @@ def _by_names(names: Sequence[str], folder: str) -> dict[str, Whose]:
     odd = len(nobody) < len(names)  # a file or two that are named in another way than all others
     if nobody and odd and 5 * len(nobody) <= len(names):
         return found | {name: Whose("", "", "") for name in nobody}
+    if nobody and not odd and _one_with_visits(nobody, candidates):
+        return found | {n: Whose(_person(n, candidates[n]), _session(n), "folder") for n in nobody}
     if nobody and odd or not _differ_in_kind(nobody):
         raise Unclear(f"cannot tell whose files these are: {_some(nobody)}; {HOW}")
     for name in nobody:  # one person, in this folder
@@ -238,6 +240,18 @@ def _check_groups(varying: Mapping[str, Sequence[tuple[str, int]]]) -> None:
                 f"cannot tell people from their scans: the number {number} is in {_some(example[number], 3)}; "
                 f"is it a person, or a scan of one? {HOW}"
             )
+
+
+def _one_with_visits(names: Sequence[str], candidates: Mapping[str, Sequence[tuple[str, int]]]) -> bool:
+    """Whether all names have the same number of a person, and differ in visit, contrast or processing only."""
+    numbers = {next((w for w, _ in candidates[name] if _numbered(w)), "") for name in names}
+    bare = {SESSION.sub("_", PROCESSING.sub("_", CONTRAST.sub("_", _stem_path(name)))) for name in names}
+    return (
+        len(names) > 1
+        and len(numbers) == 1
+        and "" not in numbers
+        and len({re.sub(r"[\W_]+", "_", b) for b in bare}) == 1
+    )
 
 
 def _differ_in_kind(names: Sequence[str]) -> bool:

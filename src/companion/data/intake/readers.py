@@ -59,9 +59,9 @@ def sniff(path: str | os.PathLike) -> tuple[Description, Reader]:
     for reader in readers:
         if (what := reader.sniff(path)) is not None:
             return what, reader
-    named = (
-        f"not a readable {' or '.join(r.name for r in readers)} file; download or export it again" if readers else ""
-    )
+    # a reader of files without an ending was only asked, not named by this file
+    claimed = [r.name for r in readers if path.name.lower().endswith(tuple(filter(None, r.suffixes)))]
+    named = f"not a readable {' or '.join(claimed)} file; download or export it again" if claimed else ""
     raise Unreadable(
         path, streams.instead(path) or named or f"of no format that is known here ({path.suffix or 'none'})"
     )
