@@ -117,7 +117,7 @@ def lab(tmp_path_factory):
             cwd=folder,
             stdout=log,
             stderr=log,
-            env=environment | {"OMP_NUM_THREADS": "1", "JUPYTER_PLATFORM_DIRS": "1"},
+            env=environment | {"OMP_NUM_THREADS": "1", "JUPYTER_PLATFORM_DIRS": "1", "COMPANION_HOME": str(folder)},
         )
     try:
         wait(lambda: answers(f"http://127.0.0.1:{port}/api"), "JupyterLab to start")

@@ -20,9 +20,9 @@ from companion.data.cfl import write_cfl
 from companion.data.nifti import load_nifti, save_nifti
 from companion.parameters import Parameters, param
 from companion.show.examples import write_examples
+from companion.show.explore import view
 from companion.show.gallery import ROWS, Gallery, RunGrid, alike
 from companion.show.stack import READERS, Stack, make_stack, mosaic, open_stack, paint, pictures, png
-from companion.show.view import view
 from companion.show.viewer import Viewer
 from companion.workbench import catalogue
 from companion.workbench.catalogue import conditions, find_entries, flatten

@@ -26,6 +26,7 @@ SRC = Path(__file__).parents[1] / "src"
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
 
 
 def foreign(folder):
@@ -192,7 +193,7 @@ def test_a_random_user_runs_a_notebook_and_numba(tiny_notebook, tmp_path, home):
     notebook = free / "tiny.ipynb"
     body = "import numba, sigpy.mri, matplotlib.pyplot\\nsigpy.mri.poisson((16, 16), 2)\\nimport os, time"
     notebook.write_text(tiny_notebook.read_text().replace("import os, time", body))
-    start = [*start[:4], "env", home, f"TMPDIR={free}", start[-2], start[-1]]
+    start = [*start[:4], "env", home, f"TMPDIR={free}", f"COMPANION_HOME={free}", start[-2], start[-1]]
     command = [*start, "-m", "companion.cli", "run", notebook, "--out", free / "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=SRC.parent, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

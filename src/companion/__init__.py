@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from companion.operators.mri import sense as sense
     from companion.randomness import generators as generators
     from companion.randomness import randn as randn
-    from companion.show.view import view as view
+    from companion.show.explore import view as view
 
 _HOME = {  # where each name lives; a module is its own home
     "prepare_kspace": "acquisition.measurement",
@@ -66,7 +66,7 @@ _HOME = {  # where each name lives; a module is its own home
     "sense": "operators.mri",
     "generators": "randomness",
     "randn": "randomness",
-    "view": "show.view",
+    "view": "show.explore",
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
