@@ -40,6 +40,10 @@ BEAMS = {
     "whole turn": ParallelBeam((8, 8), [2 * math.pi * k / 20 for k in range(20)]),
     "one ray": ParallelBeam((5, 5), [0.3], 1),
     "stack": ParallelBeam((3, 9, 9)),
+    "off the middle": ParallelBeam((12, 12), 24, 15, 2.0, 1.7, bin_offset=0.5),
+    "off, whole turn": ParallelBeam((8, 8), [2 * math.pi * k / 20 for k in range(20)], bin_offset=-0.3),
+    "ring": ParallelBeam((12, 12), 24, 21, 2.0, 1.7, radius_mm=19.0),
+    "ring, off": ParallelBeam((10, 14), 18, 21, 2.0, 1.7, bin_offset=0.5, radius_mm=19.0),
 }
 
 
@@ -83,7 +87,9 @@ def test_projector_is_the_matrix_of_its_triplets(beam, storage):
 def test_chords_of_a_ray_add_up_to_its_chord_in_the_square(name):
     beam = BEAMS[name]
     width = beam.slice_shape[1]
-    shifts = (np.arange(beam.bins) - (beam.bins - 1) / 2) * beam.bin_mm
+    shifts = (np.arange(beam.bins) - (beam.bins - 1) / 2 - beam.bin_offset) * beam.bin_mm
+    if beam.radius_mm:
+        shifts = beam.radius_mm * np.sin(shifts / beam.radius_mm)
     size = width * beam.pixel_mm
     exact = [[square_chord(theta, shift, size) for shift in shifts] for theta in beam.angles]
     total = dense(beam).sum(1).reshape(len(beam.angles), beam.bins).numpy()
@@ -95,6 +101,16 @@ def test_default_geometry_needs_an_eighth_of_the_matrix():
     kept = Projector(ParallelBeam((32, 32)))._symmetries("cpu").kept
     assert len(kept) == 17 * 16
     assert len(Projector(BEAMS["irregular"])._symmetries("cpu").kept) < BEAMS["irregular"].rays
+
+
+def test_an_axis_off_the_middle_moves_the_sinogram_and_keeps_fewer_symmetries():
+    """Whole bins off are a sinogram moved by whole bins; a scan of half a turn then has one symmetry, its own."""
+    x = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    middle, off = (Projector(ParallelBeam((12, 12), 18, 30, bin_offset=o)) for o in (0, 3))
+    assert torch.allclose(off(x)[..., 3:], middle(x)[..., :-3], atol=1e-5)
+    assert len(off._symmetries("cpu").kept) == off.beam.rays > len(middle._symmetries("cpu").kept)
+    disc = ParallelBeam((12, 12), 18, 30, radius_mm=1e6)  # a ring of a kilometre has even bins
+    assert torch.allclose(Projector(disc)(x), middle(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("items", [1, 3, 40])
@@ -247,6 +263,8 @@ def test_expected_deviance_is_the_mean_deviance(rate):
         (lambda: ParallelBeam((4,)), "shape must be"),
         (lambda: ParallelBeam((4, 4), []), "at least one"),
         (lambda: ParallelBeam((4, 4), pixel_mm=0), "positive"),
+        (lambda: ParallelBeam((4, 4), bins=160, bin_mm=3.4, radius_mm=100), "circumference"),
+        (lambda: ParallelBeam((4, 4), bin_offset=math.nan), "bin_offset"),
         (lambda: Projector(ParallelBeam((4, 4)), "dense"), "matrix-free"),
         (lambda: Blur((4, 4), 1.0, -1.0), "fwhm_mm"),
         (lambda: emission_model(ParallelBeam((4, 4)), torch.tensor(-1.0)), "factors"),

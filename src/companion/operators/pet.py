@@ -39,7 +39,9 @@ class ParallelBeam:
 
     angles: how many over half a turn, or the angles themselves in radians; by default twice the image's side.
     bins: shifts per angle, centred; by default the image's side. bin_mm: their distance, by default `pixel_mm`.
-    Raises ValueError for sizes that are not positive and angles that are not finite.
+    bin_offset: by how many bins the axis of rotation lies behind the middle of the bins. radius_mm: of a ring whose
+    bins are not arc corrected: their distance is `bin_mm` in the middle and shrinks outwards, s = R sin(u / R); none:
+    bins are even. Raises ValueError for sizes that are not positive, angles that are not finite, bins beyond the ring.
     """
 
     shape: Shape
@@ -47,6 +49,8 @@ class ParallelBeam:
     bins: int | None = None
     pixel_mm: float = 1.0
     bin_mm: float | None = None
+    bin_offset: float = 0.0
+    radius_mm: float | None = None
 
     def __post_init__(self):
         shape = tuple(int(n) for n in self.shape)
@@ -66,11 +70,29 @@ class ParallelBeam:
             )
         for name, value in {"shape": shape, "angles": angles, "bins": bins, "bin_mm": float(bin_mm)}.items():
             object.__setattr__(self, name, value)
+        widest = ((bins - 1) / 2 + abs(self.bin_offset)) * bin_mm
+        if not np.isfinite(widest) or (self.radius_mm is not None and not widest < self.radius_mm * np.pi / 2):
+            raise ValueError(
+                f"bins up to {widest:.4g} mm from the centre, along a ring of radius {self.radius_mm} mm; half of its "
+                "circumference is the most: give radius_mm and bin_mm in mm, and bin_offset in bins"
+            )
 
     @classmethod
     def published(cls, size: int) -> ParallelBeam:
         """The geometry of the published system: the square [-1, 1]^2, 2 size angles, size bins."""
         return cls((size, size), pixel_mm=2 / size)
+
+    @property
+    def shifts_mm(self) -> np.ndarray:
+        """The distance (bin,) of each bin's lines from the axis of rotation, signed."""
+        along = (np.arange(self.bins) - (self.bins - 1) / 2 - self.bin_offset) * self.bin_mm
+        return along if self.radius_mm is None else self.radius_mm * np.sin(along / self.radius_mm)
+
+    def bin_at(self, shift_mm: Tensor) -> Tensor:
+        """The bin, with fractions, of lines at a distance from the axis: the inverse of `shifts_mm`."""
+        if self.radius_mm is not None:
+            shift_mm = self.radius_mm * (shift_mm / self.radius_mm).clamp(-1, 1).asin()
+        return shift_mm / self.bin_mm + (self.bins - 1) / 2 + self.bin_offset
 
     @property
     def slice_shape(self) -> Shape:
@@ -112,7 +134,7 @@ def _along_rays(beam: ParallelBeam, rays: Tensor) -> tuple[Tensor, Tensor]:
     """
     height, width = beam.slice_shape
     angles = torch.tensor(beam.angles, dtype=torch.float64, device=rays.device)[rays // beam.bins]
-    shift = ((rays % beam.bins).double() - (beam.bins - 1) / 2) * (beam.bin_mm / beam.pixel_mm)
+    shift = torch.from_numpy(beam.shifts_mm / beam.pixel_mm).to(rays.device)[rays % beam.bins]
     cos, sin = angles.cos(), angles.sin()
     down = cos.abs() >= sin.abs()  # closer to the y axis: step through rows, cross over columns
     step = torch.arange(max(height, width), device=rays.device)
@@ -136,15 +158,16 @@ def _around_pixels(beam: ParallelBeam, pixels: Tensor, angles: Tensor) -> tuple[
     theta = torch.tensor(beam.angles, dtype=torch.float64, device=pixels.device)[angles]
     cos, sin = theta.cos(), theta.sin()
     x, y = (pixels % width).double() - (width - 1) / 2, (height - 1) / 2 - (pixels // width).double()
-    ratio = beam.bin_mm / beam.pixel_mm
-    centre = (x[:, None] * cos + y[:, None] * sin) / ratio + (beam.bins - 1) / 2  # the pixel's shift, in bins
-    reach = (cos.abs() + sin.abs()) / 2 / ratio
-    first = (centre - reach - 1e-6).ceil()
-    index = first[..., None] + torch.arange(math.floor(math.sqrt(2) / ratio + 2e-6) + 1, device=pixels.device)
+    centre = (x[:, None] * cos + y[:, None] * sin) * beam.pixel_mm
+    reach = (cos.abs() + sin.abs()) / 2 * beam.pixel_mm
+    first = (beam.bin_at(centre - reach) - 1e-6).ceil().clamp(min=0)
+    last = (beam.bin_at(centre + reach) + 1e-6).floor().clamp(max=beam.bins - 1)
+    index = first[..., None] + torch.arange(max(0, int((last - first).max())) + 1, device=pixels.device)
     major, minor = torch.maximum(cos.abs(), sin.abs()), torch.minimum(cos.abs(), sin.abs())
-    distance = (index - centre[..., None]).abs() * ratio / major[:, None]
+    inside = index <= last[..., None]
+    shifts = torch.from_numpy(beam.shifts_mm).to(pixels.device)[index.long().clamp(0, beam.bins - 1)]
+    distance = (shifts - centre[..., None]).abs() / beam.pixel_mm / major[:, None]
     length = _chord(distance, major[:, None], minor[:, None], beam.pixel_mm)
-    inside = (index >= 0) & (index < beam.bins)
     ray = angles[:, None] * beam.bins + index.long()
     return torch.where(inside, length, 0.0), torch.where(inside, ray, 0)
 
@@ -214,7 +237,7 @@ def _elements(beam: ParallelBeam):
                 to, mirrored = np.arange(len(angles)), np.zeros(len(angles), bool)
             else:
                 to, mirrored = _match(angles, sign * angles + quarters * np.pi / 2)
-            if (to < 0).any() or len(np.unique(to)) < len(to):
+            if (to < 0).any() or len(np.unique(to)) < len(to) or (mirrored.any() and beam.bin_offset):
                 continue
             shifted = np.where(mirrored[:, None], beam.bins - 1 - bins, bins)
             yield image.flatten(), torch.from_numpy((to[:, None] * beam.bins + shifted).ravel())
