@@ -2,17 +2,26 @@
 
 A reader may refuse (its own error, or "not my format") or give the same values. Anything else is a finding: other
 values, another error, a crash, more than `SECONDS`, or more memory than 4 times the file.
+
+Every reading is done by a child that may die, forked from a server that is a clean process of one thread: a fork beside
+other threads copies the locks that they hold, and a child that asks for one waits for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import pickle
 import resource
+import select
 import signal
+import subprocess
+import sys
 import tempfile
+import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +44,7 @@ for module in ("PIL.PngImagePlugin", "SimpleITK", "twixtools"):  # here, or each
         importlib.import_module(module)
 
 SECONDS = 10  # of computing
+WALL = 180  # seconds in which a child must tell something, however busy the machine
 SLACK = 96 << 20  # bytes that any reading may take: buffers of libraries, and modules that load at the first use
 REAL = Path(__file__).parents[2] / "shared" / "real" / "kspace" / "gre.dat"
 
@@ -228,6 +238,40 @@ SAMPLES = (
 )
 
 
+def _zeros(folder):
+    (folder / "a.bin").write_bytes(bytes(64))
+    return folder / "a.bin"
+
+
+def _bad(how):
+    def read(path):
+        content = path.read_bytes()
+        if any(content):
+            how()
+        return [np.frombuffer(content, np.uint8)]
+
+    return read
+
+
+def _compute():
+    while True:
+        time.process_time()
+
+
+# What no reader may do, so that the harness can be shown to see it.
+BAD = tuple(
+    Sample(words, _zeros, True, read=_bad(how))
+    for words, how in {
+        "died, SIGABRT": os.abort,
+        "KeyError": lambda: {}["x"],
+        "memory": lambda: np.ones(2**28),
+        "changed": lambda: None,
+        "took over 1 s": _compute,
+        "took over 3 s without computing": lambda: time.sleep(60),
+    }.items()
+)
+
+
 # ------------------------------------------------------------------------------------------------------------ spoiling
 
 
@@ -268,68 +312,122 @@ class Finding:
     what: str
 
 
-def try_all(sample: Sample, cases: range, change=spoil, seed: int = 0, seconds: float | None = None):
-    """(how many of each outcome, findings) of one sample spoilt in many ways, each in a process that may die."""
+def try_all(
+    sample: Sample, cases: range, change=spoil, seed: int = 0, seconds: float | None = None, limits=(SECONDS, WALL)
+):
+    """(how many of each outcome, findings) of one sample spoilt in many ways, each in a process that may die.
+
+    sample, change: of this module. limits: seconds of computing and of waiting for one case.
+    """
+    server = _server()
+    pickle.dump((sample.name, cases, change.__name__, seed, seconds, limits), server.stdin)
+    server.stdin.flush()
+    return pickle.load(server.stdout)
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """A clean process that answers `try_all`; it ends when this one closes its standard input."""
+    single = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+    return subprocess.Popen(
+        [sys.executable, "-c", "import fuzzing; fuzzing.serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent,
+        env=os.environ | single,
+    )
+
+
+def serve() -> None:
+    """Answer every question of `try_all` on standard input, until it is closed."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not get among the answers
+    while True:
+        try:
+            name, cases, change, *rest = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        sample = next(sample for sample in (*SAMPLES, *BAD) if sample.name == name)
+        pickle.dump(_try_all(sample, cases, globals()[change], *rest), answers)
+        answers.flush()
+
+
+def _try_all(sample: Sample, cases: range, *how):
     outcomes, findings, start = Counter(), [], cases.start
     while start < cases.stop:
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(read)
-            _child(sample, range(start, cases.stop), change, seed, seconds, write)
-        os.close(write)
-        last = start - 1
-        with os.fdopen(read, "rb") as stream:
-            while True:
-                try:
-                    last, what, finding = pickle.load(stream)
-                except (EOFError, pickle.UnpicklingError):
-                    break
+        last, what = start - 1, ""
+        with tempfile.TemporaryDirectory() as folder:
+            for last, what, finding in _children(sample, range(start, cases.stop), *how, folder):
                 outcomes[what] += 1
                 if finding:
                     findings.append(Finding(sample.name, last, finding))
-        status = os.waitpid(child, 0)[1]
-        if not os.WIFSIGNALED(status):
+        if what != "died":
             break
-        died = signal.Signals(os.WTERMSIG(status)).name
-        findings.append(
-            Finding(sample.name, last + 1, f"took over {SECONDS} s" if died == "SIGPROF" else f"died, {died}")
-        )
-        outcomes["died"] += 1
-        start = last + 2
+        start = last + 1
     return outcomes, findings
 
 
-def _child(sample: Sample, cases: range, change, seed: int, seconds: float | None, write: int) -> None:
-    """Spoil and read one case after another, telling the parent; never returns."""
-    import time
+def _children(sample: Sample, cases: range, change, seed: int, seconds: float | None, limits, folder: str):
+    """Yield (case, outcome, finding) as a child tells them; where it dies, that is the last outcome."""
+    assert len(os.listdir("/proc/self/task")) == 1, "a library began a thread; forks beside threads may hang"
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        _child(sample, cases, change, seed, seconds, limits[0], write, Path(folder))
+    os.close(write)
+    last, waited = cases.start - 1, False
+    with os.fdopen(read, "rb", buffering=0) as stream:
+        while not (waited := not select.select([stream], [], [], limits[1])[0]):
+            try:
+                told = pickle.load(stream)
+            except (EOFError, pickle.UnpicklingError):
+                break
+            last = told[0]
+            yield told
+        if waited:
+            os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if waited:
+        yield last + 1, "died", f"took over {limits[1]} s without computing"
+    elif os.WIFSIGNALED(status):
+        died = signal.Signals(os.WTERMSIG(status)).name
+        yield last + 1, "died", f"took over {limits[0]} s" if died == "SIGPROF" else f"died, {died}"
+    elif os.WEXITSTATUS(status):
+        raise RuntimeError(f"the sample {sample.name} cannot be made or read undamaged")
 
-    began = time.monotonic()
-    quiet = os.open(os.devnull, os.O_WRONLY)  # libraries in C complain on standard error
-    os.dup2(quiet, 2)
+
+def _child(
+    sample: Sample, cases: range, change, seed: int, seconds: float | None, limit: float, write: int, folder: Path
+) -> None:
+    """Spoil and read one case after another, telling the parent; never returns."""
+    began, code = time.monotonic(), 1
     try:
-        with tempfile.TemporaryDirectory() as folder, os.fdopen(write, "wb", buffering=0) as out:
-            path = sample.make(Path(folder))
+        with os.fdopen(write, "wb", buffering=0) as out:
+            path = sample.make(folder)
             content, truth = path.read_bytes(), values(path, sample)
             size = max(len(content), sum(a.nbytes for a in truth))
-            limit = _address_space() + 4 * size + SLACK
-            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            quiet = os.open(os.devnull, os.O_WRONLY)  # libraries in C complain on standard error
+            os.dup2(quiet, 2)
+            most = _address_space() + 4 * size + SLACK
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            kept = sample.header(content)
+            begin = kept if change is flip else 0
             for case in cases:
                 if seconds is not None and time.monotonic() - began > seconds:
                     break
-                kept = sample.header(content)
-                begin = kept if change is flip else 0
-                spoilt = change(content[begin:], np.random.default_rng((seed, case)))
-                path.write_bytes(content[:begin] + spoilt)
-                signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor, so that a busy machine finds nothing
-                what, finding = _outcome(
-                    path, sample, truth, sample.checked and path.read_bytes()[:kept] == content[:kept]
-                )
+                spoilt = content[:begin] + change(content[begin:], np.random.default_rng((seed, case)))
+                path.write_bytes(spoilt)
+                signal.setitimer(signal.ITIMER_PROF, limit)  # of the processor, so that a busy machine finds nothing
+                what, finding = _outcome(path, sample, truth, sample.checked and spoilt[:kept] == content[:kept])
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 out.write(pickle.dumps((case, what, finding)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def _outcome(path: Path, sample: Sample, truth: list[np.ndarray], checked: bool) -> tuple[str, str]:

@@ -37,41 +37,10 @@ def test_any_damage_is_refused_by_the_readers_own_error(sample):
     assert not findings and outcomes.total() == 12
 
 
-def test_the_harness_sees_what_it_must():
-    """A reader that crashes, hangs, takes memory, raises or changes values is found."""
-    import os
-    import time
-
-    import numpy as np
-
-    def make(folder):
-        (folder / "a.bin").write_bytes(bytes(64))
-        return folder / "a.bin"
-
-    def bad(how):
-        def read(path):
-            if path.read_bytes() != bytes(64):
-                how()
-            return [np.frombuffer(path.read_bytes(), np.uint8)]
-
-        return read
-
-    def hang():
-        while True:
-            time.process_time()
-
-    ways = {
-        "died, SIGABRT": os.abort,
-        "KeyError": lambda: {}["x"],
-        "memory": lambda: np.ones(2**28),
-        "changed": lambda: None,
-        "over": hang,
-    }
-    seconds, fuzzing.SECONDS = fuzzing.SECONDS, 1
-    try:
-        for words, how in ways.items():
-            sample = fuzzing.Sample("bad", make, True, read=bad(how))
-            _, findings = fuzzing.try_all(sample, range(1), fuzzing.flip)
-            assert len(findings) == 1 and words in findings[0].what
-    finally:
-        fuzzing.SECONDS = seconds
+@pytest.mark.parametrize("sample", fuzzing.BAD, ids=lambda sample: sample.name)
+def test_the_harness_sees_what_it_must(sample):
+    """A reader that crashes, computes or waits for ever, takes memory, raises or changes values is found each time."""
+    wall = 3 if "without computing" in sample.name else 120
+    outcomes, findings = fuzzing.try_all(sample, range(2), fuzzing.flip, limits=(1, wall))
+    assert [finding.case for finding in findings] == [0, 1] and outcomes.total() == 2
+    assert all(sample.name in finding.what for finding in findings)

@@ -371,6 +371,32 @@ def test_a_real_siemens_file():
 
 
 @needs_real
+def test_no_length_or_count_of_a_siemens_file_makes_its_reading_endless(tmp_path):
+    """Each of these made twixtools go round for ever, or to fill the memory."""
+    pytest.importorskip("twixtools", reason="needs the extra formats")
+    content = (SHARED / "real" / "kspace" / "gre.dat").read_bytes()
+    line = 10240 + int.from_bytes(content[10240:10244], "little")  # where the first line begins
+    flags = int.from_bytes(content[line + 40 : line + 48], "little")
+    at = content.index(b"[0]", content.index(b"ASCCONV BEGIN", content.index(b"MeasYaps")))
+    spoilt = {
+        "0 bytes": [(line, bytes(3)), (line + 40, (flags | 32).to_bytes(8, "little"))],  # a block of others, length 0
+        "no readable header": [(16, (2**60).to_bytes(8, "little"))],  # begins behind the end
+        "truncated": [(len(content) - 20000, None)],
+        "part MeasYaps of its header is damaged": [(at, b"[999999999]")],
+        "part Config of its header is damaged": [(content.index(b"Config") + 200, b" " * 30000)],
+    }
+    for number, (words, changes) in enumerate(spoilt.items()):
+        damaged = bytearray(content)
+        for place, new in changes:
+            damaged[place : None if new is None else place + len(new)] = new or b""
+        path = tmp_path / f"{number}.dat"
+        path.write_bytes(damaged)
+        for read in (sniff_twix, lambda p: read_twix([p])):
+            with pytest.raises(Unreadable, match=words):
+                read(path)
+
+
+@needs_real
 def test_real_bart_and_numpy_kspace():
     folder = SHARED / "real" / "kspace"
     full = read_cfl_scan([folder / "full.cfl"])

@@ -8,10 +8,8 @@ data headers; navigators and phase correction are left out, by name. Readout is 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import warnings
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +32,8 @@ def sniff_twix(path: str | os.PathLike) -> Description | None:
     path = Path(path)
     if not _is_twix(path):
         return None
-    scan = _Measurement(path)
+    with open(path, "rb") as file:
+        scan = _Measurement(path, file)
     return describe(
         "Siemens raw data",
         scan.shape,
@@ -53,21 +52,22 @@ def read_twix(files: Sequence[Path], which: Mapping[str, int] | None = None) -> 
     path = Path(files[0])
     if not _is_twix(path):
         raise Unreadable(path, "not a Siemens raw data file")
-    scan = _Measurement(path)
-    chosen = choose(path, scan.counts, which)
-    imaging = [b for b in scan.imaging if all(getattr(b, "c" + COUNTERS[n]) == i for n, i in chosen.items())]
-    if not imaging:
-        raise Unreadable(path, f"no imaging data for {chosen}; choose others with which=...")
-    sums, hits = scan.gridded(imaging)
+    with open(path, "rb") as file:
+        scan = _Measurement(path, file)
+        chosen = choose(path, scan.counts, which)
+        imaging = [b for b in scan.imaging if all(getattr(b, "c" + COUNTERS[n]) == i for n, i in chosen.items())]
+        if not imaging:
+            raise Unreadable(path, f"no imaging data for {chosen}; choose others with which=...")
+        sums, hits = scan.gridded(imaging)
+        noise, calibration = scan.noise(), scan.calibration()
     np.divide(sums, np.maximum(hits, 1), out=sums)
     flat = len(scan.shape) == 4
-    calibration = scan.calibration()
     return raw_scan(
         path,
         sums[:, :, 0] if flat else sums,
         hits[:, :, 0] if flat else hits,
         voxel_mm=scan.voxel_mm,
-        noise=scan.noise(),
+        noise=noise,
         calibration=calibration if calibration is None or not flat else calibration[:, :, 0],
         oversampling=(scan.oversampling, 1.0) if flat else (1.0, scan.oversampling, 1.0),
         about=scan.about,
@@ -88,17 +88,12 @@ def _is_twix(path: Path) -> bool:
 
 
 class _Measurement:
-    """The last measurement of a file, its lines sorted by kind."""
+    """The last measurement of an open file, its lines sorted by kind."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, file):
         self.path, self.about = path, {}
-        blocks, header = _read(path)
-        try:
-            self._sort(blocks, header)
-        except Unreadable:
-            raise
-        except Exception as error:
-            raise Unreadable(path, f"its measurement cannot be sorted ({error}); export it again") from error
+        with streams.guarded(path, "Siemens raw data"):
+            self._sort(*_last_measurement(path, file))
 
     def _sort(self, blocks, header) -> None:
         config, yaps = header.get("Config", {}), header.get("MeasYaps", {})
@@ -200,28 +195,69 @@ class _Measurement:
         return centred_box(sums / np.maximum(hits, 1), hits)
 
 
-def _read(path: Path):
-    """The lines and the header of the last measurement."""
+def _last_measurement(path: Path, file) -> tuple[list, dict]:
+    """The lines and the header of the last measurement of an open file, whose values twixtools reads when asked.
+
+    Each step is bounded by the size of the file: a damaged length, count or index ends the reading, not the memory.
+    """
     try:
-        import twixtools
+        import twixtools.hdr_def
+        import twixtools.mdb
     except ImportError as error:
         raise Unreadable(
             path, 'Siemens raw data need the package twixtools: pip install "companion[formats]", or convert to ISMRMRD'
         ) from error
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            measurements = twixtools.read_twix(str(path), parse_pmu=False, parse_geometry=False, verbose=False)
-    except Exception as error:  # twixtools raises many kinds for damaged files
-        raise Unreadable(path, f"not a readable Siemens raw data file ({error}); export it again") from error
-    found = [m for m in measurements if isinstance(m, dict) and "mdb" in m]
-    if not found:
-        raise Unreadable(path, "holds no measurement; export it again")
-    return found[-1]["mdb"], found[-1].get("hdr", {})
+    size = path.stat().st_size
+    first, count = (int(n) for n in np.fromfile(file, "<u4", 2))
+    several = first < 10000 and count <= 64  # VD and later: a table of measurements
+    start = 0
+    if several:
+        file.seek(0)
+        start = int(np.fromfile(file, twixtools.hdr_def.MultiRaidFileHeader, 1)[0]["entry"][count - 1]["off_"])
+    file.seek(start) if start < size else None
+    length, parts = (int(n) for n in np.fromfile(file, "<u4", 2)) if start + 8 < size else (0, 0)
+    if not (8 < length < size - start and 0 < parts < 64):
+        raise Unreadable(path, "its measurement has no readable header; copy or export it again")
+    blocks, at, least = [], start + length, 192 if several else 128  # bytes of a line's header
+    while True:
+        file.seek(at)
+        try:
+            block = twixtools.mdb.Mdb(file, several) if at + least <= size else None
+        except ValueError:  # from ctypes: fewer bytes than its channels need
+            block = None
+        if block is None:
+            raise Unreadable(path, "ends before its last line: truncated; copy or export it again")
+        step = int(block.dma_len)
+        if block.is_flag_set("ACQEND"):
+            break
+        if step < least or at + step > size:
+            raise Unreadable(path, f"line {len(blocks)} says that it has {step} bytes: damaged; copy it again")
+        blocks.append(block)
+        at += step
+    return blocks, _header(path, file, start, length, parts)
+
+
+def _header(path: Path, file, start: int, length: int, parts: int) -> dict:
+    """The parts of a measurement's header that are used here, name -> values, parsed by twixtools."""
+    from twixtools.twixprot import parse_buffer
+
+    file.seek(start + 8)
+    text, found = file.read(length - 8), {}
+    for _ in range(parts):
+        named = re.match(rb"[\w]{0,40}(?=\0)", text)
+        if not named:
+            break
+        name, text = named.group().decode("latin1"), text[named.end() + 1 :]
+        one, text = text[4 : (end := 4 + int.from_bytes(text[:4], "little"))], text[end:]
+        if name not in ("Config", "Dicom", "MeasYaps"):
+            continue
+        # twixtools' patterns take the square of the longest word or gap, and it grows lists up to any index
+        longest = max((len(run) for run in re.findall(rb"\s+|\S+", one)), default=0)
+        index = max((int(digits[:9]) for digits in re.findall(rb"\[(\d+)", one)), default=0)
+        if longest > 20000 or index > 20000:
+            raise Unreadable(path, f"part {name} of its header is damaged; copy or export it again")
+        found[name] = parse_buffer(one.decode("latin1"))
+    return found
 
 
 def _number(value, default: float) -> float:
