@@ -8,10 +8,12 @@
 #
 # .venv is built on first use, by uv when there is one, else by pip (Python 3.11 or newer).
 # PYTHON=python3.12 chooses the interpreter. TORCH=cpu|auto chooses the torch build when your package index
-# would otherwise bring CUDA: auto looks at the driver. CORES=n limits the notebooks run at once.
+# would otherwise bring CUDA: auto looks at the driver. CORES=n limits the notebooks run at once, WORKERS=n the
+# processes that share the tests: as many as there are cores, 4 at most, of one thread each.
 
 PYTHON    ?= python3
 CORES     ?= all
+WORKERS   ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0))))")
 BIN       := .venv/bin
 INSTALLED := .venv/.companion-installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/*/*.ipynb)
@@ -30,7 +32,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" $(NOTEBOOKS))
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lab: $(INSTALLED)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/jupyter lab notebooks/start_here.ipynb

@@ -62,7 +62,7 @@ handle.dispatchEvent(new KeyboardEvent('keydown', {key: key, bubbles: true}));
 
 
 @pytest.fixture(scope="module")
-def browser():
+def chromium():
     """Chromium without a network, driven by selenium."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install 'selenium>=4.25'")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -78,8 +78,27 @@ def browser():
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     chrome.set_script_timeout(PATIENCE)
     yield chrome
-    chrome.get("about:blank")  # leaves JupyterLab, which would ask whether to save
     chrome.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    """A new tab, the only one: what the page of an earlier test still asks for is over with its tab."""
+    earlier = chromium.window_handles
+    chromium.switch_to.new_window("tab")
+    tab = chromium.current_window_handle
+    for handle in earlier:
+        chromium.switch_to.window(handle)
+        chromium.get("about:blank")  # leaves JupyterLab, which would ask whether to save
+        chromium.close()
+    chromium.switch_to.window(tab)
+    return chromium
+
+
+def network(browser) -> list[dict]:
+    """Events of the network in the tab of the test since the last call."""
+    entries = [json.loads(entry["message"]) for entry in browser.get_log("performance")]
+    return [e["message"] for e in entries if e["webview"] == browser.current_window_handle]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +172,8 @@ class Notebook:
             lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-CodeCell'))"),
             "the notebook to open",
         )
-        ready = f"return {CELLS}.length > 5 && window.jupyterapp.shell.currentWidget.sessionContext.isReady"
+        shown = "window.jupyterapp.shell.currentWidget"  # null until it is in front
+        ready = f"return {shown}?.content?.widgets?.length > 5 && {shown}.sessionContext.isReady"
         wait(lambda: browser.execute_script(ready), "the kernel")
         browser.execute_script(RUN_ALL)
         wait(lambda: browser.execute_script("return window.allCellsRan"), f"{name} to finish")
@@ -301,7 +321,7 @@ def test_index_and_pages_are_whole_without_a_network(browser, tmp_path):
     (runs / "example" / "stopped" / "notebook.ipynb").write_text("{}")
     index = write_index(runs)
     for page, pictures, formulas in ((index, 2, 0), (folders[0] / "notebook.html", 1, 2)):
-        browser.get_log("performance")
+        network(browser)
         browser.get(page.as_uri())
         browser.execute_script("document.querySelectorAll('img').forEach(i => { i.loading = 'eager'; })")
         wait(lambda: browser.execute_script("return [...document.images].every(i => i.complete)"), "the pictures", 60)
@@ -312,7 +332,7 @@ def test_index_and_pages_are_whole_without_a_network(browser, tmp_path):
             "m.getBoundingClientRect().height * m.getBoundingClientRect().width)"
         )
         assert len(sizes) == formulas and all(size > 100 for size in sizes)
-        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        events = network(browser)
         asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
         assert asked and all(url.startswith(("file:", "data:")) for url in asked), asked
         assert not [e for e in events if e["method"] == "Network.loadingFailed"]

@@ -72,20 +72,31 @@ def smoke(notebook: Path, **others) -> dict:
     return read_yaml(profiles(notebook)["smoke"]) | {"device": "cpu"} | others
 
 
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder of a notebook's run with its smoke parameters, one run whoever asks for it."""
+    folders = {}
+
+    def run(notebook: Path) -> Path:
+        if notebook not in folders:
+            at = tmp_path_factory.mktemp(notebook.stem)
+            values = smoke(notebook)
+            if "data" in values:
+                values["data"] = str(at / "data.h5")
+            if notebook.stem == "2_train":  # what it learns from is made by the notebook before
+                values["data"] = str(run(notebook.with_name("1_data.ipynb")).parent / "data.h5")
+            if notebook.stem == "5_grid":
+                values["runs"] = str(run(notebook.with_name("4_reconstruct.ipynb")).parent)
+            folders[notebook] = run_notebook(notebook, values, out=str(at / "run"))
+        return folders[notebook]
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(notebook, tmp_path):
-    values = smoke(notebook)
-    if "data" in values:
-        values["data"] = str(tmp_path / "data.h5")
-    if notebook.stem == "2_train":  # what it learns from is made by the notebook before
-        first = notebook.with_name("1_data.ipynb")
-        run_notebook(first, smoke(first, data=values["data"]), out=str(tmp_path / "prepared"))
-    if notebook.stem == "5_grid":
-        one = notebook.with_name("4_reconstruct.ipynb")
-        run_notebook(one, smoke(one), out=str(tmp_path / "grid" / "one"))
-        values["runs"] = str(tmp_path / "grid")
-    folder = run_notebook(notebook, values, out=str(tmp_path / "run"))
+def test_notebook_runs(notebook, ran):
+    folder = ran(notebook)
     run = read_run(folder)
     assert run.state == "done", run.reason
     figures = [about for about in run.record["results"].values() if about["kind"] == "figure"]
