@@ -2,6 +2,7 @@
 
     python tools/prior_errors.py brain/t1w --size 64
     python tools/prior_errors.py general/2d --size 128 --own heads
+    python tools/prior_errors.py pet/heads --own activity
 
 The first model is that of images like the training set, which the prior did not see; the second that of dead leaves,
 shapes that hide each other: nothing of a head is in them, so a prior that errs on a scan as it does there does not know
@@ -17,12 +18,12 @@ import torch
 from torch import Generator, Tensor
 
 from companion.data import anatomy
+from companion.data.virtual import slices
 from companion.diffusion.denoisers import AnySize
 from companion.diffusion.recalibration import ErrorModel
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import save_errors
-from companion.papers.train_prior import slices
 
 SIGMAS = torch.logspace(-2, 1.3, 12)
 
@@ -77,7 +78,41 @@ def heads(count: int, size: int) -> Tensor:
     return add_phase(torch.from_numpy(np.stack(images))[:, None], Generator().manual_seed(3))
 
 
-OWN = {"people": ("virtual people", people), "heads": ("heads", heads)}
+def activity(count: int, size: int) -> Tensor:
+    """Activity (count, 1, y, x) of the validation head, warped and with random uptake as in training."""
+    from companion.data import head_activity as source
+    from companion.data.heads_download import load_heads
+    from companion.files import project_root
+
+    known = [source.active_head(head) for head in load_heads(project_root() / "data" / "heads", "validation")]
+    rngs = [np.random.default_rng(20_000 + i) for i in range(count)]
+    images = [source.activity_image(known[i % len(known)], rng, size) for i, rng in enumerate(rngs)]
+    return torch.from_numpy(np.stack(images))[:, None]
+
+
+def active_people(count: int, size: int) -> Tensor:
+    """Activity (count, 1, y, x) of virtual people of the validation split, a lesion each."""
+    from companion.data.head_activity import SCALE_KBQ
+    from companion.papers.pet.data import held_out
+
+    return held_out("validation", count, size, lesions=1).image / SCALE_KBQ
+
+
+def active_leaves(count: int, size: int) -> Tensor:
+    """Dead leaves (count, 1, y, x) as activity."""
+    from companion.data.head_activity import leaves_image
+
+    return torch.from_numpy(np.stack([leaves_image(np.random.default_rng(seed), size) for seed in range(count)]))[
+        :, None
+    ]
+
+
+OWN = {
+    "people": ("virtual people", people, leaves),
+    "heads": ("heads", heads, leaves),
+    "activity": ("heads", activity, active_leaves),
+    "active people": ("virtual people", active_people, active_leaves),
+}
 
 
 def main(argv=None) -> None:
@@ -90,7 +125,8 @@ def main(argv=None) -> None:
     D = load_denoiser(args.name)
     D = AnySize(D, network_of(D).total_stride)
     errors = {}
-    for name, make in (OWN[args.own], ("dead leaves", leaves)):
+    kind, own, other = OWN[args.own]
+    for name, make in ((kind, own), ("dead leaves", other)):
         about = f"{args.count} images of {args.size} x {args.size}: {name}"
         errors[name] = ErrorModel.fit(D, make(args.count, args.size), SIGMAS, about=about)
     print(save_errors(args.name, errors))

@@ -118,9 +118,14 @@ class Plane:
         return self.points + mm * self.normal
 
 
-def draw_plane(head: Head, rng: np.random.Generator, n: int, spacing_mm: float) -> Plane:
-    """Return n x n points about `spacing_mm` apart: sagittal, coronal, axial or oblique, of a head of any size."""
-    axes = rotation(rng)
+def draw_plane(
+    head: Head, rng: np.random.Generator, n: int, spacing_mm: float, axes: np.ndarray | None = None
+) -> Plane:
+    """Return n x n points about `spacing_mm` apart: sagittal, coronal, axial or oblique, of a head of any size.
+
+    axes: rows (3, 3) as of `rotation`, which draws them by default.
+    """
+    axes = rotation(rng) if axes is None else axes
     size = np.exp(rng.normal(0, 0.08) + rng.normal(0, 0.05, 3))  # children to large heads, long and short ones
     centre = draw_centre(head, rng, n * spacing_mm)
     line = (torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * spacing_mm

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from companion.acquisition.pet import Scan
 from companion.diffusion.covariance import Isotropic, Measured, pixel_moments
-from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.noise import karras
 from companion.diffusion.poisson import (
     Counts,
@@ -30,9 +30,10 @@ from companion.diffusion.poisson import (
     poisson_mean,
     poisson_pigdm,
 )
-from companion.diffusion.recalibration import Recalibrated
+from companion.diffusion.recalibration import ErrorModel, Recalibrated
 from companion.diffusion.sampling import sample
 from companion.models import checkpoint
+from companion.models.architectures import network_of
 from companion.papers.pet.prior import BLIND_SIGMA
 from companion.parameters import param
 from companion.randomness import randn
@@ -81,6 +82,19 @@ class Prior:
         images = people.to(device) / scale
         D = Recalibrated.fit(found.denoiser(device, autocast), images, FIT_SIGMAS, seed=seed)
         return cls(D, scale, Measured.fit(D, images, FIT_SIGMAS, seed=seed), device)
+
+    @classmethod
+    def known(cls, name: str, error: ErrorModel, device: str = "cpu", autocast: str | None = None) -> Prior:
+        """The prior of a checkpoint with an error that was measured before, see `models.errors`."""
+        found = checkpoint.find(name, PRIOR)
+        D = found.denoiser(device, autocast)
+        D = AnySize(D, network_of(D).total_stride)
+        D = D if error.table is None else Recalibrated(D, *error.table)
+        return cls(D, found.config["data"]["scale_kbq"], error.measured, device)
+
+    def times(self, factor: float) -> Prior:
+        """The same prior with the variance of its error multiplied."""
+        return replace(self, error=replace(self.error, spectrum=factor * self.error.spectrum))
 
 
 GIBBS = "Gibbs"

@@ -1,0 +1,188 @@
+"""Training of a prior of activity in any head: real heads with random uptake, dead leaves, and the virtual people.
+
+One fully convolutional network for any size and for pixels of 1 to 4 mm. It may begin with the weights of the general
+prior of complex images, whose real half it takes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from companion.data.head_activity import (
+    SCALE_KBQ,
+    ActiveHead,
+    active_head,
+    activity_image,
+    leaves_image,
+    virtual_images,
+)
+from companion.data.heads_download import load_heads
+from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.losses import edm_loss
+from companion.files import atomic_write, project_root
+from companion.models.architectures import build
+from companion.models.checkpoint import load
+from companion.papers.general import Bank
+from companion.parameters import param
+from companion.training.loop import TrainResult
+from companion.training.recipe import Training, begin, fit, main
+
+SIGMA_DATA = 0.35  # rms of the training images
+GAIN = 0.15  # standard deviation of ln of the gain that each image gets
+BANK_SIZE = 80  # pixels along y and x of an image of the bank
+PART, PERSON = 250, 8  # images in a file of the bank; slices of a virtual person
+LEAVES, PEOPLE = 0.12, 0.256  # shares of the bank: dead leaves, and virtual people
+
+
+@dataclass(frozen=True)
+class TrainHeads(Training):
+    """Parameters of pet/2_train_heads.ipynb."""
+
+    heads: str | None = param("data/heads", "folder of the real heads; none: virtual people and dead leaves alone")
+    bank: str = param("data/pet_heads_bank", "folder of the images to learn from; completed when too few")
+    images: int = param(4000, "images to learn from", minimum=1)
+    general: str | None = param("general/2d", "prior of complex images whose weights to begin with; none: random")
+    crop: int = param(64, "pixels along y and x that a step sees of an image", minimum=16)
+    model_channels: int = param(32, "width of the network", minimum=32)
+    channel_mult: tuple[float, ...] = param((1, 2, 3, 3), "relative width of each level, finest first")
+    patch: int = param(2, "side of the pixel-unshuffle stem", minimum=1)
+    variance_weight: float = param(0.2, "weight of the variance channel's likelihood in the loss", minimum=0)
+    P_mean: float = param(-1.3, "mean of ln sigma in training")
+    P_std: float = param(1.4, "standard deviation of ln sigma in training", minimum=0)
+    steps: int = param(6000, "optimiser steps", minimum=1)
+    batch_size: int = param(8, "images a step", minimum=1)
+    learning_rate: float = param(6e-4, "highest learning rate", minimum=0)
+    schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
+    ema_halflife: float = param(2000.0, "half-life of the averaged weights, images; short at first", minimum=0)
+
+
+def prior_config(p: TrainHeads) -> dict:
+    """Return what `build` makes the denoiser from: activity of any size, one channel for the error's variance."""
+    return {
+        "network": {
+            "name": "UNet",
+            "in_channels": 1,
+            "model_channels": p.model_channels,
+            "out_channels": 2,
+            "num_res_blocks": 1,
+            "channel_mult": list(p.channel_mult),
+            "num_heads": 0,
+            "use_scale_shift_norm": True,
+            "patch": p.patch,
+        },
+        "denoiser": {"name": "EDMDenoiser", "sigma_data": SIGMA_DATA, "learned_variance": True},
+        "data": {
+            "source": "real heads with random uptake, dead leaves and virtual people of companion.data.head_activity",
+            "scale": f"1 is {SCALE_KBQ:g} kBq/mL, for every image",
+            "scale_kbq": SCALE_KBQ,
+            "units": "kBq/mL",
+            "task": "unconditional",
+            "target": "phantom",
+            "images": p.images,
+            "image_size": "any",
+            "pixel_mm": "1 to 4",
+        },
+    }
+
+
+def real_half(config: dict, name: str) -> nn.Module:
+    """Return the denoiser of `config` with the weights of a prior of complex images, those of its real channel.
+
+    Raises ValueError when the two networks differ in more than the channels of their images.
+    """
+    D, general = build(config), load(name).D  # without the layer that makes channels of complex images
+    given, cut = general.state_dict(), {}
+    for key, value in D.state_dict().items():
+        other = given.get(key, torch.empty(0))
+        if key.endswith("input_blocks.0.0.weight"):  # of the real part of the input
+            other = other[:, : value.shape[1]]
+        elif key.endswith(("out.2.weight", "out.2.bias")):  # of the real part of the mean, and of the variance
+            other = torch.cat([other[: len(value) // 2], other[-len(value) // 2 :]])
+        if other.shape != value.shape:
+            raise ValueError(
+                f"{name}: {key} has shape {tuple(other.shape)}, expected {tuple(value.shape)}; give a network of the "
+                "same size"
+            )
+        cut[key] = other
+    D.load_state_dict(cut)
+    return D
+
+
+def make_bank(heads: Sequence[ActiveHead], folder: Path, images: int, seed: int = 23) -> None:
+    """Complete a bank of images in a folder, in files of `PART`; file i depends on the heads, seed and i alone."""
+    for part in tqdm(range(-(-images // PART)), desc="images, files"):
+        path = folder / f"{part:03d}.npy"
+        if not path.exists():
+            with atomic_write(path) as aside:
+                np.save(aside, bank_part(heads, part, seed))
+
+
+def bank_part(heads: Sequence[ActiveHead], part: int, seed: int) -> np.ndarray:
+    """Return the images (PART, BANK_SIZE, BANK_SIZE) float16 of one file: virtual people, dead leaves, real heads."""
+    persons, leaves = round(PART * PEOPLE / PERSON), round(PART * LEAVES)
+    rngs = [np.random.default_rng([seed, part, i]) for i in range(PART)]
+    made = [virtual_images(part * persons + i, rngs.pop(), BANK_SIZE, PERSON) for i in range(persons)]
+    made += [leaves_image(rngs.pop(), BANK_SIZE)[None] for _ in range(leaves)]
+    for i in range(PART - persons * PERSON - leaves):
+        rng = rngs.pop()
+        made.append(
+            (activity_image(heads[i % len(heads)], rng, BANK_SIZE) if heads else leaves_image(rng, BANK_SIZE))[None]
+        )
+    return np.concatenate(made).astype(np.float16)
+
+
+def crop(image: Tensor, generator: Generator, size: int) -> Tensor:
+    """Return a random part (1, size, size) of an image, half of them mirrored left to right, with a new gain."""
+    top, left, flip = (int(torch.randint(n, (), generator=generator)) for n in
+                       (image.shape[1] - size + 1, image.shape[2] - size + 1, 2))  # fmt: skip
+    part = image[:, top : top + size, left : left + size]
+    part = part.flip(2) if flip else part
+    return (part * (GAIN * torch.randn((), generator=generator)).exp()).contiguous()
+
+
+def prior_loss(
+    D: Denoiser, image: Tensor, generator: Generator, P_mean: float, P_std: float, variance_weight: float
+) -> Tensor:
+    """Return the EDM loss (batch,) of activity (batch, 1, y, x) in network units."""
+    return edm_loss(D, image, generator, P_mean, P_std, variance_weight=variance_weight)
+
+
+def train_heads(p: TrainHeads, progress: bool = True) -> TrainResult:
+    """Return the trained prior; continues what `p.out` holds. The same call serves torchrun's processes."""
+    config = prior_config(p)
+    start = p.start_from or (real_half(config, p.general) if p.general else None)
+    return fit(
+        begin(config, p.seed, start, p.autocast, p.device),
+        prior_loss,
+        training_set(p),
+        p,
+        config | {"crop": p.crop, "general": p.general},
+        p.pick("P_mean", "P_std", "variance_weight"),
+        augment=partial(crop, size=p.crop),
+        progress=progress,
+        schedule=p.schedule,
+        ema_halflife=p.ema_halflife,
+        channels_last=False,
+        log_every=20,
+    )
+
+
+def training_set(p: TrainHeads) -> Bank:
+    """Return the images to learn from; those that the bank lacks are made first."""
+    folder = project_root() / p.bank
+    if len(list(folder.glob("[0-9]*.npy"))) * PART < p.images:
+        heads = [active_head(head) for head in load_heads(project_root() / p.heads, "train")] if p.heads else []
+        make_bank(heads, folder, p.images)
+    return Bank(folder, p.images)
+
+
+if __name__ == "__main__":  # torchrun --nproc_per_node=4 -m companion.papers.pet.heads params.yaml
+    main(TrainHeads, train_heads)

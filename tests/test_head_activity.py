@@ -1,0 +1,101 @@
+"""Activity of heads: where the brain is, what a tracer does, and the bank of a training."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from companion.data import head_activity as source
+from companion.data.head_phantoms import FINE, coarser, fdg_slices, flattened
+from companion.data.head_tissues import brain_mask, tissue_levels
+from companion.data.heads import prepare_head
+from companion.models.architectures import build
+from companion.models.checkpoint import load
+from companion.papers.pet import heads as training
+
+MM = 3.0
+
+
+@pytest.fixture(scope="module")
+def signal() -> np.ndarray:
+    """A head as T1-weighted scans see it: scalp, dark skull, and a brain of grey and white matter and a ventricle."""
+    grid = np.stack(np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * MM for n in (64, 76, 64)], indexing="ij"))
+    away = np.sqrt((grid[0] / 72) ** 2 + (grid[1] / 88) ** 2 + (grid[2] / 70) ** 2)
+    values = np.select([away < 0.15, away < 0.7, away < 1.0, away < 1.1, away < 1.25], [0.3, 1.0, 0.7, 0.05, 1.1], 0.0)
+    return gaussian_filter(values, 0.4).astype(np.float32) + 0.01 * np.random.default_rng(0).random(values.shape)
+
+
+@pytest.fixture(scope="module")
+def active(signal) -> source.ActiveHead:
+    return source.active_head(prepare_head("made", signal, (MM, MM, MM)))
+
+
+def test_the_brain_is_found_and_the_scalp_left_out(signal):
+    mask = brain_mask(signal, (MM, MM, MM))
+    volume = mask.sum() * MM**3 / 1e3
+    assert volume == pytest.approx(4 / 3 * np.pi * 7.2 * 8.8 * 7.0, rel=0.1)
+    assert mask[32, 38, 32] > 0.99 and mask[32, 38, 61] < 0.01 and 0 <= mask.min() and mask.max() <= 1
+    _, grey, white = tissue_levels(signal, mask)
+    assert grey == pytest.approx(0.7, abs=0.05) and white == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_is_no_head_is_refused():
+    with pytest.raises(ValueError, match="expected a whole T1-weighted head"):
+        brain_mask(np.random.default_rng(0).random((20, 20, 20)), (2.0, 2.0, 2.0))
+
+
+def test_activity_is_of_this_seed_and_has_air_around(active):
+    one, same = (source.activity_image(active, np.random.default_rng(3), 48, 3.5) for _ in range(2))
+    assert np.array_equal(one, same) and one.shape == (48, 48) and one.dtype == np.float32
+    images = np.stack([source.activity_image(active, np.random.default_rng(i), 48, 3.5) for i in range(12)])
+    assert images.min() >= 0 and 0.05 < images.max() < 6.01
+    assert (images[:, 0, 0] == 0).mean() > 0.5
+    assert len({round(float(x.max()), 3) for x in images}) > 8
+
+
+def test_pixel_sizes_and_planes_are_those_promised():
+    rng = np.random.default_rng(0)
+    sizes = [source.draw_pixel_mm(rng) for _ in range(300)]
+    assert source.PIXEL_MM[0] <= min(sizes) and max(sizes) <= source.PIXEL_MM[1]
+    axial = np.mean([abs(source.draw_axes(rng)[2, 2]) > 0.8 for _ in range(300)])
+    assert 0.5 < axial < 0.9
+
+
+def test_a_phantom_knows_its_tissues_and_its_lesion(active):
+    fine = fdg_slices(flattened(active), 2, ratio=4.0)
+    assert fine.image.shape == (2, 1, FINE, FINE) and (fine.lesions.flatten(1).sum(1) > 0).all()
+    healthy = fine.lesions == 0
+    grey, white = (fine.image[healthy & (fine.labels == k)].median().item() for k in (2, 3))
+    assert grey == pytest.approx(22, rel=0.15) and white == pytest.approx(5.5, rel=0.2)
+    assert fine.image[fine.lesions > 0].mean() > 1.3 * grey
+    bare = fdg_slices(flattened(active), 2, scalp=False)
+    outside = fine.labels == 0
+    assert fine.image[outside].sum() > 0 and bare.image[outside].sum() < 0.3 * fine.image[outside].sum()
+    small = coarser(fine, 4)
+    assert small.pixel_mm == pytest.approx(3.5)
+    assert torch.allclose(small.image.mean((1, 2, 3)), fine.image.mean((1, 2, 3)), rtol=1e-4)
+
+
+def test_the_real_half_of_a_complex_prior():
+    config = training.prior_config(training.TrainHeads())
+    half, general = training.real_half(config, "general/2d"), load("general/2d").D
+    mine, theirs = half.state_dict(), general.state_dict()
+    first = next(k for k in mine if k.endswith("input_blocks.0.0.weight"))
+    assert torch.equal(mine[first], theirs[first][:, :4]) and set(mine) == set(theirs)
+    other = training.prior_config(training.TrainHeads(channel_mult=(1, 2, 2, 2)))
+    with pytest.raises(ValueError, match="network of the same size"):
+        training.real_half(other, "general/2d")
+    assert build(config)(torch.zeros(1, 1, 16, 32), torch.ones(1)).shape == (1, 1, 16, 32)
+
+
+def test_a_training_of_few_images(active, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "PART", 10)
+    part = training.bank_part([active], 0, 1)
+    assert part.shape == (10, 80, 80) and np.array_equal(part, training.bank_part([active], 0, 1))
+    folder = tmp_path / "bank"
+    folder.mkdir()
+    np.save(folder / "000.npy", part)
+    p = training.TrainHeads(bank=str(folder), out=str(tmp_path / "run"), images=10, steps=2, batch_size=2, crop=32,
+                            warmup=1, device="cpu", autocast=None)  # fmt: skip
+    result = training.train_heads(p, progress=False)
+    assert result.step == 2 and np.isfinite(result.loss)
