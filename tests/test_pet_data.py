@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from companion.data import anatomy, pet
 from companion.data.intake import others
@@ -207,16 +208,41 @@ def test_nifti_activity(tmp_path):
     array = np.random.default_rng(0).random((3, 5, 4)).astype(np.float32) * 1e4
     path = save_nifti(tmp_path / "pet.nii.gz", array, voxel_mm=(3.0, 2.0, 2.0))
     one = load_activity(path, units="Bq/mL")
-    np.testing.assert_allclose(one.image.numpy(), array / 1000, rtol=1e-6)
+    np.testing.assert_allclose(one.image.numpy(), array[:, ::-1] / 1000, rtol=1e-6)  # the nose up
     assert one.pixel_mm == 2.0
+    np.testing.assert_allclose(load_activity(path, "SUV", kbq_per_suv=1e-3).image, one.image, rtol=1e-6)
     with pytest.raises(ValueError, match="came without"):
         one.slices("labels")
-    with pytest.raises(ValueError, match="units"):
+    with pytest.raises(ValueError, match="kbq_per_suv"):
         load_activity(path, units="SUV")
+    with pytest.raises(ValueError, match="not said, and are not guessed"):
+        load_activity(path, units="")
     for bad, voxel, message in (
         (array - 5e3, 2.0, "negative"),
         (array, (1.0, 2.0, 3.0), "square"),
         (0 * array, 2.0, "empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_activity(save_nifti(tmp_path / "bad.nii", bad, voxel_mm=voxel))
+            load_activity(save_nifti(tmp_path / "bad.nii", bad, voxel_mm=voxel), "kBq/mL")
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "RPI", "PIR", "SRA"])
+def test_volumes_of_any_orientation_become_upright(codes):
+    """The nose, the right hand and the crown are where `anatomy` has them, and every voxel keeps its place."""
+    shape = (6, 7, 8)  # along the axes of the file, x first
+    affine = inv_ornt_aff(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(codes)), shape)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0]) @ affine
+    place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+    for axis, (start, end) in enumerate(((0, -1), (-1, 0), (0, -1))):  # x to the right, rows from the nose, z upwards
+        turned = pet.upright(Volume(np.ascontiguousarray(place[..., axis].T), affine))
+        index = [slice(None)] * 3
+        first, last = ((*index[: 2 - axis], end_, *index[3 - axis :]) for end_ in (start, end))
+        assert turned.array[first].max() < turned.array[last].min()
+        z, y, x = np.indices(turned.array.shape)
+        np.testing.assert_allclose(
+            turned.affine[axis, 0] * x
+            + turned.affine[axis, 1] * y
+            + turned.affine[axis, 2] * z
+            + turned.affine[axis, 3],
+            turned.array,
+        )

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from companion.acquisition.pet import Scan, read_counts, scanner
+from companion.acquisition.own_pet import OwnScan
+from companion.acquisition.pet import Scan, scanner
 from companion.data.pet import Slices
 from companion.diffusion.covariance import Measured
 from companion.diffusion.exact import GaussianDenoiser
@@ -235,14 +236,20 @@ def write(path, **arrays):
 SHAPE = (2, 2 * SIZE, SIZE)
 
 
+def own(path: str) -> Scan:
+    return OwnScan.read(path, SIZE, units="kBq/mL").scan
+
+
 def test_own_counts_become_a_scan(tmp_path):
     counts = np.random.default_rng(0).poisson(5.0, SHAPE)
     path = write(tmp_path / "mine.npz", counts=counts, factors=np.full(SHAPE[1:], 0.01), background=np.ones(SHAPE))
-    (level,), people, _ = pet_study.prepare(parameters(scan=path, validation_subjects=2))
-    assert level.scan.x is None and level.name == "mine" and people is None and level.fraction is None
+    cases = pet_study.prepare(parameters(scan=path, validation_subjects=2, pixel_mm=3.5, units="kBq/mL"))
+    (level,) = cases.levels
+    assert level.scan.x is None and level.name == "mine" and cases.people is None and level.fraction is None
+    assert cases.validation.pixel_mm == 3.5 == cases.beam.pixel_mm
     assert torch.equal(level.scan.y[:, 0], torch.from_numpy(counts).float())
     x = torch.ones(2, 1, SIZE, SIZE)
-    assert torch.allclose(level.scan.A(x), 0.01 * scanner((SIZE, SIZE), 224 / SIZE)(x))
+    assert torch.allclose(level.scan.A(x), 0.01 * scanner((SIZE, SIZE), 3.5)(x))
     assert torch.isfinite(reconstruction.METHODS["MAP"](*of(level.scan), 0.1)).all()
 
 
@@ -271,7 +278,7 @@ def test_own_counts_become_a_scan(tmp_path):
 def test_what_cannot_be_reconstructed_is_refused(tmp_path, change, message):
     arrays = dict(counts=np.ones(SHAPE), factors=np.ones(SHAPE[1:])) | change
     with pytest.raises(ValueError, match=message):
-        read_counts(write(tmp_path / "bad.npz", **arrays), SIZE)
+        own(write(tmp_path / "bad.npz", **arrays))
 
 
 def test_dead_bins_may_be_said_by_factors_and_background_explains_counts(tmp_path):
@@ -279,14 +286,14 @@ def test_dead_bins_may_be_said_by_factors_and_background_explains_counts(tmp_pat
     dead = write(tmp_path / "dead.npz", counts=9 * np.ones(SHAPE) * alive, factors=alive)
     randoms = write(tmp_path / "randoms.npz", counts=9 * np.ones(SHAPE), factors=alive, background=np.ones(SHAPE))
     one = write(tmp_path / "one.npz", counts=np.ones(SHAPE[1:], np.uint16), factors=np.float32(1))
-    assert [len(read_counts(path, SIZE).y) for path in (dead, randoms, one)] == [2, 2, 1]
+    assert [len(own(path).y) for path in (dead, randoms, one)] == [2, 2, 1]
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.npz does not exist"):
-        read_counts(str(tmp_path / "nowhere.npz"), SIZE)
+        own(str(tmp_path / "nowhere.npz"))
     with pytest.raises(ValueError, match="holds phantoms but not counts, factors"):
-        read_counts(write(tmp_path / "foreign.npz", phantoms=np.ones(3)), SIZE)
+        own(write(tmp_path / "foreign.npz", phantoms=np.ones(3)))
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match="npz of plain arrays"):
-        read_counts(str(tmp_path / "text.npz"), SIZE)
+        own(str(tmp_path / "text.npz"))

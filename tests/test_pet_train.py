@@ -174,6 +174,9 @@ def test_published_phantoms_and_activity_maps_can_be_prepared(tmp_path):
         x[1:5, 10:30, 10:30] = 5.0 + i
         save_nifti(folder / f"{i}.nii.gz", x, voxel_mm=4.0)
     p = preparation(tmp_path, source=str(folder), data=str(tmp_path / "maps.h5"), held_out_share=0.5)
+    with pytest.raises(ValueError, match="its units are not said, and are not guessed"):
+        pet.prepare(p, progress=False)
+    p = replace(p, units="kBq/mL")
     prepared = pet.prepare(p, progress=False)
     assert prepared.split["test"] == ("1.nii.gz",) and prepared.attrs["pixel_mm"] == pytest.approx(6.0)
     inside = prepared.read("activity")[0, 0, 0]

@@ -38,12 +38,17 @@ def look(
     path: Annotated[Path, typer.Argument(help="a file or a folder of scans, of any format and any names")],
     picture: Annotated[bool, typer.Option("--picture", help="draw the scans too; prints where the PNG is")] = False,
     table: Annotated[Path | None, typer.Option(help="CSV or TSV: file, subject, and session, split if known")] = None,
+    geometry: Annotated[Path | None, typer.Option(help="JSON of a PET sinogram's geometry, if not beside it")] = None,
 ):
     """Say what PATH holds: kinds, shapes, voxels, coils, people, sessions, a proposed split, and what is wrong."""
     from companion.data.intake.look import look as look_at
     from companion.data.intake.report import report
+    from companion.data.sinograms import report_scan
 
     try:
+        if geometry is not None:
+            print(report_scan(path, geometry))
+            return
         found = look_at(path, table)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -190,6 +195,26 @@ def get_data(
     for path in get_heads(out, archives):
         source = next(s for s in SOURCES if path.name == f"{s.name}.nii.gz")
         print(f"{path}: {source.about}, for {source.split}; {source.licence}")
+
+
+@data.command("pet-scan")
+def pet_scan(
+    out: Annotated[Path, typer.Argument(help=".npz to write; its geometry and units go into the .json beside it")],
+    angles: Annotated[int, typer.Option(help="over half a turn")] = 192,
+    bins: Annotated[int, typer.Option(help="per angle")] = 160,
+    bin_mm: Annotated[float, typer.Option(help="distance of the bins, mm")] = 3.375,
+    bin_offset: Annotated[float, typer.Option(help="bins by which the axis lies behind their middle")] = 0.0,
+    radius_mm: Annotated[float | None, typer.Option(help="of the ring, for bins without arc correction")] = None,
+    slices: Annotated[int, typer.Option(help="of one virtual person")] = 2,
+    counts: Annotated[float, typer.Option(help="true counts of a slice")] = 1e6,
+    seed: Annotated[int, typer.Option(help="of the counts")] = 0,
+):
+    """Write an example PET scan of a virtual person to OUT, in any geometry: what a scan of your own has to hold."""
+    from companion.acquisition.own_pet import write_example
+    from companion.data.scan_geometry import Geometry
+
+    path = write_example(out, Geometry(angles, bins, bin_mm, bin_offset, radius_mm), slices, counts, seed=seed)
+    print(f"{path} and {path.with_suffix('.json').name}; next: companion look {path}")
 
 
 @app.command()

@@ -10,16 +10,13 @@ everybody, so that no image is ever divided by its own maximum.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from companion.data.sinograms import read_sinograms
 from companion.operators.counts import poisson_counts, thin
 from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled
 from companion.operators.pet import (
@@ -88,19 +85,33 @@ def _rows(A: LinearOperator, index: Tensor) -> LinearOperator:
 
 
 @lru_cache(maxsize=8)
-def _model(shape: tuple[int, ...], pixel_mm: float, fwhm_mm: float) -> LinearOperator:
-    return emission_model(ParallelBeam(shape, pixel_mm=pixel_mm), fwhm_mm=fwhm_mm)
+def _model(beam: ParallelBeam, fwhm_mm: float) -> LinearOperator:
+    return emission_model(beam, fwhm_mm=fwhm_mm)
 
 
-def scanner(shape: Sequence[int], pixel_mm: float, mu: Tensor | None = None, fwhm_mm: float = 0.0) -> LinearOperator:
-    """Return A of slices (y, x) before calibration: twice as many angles as pixels, as published, and attenuation.
+def scanner(
+    shape: Sequence[int],
+    pixel_mm: float,
+    mu: Tensor | None = None,
+    fwhm_mm: float = 0.0,
+    beam: ParallelBeam | None = None,
+) -> LinearOperator:
+    """Return A of slices (y, x) before calibration, with attenuation.
 
-    mu (slice, 1, y, x): attenuation coefficients, 1/mm; none: no attenuation. Tables are made once per geometry.
+    mu (slice, 1, y, x): attenuation coefficients, 1/mm; none: no attenuation. beam: the lines; by default twice as many
+    angles as pixels, and a bin a pixel, as published. Tables are made once per geometry. Raises ValueError for a beam
+    through other pixels.
     """
-    A = _model(tuple(shape), float(pixel_mm), float(fwhm_mm))
+    beam = ParallelBeam(tuple(shape), pixel_mm=float(pixel_mm)) if beam is None else beam
+    if tuple(beam.shape) != tuple(shape) or abs(beam.pixel_mm - pixel_mm) > 1e-6 * pixel_mm:
+        raise ValueError(
+            f"images {tuple(shape)} with pixels of {pixel_mm:.6g} mm, but the scanner's lines go through {beam.shape} "
+            f"of {beam.pixel_mm:.6g} mm; build both for the same grid"
+        )
+    A = _model(beam, float(fwhm_mm))
     if mu is None:
         return A
-    P = _model(tuple(shape), float(pixel_mm), 0.0)
+    P = _model(beam, 0.0)
     return Diagonal(attenuation_factors(P, mu), A.range_shape) @ A
 
 
@@ -114,13 +125,14 @@ def acquire(
     fwhm_mm: float = 0.0,
     randoms: float = 0.0,
     scatter: float = 0.0,
+    beam: ParallelBeam | None = None,
 ) -> Scan:
     """Return scans of activity x (slice, 1, y, x), each calibrated so that `counts` true counts are expected.
 
-    counts: a number or one per slice. randoms, scatter: as a share of the true counts. An item depends on its own seed
-    only. Raises ValueError for slices without activity.
+    counts: a number or one per slice. randoms, scatter: as a share of the true counts. beam: as for `scanner`. An item
+    depends on its own seed only. Raises ValueError for slices without activity.
     """
-    A = with_counts(scanner(x.shape[-2:], pixel_mm, mu, fwhm_mm), x, counts)
+    A = with_counts(scanner(x.shape[-2:], pixel_mm, mu, fwhm_mm, beam), x, counts)
     expected = A(x)
     extra = background(expected, randoms, scatter) if randoms or scatter else None
     return Scan(x, poisson_counts(expected if extra is None else expected + extra, seeds), A, extra)
@@ -143,6 +155,7 @@ class Physics:
         *,
         pixel_mm: float,
         fwhm_mm: float = 0.0,
+        beam: ParallelBeam | None = None,
     ) -> Scan:
         """`acquire` under these conditions."""
         return acquire(
@@ -154,19 +167,8 @@ class Physics:
             fwhm_mm=fwhm_mm,
             randoms=self.randoms,
             scatter=self.scatter,
+            beam=beam,
         )
-
-
-def read_counts(path: str | os.PathLike, image_size: int) -> Scan:
-    """Your own scan, without truth, from an .npz of plain arrays, see `data.sinograms.read_sinograms`.
-
-    Geometry: `image_size` pixels across FIELD_MM, twice as many angles over half a turn, one bin a pixel.
-    Raises FileNotFoundError, or ValueError for what cannot be used.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give an .npz with counts and factors, or scan: null")
-    return Scan(None, *read_sinograms(path, scanner((image_size, image_size), FIELD_MM / image_size)))
 
 
 def mean_sensitivity(A: LinearOperator) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from companion.data.intake.look import find
+from companion.data.intake.records import Item
 from companion.data.pet import Activity, activity_from_labels, activity_from_volume, load_brainweb, load_phantoms
 
 PHANTOMS_MM = 224.0  # side of the published phantoms' images
@@ -40,12 +43,15 @@ def read_people(
     image_size: int,
     table: Path | None = None,
     skipped: dict[str, str] | None = None,
+    units: str | None = None,
+    kbq_per_suv: float | None = None,
 ) -> Iterator[Person]:
     """Yield the subjects of a phantoms .npz (relative activity) or of a folder of files (kBq/mL), `most` at most.
 
-    Folders are read by `data.intake`: PET images of any format, in the units of the file or kBq/mL, and BrainWeb
-    models. table: whose the files are. skipped: takes the names of files that cannot be used, and why. Raises
-    FileNotFoundError or ValueError for what is neither, or holds none.
+    Folders are read by `data.intake`: PET images of any format, and BrainWeb models. units, kbq_per_suv: of the images,
+    as `load_activity` takes them, where neither file nor the JSON file of its name (BIDS) says them; an image whose
+    units nobody says is not used. table: whose the files are. skipped: takes the names of files that cannot be used,
+    and why. Raises FileNotFoundError or ValueError for what is neither, or holds none.
     """
     if path.suffix == ".npz":
         for i, volume in enumerate(load_phantoms(path)[:most]):
@@ -65,13 +71,32 @@ def read_people(
             elif item.what.kind == "labels":
                 raise ValueError("labels of no BrainWeb model; give activity")
             else:
-                activity = activity_from_volume(item.read(), item.what.units or "kBq/mL", item.path)
+                activity = _activity(item, units, kbq_per_suv)
             person = chosen_slices(item.name, activity, per_subject, image_size)
         except (ValueError, OSError) as error:
             skipped[item.name] = str(error).removeprefix(f"{item.path}: ")
             continue
         count += 1
         yield replace(person, who=item.person, part=found.split.get(item.person, ""))
+
+
+def _activity(item: Item, units: str | None, kbq_per_suv: float | None) -> Activity:
+    """The activity of a PET image in kBq/mL; DICOM says its units and, for SUV, dose and weight."""
+    said = {"g/mL": "SUV"}.get(item.what.units, item.what.units) or _sidecar(item.path)
+    if units and said and said != units:
+        raise ValueError(f"it says {said}, but units are given as {units}; give the file's, or none")
+    return activity_from_volume(item.read(), said or units or "", item.path, kbq_per_suv)
+
+
+def _sidecar(path: Path) -> str:
+    """The units that the JSON file of the same name says (BIDS), "" if there is none."""
+    beside = path.with_name(re.sub(r"\.nii(\.gz)?$", "", path.name) + ".json")
+    if beside == path or not beside.is_file():
+        return ""
+    try:
+        return str(json.loads(beside.read_text(encoding="utf-8")).get("Units", ""))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{beside.name} beside it is no readable JSON ({error}); repair or remove it") from error
 
 
 def chosen_slices(name: str, a: Activity, per_subject: int, image_size: int) -> Person:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
@@ -52,7 +53,7 @@ BRAINWEB = (
 )
 BRAINWEB_SHAPE, BRAINWEB_MM = others.BRAINWEB_SHAPE, others.BRAINWEB_MM
 BRAINWEB_UPTAKE = UPTAKE | {"skin": 2.75, "muscle": 2.75, "vessels": 4.0, "fat": 1.0, "around fat": 1.0, "marrow": 2.0}
-ACTIVITY_UNITS = {"kBq/mL": 1.0, "Bq/mL": 1e-3, "MBq/mL": 1e3, "relative": 1.0}  # kBq/mL of one
+ACTIVITY_UNITS = {"kBq/mL": 1.0, "Bq/mL": 1e-3, "MBq/mL": 1e3, "SUV": None, "relative": 1.0}  # kBq/mL of one
 MOST_KBQ = 5000.0  # 100 times what grey matter takes up: more is another unit
 PHANTOM_SLICES = 281  # of each subject in the published file
 
@@ -313,8 +314,17 @@ def load_brainweb(path: str | os.PathLike) -> Volume:
         labels = labels // 16
     if labels.min() < 0 or labels.max() >= len(BRAINWEB) or labels.max() < 3:
         raise ValueError(f"{path}: labels {labels.min():g} to {labels.max():g}; expected 0 to {len(BRAINWEB) - 1}")
-    flipped = affine @ np.array([[1, 0, 0, 0], [0, -1, 0, labels.shape[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1.0]])
-    return Volume(np.ascontiguousarray(labels[:, ::-1]).astype(np.uint8), flipped)
+    return upright(Volume(labels.astype(np.uint8), affine))
+
+
+def upright(volume: Volume) -> Volume:
+    """The volume with axes turned, as its affine says, so that slices are axial from below, rows start at the nose, and
+    columns run to the person's right, as in `anatomy`. No voxel is resampled; oblique volumes keep their tilt.
+    """
+    turn = ornt_transform(io_orientation(volume.affine), axcodes2ornt("RPS"))
+    xyz = volume.array.transpose(2, 1, 0)
+    turned = np.ascontiguousarray(apply_orientation(xyz, turn).transpose(2, 1, 0))
+    return Volume(turned, volume.affine @ inv_ornt_aff(turn, xyz.shape))
 
 
 def activity_from_labels(volume: Volume, size: int = 64, values: dict[str, float] = BRAINWEB_UPTAKE) -> Activity:
@@ -343,24 +353,40 @@ def activity_from_labels(volume: Volume, size: int = 64, values: dict[str, float
     return Activity(image, pixel_mm, affine, anatomy.labels_from_tissue(tissue), torch.zeros_like(image).byte(), mu)
 
 
-def load_activity(path: str | os.PathLike, units: str = "kBq/mL", frame: int | None = None) -> Activity:
-    """The activity map of a NIfTI file, (z, y, x), converted to kBq/mL; only the image, without labels.
+def load_activity(
+    path: str | os.PathLike, units: str, frame: int | None = None, kbq_per_suv: float | None = None
+) -> Activity:
+    """The activity map of a NIfTI file, (z, y, x), upright and in kBq/mL; only the image, without labels.
 
-    units: those of the file, "kBq/mL", "Bq/mL", "MBq/mL" or "relative" (kept as they are). frame: of a dynamic scan.
+    units: those of the file, "kBq/mL", "Bq/mL", "MBq/mL", "SUV" (with kbq_per_suv, the kBq/mL that are 1: injected dose
+    at the time of the scan over body weight, MBq/kg), or "relative" (kept as they are). frame: of a dynamic scan.
     Raises ValueError for negative activity, for more than any tissue takes up, and for pixels that are not square.
     """
-    if units not in ACTIVITY_UNITS:
-        raise ValueError(f"units {units!r} are unknown; use one of {', '.join(ACTIVITY_UNITS)}")
-    return activity_from_volume(load_nifti(path, frame=frame), units, path)
+    _kbq(path, units, kbq_per_suv)
+    return activity_from_volume(load_nifti(path, frame=frame), units, path, kbq_per_suv)
 
 
-def activity_from_volume(volume: Volume, units: str, name: str | os.PathLike = "the volume") -> Activity:
-    """The activity of a volume that was read, in units as for `load_activity`, which see; name: for errors."""
+def _kbq(name: str | os.PathLike, units: str, kbq_per_suv: float | None) -> float:
+    """The kBq/mL that are 1 in units; ValueError where that is not known."""
     if units not in ACTIVITY_UNITS:
-        raise ValueError(f"{name}: units {units!r} are no activity; expected one of {', '.join(ACTIVITY_UNITS)}")
+        stated = f"units {units!r} are no activity" if units else "its units are not said, and are not guessed"
+        raise ValueError(f"{name}: {stated}; give units, one of {', '.join(ACTIVITY_UNITS)}")
+    if units == "SUV" and not (kbq_per_suv and kbq_per_suv > 0):
+        raise ValueError(
+            f"{name}: SUV become kBq/mL by the injected dose at the time of the scan over body weight; give it "
+            "as kbq_per_suv, in MBq/kg"
+        )
+    return kbq_per_suv if units == "SUV" else ACTIVITY_UNITS[units]
+
+
+def activity_from_volume(
+    volume: Volume, units: str, name: str | os.PathLike = "the volume", kbq_per_suv: float | None = None
+) -> Activity:
+    """The activity of a volume that was read, units and kbq_per_suv as for `load_activity`, which see."""
     if np.iscomplexobj(volume.array):
         raise ValueError(f"{name}: complex values are no activity; give the PET image")
-    array = volume.array.astype(np.float32) * ACTIVITY_UNITS[units]
+    factor, volume = _kbq(name, units, kbq_per_suv), upright(volume)
+    array = volume.array.astype(np.float32) * np.float32(factor)
     _check_activity(array, Path(name))
     _, y, x = volume.voxel_mm
     if abs(y - x) > 1e-3 * x:

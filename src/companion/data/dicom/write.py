@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, PositronEmissionTomographyImageStorage, generate_uid
 
 from companion.data.dicom.headers import dataset
 from companion.data.intake.records import pseudonym
@@ -36,6 +36,7 @@ def write_dicom(
     identity: bool = False,
     units: str = "",
     number: int = 9001,
+    modality: str = "",
 ) -> list[Path]:
     """The files of a new DICOM series in `folder`, one a slice, of `array` (z, y, x) with `affine` as in NIfTI.
 
@@ -43,6 +44,7 @@ def write_dicom(
     patient's name, number and dates too, which a hospital's archive needs to file it; never do that in a run folder.
     By default the person is a code, and the UIDs of the study are new. All files say "NOT FOR DIAGNOSTIC USE". Values
     are stored in 16 bits with a scale, so to 1 / 65,535 of their range. The same arguments give the same UIDs.
+    units: of PET, "Bq/mL" or "g/mL" (SUV by body weight). modality: "PT" or "MR" where no source says it.
     Raises ValueError for NaN, a sheared affine, or a folder that holds files already.
     """
     folder, array, affine = Path(folder), np.asarray(array, np.float64), np.asarray(affine, np.float64)
@@ -59,7 +61,11 @@ def write_dicom(
         stored.tobytes().hex()[:4096],
         str(template.get("SeriesInstanceUID", "")),
     ]
-    common = _common(template, description, identity, seed, number, units)
+    if modality and template.get("Modality", modality) != modality:
+        raise ValueError(f"{folder.name}: modality {modality}, but its source is {template.Modality}; give one of them")
+    if modality:
+        template.Modality = modality
+    common = _common(template, description, identity, seed, number, units, len(array))
     aside = Path(tempfile.mkdtemp(prefix=".dicom-", dir=_made(folder.parent)))
     try:
         names = []
@@ -90,10 +96,13 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _common(template: pydicom.Dataset, description: str, identity: bool, seed: list[str], number: int, units: str):
+def _common(
+    template: pydicom.Dataset, description: str, identity: bool, seed: list[str], number: int, units: str, slices: int
+):
     """A function that gives the data set of slice i without its geometry and pixels."""
     modality = str(template.get("Modality", "") or "MR")
-    sop = str(template.get("SOPClassUID", "")) if "." in str(template.get("SOPClassUID", "")) else MRImageStorage
+    usual = PositronEmissionTomographyImageStorage if modality == "PT" else MRImageStorage
+    sop = str(template.get("SOPClassUID", "")) if "." in str(template.get("SOPClassUID", "")) else usual
     enhanced = {"1.2.840.10008.5.1.4.1.1.4.1": "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.2.1":
                 "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.130": "1.2.840.10008.5.1.4.1.1.128"}  # fmt: skip
     sop = enhanced.get(sop, sop)
@@ -130,6 +139,11 @@ def _common(template: pydicom.Dataset, description: str, identity: bool, seed: l
         d.Manufacturer = "companion"
         if units:
             d.Units = {"Bq/mL": "BQML", "g/mL": "GML"}.get(units, units)
+            if d.Units == "GML":
+                d.SUVType = "BW"
+        if modality == "PT":  # what a PET series has to say; of the scan itself only what its source says
+            d.SeriesType, d.CountsSource = ["STATIC", "IMAGE"], "EMISSION"
+            d.NumberOfSlices, d.ImageIndex = slices, i + 1
         d.SamplesPerPixel, d.PhotometricInterpretation = 1, "MONOCHROME2"
         d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, 0
         return d

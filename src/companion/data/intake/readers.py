@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from companion.data import fastmri
+from companion.data import fastmri, interfile, sinograms
 from companion.data.dicom.series import join_dicom, read_dicom, sniff_dicom
 from companion.data.intake import images, others, streams
 from companion.data.intake.records import Description, Reader, Unreadable, Volume
@@ -25,6 +25,8 @@ READERS: tuple[Reader, ...] = (
     Reader("Siemens raw data", (".dat",), twix.sniff_twix, twix.read_twix),
     Reader("BART", (".cfl", ".hdr"), arrays.sniff_cfl, arrays.read_cfl_scan),
     Reader("NumPy", (".npy",), arrays.sniff_npy, arrays.read_npy),
+    Reader("PET sinograms", (".npz", ".json"), sinograms.sniff_sinograms, sinograms.read_item),
+    Reader("Interfile", interfile.SUFFIXES, interfile.sniff_interfile, interfile.read_interfile),
     Reader("DICOM", (".dcm", ".ima", ".dicom", ""), sniff_dicom, read_dicom, join_dicom),
     Reader("BrainWeb", others.BRAINWEB, others.sniff_brainweb, others.read_brainweb),
     Reader("picture", others.PICTURES, others.sniff_picture, others.read_picture),

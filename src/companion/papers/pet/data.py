@@ -66,6 +66,14 @@ class PrepareData(Protocol, Parameters):
     lesion_share: float = param(0.5, "of the virtual people who have lesions", minimum=0, maximum=1)
     classes: int = param(8, "class labels: the height of a slice, in so many steps", minimum=1)
     held_out_share: float = param(0.1, "of the subjects of files, kept for tests", minimum=0, maximum=1)
+    units: str | None = param(
+        None,
+        "of the activity in NIfTI files that do not say it; none: such files are left out",
+        choices=("kBq/mL", "Bq/mL", "MBq/mL", "SUV", "relative", None),
+    )
+    kbq_per_suv: float | None = param(
+        None, "of files in SUV: injected dose at the time of the scan over body weight, MBq/kg", minimum=1e-6
+    )
     people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
 
 
@@ -86,7 +94,9 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
             people = virtual_people(p.subjects, p.slices_per_subject, p.image_size, p.lesions, p.lesion_share)
         else:
             table = p.people and project_root() / p.people
-            people = read_people(path, p.subjects, p.slices_per_subject, p.image_size, table, skipped)
+            people = read_people(
+                path, p.subjects, p.slices_per_subject, p.image_size, table, skipped, p.units, p.kbq_per_suv
+            )
         names, arrays, pixel_mm, whose, given = [], {}, set(), {}, {}
         for person in tqdm(people, "subjects", total=p.subjects, disable=not progress):
             for name, row in scanned(person, p, p.classes, p.seed * 10**6 + len(names)).items():
@@ -104,7 +114,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
         split = split_people(whose.values(), (1 - share, 0.0, share), p.seed, given)
         if progress and share:
             print(split_table(split, {who: [n for n in names if whose[n] == who] for who in whose.values()}))
-        activity = "relative" if path.suffix == ".npz" else "kBq/mL"
+        activity = "relative" if path.suffix == ".npz" or p.units == "relative" else "kBq/mL"
         units = {"counts": "1", "label": "1", "sensitivity": f"1/({activity})"}
         return {
             "arrays": arrays,
@@ -137,12 +147,19 @@ def virtual_people(
         yield Person(str(int(s.subject[0])), s.image, s.mu, (s.height_mm - low) / (high - low), s.pixel_mm)
 
 
-def held_out(split: str, subjects: int, image_size: int = 64, per_subject: int = 1, lesions: int = 0) -> cohort.Slices:
-    """Slices of the first people of "validation" or "test" in the geometry of the embedded weights.
+def held_out(
+    split: str,
+    subjects: int,
+    image_size: int = 64,
+    per_subject: int = 1,
+    lesions: int = 0,
+    pixel_mm: float | None = None,
+) -> cohort.Slices:
+    """Slices of the first people of "validation" or "test", by default FIELD_MM wide as for the embedded weights.
 
     With one slice each, the slices of successive people sweep the slab, so that few people show all of it.
     """
-    pixel_mm = FIELD_MM / image_size
+    pixel_mm = FIELD_MM / image_size if pixel_mm is None else pixel_mm
     if per_subject > 1 or subjects == 1:
         return cohort.cohort_slices(split, subjects, image_size, per_subject, lesions, pixel_mm)
     low, high = anatomy.SLAB_MM

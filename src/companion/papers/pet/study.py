@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.acquisition.pet import Physics, Scan, read_counts
+from companion.acquisition.own_pet import OwnScan, Placing, check_pixels
+from companion.acquisition.pet import FIELD_MM, Physics, Scan
 from companion.data.pet import Slices, tissue_shares
 from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
 from companion.evaluation.activity import TISSUES, count_linearity, healthy, score
 from companion.evaluation.tables import average, check_unique, column, grouped
 from companion.files import project_root
+from companion.models import checkpoint
+from companion.operators.pet import ParallelBeam
 from companion.papers.pet.data import held_out
 from companion.papers.pet.reconstruct import (
     GUIDED,
@@ -50,10 +53,12 @@ class Doses:
 
 
 @dataclass(frozen=True)
-class Enhance(Doses, Physics, Sampler, Parameters):
+class Enhance(Doses, Physics, Sampler, Placing, Parameters):
     """Parameters of pet/4_enhance.ipynb."""
 
-    scan: str | None = param(None, "an .npz with your own counts, see `read_counts`; none: held-out people, simulated")
+    scan: str | None = param(
+        None, "your own counts: .npz, .json or .hs, see `data.sinograms`; none: held-out people, simulated"
+    )
     prior: str = param(PRIOR, "checkpoint of the unconditional prior: an embedded name or a folder")
     network: str | None = param(NETWORK, "checkpoint of the conditional network; none: leave its rows out")
     image_size: int = param(64, "pixels along y and x", minimum=16)
@@ -109,18 +114,45 @@ def ladder(people: Slices, doses: Doses, physics: Physics, seed: int = 0) -> lis
     return sorted(levels, key=lambda level: level.counts)
 
 
-def prepare(p: Enhance) -> tuple[list[Level], Slices | None, Slices]:
-    """The scans to reconstruct, the people that they are of (None: your own scan), and validation people.
+@dataclass(frozen=True, eq=False)
+class Cases:
+    """What is reconstructed: scans at each dose, and whose they are.
 
-    All people are virtual, one slice each with a lesion in it.
+    people: None of your own scan, which `own` is then. validation: people that every method is tuned on, all virtual,
+    one slice each with a lesion in it. beam: the lines of all scans.
     """
-    validation = held_out("validation", p.validation_subjects, p.image_size, lesions=1)
-    if p.scan:
-        path = project_root() / p.scan
-        scan = read_counts(path, p.image_size)
-        return [Level(path.stem, scan.y.sum().item() / len(scan.y), scan)], None, validation
-    people = held_out("test", p.subjects, p.image_size, lesions=1)
-    return ladder(people, p, p, p.seed), people, validation
+
+    levels: list[Level]
+    people: Slices | None
+    validation: Slices
+    own: OwnScan | None = None
+
+    @property
+    def beam(self) -> ParallelBeam | None:
+        """The lines of one's own scan; None: those of `scanner`."""
+        return self.own and self.own.beam
+
+
+def prepare(p: Enhance) -> Cases:
+    """The scans to reconstruct. Raises ValueError where the weights are of other pixels, or a scan cannot be used."""
+    pixel_mm = FIELD_MM / p.image_size if p.pixel_mm is None else p.pixel_mm
+    for name, default in ((p.prior, PRIOR), (p.network, NETWORK)):
+        if name and (stated := checkpoint.find(name, default).config.get("data", {}).get("pixel_mm")):
+            check_pixels(stated, pixel_mm, name)
+    validation = held_out("validation", p.validation_subjects, p.image_size, lesions=1, pixel_mm=pixel_mm)
+    if not p.scan:
+        people = held_out("test", p.subjects, p.image_size, lesions=1, pixel_mm=pixel_mm)
+        return Cases(ladder(people, p, p, p.seed), people, validation)
+    path, about = project_root() / p.scan, p.geometry and project_root() / p.geometry
+    own = OwnScan.read(path, p.image_size, p.pixel_mm, about=about, placed=p.placed, units=p.units)
+    if not own.calibrated:
+        raise ValueError(
+            f"{path.name}: its factors are not calibrated (units: counts), and the prior knows kBq/mL; calibrate them, "
+            "or reconstruct it with `companion.reconstruction.pet`, which needs no units"
+        )
+    if p.result_units == "SUV":
+        own.kbq_per_suv()
+    return Cases([Level(path.stem, own.scan.y.sum().item() / len(own.scan.y), own.scan)], None, validation, own)
 
 
 # ------------------------------------------------------------------------------------------------------------ the study
@@ -150,12 +182,16 @@ def study(
     prior: Prior,
     network: Network | None,
     progress: bool = True,
+    beam: ParallelBeam | None = None,
 ) -> Study:
-    """Every method's images at every level, scored where the truth is known (`people` not None)."""
+    """Every method's images at every level, scored where the truth is known (`people` not None).
+
+    beam: the lines of the scans, in which validation people are scanned too; by default those of `scanner`.
+    """
     found = Study()
     for level in tqdm(levels, desc="doses", disable=not progress):
         seeds = [p.seed + 5000 + i for i in range(len(validation.image))]
-        other = p.acquire(validation.image, validation.mu, level.counts, seeds, pixel_mm=validation.pixel_mm)
+        other = p.acquire(validation.image, validation.mu, level.counts, seeds, pixel_mm=validation.pixel_mm, beam=beam)
         images, tuned = classical(level.scan, other)
         spread, stated = {}, {}
         if network is not None:
