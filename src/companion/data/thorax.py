@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.ndimage import binary_erosion
 from torch import Tensor
 
 from companion.data.pet import MU_WATER
 
+AWAY = 8.0  # mm from edges, which every reconstruction blurs
 FINE = 4  # points along each axis of a pixel, over which edges are averaged
 # Centre (x, y), half axes (mm), what it is; later ones lie on top. y points to the front.
 ELLIPSES = (
@@ -29,7 +31,7 @@ UPTAKE = {"couch": 0.0, "body": 3.0, "lung": 1.5, "heart": 20.0, "blood": 4.0, "
 
 @dataclass(frozen=True, eq=False)
 class Thorax:
-    """mu (1, 1, y, x) in 1/mm, activity in kBq/mL, and a mask of pixels that are water and nothing else."""
+    """mu (1, 1, y, x) in 1/mm, activity in kBq/mL, and a mask of water, AWAY mm from anything else."""
 
     mu: Tensor
     activity: Tensor
@@ -47,4 +49,9 @@ def thorax(image_size: int, pixel_mm: float) -> Thorax:
         mu[inside], activity[inside], tissue[inside] = MU[name], UPTAKE[name], MU[name] == MU_WATER
     pooled = [v.reshape(image_size, FINE, image_size, FINE).mean((1, 3)) for v in (mu, activity, tissue)]
     mu, activity, water = (torch.from_numpy(v).float()[None, None] for v in pooled)
-    return Thorax(mu, activity, water > 0.999)
+    return Thorax(mu, activity, away_from_edges(water > 0.999, pixel_mm))
+
+
+def away_from_edges(mask: Tensor, pixel_mm: float) -> Tensor:
+    """The mask (1, 1, y, x) without what lies within AWAY mm of its edge."""
+    return torch.from_numpy(binary_erosion(mask[0, 0].numpy(), iterations=max(1, round(AWAY / pixel_mm))))[None, None]

@@ -605,6 +605,8 @@ def subset(A: LinearOperator, angles: slice) -> LinearOperator:
         case Projector():
             beam = replace(A.beam, angles=A.beam.angles[angles])
             return A._keep(("subset", beam.angles), lambda: Projector(beam, A.storage))
+        case LinearOperator() if hasattr(A, "some_angles"):  # of three dimensions
+            return A.some_angles(angles)
         case Diagonal():
             weights = A.weights
             if weights.ndim > 1 and weights.shape[-2] > 1:
@@ -623,6 +625,8 @@ def subset(A: LinearOperator, angles: slice) -> LinearOperator:
 def _projects(A: LinearOperator) -> bool:
     match A:
         case Projector():
+            return True
+        case LinearOperator() if hasattr(A, "some_angles"):
             return True
         case Composition():
             return _projects(A.outer) or _projects(A.inner)

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.ndimage import binary_erosion
 from torch import Tensor
 
 from companion.acquisition.own_pet import Lines, placing
 from companion.acquisition.pet import acquire, scanner
 from companion.data.scan_geometry import Geometry
 from companion.data.sinograms import read_sinograms
-from companion.data.thorax import Thorax, thorax
+from companion.data.thorax import Thorax, away_from_edges, thorax
 from companion.evaluation import metrics
 from companion.files import project_root
 from companion.operators.counts import expected_deviance, poisson_counts, poisson_deviance
@@ -31,7 +29,6 @@ from companion.reconstruction.transmission import expected_transmission
 
 ECAT = Geometry(192, 160, 3.375, 0.5, 412.5, 15.0, -180.0)  # the CTI ECAT EXACT: 384 detectors on a ring of 825 mm
 SOFT = (0.0072, 0.0122)  # 1/mm: what is taken for water in a reconstruction
-INSIDE = 2  # pixels that are peeled off it: edges are no water
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Transmission(Lines, Parameters):
     cutoff: float = param(0.6, "of that window, of the bins' Nyquist frequency", minimum=0.05, maximum=1)
     strengths: tuple[float, ...] = param((0.003, 0.01, 0.03), "of the relative difference prior, each tried", minimum=0)
     chosen: float = param(0.01, "strength that the posterior and the attenuation factors are of", minimum=1e-6)
-    iterations: int = param(100, "of each reconstruction, at most", minimum=1)
+    iterations: int = param(60, "of each reconstruction, at most", minimum=1)
     draws: int = param(8, "of the posterior", minimum=2)
     emission_counts: float = param(1e6, "of the emission scan of the virtual thorax", minimum=1)
 
@@ -102,10 +99,9 @@ def simulate(p: Transmission, beam: ParallelBeam, truth: Thorax) -> Transmission
     return TransmissionScan(y, blank, background, P, beam, truth)
 
 
-def water_of(mu: Tensor) -> Tensor:
-    """The mask (1, 1, y, x) of what a reconstruction takes for water, its edges peeled off."""
-    soft = (mu[0, 0] > SOFT[0]) & (mu[0, 0] < SOFT[1])
-    return torch.from_numpy(binary_erosion(soft.numpy(), iterations=INSIDE))[None, None]
+def water_of(mu: Tensor, pixel_mm: float) -> Tensor:
+    """The mask (1, 1, y, x) of what a reconstruction shows as water, its edges peeled off."""
+    return away_from_edges((mu > SOFT[0]) & (mu < SOFT[1]), pixel_mm)
 
 
 def table(scan: TransmissionScan, images: Mapping[str, Tensor], water: Tensor) -> list[dict]:
@@ -135,9 +131,8 @@ def emission_table(scan: TransmissionScan, maps: Mapping[str, Tensor], counts: f
     emission = acquire(truth.activity, truth.mu, counts, [seed + 1], pixel_mm=beam.pixel_mm, beam=beam)
     calibration = counts / scanner(beam.shape, beam.pixel_mm, truth.mu, beam=beam)(truth.activity).sum()
     regions = {
-        "heart": truth.activity > 19.9,
-        "lungs": _inner(truth.activity, 1.5),
-        "body": _inner(truth.activity, 3.0),
+        name: (truth.activity - level).abs() < 1e-3  # pixels of one tissue
+        for name, level in (("heart", 20.0), ("lungs", 1.5), ("body", 3.0))
     }
     lines = []
     for name, mu in maps.items():
@@ -147,9 +142,3 @@ def emission_table(scan: TransmissionScan, maps: Mapping[str, Tensor], counts: f
         bias = {f"{k} (%)": 100 * (x[m].mean() / truth.activity[m].mean() - 1).item() for k, m in regions.items()}
         lines.append({"attenuation from": name} | bias)
     return lines
-
-
-def _inner(activity: Tensor, level: float) -> Tensor:
-    """Pixels of one activity, away from others."""
-    same = (activity[0, 0] - level).abs() < 1e-3
-    return torch.from_numpy(binary_erosion(np.asarray(same), iterations=INSIDE))[None, None]
