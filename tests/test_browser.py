@@ -83,22 +83,22 @@ def chromium():
 
 @pytest.fixture
 def browser(chromium):
-    """A new tab, the only one: what the page of an earlier test still asks for is over with its tab."""
-    earlier = chromium.window_handles
-    chromium.switch_to.new_window("tab")
-    tab = chromium.current_window_handle
-    for handle in earlier:
-        chromium.switch_to.window(handle)
-        chromium.get("about:blank")  # leaves JupyterLab, which would ask whether to save
-        chromium.close()
-    chromium.switch_to.window(tab)
+    """The browser on an empty page: that of an earlier test is left, and JupyterLab would go on asking its server."""
+    chromium.get("about:blank")
     return chromium
 
 
-def network(browser) -> list[dict]:
-    """Events of the network in the tab of the test since the last call."""
-    entries = [json.loads(entry["message"]) for entry in browser.get_log("performance")]
-    return [e["message"] for e in entries if e["webview"] == browser.current_window_handle]
+def network(browser) -> tuple[list[str], list[dict]]:
+    """The addresses that the page now shown has asked for since the last call, and the events of those that failed."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    page = browser.current_url.partition("#")[0]
+    asked = {
+        e["params"]["requestId"]: e["params"]["request"]["url"]
+        for e in events
+        if e["method"] == "Network.requestWillBeSent" and e["params"]["documentURL"].partition("#")[0] == page
+    }
+    failed = [e for e in events if e["method"] == "Network.loadingFailed" and e["params"]["requestId"] in asked]
+    return list(asked.values()), failed
 
 
 @pytest.fixture(scope="module")
@@ -332,10 +332,9 @@ def test_index_and_pages_are_whole_without_a_network(browser, tmp_path):
             "m.getBoundingClientRect().height * m.getBoundingClientRect().width)"
         )
         assert len(sizes) == formulas and all(size > 100 for size in sizes)
-        events = network(browser)
-        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        assert asked and all(url.startswith(("file:", "data:")) for url in asked), asked
-        assert not [e for e in events if e["method"] == "Network.loadingFailed"]
+        asked, failed = network(browser)
+        assert page.as_uri() in asked and all(url.startswith(("file:", "data:")) for url in asked), asked
+        assert not failed
         browser.save_screenshot(str(tmp_path / f"{page.stem}.png"))
     browser.get(index.as_uri())
     names = "return [...document.querySelectorAll('#runs tbody tr')].map(r => r.cells[0].textContent)"

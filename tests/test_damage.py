@@ -44,3 +44,20 @@ def test_the_harness_sees_what_it_must(sample):
     outcomes, findings = fuzzing.try_all(sample, range(2), fuzzing.flip, limits=(1, wall))
     assert [finding.case for finding in findings] == [0, 1] and outcomes.total() == 2
     assert all(sample.name in finding.what for finding in findings)
+
+
+def test_what_libhdf5_cannot_survive_is_refused_before(tmp_path):
+    """A heap that ends in a length of 0, at which it stands for ever, and a type of lists at which it crashes."""
+    known = {sample.name: sample for sample in fuzzing.SAMPLES}
+    for name, find, shift, value in (
+        ("prepared .h5", b"GCOL", 24, 0xF9),  # the size of the first object, so that a free space of 0 follows
+        ("ISMRMRD .h5", b"\x19\0\0\0\x10\0\0\0\x11", 1, 2),  # neither a sequence nor a text
+    ):
+        sample = known[name]
+        path = sample.make(tmp_path)
+        content = bytearray(path.read_bytes())
+        content[content.index(find) + shift] = value
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            fuzzing.values(path, sample)
+        path.unlink()

@@ -197,7 +197,7 @@ def test_names_never_leave_the_reader(tmp_path):
     write(tmp_path / "d", array, affine)
     found = look(tmp_path / "d")
     text = repr(found) + series_table(find_series(tmp_path / "d")) + repr(find_series(tmp_path / "d"))
-    assert found.items[0].person.startswith("p") and len(found.items) == 1 and len(found.items[0].files) == 5
+    assert found.items[0].person == "person#1" and len(found.items) == 1 and len(found.items[0].files) == 5
     assert found.items[0].what.shape == (5, 12, 9) and found.items[0].read().array.shape == (5, 12, 9)
     for secret in ("Lovelace", RECORD, "18151210"):
         assert secret not in text

@@ -282,13 +282,13 @@ def test_echo_mask_and_lines_move_together(tmp_path, case, by):
 
 
 def test_names_in_fastmri_attributes_become_codes(tmp_path):
-    for patient, code in (("Doe^Jane", False), ("2022061003", True), ("a1b2c3d4e5", True), ("", True)):
+    for patient, code in (("Doe^Jane", False), ("2022061003", False), ("a1b2c3d4e5" * 6, True), ("", True)):
         path = tmp_path / "a.h5"
         with h5py.File(path, "w") as file:
             file["kspace"] = kspace()
             file.attrs["patient_id"] = patient
         person = fastmri.sniff_fastmri(path).person
-        assert person == patient if code else "Doe" not in person
+        assert person == patient if code else person and not {"Doe", patient} & {person, person[:3], person[1:]}
 
 
 # ------------------------------------------------------------------------------------------------- arrays and BART

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from companion.data.intake import streams
+from companion.data.intake.heaps import check_heaps
 from companion.data.intake.records import Description, pseudonym
 from companion.data.raw.header import Header, decode_header, parse_header
 from companion.data.raw.scan import RawScan, describe, echo_offset, raw_scan
@@ -211,8 +212,8 @@ def read_fastmri(files, slices: slice = slice(None)) -> RawScan:
 
 
 def _person(patient: str) -> str:
-    """The public sets' codes as they are; anything else might be a name."""
-    return patient if not patient or re.fullmatch(r"[0-9a-f]{6,}|\d+", patient) else pseudonym(patient)
+    """The hashes of the public set as they are, equal in all its folders; anything else might be a name or a number."""
+    return patient if re.fullmatch(r"[0-9a-f]{32,}", patient) else pseudonym(patient)
 
 
 def _is_mrd(file: h5py.File) -> bool:
@@ -322,6 +323,7 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the path")
+    check_heaps(path)
     try:
         return h5py.File(path, "r")
     except OSError as error:

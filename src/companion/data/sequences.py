@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +12,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion.data import fastmri
-from companion.data.intake.kinds import one_contrast, one_each
+from companion.data.intake.kinds import one_contrast, one_each, stem
 from companion.data.intake.look import find
-from companion.data.intake.records import Item
+from companion.data.intake.records import Item, reason
 from companion.data.intake.splits import split_people, split_table
 from companion.data.rows import Rows
 from companion.data.series import Series, load_series
+from companion.data.slicing import PLANES
 from companion.data.virtual import SOURCES
 from companion.files import project_root
-from companion.operators.mri import estimate_maps, ifft, normalise
+from companion.operators.mri import crop_kspace, estimate_maps, ifft, normalise
 from companion.parameters import param
+
+STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,17 @@ class Reading:
 
     image_size: int = param(64, "pixels along y and x", minimum=16)
     frames: int = param(16, "slices of a volume or frames of a cine; longer files are cut", minimum=2)
-    axis: int | None = param(None, "of NIfTI, .npy, .cfl: the axis that counts frames; none: the format's usual one")
+    plane: str = param(
+        "axial",
+        "of image volumes: orientation of the slices, whatever the order in the file; stored: as `axis` says",
+        choices=(*PLANES, STORED),
+    )
+    axis: int | None = param(None, "of stored slices, .npy, .cfl: the axis that counts frames, whatever plane says")
     leave_out: tuple[int, ...] = param((0, 0), "of files: frames left out at the start and at the end", minimum=0)
     magnitude: bool = param(False, "of files: drop the phase")
-    acs: int = param(24, "of fastMRI files: width of the k-space centre that coil maps come from", minimum=12)
+    acs: int = param(24, "of k-space: width of its centre that coil maps come from", minimum=12)
+    axes: str | None = param(None, "of k-space in .npy, .mat, .cfl: names of its axes, y the readout: slice coil y x")
+    which: str | None = param(None, "of k-space with several: which of them, as in repetition 0, frame 3")
     contrast: str | None = param(None, "of image files: the one to take, as in T1w; none: T1w where there are several")
     people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
 
@@ -67,7 +78,7 @@ def folder(
             series = read_file(item, reading)
             starts = pieces(len(series.frames), reading.frames)
         except (ValueError, OSError) as error:
-            skipped[item.name] = str(error).removeprefix(f"{item.path}: ")
+            skipped[item.name] = reason(error).removeprefix(f"{item.path}: ")
             continue
         for first in starts:
             arrays[kind].append(series.frames[first : first + reading.frames].numpy())
@@ -129,19 +140,57 @@ def read_file(item: Item, reading: Reading) -> Series:
     shape, (before, after) = (reading.image_size, reading.image_size), reading.leave_out
     part = slice(before, -after or None)
     if item.what.kind == "image":
-        return load_series(item.path, axis=reading.axis, frames=part, shape=shape, magnitude=reading.magnitude)
-    if item.reader.name != "fastMRI":
-        raise ValueError(f"k-space ({item.what.format}), of which images have to be made first; fastMRI files are read")
+        plane = None if reading.plane == STORED or reading.axis is not None else reading.plane
+        return load_series(item, axis=reading.axis, plane=plane, frames=part, shape=shape, magnitude=reading.magnitude)
+    count, kspaces, mm = _fastmri(item) if item.reader.name == "fastMRI" else _raw(item, reading)
+    slices = [coil_combined(kspaces(i), reading.acs) for i in range(count)[part]]
+    if not slices:
+        raise ValueError(f"has {count} slices, of which leave_out={reading.leave_out} keeps none")
+    image, scale = normalise(torch.stack(slices))
+    image = image.abs() if reading.magnitude else image
+    return Series(stem(item.path.name), image, float(scale), mm and mm[1:], mm and mm[0]).resized(shape)
+
+
+UNDERSAMPLED = "is undersampled; only fully sampled k-space shows what images look like"
+
+
+def _fastmri(item: Item) -> tuple[int, Callable[[int], Tensor], tuple[float, float, float] | None]:
+    """How many slices a file has, its k-space (coil, y, x) slice by slice, and voxels in mm; one slice is in memory."""
     file = fastmri.open_volume(item.path)
     if file.mask is not None:
-        raise ValueError("is undersampled; only fully sampled k-space shows what images look like")
-    slices = [coil_combined(file.crop(file.read(i)), reading.acs) for i in range(file.slices)[part]]
-    if not slices:
-        raise ValueError(f"has {file.slices} slices, of which leave_out={reading.leave_out} keeps none")
-    image, scale = normalise(torch.stack(slices))
-    mm = file.voxel_mm
-    series = Series(file.name, image.abs() if reading.magnitude else image, float(scale), mm and mm[1:], mm and mm[0])
-    return series.resized(shape)
+        raise ValueError(UNDERSAMPLED)
+    return file.slices, lambda i: file.crop(file.read(i)), file.voxel_mm
+
+
+def _raw(item: Item, reading: Reading) -> tuple[int, Callable[[int], Tensor], tuple[float, float, float] | None]:
+    """As `_fastmri`, of any other k-space; that of a 3D scan is made slices along its second phase encoding."""
+    options = {"which": chosen_of(reading.which)} if reading.which else {}
+    if reading.axes and item.reader.name in ("NumPy", "MATLAB", "BART"):
+        options["axes"] = reading.axes
+    scan = item.read(**options)
+    measured = scan.mask.amin((0, 1)) > 0  # *space
+    spans = [measured.any(tuple(a for a in range(scan.ndim) if a != axis)).nonzero() for axis in range(scan.ndim)]
+    box = tuple(slice(int(span[0]), int(span[-1]) + 1) for span in spans if len(span))
+    partial = [(s.stop - s.start) / n for s, n in zip(box, measured.shape, strict=False)]
+    if len(box) < scan.ndim or not measured[box].all() or min(partial) <= 0.5:  # partial Fourier has more than half
+        raise ValueError(UNDERSAMPLED)
+    kspace, over = scan.kspace, scan.oversampling
+    if scan.ndim == 3:  # (slab, coil, z, y, x)
+        kspace = ifft(kspace.movedim(2, -1), 1).movedim(-1, 1).flatten(0, 1)
+    size = [max(1, round(n / o)) for n, o in zip(kspace.shape[-2:], over[-2:], strict=True)]
+    size[1] = size[1] if partial[-1] == 1 else kspace.shape[-1]  # columns must stay what was measured
+    return len(kspace), lambda i: crop_kspace(kspace[i], tuple(size)), scan.voxel_mm
+
+
+def chosen_of(text: str) -> dict[str, int]:
+    """Which of several a text names: "repetition 0, frame 3" -> {"repetition": 0, "frame": 3}; raises ValueError."""
+    found = {}
+    for part in text.split(","):
+        name, _, number = part.strip().replace("=", " ").partition(" ")
+        if not name or not number.strip().isdecimal():
+            raise ValueError(f"which={text!r}; write names and numbers from 0, as in 'repetition 0, frame 3'")
+        found[name] = int(number)
+    return found
 
 
 def coil_combined(kspace: Tensor, acs: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from companion.data.cfl import read_cfl
 from companion.data.intake.readers import is_image, read_frames, read_image, sniff
-from companion.data.intake.records import Unreadable, Volume
+from companion.data.intake.records import Item, Unreadable, Volume
+from companion.data.slicing import turned
 from companion.operators.mri import normalise
 
 
@@ -51,9 +53,10 @@ class Series:
 
 
 def load_series(
-    path: str | os.PathLike,
+    source: str | os.PathLike | Item,
     *,
     axis: int | None = None,
+    plane: str | None = None,
     position: int | None = None,
     frames: slice = slice(None),
     shape: tuple[int, int] | None = None,
@@ -62,19 +65,23 @@ def load_series(
     """A series from NIfTI or any image volume of `data.intake`, NumPy (.npy) or BART (.cfl), divided by its maximum.
 
     The phase stays as it is (dividing by the complex maximum would turn it).
+    source     a file, or an item of the intake, such as a DICOM series
     axis       of the stored array that counts the frames: NIfTI volumes are (z, y, x), by default z; NumPy (frame, y,
                x) or (frame, 1, y, x), by default the first; cfl without its axes of length 1, by default the last
+    plane      of image volumes, in place of `axis`: "axial", "coronal", "sagittal"; axes are reordered and mirrored to
+               the closest plane, the nose or the head up, as `slicing.PLANES`
     position   for a 4D NIfTI, a cine of several slices: which z to take; its frames are the times
     frames     which of them to keep, as in slice(50, -30), before the scale is taken
     shape      (y, x) to resize to; see `Series.resized`
     magnitude  drop the phase, or the sign
     Raises FileNotFoundError, or ValueError for damaged or foreign files, NaN, or other than three axes.
     """
-    path = Path(path)
+    item = source if isinstance(source, Item) else None
+    path = item.path if item else Path(source)
     if not path.is_file() and path.suffix not in (".cfl", ".hdr"):
         raise FileNotFoundError(f"{path} does not exist; check the path")
-    if is_image(path):
-        array, mm = _image(path, position)
+    if is_image(path) or (item and item.reader.join):
+        array, mm = _image(item or path, position, plane)
         array, mm = _frames_first(array, 0 if axis is None else axis, mm, path)
     elif path.suffix == ".npy":
         array, mm = _frames_first(_npy(path), 0 if axis is None else axis, None, path)
@@ -109,21 +116,29 @@ def windows(frames: int, length: int) -> tuple[list[slice], int]:
     return [slice(i * length, (i + 1) * length) for i in range(count)], frames - count * length
 
 
-def _image(path: Path, position: int | None):
+def _image(source: Path | Item, position: int | None, plane: str | None):
     """The array (z, y, x), or (time, y, x) at one z of a 4D file, and the sizes of its voxels in mm (None for time).
 
-    A 4D file of one slice is its frames in time.
+    A 4D file of one slice is its frames in time; its slice stays as it is.
     """
-    what, _ = sniff(path)
-    if what.axes[0] == "t" and position is None and what.shape[1] == 1:
+    if isinstance(source, Item):
+        what, read, path = source.what, source.read, source.path
+    else:
+        (what, _), read, path = sniff(source), partial(read_image, source), source
+    times = what.axes[0] == "t"
+    if times and position is None and what.shape[1] == 1:
         position = 0
     if position is None:
-        volume = read_image(path)
+        volume = read()
+        volume = volume if plane is None else turned(volume, plane)
         return volume.array, volume.voxel_mm
-    if what.axes[0] != "t":
+    if not times:
         raise Unreadable(path, f"position is for series of volumes, 4D; this has shape {what.shape} (z, y, x)")
     if not 0 <= position < what.shape[1]:
         raise Unreadable(path, f"position {position} of a series with {what.shape[1]} slices")
+    if isinstance(source, Item):
+        volumes = [read(frame=i) for i in range(what.shape[0])]
+        return np.stack([v.array[position] for v in volumes]), (None, *volumes[0].voxel_mm[1:])
     frames, affine = read_frames(path)
     return frames[:, position], (None, *Volume(frames[0], affine).voxel_mm[1:])
 

@@ -29,6 +29,14 @@ SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 # -------------------------------------------------------------------------------------------- from volumes to slices
 
 
+def turned(volume: Volume, plane: str) -> Volume:
+    """The volume with its axes reordered and mirrored to slices of a plane of `PLANES`; no voxel is changed."""
+    turn = ornt_transform(io_orientation(volume.affine), axcodes2ornt(PLANES[plane][::-1]))
+    array = apply_orientation(volume.array.transpose(2, 1, 0), turn)
+    affine = volume.affine @ inv_ornt_aff(turn, volume.array.shape[::-1])
+    return Volume(np.ascontiguousarray(array.transpose(2, 1, 0)), affine)
+
+
 @dataclass(frozen=True)
 class Slicing:
     """How a volume of `shape` (z, y, x) and `affine` becomes slices on a canvas of `size` (y, x), and back.

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from companion.data.intake.heaps import check_heaps
 from companion.data.rows import Rows
 from companion.files import atomic_write
 
@@ -294,6 +295,7 @@ def _format(file: h5py.File) -> str:
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run the data notebook that prepares it, or check the path")
+    check_heaps(path)
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -30,7 +30,7 @@ from companion.data.intake.kinds import (
 )
 from companion.data.intake.look import find
 from companion.data.intake.readers import read_image
-from companion.data.intake.records import Unreadable, Volume
+from companion.data.intake.records import Item, Unreadable, Volume
 
 PERCENTILE, CEILING = 99.5, 1.2
 SCALE = f"1 is the {PERCENTILE}th percentile of the brain, values end at {CEILING}; outside the brain 0"
@@ -97,6 +97,11 @@ class Scan:
     mask: Path | None = None
     about: dict[str, object] = field(default_factory=dict)
     name: str = ""
+    item: Item | None = field(default=None, repr=False)
+
+    def read(self) -> Volume:
+        """The whole volume, whatever the number of its files: `image` is the first slice only of a DICOM series."""
+        return self.item.read() if self.item and len(self.item.files) > 1 else read_image(self.image)
 
 
 class Scans(tuple):
@@ -128,7 +133,7 @@ def find_scans(folder: str | os.PathLike, contrast: str | None = None, table: st
     if not images:
         raise Unreadable(folder, "no image volumes there or below; check the path")
     scans = Scans(
-        Scan(i.person, i.path, mask[i.name] and mask[i.name].path, _cc359(i.path.name), i.name) for i in images
+        Scan(i.person, i.path, mask[i.name] and mask[i.name].path, _cc359(i.path.name), i.name, i) for i in images
     )
     scans.left, scans.split = left, dict(found.split)
     return scans
@@ -150,11 +155,12 @@ def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float]) -> tu
     ValueError for 4D files, NaN, labels, an empty mask, an affine that cannot be right, and a brain that the grid does
     not hold.
     """
-    volume = read_image(scan.image)
+    volume = scan.read()
     if np.iscomplexobj(volume.array):
         volume = Volume(np.abs(volume.array), volume.affine)
     check_affine(volume, scan.image)
-    if not contrast_of(scan.image.name):  # a name that tells the contrast is believed
+    series = scan.item is not None and len(scan.item.files) > 1  # DICOM says what is a segmentation
+    if not (contrast_of(scan.image.name) or series):  # a name that tells the contrast is believed
         refuse_labels(volume.array, scan.image)
     if scan.mask is None:
         mask = volume.array > 0

@@ -5,7 +5,9 @@ Names, birth dates and record numbers are not kept: a person is a code (`intake.
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -69,6 +71,7 @@ class FileHeader:
     units: str
     dtype: str
     frames: tuple[Frame, ...] = field(repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
 def read_header(path: str | os.PathLike) -> FileHeader | None:
@@ -146,14 +149,13 @@ def _parsed(path: Path, d: pydicom.Dataset, size: int) -> FileHeader:
     if not d.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian).is_compressed:
         if rows * columns * frames * bits // 8 > size:
             raise Unreadable(path, f"{size} bytes, too few for its {rows} x {columns} pixels: truncated; copy it again")
-    identity = str(d.get("PatientID", "") or d.get("PatientName", "") or "")
     dtype = ("float" if "FloatPixelData" in d else "int" if int(d.get("PixelRepresentation", 0)) else "uint") + str(
         bits
     )
     made = _enhanced(path, d, frames) if "PerFrameFunctionalGroupsSequence" in d else _classic(path, d, frames)
     return FileHeader(
-        pseudonym(identity) if identity else "",
-        pseudonym(str(d.get("StudyInstanceUID", "")))[:7] if d.get("StudyInstanceUID") else "",
+        pseudonym(d.get("PatientID", ""), d.get("PatientName", "")),
+        pseudonym(d.get("StudyInstanceUID", "")),
         str(d.get("SeriesInstanceUID", "")),
         str(d.get("SeriesDescription", "") or d.get("ProtocolName", "") or "").strip(),
         str(d.get("Modality", "")),
@@ -162,7 +164,17 @@ def _parsed(path: Path, d: pydicom.Dataset, size: int) -> FileHeader:
         ),
         dtype,
         made,
+        _secrets(d),
     )
+
+
+def _secrets(d: pydicom.Dataset) -> tuple[str, ...]:
+    """The words of a patient's name, numbers and birth date, the longest first, as names of folders have them."""
+    names = [word for word in re.split(r"[\^=\s,._-]+", str(d.get("PatientName", ""))) if len(word) > 2]
+    pairs = ["".join(pair) for pair in itertools.permutations(names[:4], 2)]
+    others = ("PatientID", "PatientBirthDate", "AccessionNumber", "OtherPatientIDs", "PatientBirthName")
+    numbers = [str(d.get(name, "") or "").strip() for name in others]
+    return tuple(sorted({w for w in (*names, *pairs, *numbers) if len(w) > 2 and pseudonym(w)}, key=len, reverse=True))
 
 
 def _classic(path: Path, d: pydicom.Dataset, frames: int) -> tuple[Frame, ...]:

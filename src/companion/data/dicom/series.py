@@ -188,7 +188,7 @@ def _describe(files: tuple[Path, ...], headers: Sequence[FileHeader], whole: boo
         "image", "DICOM", axes, shape, voxel, "float32" if frame.slope != 1 or frame.factor != 1 else first.dtype,
         first.units, CONTRASTS.get(first.modality) or kinds.contrast_of(first.description) or first.modality,
         first.person, first.session, "|".join([first.series, *map(str, _key(first))]),
-        about={name: value for name, value in about.items() if value},
+        about={name: value for name, value in about.items() if value}, secrets=first.secrets,
     )  # fmt: skip
 
 

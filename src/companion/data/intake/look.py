@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from companion.data.intake.tables import Table, own_table, read_table
 from companion.data.intake.walk import natural, walk
 
 STRANGE = "nobody can tell whose it is; name it as the others are, or give a table of files and subjects"
+CODE = re.compile(r"p[0-9a-f]{16}")  # of `records.pseudonym`
 HEADERS = (".hdr", ".hdr.gz", ".mhd", ".nhdr")  # read before the files that they describe
 
 
@@ -35,8 +38,8 @@ def look(path: str | os.PathLike, table: str | os.PathLike | None = None) -> Fou
     except Unclear as error:
         unclear = str(error)
     order = sorted(items, key=lambda item: natural(item.name))
-    return Found(walked.root, tuple(order), dict(sorted(left.items(), key=lambda e: natural(e[0]))), walked.notes,
-                 unclear, split)  # fmt: skip
+    left = dict(sorted(left.items(), key=lambda e: natural(e[0])))
+    return _without_secrets(Found(walked.root, tuple(order), left, walked.notes, unclear, split))
 
 
 def find(path: str | os.PathLike, table: str | os.PathLike | None = None, kinds: Sequence[str] = ("image",)) -> Found:
@@ -54,6 +57,31 @@ def find(path: str | os.PathLike, table: str | os.PathLike | None = None, kinds:
     if not items:
         raise Unreadable(found.root, f"nothing to use there ({' or '.join(kinds)}){_reasons(found.left)}")
     return found
+
+
+def _without_secrets(found: Found) -> Found:
+    """Return what was found without the patients' names and numbers, of which DICOM exports make folders and files.
+
+    They are replaced by the person's label; names that become equal are numbered.
+    """
+    labels = {word.lower(): item.person or "person" for item in reversed(found.items) for word in item.what.secrets}
+    if not labels:
+        return found
+    words = "(" + "|".join(map(re.escape, sorted(labels, key=len, reverse=True))) + ")"
+    form, taken = re.compile(rf"(?<![^\W_]){words}(?:[\W_]{words})*(?![^\W_])", re.IGNORECASE), set()
+
+    def clean(text: str) -> str:
+        return form.sub(lambda match: labels[match[1].lower()], text)
+
+    def unique(name: str) -> str:
+        name = clean(name)
+        new = next(n for n in itertools.chain((name,), (f"{name} ({i})" for i in itertools.count(2))) if n not in taken)
+        taken.add(new)
+        return new
+
+    items = tuple(replace(item, name=unique(item.name)) for item in found.items)
+    left = {unique(name): clean(why) for name, why in found.left.items()}
+    return replace(found, items=items, left=left, notes=tuple(map(clean, found.notes)), unclear=clean(found.unclear))
 
 
 def _reasons(left: Mapping[str, str], most: int = 20) -> str:
@@ -132,7 +160,7 @@ def _assigned(items: list[Item], table: Table | None, folder: str) -> tuple[list
 
 
 def _told(items: Iterable[Item], folder: str) -> dict[str, Whose]:
-    said = {item.name: (item.what.person, item.what.session) for item in items}
+    said = _said(items)
     try:
         return whose(list(said), said, folder)
     except Unclear:
@@ -140,3 +168,15 @@ def _told(items: Iterable[Item], folder: str) -> dict[str, Whose]:
         if len(scans) == len(said):
             raise
         return whose(scans, said, folder) | {n: Whose("", "", "") for n in said if n not in scans}
+
+
+def _said(items: Iterable[Item]) -> dict[str, tuple[str, str]]:
+    """Person and session of every item as its content says, the codes of a process numbered in the order of names."""
+    numbers: dict[str, dict[str, int]] = {"person": {}, "visit": {}}
+
+    def numbered(kind: str, code: str) -> str:
+        known = numbers[kind]
+        return f"{kind}#{known.setdefault(code, len(known) + 1)}" if CODE.fullmatch(code) else code
+
+    ordered = sorted(items, key=lambda item: natural(item.name))
+    return {i.name: (numbered("person", i.what.person), numbered("visit", i.what.session)) for i in ordered}

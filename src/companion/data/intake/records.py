@@ -8,13 +8,18 @@ use. `read(files, ...)` returns the values: an image as a `Volume`, other kinds 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
+import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+_KEY = secrets.token_bytes(32)  # of this process, never stored: without it no guess of an identity can be checked
+_NOBODY = re.compile(r"x+|0+|-+|anon\w*|unknown|none|null|n/?a|no[ _^]?name|deidentified|removed", re.IGNORECASE)
 KINDS = ("image", "labels", "mask", "probability", "k-space", "sinogram", "picture")
 
 
@@ -27,6 +32,11 @@ class Unreadable(ValueError):
 
     def __reduce__(self):
         return type(self), (self.path, self.reason)
+
+
+def reason(error: Exception) -> str:
+    """Return why a file cannot be used without the path to it, which may name a patient."""
+    return error.reason if isinstance(error, Unreadable) else str(error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +66,11 @@ class Description:
     units     "Bq/mL", "HU", "" where the file does not say
     contrast  "T1w", "FLAIR", "PET", "" where neither name nor header says
     person    whom the content belongs to, as the content says ("" where it is silent): never a name, see `pseudonym`
-    session   which visit, as the content says
+    session   which visit, as the content says, likewise
     series    files of equal, non-empty series are one item: the slices of a DICOM series
     parts     files beside this one that belong to it: the .img of a .hdr, the .cfl of a .hdr
     about     anything else worth printing: coils, lines, acceleration, echo position, decay, ...
+    secrets   words of the patient's name, number and birth date, which must not be written anywhere
     """
 
     kind: str
@@ -75,6 +86,7 @@ class Description:
     series: str = ""
     parts: tuple[Path, ...] = ()
     about: Mapping[str, object] = field(default_factory=dict)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -147,6 +159,13 @@ class Found:
         return people
 
 
-def pseudonym(identity: str) -> str:
-    """Return a short code for a patient: the same for equal identities, from which the identity cannot be read."""
-    return "p" + hashlib.sha256(identity.strip().encode()).hexdigest()[:10]
+def pseudonym(*identities: str) -> str:
+    """Return a code for the first identity that names somebody ("" if none does), which nobody can turn back.
+
+    Equal identities have equal codes within a process, and other ones in the next: `look` calls the people of a folder
+    person#1, person#2, in the order of their files, so that its result depends on no code. "anonymous", "xxxx", "000"
+    and the like name nobody.
+    """
+    known = (str(identity or "").strip().strip("^ ") for identity in identities)
+    first = next((one for one in known if one and not _NOBODY.fullmatch(one)), "")
+    return "p" + hmac.new(_KEY, first.encode(), hashlib.sha256).hexdigest()[:16] if first else ""

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from companion.data.intake import streams
+from companion.data.intake.heaps import check_heaps
 from companion.data.intake.records import Description, Unreadable, pseudonym
 from companion.data.raw.header import Header, decode_header, parse_header
 from companion.data.raw.scan import RawScan, centred_box, choose, describe, raw_scan
@@ -43,7 +44,7 @@ def sniff_mrd(path: str | os.PathLike) -> Description | None:
             "ISMRMRD",
             found.shape,
             voxel_mm=found.voxel_mm,
-            person=pseudonym(header.patient) if header.patient else "",
+            person=pseudonym(header.patient),
             about={name: value for name, value in about.items() if value},
         )
 
@@ -91,6 +92,7 @@ def open_hdf5(path: Path) -> h5py.File:
     """An HDF5 file, open; raises FileNotFoundError or Unreadable."""
     if reason := streams.instead(path):
         raise Unreadable(path, reason)
+    check_heaps(path)
     try:
         return h5py.File(path, "r")
     except (OSError, RuntimeError, ValueError) as error:
@@ -174,6 +176,10 @@ def _heads(path: Path, group: h5py.Group) -> np.ndarray:
     names = getattr(getattr(data, "dtype", None), "names", None) or ()
     if not {"head", "data"} <= set(names) or data.ndim != 1 or not 0 < len(data) < 2**28:
         raise Unreadable(path, "its data are not ISMRMRD acquisitions; convert the scan again")
+    kind = data.id.get_type()
+    lists = kind.get_member_type(kind.get_member_index(b"data"))
+    if lists.get_class() != h5py.h5t.VLEN or lists.encode()[3]:  # of a list, not a text, this byte is 0
+        raise Unreadable(path, "the type of its data is damaged; download it again")  # libhdf5 would crash on it
     try:
         heads = data.fields("head")[()]
         for name in ("flags", "idx", "active_channels", "number_of_samples", "center_sample", "sample_time_us"):

@@ -38,7 +38,7 @@ def sniff_twix(path: str | os.PathLike) -> Description | None:
         "Siemens raw data",
         scan.shape,
         voxel_mm=scan.voxel_mm,
-        person=pseudonym(scan.patient) if scan.patient else "",
+        person=pseudonym(*scan.patient),
         about={"counts": {n: c for n, c in scan.counts.items() if c > 1}, **scan.about},
     )
 
@@ -98,7 +98,7 @@ class _Measurement:
     def _sort(self, blocks, header) -> None:
         config, yaps = header.get("Config", {}), header.get("MeasYaps", {})
         dicom = header.get("Dicom", {})
-        self.patient = str(config.get("PatientID") or dicom.get("tPatientID") or "").strip()
+        self.patient = (config.get("PatientID"), dicom.get("tPatientID"))
         kinds = {"imaging": [], "noise": [], "calibration": []}
         for block in blocks:
             if block.is_flag_set("ACQEND") or block.is_flag_set("SYNCDATA"):

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion.data import anatomy, volumes
+from companion.data.intake.records import reason
 from companion.data.intake.splits import split_people, split_table
 from companion.data.rows import Rows
 from companion.data.store import Prepared, SequenceDataset, open_dataset, prepare_once
@@ -120,7 +121,7 @@ def read_folder(source: Path, beside: Path, r: Reading, seed: int, progress: boo
         try:
             volume, scale = volumes.load_scan(scan, r.shape, voxel_mm)
         except (ValueError, OSError) as error:
-            skipped[scan.name] = str(error)
+            skipped[scan.name] = reason(error)
             continue
         arrays["image"].append(volume.array[None].astype(np.float16))
         arrays["affine"].append(volume.affine)
