@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import importlib
 import os
 import pickle
@@ -111,6 +112,36 @@ def _itk(name, compressed):
         return folder / name
 
     return make
+
+
+def _minc2(folder):
+    with h5py.File(folder / "a.mnc", "w") as file:
+        root, values = file.create_group("minc-2.0"), _volume()
+        for i, (name, length) in enumerate(zip(MINC_AXES, values.shape, strict=True)):
+            axis = root.create_dataset(f"dimensions/{name}", data=0)
+            axis.attrs.update({"step": 2.0, "start": -7.0, "length": length, "spacing": np.bytes_("regular__")})
+            axis.attrs["direction_cosines"] = np.eye(3)[2 - i]
+        image = root.create_dataset("image/0/image", data=values)
+        image.attrs.update({"dimorder": np.bytes_(",".join(MINC_AXES)), "valid_range": np.array([0.0, 1000.0])})
+        for name, value in (("image-min", 0.0), ("image-max", 1000.0)):
+            root.create_dataset(f"image/0/{name}", data=value).attrs["dimorder"] = np.bytes_("")
+    return folder / "a.mnc"
+
+
+def _minc1(folder):
+    values = _volume()
+    with scipy.io.netcdf_file(folder / "a.mnc", "w") as file:
+        for name, length in zip(MINC_AXES, values.shape, strict=True):
+            file.createDimension(name, length)
+            axis = file.createVariable(name, "i4", ())
+            axis.spacing, axis.step, axis.start = b"regular__", 2.0, -7.0
+        image = file.createVariable("image", "i2", MINC_AXES)
+        image[:] = values
+        image.signtype, image.valid_range = b"signed__", np.array([0.0, 1000.0])
+        for name, value in (("image-min", 0.0), ("image-max", 1000.0)):
+            file.createVariable(name, "f8", ()).data[()] = value
+    (folder / "a.mnc.gz").write_bytes(gzip.compress((folder / "a.mnc").read_bytes(), mtime=0))
+    return folder / "a.mnc.gz"
 
 
 def _png(folder):
@@ -215,6 +246,7 @@ def _twix(folder):
     return folder / "a.dat"
 
 
+MINC_AXES = ("zspace", "yspace", "xspace")
 AXES = (("axes", "slice coil y x"),)
 SAMPLES = (
     Sample("NIfTI .nii.gz", _nifti("a.nii.gz"), True),
@@ -222,6 +254,8 @@ SAMPLES = (
     Sample("FreeSurfer .mgz", _nifti("a.mgz"), True),
     Sample("MetaImage .mha, compressed", _itk("a.mha", True), True, header=lambda c: c.index(b"LOCAL\n") + 6),
     Sample("NRRD .nrrd, compressed", _itk("a.nrrd", True), True, header=lambda c: c.index(b"\n\n") + 2),
+    Sample("MINC 1 .mnc.gz", _minc1, True),
+    Sample("MINC 2 .mnc", _minc2),
     Sample("PNG", _png, True),
     Sample("DICOM", _dicom),
     Sample("fastMRI .h5", _fastmri(False)),

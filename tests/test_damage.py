@@ -7,8 +7,8 @@ import fuzzing
 import pytest
 
 UNCHECKED = {
-    "NIfTI .nii", "DICOM", "fastMRI .h5", "ISMRMRD .h5", "MATLAB 7.3 .mat", "NumPy .npy", "BART .cfl", "BART .hdr",
-    "Siemens .dat",
+    "NIfTI .nii", "MINC 2 .mnc", "DICOM", "fastMRI .h5", "ISMRMRD .h5", "MATLAB 7.3 .mat", "NumPy .npy", "BART .cfl",
+    "BART .hdr", "Siemens .dat",
 }  # fmt: skip
 
 

@@ -58,6 +58,10 @@ def people(*names, **options):
         ("patient001/patient001_frame01.nii.gz patient001/patient001_4d.nii.gz patient002/patient002_frame01.nii.gz",
          "patient001 patient001 patient002"),
         ("s0_0.png s0_1.png s1_0.png", "s0 s0 s1"),
+        ("mri_0.nii pet_0.nii mri_1.nii pet_1.nii", "0 0 1 1"),
+        ("T1_001.nii T2_001.nii T1_002.nii", "001 001 002"),
+        ("MNINonLinear_100307/T1w_restore.nii MNINonLinear_100408/T1w_restore.nii",
+         "100307 100408"),
         ("sub-01/ses-1/anat/sub-01_ses-1_T1w.nii sub-01/ses-2/anat/sub-01_ses-2_T1w.nii sub-02/anat/sub-02_T1w.nii",
          "sub-01 sub-01 sub-02"),
         ("derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii sub-01/anat/sub-01_T1w.nii", "sub-01 sub-01"),
@@ -69,6 +73,28 @@ def test_people_are_told_from_the_part_of_names_that_varies(names, expected):
     assert [people(*names)[name][0] for name in names] == expected.split()
     backwards = people(*reversed(names))
     assert backwards == people(*names), "the order of the file system must not matter"
+
+
+def test_folders_called_train_and_test_are_the_split(tmp_path):
+    for name in ("imagesTr/h_001.nii", "imagesTr/h_002.nii", "imagesTr/h_003.nii", "imagesTs/h_004.nii"):
+        nifti(tmp_path / "msd" / name)
+    found = look(tmp_path / "msd")
+    assert found.split == {"h_004": "test"}
+    split = split_people(found.people, given=found.split)
+    assert split["test"] == ["h_004"] and len(split["validation"]) == 1 and len(split["train"]) == 2
+    for name in ("train/sub-1/a.nii", "test/sub-1/b.nii", "train/sub-2/a.nii"):  # one person in both: no split
+        nifti(tmp_path / "both" / name)
+    assert not look(tmp_path / "both").split
+
+
+def test_a_file_and_its_compressed_copy_are_one_scan(tmp_path):
+    import gzip
+
+    for i in range(2):
+        path = nifti(tmp_path / f"p{i}.nii", i)
+        (tmp_path / f"p{i}.nii.gz").write_bytes(gzip.compress(path.read_bytes()))
+    kept, left = one_each(look(tmp_path).items)
+    assert [i.name for i in kept] == ["p0.nii", "p1.nii"] and set(left) == {"p0.nii.gz", "p1.nii.gz"}
 
 
 def test_sessions_and_repetitions_are_named():

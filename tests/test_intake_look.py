@@ -1,5 +1,6 @@
 """`companion look`: what is printed of any file or folder, and the picture."""
 
+import nibabel
 import numpy as np
 import pytest
 from test_intake_images import head, save
@@ -7,8 +8,9 @@ from typer.testing import CliRunner
 
 from companion.cli import app
 from companion.data.intake.look import look
+from companion.data.intake.records import Volume
 from companion.data.intake.report import report
-from companion.show.look import picture
+from companion.show.look import _planes, picture
 
 
 def folder(path):
@@ -47,6 +49,20 @@ def test_the_command_prints_draws_and_fails_with_a_reason(tmp_path, monkeypatch)
     run = CliRunner().invoke(app, ["look", str(folder(tmp_path / "data")), "--picture"])
     assert run.exit_code == 0 and "6 scans" in run.output and (tmp_path / "look-data.png").stat().st_size > 5000
     assert CliRunner().invoke(app, ["look", str(tmp_path / "nothing")]).exit_code == 1
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "ASL", "IPR"])
+def test_a_picture_is_upright_whatever_the_order_of_axes(codes):
+    """Of a bright bar in front and above, to the person's right, in every order: above, and on the right."""
+    world = np.zeros((9, 10, 11), np.float32)  # (x, y, z) to the right, front and head
+    world[4:8, 5:9, 5:10] = 1
+    straight = nibabel.Nifti1Image(world, np.eye(4))
+    codes_to = nibabel.orientations.axcodes2ornt
+    turned = straight.as_reoriented(nibabel.orientations.ornt_transform(codes_to("RAS"), codes_to(codes)))
+    shown = _planes(Volume(np.asarray(turned.dataobj).transpose(2, 1, 0), turned.affine))
+    axial, coronal, sagittal = shown[:10, :9], shown[:11, 11:20], shown[:11, 22:32]
+    assert np.array_equal(axial, world[:, ::-1, 5].T)  # rows from the nose back, columns to the right
+    assert np.array_equal(coronal, world[:, 4, ::-1].T) and np.array_equal(sagittal, world[4, ::-1, ::-1].T)
 
 
 def test_scans_that_cannot_be_read_are_pictured_with_the_reason(tmp_path):

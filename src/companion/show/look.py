@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from companion.data.intake.records import Found, Item, Unreadable, Volume
+from companion.data.slicing import turned
 from companion.extras import extra
 from companion.files import atomic_write
 
@@ -54,14 +55,19 @@ def _shown(item: Item) -> np.ndarray:
     read = item.read(frame=0 if item.what.axes[:1] == ("t",) else None)
     array = read.array if isinstance(read, Volume) else np.asarray(read)
     array = np.abs(array) if np.iscomplexobj(array) else array.astype(float)
-    return np.minimum(_planes(array, read.voxel_mm), max(np.percentile(array, 99.5), 1e-12))
+    return np.minimum(_planes(Volume(array, read.affine)), max(np.percentile(array, 99.5), 1e-12))
 
 
-def _planes(array: np.ndarray, voxel_mm: tuple[float, float, float]) -> np.ndarray:
-    """The middle of a volume (z, y, x) across each axis, side by side at square pixels; one slice as it is."""
+def _planes(volume: Volume) -> np.ndarray:
+    """The middle of a volume in its axial, coronal and sagittal plane by its affine, side by side at square pixels.
+
+    Noses and heads are up, the person's right is on the right; of a single slice that slice as it is stored.
+    """
+    if min(volume.array.shape) < 4:
+        return volume.array[len(volume.array) // 2]
+    upright = turned(volume, "axial")
+    array, voxel_mm = upright.array, upright.voxel_mm
     z, y, x = array.shape
-    if min(z, y, x) < 4:
-        return array[z // 2]
     cuts = ((array[z // 2], 1, 2), (array[::-1, y // 2], 0, 2), (array[::-1, :, x // 2], 0, 1))
     step = min(voxel_mm)
     pictures = []

@@ -176,13 +176,14 @@ def one_each(images: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
     """Return one version of every image, and why the others are not used: fMRIPrep and its kin store several.
 
     A preprocessed image in its own space (desc-preproc, without space-) comes before the raw one, that before copies in
-    other spaces. Images that differ in anything else (session, run, acquisition, contrast) are all kept.
+    other spaces; of a file and its compressed copy one is taken. Images that differ in anything else (session, run,
+    acquisition, contrast) are all kept.
     """
     groups: dict[tuple, list[Item]] = {}
     for item in images:
         e = entities(item.name)
         versions = {k: v for k, v in e.items() if k not in ("desc", "space", "res", "den")}
-        key = tuple(sorted(versions.items())) if "sub" in e else (item.name,)
+        key = tuple(sorted(versions.items())) if "sub" in e else (re.sub(r"\.(?:gz|bz2)$", "", item.name.lower()),)
         groups.setdefault((item.person, item.session, key), []).append(item)
     kept, left = [], {}
     for group in groups.values():

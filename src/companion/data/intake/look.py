@@ -13,11 +13,14 @@ from companion.data.intake import kinds
 from companion.data.intake.persons import Unclear, Whose, whose
 from companion.data.intake.readers import sniff
 from companion.data.intake.records import Description, Found, Item, Reader, Unreadable
-from companion.data.intake.tables import Table, own_table, read_table
+from companion.data.intake.tables import SPLIT_WORDS, Table, own_table, read_table
 from companion.data.intake.walk import natural, walk
 
 STRANGE = "nobody can tell whose it is; name it as the others are, or give a table of files and subjects"
 CODE = re.compile(r"p[0-9a-f]{16}")  # of `records.pseudonym`
+SPLIT_FOLDER = re.compile(
+    r"(?:[a-z0-9]+_)?(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)(?:_[a-z0-9]+)?|(?:images|labels)(tr|ts)"
+)
 HEADERS = (".hdr", ".hdr.gz", ".mhd", ".nhdr")  # read before the files that they describe
 
 
@@ -149,6 +152,7 @@ def _assigned(items: list[Item], table: Table | None, folder: str) -> tuple[list
         strangers = {n: STRANGE for n, who in told.items() if not who.person}
         told = {n: who for n, who in told.items() if who.person}
     named = [replace(i, person=w.person, session=w.session, told=w.told) for i in items if (w := told.get(i.name))]
+    split = split or _by_folders(named)
     if (
         split
         and (unknown := {i.person for i in named} - set(split))
@@ -157,6 +161,21 @@ def _assigned(items: list[Item], table: Table | None, folder: str) -> tuple[list
         raise ValueError(f"{table.path} has the split of {', '.join(list(split)[:3])}, but the people here are "
                          f"{', '.join(sorted(unknown, key=natural)[:3])}; use the same names")  # fmt: skip
     return named, strangers, split
+
+
+def _by_folders(items: Iterable[Item]) -> dict[str, str]:
+    """Who is for validation and tests by the folders train, val and test, where people lie in one of these each.
+
+    Those of train are not said, so that somebody can be drawn to validate on.
+    """
+    parts: dict[str, set[str]] = {}
+    for item in items:
+        found = [m for folder in item.name.split("/")[:-1] if (m := SPLIT_FOLDER.fullmatch(folder.lower()))]
+        parts.setdefault(item.person, set()).add(SPLIT_WORDS[found[-1][1] or found[-1][2]] if found else "")
+    there = set().union(*parts.values()) if parts else set()
+    if "train" not in there or "" in there or any(len(own) > 1 for own in parts.values()):
+        return {}
+    return {person: part for person, (part,) in parts.items() if part != "train"}
 
 
 def _told(items: Iterable[Item], folder: str) -> dict[str, Whose]:

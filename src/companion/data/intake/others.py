@@ -76,6 +76,7 @@ def read_minc(files: Sequence[Path], frame: int | None = None) -> Volume:
     """The volume of a MINC file, turned to right, anterior, superior."""
     path = Path(files[0])
     image = _minc(path)
+    streams.check(path)
     try:
         _frame(path, frame, image.shape[3] if len(image.shape) > 3 else 1)
         canonical = nibabel.as_closest_canonical(image)

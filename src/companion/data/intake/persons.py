@@ -83,7 +83,7 @@ PROCESSING = re.compile(
     EDGE
     + r"(?:(?:space|desc|res|label|acq|rec|dir|den|hemi|task|ce|mod|part|inv|from|to|mode)-[A-Za-z0-9+]+"
     + r"|brain|bet|stripped|skullstripped|ss|staple|(?:brain)?masks?|preproc|restored?|acpc|dc|norm|n4|bias|corrected"
-    + r"|reg|registered|warped|mni(?:152)?\w*|crop(?:ped)?|resampled|denoised|defaced?|orig|raw|final|segs?"
+    + r"|reg|registered|warped|mni(?:152)?[A-Za-z0-9]*|crop(?:ped)?|resampled|denoised|defaced?|orig|raw|final|segs?"
     + r"|segmentations?|aseg|aparc|gt|dseg|probseg|prob|pve|mean|magnitude|labels?(?:tr|ts)?|images?(?:tr|ts)?|mag"
     + r"|real|imag|nii|nifti|dicom|dcm|derivatives|sourcedata|rawdata|[123]d|\d+(?:\.\d+)?mm"
     + r"|(?:ge|philips|siemens)?(?:1\.5|3|7)t)"
@@ -220,9 +220,18 @@ def _person(name: str, words: Sequence[tuple[str, int]]) -> str:
     for part in name[:at].split("/"):
         end = start + len(part)
         if end >= at or any(start < e <= end for _, e in words):  # folders that are the same for all say nothing
-            kept.append(part)
+            kept.append(_who(part))
         start = end + 1
     return "/".join(kept)
+
+
+def _who(part: str) -> str:
+    """A part of a path without what it says of contrast, processing and visit: mri_7 and pet_7 are of one person."""
+    bare = part
+    for form in (SESSION, CONTRAST, PROCESSING):
+        bare = form.sub("", bare)
+    bare = re.sub(r"([_\-. ])[_\-. ]+", r"\1", bare).strip("_-. ")
+    return bare if re.search(r"\w", bare) else part
 
 
 def _check_groups(varying: Mapping[str, Sequence[tuple[str, int]]]) -> None:

@@ -104,6 +104,19 @@ def part(path: Path, start: int, length: int, total: int | None = None) -> bytea
     return kept
 
 
+def check(path: Path) -> None:
+    """Read a compressed file to its end, so that its checksum is checked, for libraries that do not; raises Unreadable.
+
+    Of files without compression nothing is read.
+    """
+    try:
+        with _opened(path) as stream:
+            while isinstance(stream, gzip.GzipFile | bz2.BZ2File) and stream.read(CHUNK):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise Unreadable(path, _damage(error)) from error
+
+
 def _opened(path: Path):
     with _file(path) as file:
         start = file.read(3)

@@ -18,6 +18,8 @@ COLUMNS = {
 }
 SPLIT_WORDS = {
     "train": "train",
+    "tr": "train",
+    "ts": "test",
     "training": "train",
     "val": "validation",
     "valid": "validation",
