@@ -243,7 +243,11 @@ def _read_npz(path: Path, only: tuple[str, ...]) -> Stack:
 
 
 def _read_npy(path: Path, only: tuple[str, ...]) -> Stack:
-    return make_stack({path.stem: np.load(path, mmap_mode="r", allow_pickle=False)}, path.name)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path.name}: not a readable array of numbers ({error}); save it again") from error
+    return make_stack({path.stem: array}, path.name)
 
 
 def _read_hdf5(path: Path, only: tuple[str, ...]) -> Stack:
