@@ -184,6 +184,9 @@ def test_the_command_writes_an_example_that_look_knows(tmp_path, monkeypatch):
     assert ((own.scan.y - expected).square().sum() / expected.sum()).item() == pytest.approx(1, abs=0.15)
     found = CliRunner().invoke(app, ["look", str(path)])
     assert found.exit_code == 0 and "2 x 24 x 30" in found.output and "kBq/mL" in found.output
+    monkeypatch.chdir(tmp_path)
+    drawn = CliRunner().invoke(app, ["look", str(path), "--picture"])
+    assert drawn.exit_code == 0 and (tmp_path / "look-example.npz.png").is_file()
     path.with_suffix(".json").rename(tmp_path / "elsewhere.json")
     assert "units not said" in CliRunner().invoke(app, ["look", str(path)]).output
     apart = CliRunner().invoke(app, ["look", str(path), "--geometry", str(tmp_path / "elsewhere.json")])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from companion.data.intake.records import Found, Item, Unreadable, Volume
+from companion.data.sinograms import read_sinograms
 from companion.data.slicing import turned
 from companion.extras import extra
 from companion.files import atomic_write
@@ -20,7 +21,8 @@ with extra("notebooks"):
 def picture(found: Found, path: str | os.PathLike, most: int = 16) -> Path:
     """Return the path of the PNG written: the middle slices of the first scans, volumes in three planes.
 
-    Of k-space the logarithm of its magnitude, all coils together. Scans that cannot be read show the reason.
+    Of k-space the logarithm of its magnitude, all coils together; of PET sinograms the counts. Scans that cannot be
+    read show the reason.
     """
     items = found.items[:most]
     columns = min(4, max(1, math.ceil(math.sqrt(len(items)))))
@@ -47,6 +49,9 @@ def _shown(item: Item) -> np.ndarray:
     """One image (rows, columns) of a scan, the head up, grey levels up to its 99.5th percentile."""
     if item.what.kind == "picture":
         return item.read()
+    if item.what.kind == "sinogram":
+        counts = read_sinograms(item.path).arrays["counts"]
+        return counts if counts.ndim == 2 else counts[len(counts) // 2]
     if item.what.kind == "k-space":
         kspace = item.read().kspace
         one = kspace[len(kspace) // 2].abs().square().sum(0).sqrt().numpy()
