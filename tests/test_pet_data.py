@@ -8,7 +8,7 @@ import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from companion.data import anatomy, pet
+from companion.data import anatomy, pet, slicing
 from companion.data.intake import others
 from companion.data.nifti import Volume, save_nifti
 from companion.data.pet import (
@@ -234,7 +234,7 @@ def test_volumes_of_any_orientation_become_upright(codes):
     affine = np.diag([2.0, 2.0, 2.0, 1.0]) @ affine
     place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
     for axis, (start, end) in enumerate(((0, -1), (-1, 0), (0, -1))):  # x to the right, rows from the nose, z upwards
-        turned = pet.upright(Volume(np.ascontiguousarray(place[..., axis].T), affine))
+        turned = slicing.turned(Volume(np.ascontiguousarray(place[..., axis].T), affine), "axial")
         index = [slice(None)] * 3
         first, last = ((*index[: 2 - axis], end_, *index[3 - axis :]) for end_ in (start, end))
         assert turned.array[first].max() < turned.array[last].min()

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from companion.data.intake import others, streams
 from companion.data.intake.records import Unreadable
 from companion.data.nifti import Volume, centred_affine, load_nifti
 from companion.data.npz import read_npz
+from companion.data.slicing import turned
 
 # FDG 45 minutes after injection, about 200 MBq in 70 kg: kBq/mL.
 UPTAKE = {"csf": 1.0, "grey": 22.0, "white": 5.5}
@@ -314,17 +314,7 @@ def load_brainweb(path: str | os.PathLike) -> Volume:
         labels = labels // 16
     if labels.min() < 0 or labels.max() >= len(BRAINWEB) or labels.max() < 3:
         raise ValueError(f"{path}: labels {labels.min():g} to {labels.max():g}; expected 0 to {len(BRAINWEB) - 1}")
-    return upright(Volume(labels.astype(np.uint8), affine))
-
-
-def upright(volume: Volume) -> Volume:
-    """The volume with axes turned, as its affine says, so that slices are axial from below, rows start at the nose, and
-    columns run to the person's right, as in `anatomy`. No voxel is resampled; oblique volumes keep their tilt.
-    """
-    turn = ornt_transform(io_orientation(volume.affine), axcodes2ornt("RPS"))
-    xyz = volume.array.transpose(2, 1, 0)
-    turned = np.ascontiguousarray(apply_orientation(xyz, turn).transpose(2, 1, 0))
-    return Volume(turned, volume.affine @ inv_ornt_aff(turn, xyz.shape))
+    return turned(Volume(labels.astype(np.uint8), affine), "axial")
 
 
 def activity_from_labels(volume: Volume, size: int = 64, values: dict[str, float] = BRAINWEB_UPTAKE) -> Activity:
@@ -385,7 +375,7 @@ def activity_from_volume(
     """The activity of a volume that was read, units and kbq_per_suv as for `load_activity`, which see."""
     if np.iscomplexobj(volume.array):
         raise ValueError(f"{name}: complex values are no activity; give the PET image")
-    factor, volume = _kbq(name, units, kbq_per_suv), upright(volume)
+    factor, volume = _kbq(name, units, kbq_per_suv), turned(volume, "axial")
     array = volume.array.astype(np.float32) * np.float32(factor)
     _check_activity(array, Path(name))
     _, y, x = volume.voxel_mm
