@@ -167,10 +167,13 @@ def test_raw_arrays_are_read_where_a_geometry_file_names_them(tmp_path):
 def test_networks_know_their_pixels():
     check_pixels(3.5, 3.5, "prior")
     check_pixels([1.0, 4.0], 2.0, "prior")
+    check_pixels("1 to 4", 3.5, "prior")
     with pytest.raises(ValueError, match="pixels of 3.5 mm, and the image has 1.75 mm"):
         check_pixels(3.5, 1.75, "pet/prior")
     with pytest.raises(ValueError, match="pixels of 1 to 4 mm"):
         check_pixels([1.0, 4.0], 7.0, "pet/any")
+    with pytest.raises(ValueError, match="pixels of 1 to 4 mm"):
+        check_pixels("1 to 4", 0.5, "pet/any")
 
 
 def test_the_command_writes_an_example_that_look_knows(tmp_path, monkeypatch):

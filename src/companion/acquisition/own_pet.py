@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,10 +169,12 @@ def placing(file: Sinograms, image_size: int, pixel_mm: float, placed: Mapping) 
 
 
 def check_pixels(stated, pixel_mm: float, name: str, least: float = 0.9) -> None:
-    """Raise ValueError where a network was trained for other pixels: `stated` mm, one number or the range of several.
+    """Raise ValueError where a network was trained for other pixels: `stated` mm, a number, a range or "1 to 4".
 
     Pixels may differ by the factor `least` and its inverse.
     """
+    if isinstance(stated, str):
+        stated = [float(number) for number in re.findall(r"\d+\.?\d*", stated)]
     low, high = (min(stated), max(stated)) if isinstance(stated, list | tuple) else (stated, stated)
     if not low * least <= pixel_mm <= high / least:
         said = f"{low:g} mm" if low == high else f"{low:g} to {high:g} mm"
