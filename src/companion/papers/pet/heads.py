@@ -27,14 +27,17 @@ from companion.data.head_activity import (
 from companion.data.heads_download import load_heads
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.losses import edm_loss
+from companion.evaluation.denoising import expected_errors
 from companion.files import atomic_write, project_root
 from companion.models.architectures import build
 from companion.models.checkpoint import load
 from companion.papers.general import Bank
+from companion.papers.pet.data import held_out
 from companion.parameters import param
 from companion.training.loop import TrainResult
 from companion.training.recipe import Training, begin, fit, main
 
+SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)  # noise at which a prior is looked at
 SIGMA_DATA = 0.35  # rms of the training images
 GAIN = 0.15  # standard deviation of ln of the gain that each image gets
 BANK_SIZE = 80  # pixels along y and x of an image of the bank
@@ -88,7 +91,7 @@ def prior_config(p: TrainHeads) -> dict:
             "target": "phantom",
             "images": p.images,
             "image_size": "any",
-            "pixel_mm": "1 to 4",
+            "pixel_range_mm": [1.0, 4.0],
         },
     }
 
@@ -182,6 +185,27 @@ def training_set(p: TrainHeads) -> Bank:
         heads = [active_head(head) for head in load_heads(project_root() / p.heads, "train")] if p.heads else []
         make_bank(heads, folder, p.images)
     return Bank(folder, p.images)
+
+
+def validation_errors(D: Denoiser, heads: str | None, count: int = 6, size: int = 64) -> list[dict]:
+    """The error of D at several noise levels, kBq/mL, on activity nobody trained on, and the error that it states.
+
+    Warped activity of the head held for validation (none: dead leaves), and slices of virtual validation people.
+    """
+    if heads:
+        found = [active_head(head) for head in load_heads(project_root() / heads, "validation")]
+        rngs = [np.random.default_rng([31, i]) for i in range(count)]
+        foreign = np.stack([activity_image(found[i % len(found)], rng, size) for i, rng in enumerate(rngs)])
+    else:
+        foreign = np.stack([leaves_image(np.random.default_rng([31, i]), size) for i in range(count)])
+    people = held_out("validation", count, size, lesions=1).image / SCALE_KBQ
+    device, rows = next(D.parameters()).device, []
+    for name, x0 in (("a head" if heads else "dead leaves", torch.from_numpy(foreign)[:, None]), ("virtual", people)):
+        found = expected_errors(D, x0.to(device), SIGMAS, seed=0, digits=None)
+        rows += [
+            {"images": name, "sigma": r["sigma"]} | {k: SCALE_KBQ * r[k] for k in ("error", "expected")} for r in found
+        ]
+    return rows
 
 
 if __name__ == "__main__":  # torchrun --nproc_per_node=4 -m companion.papers.pet.heads params.yaml

@@ -39,7 +39,7 @@ from companion.parameters import param
 from companion.randomness import randn
 from companion.reconstruction.condition import condition
 
-PRIOR, NETWORK = "pet/prior", "pet/enhance"
+PRIOR, HEADS, NETWORK = "pet/prior", "pet/heads", "pet/enhance"
 FIRST_SIGMA = 10.0  # network units: noise level at which draws begin, an image is invisible in it
 FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
 LAST_GUIDED = 0.01  # last noise level of guided samplers, which do not draw from what is left at the end
