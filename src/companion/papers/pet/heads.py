@@ -91,7 +91,7 @@ def prior_config(p: TrainHeads) -> dict:
             "target": "phantom",
             "images": p.images,
             "image_size": "any",
-            "pixel_range_mm": [1.0, 4.0],
+            "pixel_mm": [1.0, 4.0],
         },
     }
 
