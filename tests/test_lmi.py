@@ -359,11 +359,16 @@ def test_volumes(tmp_path):
         contrasts=("T1", "T2"),
         image_size=32,
         slices_per_subject=2,
+        grid="own",
         validation_share=0.33,
         test_share=0.33,
     )
     data = lmi_data.prepare(p, progress=False)
-    assert data.shapes["T2"] == (3, 2, 1, 32, 32) and "slicing" in data.attrs["subjects"][data.subjects[0]]
+    assert data.shapes["T2w"] == (3, 2, 1, 32, 32) and "slicing" in data.attrs["subjects"][data.subjects[0]]
+    with pytest.raises(ValueError, match="layout GoldAtlas has CT, MR, not T1w"):
+        replace(p, data=str(tmp_path / "no.h5"), layout="GoldAtlas").before_start()
+    with pytest.raises(ValueError, match="more than one of them is T1w"):
+        replace(p, contrasts=("T1", "MPRAGE")).before_start()
 
 
 # --------------------------------------------------------------------------------------------------------- training

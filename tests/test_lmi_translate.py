@@ -17,7 +17,8 @@ from companion.networks.unet import UNet
 from companion.papers.lmi import people as lmi_people
 from companion.papers.lmi import translate as lmi_translate
 from companion.papers.lmi.people import Translate
-from companion.papers.lmi.translate import ABLATION, Setting, Translator, translate, translate_file
+from companion.papers.lmi.translate import ABLATION, Setting, Translator, translate
+from companion.papers.lmi.volume import noise_along, translate_file
 from companion.randomness import randn
 
 
@@ -244,17 +245,33 @@ def test_volumes_keep_shape_and_affine(prior, tmp_path):
     head, affine = oblique()
     source, out = tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz"
     save_nifti(source, head, affine=affine)
-    assert translate_file(source, out, prior, Setting(evaluations=2, draws=1), pixel_mm=10.0) == out
+    own = {"grid": "own", "pixel_mm": 10.0}
+    assert translate_file(source, out, prior, Setting(evaluations=2, draws=1), **own) == out
     made = load_nifti(out)
     assert made.array.shape == head.shape and np.allclose(made.affine, affine, atol=1e-4)
     assert nibabel.aff2axcodes(made.affine) == nibabel.aff2axcodes(affine)
     assert np.isfinite(made.array).all() and made.array.max() > 0
     assert not made.array[0].any() or not made.array[-1].any(), "empty slices stay empty"
+    assert b"NOT FOR DIAGNOSIS" in bytes(nibabel.load(out).header["descrip"].tobytes())
+    marked = load_nifti(tmp_path / "t2_unsupported.nii.gz")
+    assert marked.array.shape == head.shape and np.allclose(marked.affine, affine, atol=1e-4)
+    assert 0 <= marked.array.min() and marked.array.max() <= 1
     save_nifti(source, np.zeros((4, 9, 9), np.float32), affine=affine)
     with pytest.raises(ValueError, match="constant"):
         translate_file(source, out, prior)
     with pytest.raises(FileNotFoundError):
         translate_file(tmp_path / "absent.nii", out, prior)
+
+
+def test_neighbouring_slices_share_their_noise():
+    noise = noise_along((2, 40, 1, 24, 24), 3.0, seed=5)
+    assert noise.shape == (2, 40, 1, 24, 24) and noise.std().item() == pytest.approx(1, abs=0.03)
+    for apart in (1, 3, 8):
+        product = (noise[:, apart:] * noise[:, :-apart]).mean().item()
+        assert product == pytest.approx(np.exp(-(apart**2) / 36), abs=0.04)
+    assert abs((noise[0] * noise[1]).mean().item()) < 0.03
+    again = noise_along((2, 40, 1, 24, 24), 3.0, seed=5)
+    assert torch.equal(again, noise) and not torch.equal(noise_along((2, 40, 1, 24, 24), 3.0, 6), noise)
 
 
 def test_histogram_matching_is_right_where_contrast_is_monotone():
@@ -295,6 +312,7 @@ def test_a_study_has_every_row_for_every_subject(prior, people):
     found = lmi_people.translate_people(prior, None, held_out, "T1w", p.settings(), p.seed)
     methods = {r["method"] for r in found.rows}
     assert methods == {
+        "constant grey",
         "no translation",
         "histogram matching",
         "SDEdit from sigma = 0.5",

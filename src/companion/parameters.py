@@ -58,6 +58,12 @@ class Parameters:
         for name, value in check(type(self), dataclasses.asdict(self)).items():
             object.__setattr__(self, name, value)
 
+    def before_start(self) -> None:
+        """Raise for what is known to be wrong before any work: files or weights that are not there, or do not fit.
+
+        The runner asks before it starts a kernel, `resolve` in the notebook's first cell.
+        """
+
     def pick(self, *names: str) -> dict[str, Value]:
         """Some of the values by name: what a function takes, or a record keeps."""
         return {name: getattr(self, name) for name in names}
@@ -209,6 +215,7 @@ def resolve(cls: type[P], namespace: Mapping[str, Value], quiet: bool = False) -
     p = dataclasses.replace(p, device=resolve_device(p.device))
     if "autocast" in names:
         p = dataclasses.replace(p, autocast=resolve_autocast(p.autocast, p.device))
+    p.before_start()
     if not quiet:
         print(table(p))
     return p

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from companion.data.intake.kinds import one_each
+from companion.data.intake.kinds import contrast_of, one_each
 from companion.data.intake.look import find
 from companion.data.intake.persons import certain
+from companion.data.intake.records import Item
 from companion.data.intake.walk import natural, walk
+from companion.data.nifti import Volume, load_nifti
 
 # Ends of paths without .nii or .nii.gz: "{subject}" and "*" stand for part of a name. IXI and RESECT (CuRIOUS) as they
 # are distributed; Gold Atlas comes as DICOM, so these are the names to convert it to.
@@ -21,18 +23,48 @@ LAYOUTS = {
     "GoldAtlas": {"CT": "{subject}/CT", "MR": "{subject}/MR"},
 }
 ANY = "any"  # no layout: people and contrasts by the names, see `find_contrasts`
-NAMES = {"T1": "T1w", "T2": "T2w", "PD": "PDw"}  # contrasts as collections call them, and as BIDS does
+
+
+def standard(contrast: str) -> str:
+    """The contrast as BIDS and the embedded weights call it: T1w for T1, t1w or MPRAGE; T2w, PDw, FLAIR.
+
+    Names that say nothing known ("stain") stay as they are.
+    """
+    return contrast_of(contrast) or contrast
+
+
+def standards(contrasts: Iterable[str]) -> tuple[str, ...]:
+    """The standard names of several contrasts; ValueError for two that are one."""
+    asked = tuple(contrasts)
+    found = tuple(map(standard, asked))
+    if twice := sorted({name for name in found if found.count(name) > 1}):
+        raise ValueError(f"{', '.join(asked)}: more than one of them is {', '.join(twice)}; name each contrast once")
+    return found
+
+
+def called(names: Iterable[str], contrast: str) -> str | None:
+    """Which of `names` is this contrast, whatever either is called: itself first, else one of its standard name."""
+    names = list(names)
+    if contrast in names:
+        return contrast
+    return next((name for name in names if standard(name) == standard(contrast)), None)
 
 
 @dataclass(frozen=True)
 class Cohort:
     """`files`: subject -> contrast -> path. `left_out`: subject or file -> why it is not used. `people`: subject ->
-    person, where one person has several, such as two sessions; `split`: person -> part, where a table says it."""
+    person, where one person has several, such as two sessions; `split`: person -> part, where a table says it; `items`:
+    path -> item, of images that are more than one file, such as a DICOM series."""
 
     files: Mapping[str, Mapping[str, Path]]
     left_out: Mapping[str, str] = field(default_factory=dict)
     people: Mapping[str, str] = field(default_factory=dict)
     split: Mapping[str, str] = field(default_factory=dict)
+    items: Mapping[Path, Item] = field(default_factory=dict, repr=False)
+
+    def read(self, path: Path) -> Volume:
+        """The volume of one of the files, with those that belong to it. Raises as `load_nifti`."""
+        return self.items[path].read() if path in self.items else load_nifti(path)
 
     def person(self, subject: str) -> str:
         """Whose a subject's images are."""
@@ -43,7 +75,7 @@ class Cohort:
         if unknown := sorted(set(reasons) - set(self.files)):
             raise ValueError(f"no subject {some(unknown)} in this cohort")
         files = {s: f for s, f in self.files.items() if s not in reasons}
-        return Cohort(files, {**self.left_out, **reasons}, self.people, self.split)
+        return Cohort(files, {**self.left_out, **reasons}, self.people, self.split, self.items)
 
 
 def find_subjects(folder: str | os.PathLike, patterns: Mapping[str, str], *, complete_only: bool = False) -> Cohort:
@@ -91,8 +123,8 @@ def find_contrasts(
 ) -> Cohort:
     """The subjects of a folder of any names, by `data.intake`, with the image file of each contrast.
 
-    A subject is one session of one person. contrasts: as in "T1" or "T1w"; where a session has several images of one,
-    the first is taken. Those who miss a contrast are left out. table: whose the files are, see `intake.tables`.
+    A subject is one session of one person. contrasts: as in "T1", "T1w" or "MPRAGE"; where a session has several images
+    of one, the first is taken. Those who miss a contrast are left out. table: whose the files are, see `intake.tables`.
     Raises FileNotFoundError, `intake.persons.Unclear`, or ValueError where nobody has all contrasts.
     """
     found = find(existing_folder(folder), table)
@@ -101,7 +133,7 @@ def find_contrasts(
     people, left = {}, dict(found.left) | left
     for item in images:
         subject = f"{item.person} {item.session}".strip()
-        contrast = next((c for c in contrasts if NAMES.get(c, c).lower() == item.what.contrast.lower()), None)
+        contrast = called(contrasts, item.what.contrast) if item.what.contrast else None
         mine = files.setdefault(subject, {})
         people[subject] = item.person
         if contrast is None:
@@ -119,7 +151,8 @@ def find_contrasts(
     if not complete:
         told = "".join(f"\n  {name}: {why}" for name, why in list((missing | left).items())[:20])
         raise ValueError(f"{folder}: nobody has all of {', '.join(contrasts)}:{told}")
-    return Cohort(complete, left | missing, people, dict(found.split))
+    several = {item.path: item for item in images if len(item.files) > 1}
+    return Cohort(complete, left | missing, people, dict(found.split), several)
 
 
 def _pattern(pattern: str) -> re.Pattern:

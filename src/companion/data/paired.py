@@ -7,9 +7,9 @@
     cut = cut_file("IXI/IXI012-HH-1211-PD.nii.gz", size=(128, 128))   # slices of a volume, and how they were cut
     save_translation("t1.nii.gz", translate(cut.slices), cut.slicing, scale)    # the shape and affine of the source
 
-Images are float32 in [0, 1], stacks (slice, 1, y, x). Volumes are (z, y, x) with an affine, as in `nifti`. Nothing is
-registered here: `alignment` says whether a pair needs it. Wang et al. 2024 (IEEE TMI, doi 10.1109/TMI.2024.3382043)
-publish neither slicing, scaling nor splits; the choices are ours.
+Images are float32 in [0, 1], stacks (slice, 1, y, x). Volumes are (z, y, x) with an affine, as in `nifti`. `alignment`
+says whether a pair fits, `registration` makes it fit where it is asked to. Wang et al. 2024 (IEEE TMI, doi
+10.1109/TMI.2024.3382043) publish neither slicing, scaling nor splits; the choices are ours.
 """
 
 from __future__ import annotations
@@ -31,15 +31,22 @@ from companion.data.intake.splits import split_people
 from companion.data.intake.walk import natural
 from companion.data.intensity import FOREGROUND, Scale, Size, scaled, typical_scale
 from companion.data.nifti import Volume, load_nifti
+from companion.data.registration import moved, register, to_template
 from companion.data.rows import Rows
 from companion.data.slicing import Slicing, _header, _images, _inner, _onto_canvas, read_image
 from companion.data.store import Prepared, open_dataset, write_dataset
+from companion.data.template import OnTemplate, slab_heights
 
 SLICE_NUMBER = r"(?P<subject>.+?)[-_. ]*(?:slice|z)?[-_. ]*\d+"  # case ignored, of a file's stem
 
 
 def read_subject(
-    files: Mapping[str, Path], *, reference: str | None = None, labels: str | None = None, tolerance: float = 0.1
+    files: Mapping[str, Path],
+    *,
+    reference: str | None = None,
+    labels: str | None = None,
+    tolerance: float = 0.1,
+    read: Callable[[Path], Volume] = load_nifti,
 ) -> dict[str, Volume]:
     """The volumes of one subject, contrast -> volume, all on one grid.
 
@@ -47,7 +54,7 @@ def read_subject(
     error. labels: the contrast that is a label map. tolerance: of the grid, in parts of the smallest voxel side.
     Raises ValueError naming the files if grids differ, or as `load_nifti`.
     """
-    volumes = {contrast: load_nifti(path) for contrast, path in files.items()}
+    volumes = {contrast: read(path) for contrast, path in files.items()}
     for name, role in ((reference, "reference"), (labels, "labels")):
         if name is not None and name not in volumes:
             raise ValueError(f"{role}={name!r} is not among the contrasts {', '.join(volumes)}")
@@ -86,6 +93,8 @@ def prepare(
     reference: str | None = None,
     labels: str | None = None,
     max_shift: float = MAX_SHIFT,
+    registered: bool = False,
+    template: bool = False,
     source: str = "",
 ) -> Prepared:
     """The prepared file written: an array (subject, slice, 1, y, x) for each contrast, values in [0, 1].
@@ -98,6 +107,9 @@ def prepare(
     reference    contrast whose grid the others are resampled to, see `read_subject`
     labels       contrast of the cohort that is a label map: kept as it is, stored as uint8 under "labels"
     max_shift    pixels by which contrasts may seem apart (`alignment`); infinite to accept everything
+    registered   contrasts on other grids, or farther apart than that, are registered to the first (rigid), then judged
+    template     slices lie on the grid of the cohort's template (`OnTemplate`), `per_subject` of its slab, whatever the
+                 head's size and place: for networks that know the cohort; pixel_mm and plane are then the cohort's
     Each subject's slicing, slice positions, scales and alignment are kept in `attrs`; `stored_slicing` and
     `stored_scale` read them. Raises ValueError naming the subjects that are misaligned, or as `read_subject`.
     """
@@ -106,15 +118,19 @@ def prepare(
     wanted = (*contrasts, *([labels] if labels else []))
     stacks = {name: Rows(Path(path).parent) for name in (*contrasts, *(["labels"] if labels else []))}
     about, misaligned, left = {}, {}, dict(cohort.left_out)
-    options = {"size": size, "pixel_mm": pixel_mm, "plane": plane}
+    options = {"size": size} if template else {"size": size, "pixel_mm": pixel_mm, "plane": plane}
+    if registered and reference is None:
+        reference = contrasts[0]
     for subject, files in cohort.files.items():
         if len(about) == subjects:
             break
         if lacking := [name for name in wanted if name not in files]:
             raise ValueError(f"{subject} has no {', '.join(lacking)}, only {', '.join(files)}")
         try:
-            volumes = read_subject({n: files[n] for n in wanted}, reference=reference, labels=labels)
-            slices, facts, fits = _slices(volumes, contrasts, per_subject, labels, dict(scales or {}), options)
+            volumes = read_subject({n: files[n] for n in wanted}, reference=reference, labels=labels, read=cohort.read)
+            slices, facts, fits = _slices(
+                volumes, contrasts, per_subject, labels, scales or {}, options, max_shift if registered else None
+            )
         except (ValueError, OSError) as error:
             left[subject] = str(error)
             continue
@@ -148,10 +164,11 @@ def prepare(
     return open_dataset(path, require=list(contrasts))
 
 
-def stored_slicing(prepared: Prepared, subject: str) -> tuple[Slicing, list[int]]:
+def stored_slicing(prepared: Prepared, subject: str) -> tuple[Slicing | OnTemplate, list[int]]:
     """How a subject of a prepared file was cut, and which of its slices the file holds."""
     about = _stored(prepared, subject)
-    return Slicing(**about["slicing"]), list(about["positions"])
+    kind = OnTemplate if "found" in about["slicing"] else Slicing
+    return kind(**about["slicing"]), list(about["positions"])
 
 
 def stored_scale(prepared: Prepared, contrast: str, subject: str | None = None) -> Scale:
@@ -170,32 +187,64 @@ def _stored(prepared: Prepared, subject: str) -> dict:
     return about[subject]
 
 
-def _slices(volumes, contrasts, count: int, labels: str | None, scales: dict[str, Scale], options: dict):
-    """One subject's slices, name -> (slice, 1, y, x), what is to be remembered of them, and how they fit the first."""
-    slicing = Slicing.of(volumes[contrasts[0]], **options)
-    stacks = {}
-    for name in contrasts:
-        values, scales[name] = scaled(volumes[name].array, scales.get(name), name)
-        stacks[name] = slicing.cut(values).numpy()
+def _slices(
+    volumes: dict[str, Volume],
+    contrasts: Sequence[str],
+    count: int,
+    labels: str | None,
+    given: Mapping[str, Scale],
+    options: dict,
+    max_shift: float | None,
+):
+    """One subject's slices, name -> (slice, 1, y, x), what is to be remembered of them, and how they fit the first.
+
+    max_shift: pixels beyond which a contrast is registered to the first; None: never.
+    """
+    anchor, found, scales = volumes[contrasts[0]], {}, {}
+    if template := "plane" not in options:
+        slicing = OnTemplate.of(
+            anchor, options["size"], heights=slab_heights(count), found=to_template(volumes.get("T1w", anchor))
+        )
+    else:
+        slicing = Slicing.of(anchor, **options)
+
+    def cut(name: str) -> np.ndarray:
+        array = volumes[name].array
+        if template:  # the scale is that of the slices, as in the cohort
+            slices, scales[name] = scaled(slicing.cut(array).numpy(), given.get(name), name)
+            return slices
+        values, scales[name] = scaled(array, given.get(name), name)
+        return slicing.cut(values).numpy()
+
+    stacks = {name: cut(name) for name in contrasts}
     first = stacks[contrasts[0]]
+    fits = {name: alignment(first[:, 0], stacks[name][:, 0]) for name in contrasts[1:]}
+    for name in [n for n, fit in fits.items() if max_shift is not None and fit.distance > max_shift]:
+        found[name] = register(volumes[name], anchor)
+        volumes[name] = resample(moved(volumes[name], found[name]), anchor)
+        stacks[name] = cut(name)
+        fits[name] = alignment(first[:, 0], stacks[name][:, 0])
     filled = np.flatnonzero((first > FOREGROUND).mean((1, 2, 3)) >= 0.05)
+    if template and len(filled) < count:
+        low, high = slicing.heights[0], slicing.heights[-1]
+        raise ValueError(
+            f"{count - len(filled)} of {count} slices between {low:.0f} and {high:.0f} mm of MNI show nothing: the "
+            "volume does not reach so far; keep its own grid"
+        )
     if not 1 <= count <= len(filled):
         raise ValueError(f"{len(filled)} slices with anything in them, {count} wanted; choose a smaller per_subject")
     positions = filled[np.linspace(0, len(filled) - 1, count).round().astype(int)]
-    fits = {name: alignment(first[:, 0], stacks[name][:, 0]) for name in contrasts[1:]}
     kept = {name: stack[positions] for name, stack in stacks.items()}
     if labels:
         kept["labels"] = slicing.cut(volumes[labels].array, nearest=True).numpy()[positions].astype(np.uint8)
-    return (
-        kept,
-        {
-            "slicing": asdict(slicing),
-            "positions": positions.tolist(),
-            "scales": {name: asdict(scales[name]) for name in contrasts},
-            "alignment": {name: asdict(fit) for name, fit in fits.items()},
-        },
-        fits,
-    )
+    facts = {
+        "slicing": asdict(slicing),
+        "positions": positions.tolist(),
+        "scales": {name: asdict(scales[name]) for name in contrasts},
+        "alignment": {name: asdict(fit) for name, fit in fits.items()},
+        "registered": {name: asdict(where) for name, where in found.items()},
+    }
+    return kept, facts, fits
 
 
 # -------------------------------------------------------------------------------------------------- folders of slices

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from companion.evaluation import metrics
 from companion.evaluation.segmenter import Segmenter
+from companion.evaluation.tables import average
 from companion.extras import extra
 from companion.information.pairs import grey
 
 with extra("notebooks"):
     from skimage.exposure import match_histograms
 
+CONSTANT = "constant grey"
 SCORES = ("PSNR", "SSIM", "MS-SSIM", "MAE", "NMI", "Dice")
 
 
@@ -71,6 +73,16 @@ def score_draws(
     return rows
 
 
+def constant(truth: Tensor, inside: Tensor) -> Tensor:
+    """Images of the shape of `truth` (subject, slice, 1, y, x), each subject one grey: the mean of the truth `inside`.
+
+    It knows the right mean and nothing else; a translation worth anything beats it.
+    """
+    weight = inside.to(truth)
+    mean = (truth * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+    return mean.view(-1, *[1] * (truth.ndim - 1)) * weight
+
+
 def matched(source: Tensor, inside: Tensor, reference: Tensor) -> Tensor:
     """Source images (..., 1, y, x) with their grey levels matched to `reference` (pixel,), by scikit-image.
 
@@ -98,9 +110,9 @@ def intensity_rules(stacks: dict[str, Tensor], bins: int = 128) -> list[dict]:
         counts = np.bincount(index, minlength=bins)
         mean = np.bincount(index, weights=y.flatten().double().numpy(), minlength=bins) / counts.clip(1)
         rising = isotonic_regression(mean, weights=counts + 1e-9).x
-        row = {"from": a, "to": b, "as it is": metrics.mean_and_error(metrics.psnr(x, y, data_range=1.0))}
+        row = {"from": a, "to": b, "as it is": average(metrics.psnr(x, y, data_range=1.0))}
         for name, rule in (("best rising map", rising), ("best map", mean)):
             found = torch.from_numpy(rule[index]).to(x.dtype).view_as(x)
-            row[name] = metrics.mean_and_error(metrics.psnr(found, y, data_range=1.0))
+            row[name] = average(metrics.psnr(found, y, data_range=1.0))
         table.append(row)
     return table

@@ -136,6 +136,8 @@ def run_notebook(notebook: str | os.PathLike, values: Mapping[str, Any], out: st
     if "out" not in signature.defaults:
         raise ValueError(f"{notebook} has no parameter 'out', the folder of its results; add it")
     values = signature.check(values)
+    if signature.parameters is not None:
+        signature.parameters(**{**signature.defaults, **values}).before_start()
     root = project_root()
     folder = root / (values.get("out") or signature.defaults["out"])
     if folder.is_relative_to(root):  # records stay free of this machine's folders

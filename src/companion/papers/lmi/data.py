@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.data import intensity, paired, slicing
+from companion.data import anatomy, intensity, paired, slicing
 from companion.data.alignment import MAX_SHIFT
-from companion.data.cohort import ANY, LAYOUTS, find_contrasts, find_subjects, some
+from companion.data.cohort import ANY, LAYOUTS, Cohort, called, find_contrasts, find_subjects, some, standard, standards
 from companion.data.contrasts import CONTRASTS, SCALE, cohort_slices
 from companion.data.intake.persons import certain
 from companion.data.intake.splits import split_people, split_table
@@ -20,7 +20,7 @@ from companion.data.rows import Rows
 from companion.data.shading import AIR
 from companion.data.store import Prepared, open_dataset, prepare_once
 from companion.diffusion.local_information import Conditioning, conditions
-from companion.evaluation import metrics
+from companion.evaluation.tables import average
 from companion.files import project_root
 from companion.information.pairs import grey
 from companion.parameters import Parameters, param
@@ -34,7 +34,7 @@ class Reading:
     """The part of a form that says what is read of a folder, and who is for what."""
 
     contrasts: tuple[str, ...] = param(
-        CONTRASTS, "of the embedded cohort; of NIfTI: names in the layout; of slice images: the sub-folders"
+        CONTRASTS, "by any common name (T1, T1w, MPRAGE, T2, PD, FLAIR); of slice images: the sub-folders"
     )
     image_size: int = param(64, "pixels along y and x", minimum=16)
     slices_per_subject: int = param(
@@ -43,11 +43,21 @@ class Reading:
     subjects: int = param(1000, "virtual people to train on, or at most so many of a folder", minimum=1)
     layout: str | None = param(
         None,
-        "of image volumes: how they are named, any: people and contrasts by the names; none: slice images",
+        "of image volumes: how they are named, any: people and contrasts by the names (a folder each, BIDS, flat "
+        "pairs, DICOM); none: slice images if the folder has a sub-folder of them for each contrast, else any",
         choices=(None, ANY, *LAYOUTS),
     )
     plane: str = param("axial", "of NIfTI volumes: orientation of the slices", choices=tuple(slicing.PLANES))
-    reference: str | None = param(None, "contrast whose grid the others are resampled to; none: grids must agree")
+    reference: str | None = param(None, "contrast whose grid the others are resampled to; none: the first")
+    grid: str = param(
+        "template",
+        "of image volumes: template, the cohort's, to which each person is registered (affine), as the embedded "
+        "weights need it; own: the person's, the field of view filling the image",
+        choices=("template", "own"),
+    )
+    unaligned: str = param(
+        "register", "contrasts of a person that do not fit: register (rigid) or refuse", choices=("register", "refuse")
+    )
     channels: int = param(1, "of slice images: 1 grey, 3 colours", choices=(1, 3))
     validation_share: float = param(0.1, "of a folder: share of the subjects to validate on", minimum=0, maximum=1)
     test_share: float = param(0.1, "of a folder: share of the subjects kept for tests", minimum=0, maximum=1)
@@ -67,6 +77,18 @@ class PrepareData(Reading, Parameters):
     validation_subjects: int = param(16, "virtual people to validate on", minimum=1)
     test_subjects: int = param(32, "virtual people to test on", minimum=1)
 
+    def before_start(self) -> None:
+        """Raise for contrasts named twice, a folder that is not there, or one without anything of these contrasts."""
+        standards(self.contrasts)
+        path = project_root() / self.data
+        if path.exists():
+            open_dataset(path)
+        elif self.source == "brain":
+            if unknown := [c for c in standards(self.contrasts) if c not in anatomy.SEQUENCES]:
+                raise ValueError(f"the cohort has no {', '.join(unknown)}; it has {', '.join(anatomy.SEQUENCES)}")
+        elif layout_of(project_root() / self.source, self) is not None:
+            cohort_of(project_root() / self.source, self)
+
 
 def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     """The prepared slices, an array (subject, slice, channel, y, x) for each contrast, made and stored once as HDF5.
@@ -81,7 +103,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
             counts = {"train": p.subjects, "validation": p.validation_subjects, "test": p.test_subjects}
             made = virtual_people(counts, p.slices_per_subject, p.contrasts, p.image_size, progress)
         else:
-            read = read_images if p.layout is None else read_volumes
+            read = read_images if layout_of(project_root() / p.source, p) is None else read_volumes
             made = read(project_root() / p.source, path.parent, p, p.seed, progress)
         return made | {"seed": p.seed, "units": dict.fromkeys(made["arrays"], "1")}
 
@@ -93,6 +115,7 @@ def virtual_people(
     counts: Mapping[str, int], per_subject: int, contrasts: Sequence[str], image_size: int, progress: bool = False
 ) -> dict:
     """What `write_dataset` takes of so many people of each split of the embedded cohort."""
+    contrasts = standards(contrasts)
     parts = {
         split: cohort_slices(split, n, per_subject, contrasts, image_size, progress) for split, n in counts.items()
     }
@@ -115,7 +138,8 @@ def read_images(source: Path, beside: Path, r: Reading, seed: int, progress: boo
     pairs = paired.SlicePairs(
         {c: source / c for c in r.contrasts}, channels=r.channels, size=(r.image_size,) * 2, refuse=False
     )
-    arrays, used, left = {c: Rows(beside) for c in r.contrasts}, [], dict(pairs.refused)
+    names = standards(r.contrasts)
+    arrays, used, left = {c: Rows(beside) for c in names}, [], dict(pairs.refused)
     bad = []
     for i, name in enumerate(tqdm(pairs.names, desc="images", disable=not progress)):
         try:
@@ -125,7 +149,7 @@ def read_images(source: Path, beside: Path, r: Reading, seed: int, progress: boo
             continue
         if (fit := paired.worst_alignment(images)) and fit.distance > MAX_SHIFT:
             bad.append(f"{name} {fit}")
-        for contrast, image in zip(r.contrasts, images, strict=True):
+        for contrast, image in zip(names, images, strict=True):
             arrays[contrast].append(image[None].numpy())
         used.append(i)
     if not used:
@@ -145,13 +169,30 @@ def read_images(source: Path, beside: Path, r: Reading, seed: int, progress: boo
     }
 
 
+def layout_of(source: Path, r: Reading) -> str | None:
+    """How the volumes of a folder are named, None if it has a sub-folder of slice images for each contrast."""
+    if r.layout is not None:
+        return r.layout
+    folders = [source / c for c in r.contrasts]
+    pictures = [any(f.suffix.lower() in slicing.SUFFIXES for f in d.iterdir()) for d in folders if d.is_dir()]
+    return None if len(pictures) == len(folders) and all(pictures) else ANY
+
+
+def cohort_of(source: Path, r: Reading) -> Cohort:
+    """Who has which contrasts, by their standard names; FileNotFoundError or ValueError as `find_contrasts`."""
+    names, layout = standards(r.contrasts), layout_of(source, r)
+    if layout == ANY:
+        return find_contrasts(source, names, r.people and project_root() / r.people)
+    known = {standard(c): ends for c, ends in LAYOUTS[layout].items()}
+    if lacking := [c for c in names if c not in known]:
+        raise ValueError(f"layout {layout} has {', '.join(known)}, not {', '.join(lacking)}; use layout any")
+    return find_subjects(source, {c: known[c] for c in names}, complete_only=True)
+
+
 def read_volumes(source: Path, beside: Path, r: Reading, seed: int, progress: bool = True) -> dict:
     """What `write_dataset` takes of volumes cut into slices, by `paired.prepare` into a file that is read back."""
     path = beside / "lmi.cut.h5"
-    if r.layout == ANY:
-        cohort = find_contrasts(source, r.contrasts, r.people and project_root() / r.people)
-    else:
-        cohort = find_subjects(source, {c: LAYOUTS[r.layout][c] for c in r.contrasts}, complete_only=True)
+    cohort, names = cohort_of(source, r), standards(r.contrasts)
 
     def split(subjects: Sequence[str]) -> dict[str, list[str]]:
         whose = {subject: cohort.person(subject) for subject in subjects}
@@ -162,15 +203,17 @@ def read_volumes(source: Path, beside: Path, r: Reading, seed: int, progress: bo
         cut = paired.prepare(
             path,
             cohort,
-            contrasts=r.contrasts,
+            contrasts=names,
             per_subject=r.slices_per_subject,
             subjects=r.subjects,
             plane=r.plane,
             size=(r.image_size,) * 2,
-            reference=r.reference,
-            source=f"NIfTI files, {r.layout}",
+            reference=standard(r.reference) if r.reference else None,
+            registered=r.unaligned == "register",
+            template=r.grid == "template",
+            source=f"image volumes of {source.name}",
             split=split,
-            scales={"CT": intensity.ct_window()} if "CT" in r.contrasts else None,
+            scales={"CT": intensity.ct_window()} if "CT" in names else None,
         )
         arrays = {name: cut.read(name) for name in cut.shapes}
     finally:
@@ -188,9 +231,12 @@ def read_volumes(source: Path, beside: Path, r: Reading, seed: int, progress: bo
 def _people(
     r: Reading, whose: Mapping[str, str], given: Mapping[str, str], seed: int, progress: bool
 ) -> dict[str, list[str]]:
-    """Which people are in which split, printed with the number of their subjects."""
+    """Which people are in which split, printed with the number of their subjects; too few: all are for tests."""
     shares = (1 - r.validation_share - r.test_share, r.validation_share, r.test_share)
-    people = split_people(whose.values(), shares, seed, given)
+    few = len(set(whose.values())) < sum(share > 0 for share in shares) and not given
+    people = split_people(whose.values(), (0, 0, 1) if few else shares, seed, given)
+    if few and progress:
+        print("too few people to train on some and to test on others: all are kept for tests")
     if progress:
         print(split_table(people, {who: [s for s in whose if whose[s] == who] for who in whose.values()}))
     return people
@@ -199,17 +245,30 @@ def _people(
 def stacks(people: str, split: str, subjects: int, contrasts: Sequence[str], image_size: int) -> dict[str, Tensor]:
     """Slices (subject, slice, 1, y, x) of contrasts and, if known, "labels", of the first people of a split.
 
-    people: "brain", the embedded cohort, or a prepared file, which `image_size` does not concern.
+    people: "brain", the embedded cohort, or a prepared file, which `image_size` does not concern. Raises ValueError for
+    a file that lacks a contrast, or people in this split.
     """
     if people == "brain":
         return cohort_slices(split, subjects, SLICES, tuple(dict.fromkeys(contrasts)), image_size)
-    prepared = open_dataset(project_root() / people, require=contrasts)
-    names = dict.fromkeys(n for n in (*contrasts, "labels") if n in prepared.shapes)
-    count, depth = min(subjects, len(prepared.rows(split))), prepared.shapes[contrasts[0]][1]
-    slices = {n: prepared.slices(n, split) for n in names}
+    prepared = open_dataset(project_root() / people)
+    names = {c: array_of(prepared, c) for c in dict.fromkeys(contrasts)}
+    names |= {"labels": "labels"} if "labels" in prepared.shapes else {}
+    count, depth = min(subjects, len(prepared.rows(split))), prepared.shapes[names[contrasts[0]]][1]
+    if not count:
+        have = ", ".join(f"{len(who)} for {part}" for part, who in prepared.split.items())
+        raise ValueError(f"{prepared.path.name} has nobody for {split} ({have}); choose another split")
+    slices = {c: prepared.slices(name, split) for c, name in names.items()}
     return {
         n: torch.stack([s[i] for i in range(count * depth)]).unflatten(0, (count, depth)) for n, s in slices.items()
     }
+
+
+def array_of(prepared: Prepared, contrast: str) -> str:
+    """The name of the array of a contrast, however either is called; ValueError if there is none."""
+    images = [name for name in prepared.shapes if name != "labels"]
+    if (found := called(images, contrast)) is None:
+        raise ValueError(f"{prepared.path.name} has no {contrast}; it has {', '.join(images)}")
+    return found
 
 
 def some_slices(prepared: Prepared, count: int, split: str = "validation") -> dict[str, Tensor]:
@@ -243,6 +302,6 @@ def invariance(stacks: dict[str, Tensor], target: str, conditioning: Conditionin
                 for a, b, m in zip(ours, theirs, head, strict=True)
                 if m.sum() > 10
             ]
-            row[name] = metrics.mean_and_error(torch.stack(values))
+            row[name] = average(torch.stack(values)) if values else float("nan")
         table.append(row)
     return table

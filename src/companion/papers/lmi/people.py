@@ -14,16 +14,20 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from companion.data import anatomy
+from companion.data.cohort import standard, standards
 from companion.data.contrasts import CONTRASTS
+from companion.data.intake.readers import sniff
 from companion.data.nifti import load_nifti, save_nifti
 from companion.data.shading import AIR
+from companion.data.store import open_dataset
 from companion.diffusion.local_information import MAPS
 from companion.diffusion.sampling import Bill
-from companion.evaluation import metrics
 from companion.evaluation.segmenter import Segmenter, load_segmenter
-from companion.evaluation.tables import check_unique, grouped
-from companion.evaluation.translation import SCORES, matched, score_draws
-from companion.papers.lmi.data import stacks
+from companion.evaluation.tables import average, check_unique, grouped
+from companion.evaluation.translation import CONSTANT, SCORES, constant, matched, score_draws
+from companion.files import project_root
+from companion.models.checkpoint import describe
+from companion.papers.lmi.data import array_of, stacks
 from companion.papers.lmi.translate import ABLATION, RECOMMENDED, Setting, Translator, translate
 from companion.parameters import Parameters, param
 
@@ -97,10 +101,39 @@ class Translate(Drawing, Parameters):
     weights: str = param("lmi/{target}", "translators; {target} is the contrast in small letters")
     segmenters: str | None = param("segmenter/{target}", "segmenters that know only the target; none: no Dice")
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
-    subjects: int = param(12, "held-out people", minimum=2)
+    subjects: int = param(12, "held-out people; of one, scores have no error", minimum=1)
     slices: int = param(2, "slices of each, evenly spaced", minimum=1)
     volume: str | None = param(None, "NIfTI volume to translate; none: a person of the cohort, lying oblique")
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("targets", "sources"):  # a file of T1, T2 and PD meets weights for T1w, T2w and PDw
+            object.__setattr__(self, name, standards(getattr(self, name)))
+
+    def before_start(self) -> None:
+        """Raise for people, weights or a volume that are not there, do not know a contrast, or are not of one."""
+        self.settings()
+        wanted = tuple(dict.fromkeys((*self.sources, *self.targets)))
+        if not any(source != target for source in self.sources for target in self.targets):
+            raise ValueError(f"nothing to translate: sources and targets are both {', '.join(self.targets)}")
+        labelled = self.people == "brain"
+        if not labelled:
+            prepared = open_dataset(project_root() / self.people)
+            arrays, labelled = [array_of(prepared, c) for c in wanted], "labels" in prepared.shapes
+            if (made := prepared.shapes[arrays[0]][1]) < self.slices:
+                raise ValueError(f"{self.people} has {made} slices of each subject, not {self.slices}; lower slices")
+            if not prepared.rows(self.split):
+                have = ", ".join(f"{len(who)} for {part}" for part, who in prepared.split.items())
+                raise ValueError(f"{self.people} has nobody for {self.split} ({have}); choose another split")
+        for target in self.targets:
+            known = describe(named(self.weights, target)).get("data", {}).get("contrast", "")
+            if standard(known) != target:
+                raise ValueError(f"{named(self.weights, target)} makes {known or 'no contrast'}, not {target}")
+            if self.segmenters and labelled:
+                describe(named(self.segmenters, target, SEGMENTERS))
+        if self.volume is not None:
+            sniff(project_root() / self.volume)
 
 
 TRAINING_PEOPLE = 4  # whose tissue histogram matching aims at
@@ -110,7 +143,8 @@ TRAINING_PEOPLE = 4  # whose tissue histogram matching aims at
 class People:
     """Held-out people: contrast -> images (subject, slice, 1, y, x) in [0, 1].
 
-    labels: in the same shape, if there are any. reference: contrast -> tissue of training people, (pixel,).
+    labels: in the same shape, if there are any. reference: contrast -> tissue of training people, (pixel,), of virtual
+    ones where a file has none.
     """
 
     images: Mapping[str, Tensor]
@@ -130,7 +164,9 @@ class People:
         people = torch.arange(count)[:, None]  # the next person's slices lie a little higher, so that all heights occur
         at = ((torch.arange(slices) + (people + 0.5) / count) * made / slices).long()
         found = {n: x[people, at] for n, x in found.items()}
-        train = stacks(source, "train", TRAINING_PEOPLE, names, image_size)
+        known = source == "brain" or open_dataset(project_root() / source).rows("train")
+        size = found[names[0]].shape[-1]
+        train = stacks(source if known else "brain", "train", TRAINING_PEOPLE, names, image_size if known else size)
         reference = {n: train[n][train["labels"] > 0 if "labels" in train else train[n] > AIR] for n in names}
         return cls({n: found[n] for n in names}, found.get("labels"), reference)
 
@@ -149,7 +185,7 @@ def load_pair(
 ) -> tuple[Translator, Segmenter | None]:
     """The translator into a contrast, and the segmenter that judges it. ValueError if they know another one."""
     prior = Translator.load(named(weights, target), device, autocast)
-    if prior.contrast != target:
+    if standard(prior.contrast) != standard(target):
         raise ValueError(f"{named(weights, target)} makes {prior.contrast}, not {target}; give weights=...")
     return prior, load_segmenter(named(segmenters, target, SEGMENTERS), target) if segmenters else None
 
@@ -157,10 +193,11 @@ def load_pair(
 def study(p: Translate, people: People, progress: bool = True) -> list[Direction]:
     """All translations that the parameters ask for, direction by direction, with their scores."""
     directions = []
+    segmenters = p.segmenters if people.labels is not None else None
     for target in p.targets:
-        prior, segmenter = load_pair(p.weights, p.segmenters, target, p.device, p.autocast)
+        prior, segmenter = load_pair(p.weights, segmenters, target, p.device, p.autocast)
         directions += [
-            translate_people(prior, segmenter, people, source, p.settings(), p.seed, progress)
+            translate_people(prior, segmenter, people, source, p.settings(), p.seed, progress, target)
             for source in p.sources
             if source != target
         ]
@@ -190,13 +227,16 @@ def translate_people(
     settings: Mapping[str, Setting],
     seed: int = 0,
     progress: bool = False,
+    target: str | None = None,
 ) -> Direction:
-    """The translations of one direction by all methods, and their scores."""
-    truth, given = people.images[prior.contrast], people.images[source]
-    inside, shape = people.inside(prior.contrast), given.shape[:2]
+    """The translations of one direction by all methods, and their scores. target: by default as the prior calls it."""
+    target = target or prior.contrast
+    truth, given = people.images[target], people.images[source]
+    inside, shape = people.inside(target), given.shape[:2]
     draws = {
+        CONSTANT: constant(truth, inside)[None],
         "no translation": given[None],
-        "histogram matching": matched(given, inside, people.reference[prior.contrast])[None],
+        "histogram matching": matched(given, inside, people.reference[target])[None],
     }
     bills = {}
     for name, setting in settings.items():
@@ -207,9 +247,7 @@ def translate_people(
     rows = []
     for name, x in draws.items():
         rows += score_draws(name, x, truth, inside, people.labels, segmenter)
-    return Direction(
-        source, prior.contrast, draws, bills, [{"direction": f"{source} to {prior.contrast}"} | r for r in rows]
-    )
+    return Direction(source, target, draws, bills, [{"direction": f"{source} to {target}"} | r for r in rows])
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -223,7 +261,7 @@ def summary(rows: list[dict]) -> list[dict]:
         for name in SCORES:
             if name in mine[0]:
                 values = [r[name] for r in mine]
-                row[name] = metrics.mean_and_error(values) if all(map(math.isfinite, values)) else ""
+                row[name] = average(values) if all(map(math.isfinite, values)) else ""
         for name in ("PSNR", "Dice"):
             label = f"{name}, one draw (and deviation of draws)"
             if name in mine[0]:
@@ -240,8 +278,8 @@ def summary(rows: list[dict]) -> list[dict]:
 def verdict(rows: list[dict], method: str = "recommended") -> list[dict]:
     """For each direction what `method` gains in PSNR, SSIM and Dice: paired means and standard errors.
 
-    Over no translation, histogram matching, and SDEdit from that level, for each score, where it is best. Last, the
-    Dice as a share of what the true targets reach.
+    Over a constant grey, no translation, histogram matching, and SDEdit from that level, for each score, where it is
+    best. Last, the Dice as a share of what the true targets reach.
     """
     table = []
     for direction, found in grouped(rows, "direction").items():
@@ -253,12 +291,13 @@ def verdict(rows: list[dict], method: str = "recommended") -> list[dict]:
             values = {name: [r[k] for r in mine] for name, mine in by_method.items()}
             edited = {name: sum(v) for name, v in values.items() if name.startswith("SDEdit")}
             rivals = {
+                "constant": CONSTANT,
                 "none": "no translation",
                 "matching": "histogram matching",
                 "best SDEdit": max(edited, key=edited.get, default=None),
             }
             row |= {
-                f"{k} over {label}": metrics.mean_and_error(values[method], values[name])
+                f"{k} over {label}": average(values[method], values[name])
                 for label, name in rivals.items()
                 if name in values
             }
@@ -273,6 +312,7 @@ def verdict(rows: list[dict], method: str = "recommended") -> list[dict]:
 
 
 SHORT = {  # names as a figure has room for them
+    CONSTANT: "constant",
     "histogram matching": "matching",
     "cross and self LMI": "cross + self",
     "LMI and source": "LMI + source",
@@ -316,12 +356,13 @@ class Volumes(NamedTuple):
     facts: dict[str, object]
 
 
-def compare_volumes(source: str | Path, made: str | Path) -> Volumes:
-    """Three planes through the middle of two NIfTI files, each in a window of its own, and their geometry."""
+def compare_volumes(source: str | Path, made: str | Path, unsupported: str | Path | None = None) -> Volumes:
+    """Three planes through the middle of two or three NIfTI files, each in a window of its own, and their geometry."""
     pictures, facts = {}, {}
-    for name, volume in (("source", load_nifti(source)), ("translation", load_nifti(made))):
+    files = {"source": source, "translation": made} | ({"unsupported": unsupported} if unsupported else {})
+    for name, volume in ((name, load_nifti(path)) for name, path in files.items()):
         x = torch.from_numpy(np.asarray(volume.array, np.float32))
-        x = (x / x.max()).repeat_interleave(max(1, round(volume.voxel_mm[0] / volume.voxel_mm[1])), 0)
+        x = (x / x.max().clamp(min=1e-6)).repeat_interleave(max(1, round(volume.voxel_mm[0] / volume.voxel_mm[1])), 0)
         z, y, width = (n // 2 for n in x.shape)
         planes = {"plane z": x[z], "plane y": x[:, y].flip(0), "plane x": x[..., width].flip(0)}
         pictures[name] = {plane: image[None] for plane, image in planes.items()}

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor
 
+from companion.data.cohort import standard
 from companion.data.remap import remapped
 from companion.data.store import Prepared, open_dataset
 from companion.diffusion.denoisers import Denoiser, DiscreteDenoiser
@@ -21,6 +22,7 @@ from companion.diffusion.losses import discrete_loss, edm_loss
 from companion.evaluation.denoising import denoising_errors
 from companion.files import project_root
 from companion.information.pairs import grey
+from companion.papers.lmi.data import array_of
 from companion.parameters import param
 from companion.randomness import randn
 from companion.training.loop import TrainResult
@@ -86,15 +88,27 @@ class TrainTranslator(
     mirror: bool = param(True, "mirror images left to right at random")
     schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "target", standard(self.target))
+
+    def before_start(self) -> None:
+        """Raise for data that are not there, have not this contrast, or nobody to train on."""
+        prepared = open_dataset(project_root() / self.data)
+        array_of(prepared, self.target)
+        if not prepared.rows("train"):
+            raise ValueError(f"{self.data} has nobody to train on; prepare more people")
+
 
 def train(p: TrainTranslator, progress: bool = True) -> tuple[TrainResult, dict]:
     """The trained model, which continues what `p.out` holds, and its config; torchrun's processes share the work."""
-    prepared = open_dataset(project_root() / p.data, require=[p.target])
-    config = translator_config(p, prepared, p.target)
+    prepared = open_dataset(project_root() / p.data)
+    target = array_of(prepared, p.target)
+    config = translator_config(p, prepared, target)
     D = begin(config, p.seed, p.start_from, p.autocast, p.device)
     options = p.pick("remapped_share", "dropout", "look_ahead", "P_mean", "P_std", "mirror")
     loss = partial(translation_loss, conditioning=p.conditioning)
-    images = prepared.slices(p.target, "train")  # no other contrast is opened
+    images = prepared.slices(target, "train")  # no other contrast is opened
     return fit(D, loss, images, p, config, options, progress=progress, schedule=p.schedule, log_every=20), config
 
 
@@ -120,7 +134,7 @@ def translator_config(m: Model, prepared: Prepared, target: str) -> dict:
         "data": {
             "source": f"{prepared.source}, {target} only",
             "scale": prepared.scale[target],
-            "contrast": target,
+            "contrast": standard(target),
             "subjects": len(prepared.rows("train")),
             "slices_per_subject": shape[1],
             "image_size": list(shape[-2:]),

@@ -9,13 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from companion.data.cohort import standard
 from companion.data.shading import AIR
+from companion.data.store import open_dataset
 from companion.diffusion.local_information import conditions, prepare_source
 from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
+from companion.evaluation.tables import average
 from companion.evaluation.translation import score
+from companion.files import project_root
 from companion.information.pairs import grey
-from companion.papers.lmi.data import stacks
+from companion.models.checkpoint import describe
+from companion.papers.lmi.data import array_of, stacks
 from companion.papers.lmi.translate import BOTH, EMBEDDED, Setting, Translator, begin, informed, translate
 from companion.parameters import Parameters, param
 from companion.randomness import generators, randn
@@ -39,6 +44,20 @@ class Sample(Parameters):
     evaluations: tuple[int, ...] = param((10, 30), "steps of a draw to compare; the last is used elsewhere", minimum=1)
     published: int = param(0, "evaluations of the published chain; 1000 as released, 0: leave it out", minimum=0)
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "source", standard(self.source))
+
+    def before_start(self) -> None:
+        """Raise for weights or people that are not there, or have not the contrasts."""
+        target = describe(self.weights, EMBEDDED).get("data", {}).get("contrast", "")
+        if standard(target) == self.source:
+            raise ValueError(f"source is {self.source}, which is what {self.weights} makes; give another contrast")
+        if self.people != "brain":
+            prepared = open_dataset(project_root() / self.people)
+            for contrast in (self.source, target):
+                array_of(prepared, contrast)
 
     @property
     def setting(self) -> Setting:
@@ -122,7 +141,7 @@ def study(p: Sample, prior: Translator, source: Tensor, truth: Tensor, inside: T
         one = metrics.psnr(found.draws[0], truth, 1.0, inside)
         table.append(
             {"solver": "ancestral, as published" if name == "published" else name, "evaluations": n}
-            | {k: metrics.mean_and_error(v) if len(v) > 1 else v.item() for k, v in scores.items()}
+            | {k: average(v) for k, v in scores.items()}
             | {"PSNR, one draw": one.mean().item(), "seconds an image and draw": found.bill.seconds}
         )
     return table

@@ -5,7 +5,7 @@ Reverse diffusion whose conditions are worked out anew at every step, from the n
     prior = Translator.load("lmi/t2w")
     found = translate(prior, source, RECOMMENDED, seed=0)        # source (image, 1, y, x), any contrast
     found.x, found.draws                                         # mean of the draws, and the draws
-    translate_file("pd.nii.gz", "t2.nii.gz", prior)              # a volume, with the shape and affine of the source
+    companion.papers.lmi.volume translates whole volumes
 
 Everything about a translation is a `Setting`; the rows of the evaluation are settings and three rules of thumb.
 Wang et al. 2024, IEEE TMI, doi 10.1109/TMI.2024.3382043.
@@ -16,17 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from companion.data import anatomy
-from companion.data.intensity import FOREGROUND, Scale
-from companion.data.nifti import load_nifti
 from companion.data.shading import shaded_like
-from companion.data.slicing import Slicing, cut_file, save_translation
 from companion.diffusion.denoisers import AnySize, Denoiser, column
 from companion.diffusion.local_information import MAPS, Conditioning, Informed, SourceSide, prepare_source
 from companion.diffusion.noise import DiscreteSchedule, karras
@@ -202,12 +198,14 @@ def translate(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    noise: Tensor | None = None,
     progress: bool = False,
 ) -> Translation:
     """Translations of images of any contrast, (image, 1, y, x) or RGB (image, 3, y, x), in [0, 1].
 
-    Draw j of image i has the seed `seed + i * draws + j`, whatever the batches. Any size will do: what the network
-    cannot halve often enough is extended for it. Raises TypeError or ValueError as `prepare_source`.
+    Draw j of image i has the seed `seed + i * draws + j`, whatever the batches. noise: what the draws begin with
+    instead, of unit variance, (draw, image, channel, y, x). Any size will do: what the network cannot halve often
+    enough is extended for it. Raises TypeError or ValueError as `prepare_source`.
     """
     if source.ndim != 4 or source.shape[1] not in (1, 3):
         raise ValueError(
@@ -223,7 +221,8 @@ def translate(
             for j in range(setting.draws):
                 shown, G = views[j % len(views)]
                 seeds = generators([seed + i * setting.draws + j for i in range(first, first + len(part))])
-                state = begin(shown, prior.channels, levels[0].item(), setting, seeds)
+                given = None if noise is None else noise[j, first : first + len(part)].to(part)
+                state = begin(shown, prior.channels, levels[0].item(), setting, seeds, given)
                 samples = sample(
                     G, levels, shape=state.shape[1:], seeds=seeds, solver=solver, state=state, device=prior.device
                 )
@@ -247,12 +246,15 @@ def informed(prior: Translator, source: Tensor, setting: Setting) -> Denoiser:
     return (lambda x, sigma, cond=None: G(x, sigma).clamp(0, 1)) if setting.cut else G
 
 
-def begin(source: Tensor, channels: int, sigma: float, setting: Setting, seeds: list[Generator]) -> Tensor:
+def begin(
+    source: Tensor, channels: int, sigma: float, setting: Setting, seeds: list[Generator], noise: Tensor | None = None
+) -> Tensor:
     """The noisy images (image, channel, y, x) to start from: x0 + sigma n, or without x0 as noise alone.
 
     The published chain begins with unit noise at the scale where images have the variance 1 / (1 + sigma^2).
     """
-    noise = randn((channels, *source.shape[2:]), source.dtype, seeds, source.device)
+    if noise is None:
+        noise = randn((channels, *source.shape[2:]), source.dtype, seeds, source.device)
     if setting.begin == "source":
         known = source if source.shape[1] == channels else grey(source).expand(-1, channels, -1, -1)
         return known + sigma * noise
@@ -261,42 +263,3 @@ def begin(source: Tensor, channels: int, sigma: float, setting: Setting, seeds: 
 
 # The release adds noise after the last step as well: that of the posterior of its second time ("fixedlarge").
 LAST_STD = PUBLISHED.posterior_log_variance_clipped[0].div(2).exp().item()
-
-
-# --------------------------------------------------------------------------------------------------------- volumes
-
-
-def translate_file(
-    path: str | Path,
-    out: str | Path,
-    prior: Translator,
-    setting: Setting = RECOMMENDED,
-    *,
-    seed: int = 0,
-    plane: str = "axial",
-    pixel_mm: float | None = None,
-    source_scale: Scale | None = None,
-    target_scale: Scale | None = None,
-    progress: bool = False,
-) -> Path:
-    """The path of a NIfTI volume: that of `path`, slice by slice, with its shape and affine.
-
-    pixel_mm: side of the pixels that the network sees, by default that of its training slices; air is put around fields
-    of view smaller than theirs. source_scale: what is 0 and 1 in the source, by default percentiles. target_scale: what
-    0 and 1 of the target are, by default 0 and 1.
-    Slices with hardly anything in them stay empty. Raises FileNotFoundError or ValueError as `cut_file`.
-    """
-    pixel_mm = pixel_mm or prior.pixel_mm
-    inner = Slicing.of(load_nifti(path), (1, 1), pixel_mm, plane).inner
-    size = tuple(max(trained, n) for trained, n in zip(prior.size, inner, strict=True))
-    cut = cut_file(path, size=size, pixel_mm=pixel_mm, plane=plane, scale=source_scale)
-    filled = (cut.slices > FOREGROUND).float().mean((1, 2, 3)) >= FILLED
-    if not filled.any():
-        raise ValueError(f"{path}: no {plane} slice has anything in it; is the scale right ({cut.scale})?")
-    made = torch.zeros_like(cut.slices)
-    made[filled] = translate(prior, cut.slices[filled], setting, seed=seed, progress=progress).x.clamp(0, None)
-    return save_translation(out, made, cut.slicing, target_scale or Scale(0, 1, UNITS))
-
-
-FILLED = 0.02  # share of the pixels of a slice that must be foreground for it to be translated
-UNITS = "1: bright tissue (99.5 % of the foreground)"
