@@ -149,6 +149,19 @@ def test_data_pull_an_ignorant_prior_towards_the_truth(prior):
     assert mri.calibration(made.draws["projection"], scan.x) > 0
 
 
+def test_held_out_readouts_tell_a_prior_that_knows_nothing(prior):
+    (scan,), errors = mri.prepare(P, prior)
+    seen, held = mri.without_some(scan)
+    assert held.any() and not held.all() and seen.y[..., held].abs().max() == 0 and seen.mask.mask[held].max() == 0
+    middle = tuple(n // 2 for n in held.shape)
+    assert not held[middle] and torch.equal(held[0], held[-1]), "whole readouts, none of the centre"
+    assert torch.equal(seen.y[..., ~held], scan.y[..., ~held])
+    found = mri.missed(P, prior, errors, scan)
+    assert set(found) == {"latent prior", "total variation"} and min(found.values()) > -1e-3
+    assert mri.advice({"latent prior": 2.0, "total variation": 1.0}).startswith("WARNING")
+    assert "for the latent prior" in mri.advice({"latent prior": 0.5, "total variation": 1.0})
+
+
 def test_little_noise_brings_the_same_code_back(prior, person):
     z = prior.encode(person[None])
     made = mri.drawn_anew(prior, z, P.start_sigmas, P.evaluations)

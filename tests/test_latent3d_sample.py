@@ -8,6 +8,7 @@ import torch
 
 from companion.data import anatomy, volumes
 from companion.data.nifti import load_nifti
+from companion.data.store import open_dataset, write_dataset
 from companion.diffusion.denoisers import EDMDenoiser
 from companion.diffusion.latent import LatentDenoiser, LatentSpace
 from companion.diffusion.noise import DiscreteSchedule
@@ -16,7 +17,7 @@ from companion.networks.autoencoder import AutoencoderKL
 from companion.networks.unet import UNet
 from companion.papers.latent3d import failures
 from companion.papers.latent3d import sample as latent3d
-from companion.papers.latent3d.data import TrainingSet
+from companion.papers.latent3d.data import TrainingSet, check_grid
 from companion.show.planes import by_plane, sheet
 
 SHAPE = (32, 32, 32)
@@ -150,6 +151,40 @@ def test_volumes_on_disk_lie_in_mni_space(prior, tmp_path):
     assert np.allclose(middle[:3], anatomy.CENTRE_MM)
 
 
+@pytest.mark.parametrize(
+    "voxel, grow, match",
+    [
+        (6.0, 0, None),
+        (4.0, 0, "has voxels of 4 x 4 x 4 mm"),
+        (6.0, 6, "lies elsewhere"),
+        (6.0, -5, "of where the prior"),
+    ],
+)
+def test_grids_are_compared_by_voxel_size_and_content(prior, tmp_path, voxel, grow, match):
+    brain = volumes.virtual(anatomy.cohort("train", 1)[0], SHAPE).image[None]
+    image = brain > 0.1
+    for _ in range(abs(grow)):  # a head around the brain, or a brain far too small
+        image = (torch.nn.functional.max_pool3d((image if grow > 0 else ~image).float()[None], 3, 1, 1)[0] > 0) ^ (
+            grow < 0
+        )
+    write_dataset(
+        tmp_path / "d.h5",
+        {"image": torch.where(image, 0.7, 0)[None].numpy()},
+        units={"image": "1"},
+        scale={"image": "made up"},
+        source="somebody's scans",
+        seed=None,
+        split={"train": ["0"]},
+        attrs={"voxel_mm": [voxel * prior.voxel_mm[0] / 6] * 3 if voxel == 6 else [voxel] * 3},
+    )
+    prepared = open_dataset(tmp_path / "d.h5")
+    if match is None:
+        check_grid(prepared, prior)
+    else:
+        with pytest.raises(ValueError, match=match):
+            check_grid(prepared, prior)
+
+
 def test_study_of_real_people_passes_and_of_copies_fails(prior, tmp_path):
     trained = TrainingSet.of(prior, P.data, P.training)
     assert trained.count == 2 and torch.equal(trained[1], next(trained.batches(2))[1])
@@ -157,6 +192,8 @@ def test_study_of_real_people_passes_and_of_copies_fails(prior, tmp_path):
     study = latent3d.study(P, prior, copies)
     verdict = {row["question"]: row["passes"] for row in latent3d.verdict(study)}
     assert not verdict["nobody memorised?"]
+    some = latent3d.verdict(replace(study, searched="1 of its 2 people", searched_all=False))[1]
+    assert not some["passes"] and "searched 1 of its 2 people, NOT all" in some["found"]
     assert study.memory[-1]["smallest"] == pytest.approx(0, abs=1e-3)
     assert [row["volumes"] for row in study.likeness] == ["other people", "other people, reconstructed", "synthetic"]
     assert study.likeness[0]["mean"] < study.likeness[1]["mean"]  # an untrained autoencoder is unlike people

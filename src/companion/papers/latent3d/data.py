@@ -216,7 +216,7 @@ def check_grid(prepared: Prepared, prior: LatentPrior) -> None:
             f"{prepared.path} has voxels of {' x '.join(f'{v:.3g}' for v in found)} mm, the prior was trained on "
             f"{' x '.join(f'{v:.3g}' for v in known)} mm; prepare it again with voxel_mm={tuple(known)}"
         )
-    if prior.config["data"].get("source") == COHORT != prepared.source:
+    if prior.config["data"].get("source", COHORT) == COHORT != prepared.source:
         check_content(prepared)
 
 
@@ -264,7 +264,7 @@ class TrainingSet:
         prepared = open_dataset(path, require=["image"]) if path.exists() else None
         if prepared is not None:
             check_grid(prepared, prior)
-        if known.get("source") == COHORT:
+        if known.get("source", COHORT) == COHORT:
             count = min(most, known["volumes"])
             return cls(count, prior.shape, None, count == known["volumes"], f"{count} of its {known['volumes']} people")
         if prepared is None:
