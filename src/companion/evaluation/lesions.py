@@ -32,15 +32,19 @@ def area(x: Tensor, lesion: Tensor, true: Tensor) -> Tensor:
 
 
 def invented(x: Tensor, truth: Tensor, tissue: Tensor, lesion: Tensor) -> Tensor:
-    """Whether a translation shows a lesion where there is none, (slice,), bool: a region wrong by `BLOB` in the mean.
+    """Whether a translation shows a lesion where there is none, (slice,), bool.
 
-    tissue: where to look, bool; the place of the true lesion does not count.
+    That is a region whose contrast to the mirrored side is wrong by `BLOB`, in the mean of 5 x 5 pixels. tissue: where
+    to look, bool; the places of the true lesion and of its mirror image do not count.
     """
     from scipy.ndimage import label
 
-    at = tissue & (F.max_pool2d(lesion.to(x), 2 * AROUND + 1, 1, AROUND) == 0)
+    place = F.max_pool2d(lesion.to(x), 2 * AROUND + 1, 1, AROUND) > 0
+    at = tissue & tissue.flip(-1) & ~place & ~place.flip(-1)
     weight = F.avg_pool2d(at.to(x), 5, 1, 2)
-    error = F.avg_pool2d(torch.where(at, x - truth, 0), 5, 1, 2) / weight.clamp(min=0.2)
+    error = F.avg_pool2d(torch.where(at, (x - x.flip(-1)) - (truth - truth.flip(-1)), 0), 5, 1, 2) / weight.clamp(
+        min=0.2
+    )
     found = []
     for e, inside in zip(error[:, 0], at[:, 0], strict=True):
         sizes = [0]

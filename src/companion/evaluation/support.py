@@ -26,12 +26,15 @@ from companion.information.box_mi import BoxMI
 from companion.information.pairs import grey
 
 KNOTS, NEARBY, ROUNDS = 9, 5, 6  # of the curve at a pixel, of that of its neighbourhood; of reweighting
-LIMIT = 1.6  # standard deviations from which a pixel's neighbourhood is unsupported, see docs/lmi.md
+LIMIT = 1.2  # standard deviations from which a pixel's neighbourhood is unsupported, see docs/lmi.md
+LEAST_WIDTH = (
+    0.04  # of bright tissue, of what is left: draws nearly as good as the truth are not held to their own noise
+)
 LEAST = 6  # pixels of a region that is marked
 LOW = (
     0.5  # of the information that translations of virtual people share with their source: below it, a slice is doubtful
 )
-USUAL = 0.2  # that information: normalised LMI of 7 x 7 patches, mean over tissue
+USUAL = 0.135  # that information: normalised LMI of 7 x 7 patches, mean over tissue, of validation people
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +120,7 @@ def residual(y: Tensor, x: Tensor, inside: Tensor, trusted: Tensor) -> Tensor:
     left = y - fitted(y, x, trusted)
     if not trusted.any():
         return torch.zeros_like(y)
-    width = 1.48 * left[trusted].abs().median().clamp(min=0.01)
+    width = 1.48 * left[trusted].abs().median().clamp(min=LEAST_WIDTH)
     return torch.where(inside, (left / width).clamp(-6, 6), 0)
 
 
