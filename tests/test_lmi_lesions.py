@@ -65,7 +65,8 @@ def test_what_the_source_holds_and_the_draw_has_not_is_marked(patient):
     erased, right = (supported(ill["T1w"], x["T2w"][None] + noise) for x in (healthy, ill))
     inside = ill["lesion"] > 0.5
     assert erased.unsupported[inside].float().mean() > 0.8
-    assert erased.unsupported[tissue & (ill["lesion"] < 0.01)].float().mean() < 0.1
+    far = tissue & (torch.nn.functional.max_pool2d(ill["lesion"], 9, 1, 4) < 0.01)
+    assert erased.unsupported[far].float().mean() < 0.1
     assert right.unsupported[tissue].float().mean() < 0.1
     assert erased.share > right.share and "prior insists" in erased.verdict
     gap = (erased.mended(healthy["T2w"]) - ill["T2w"])[inside].abs().mean()
