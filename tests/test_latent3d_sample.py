@@ -154,10 +154,10 @@ def test_volumes_on_disk_lie_in_mni_space(prior, tmp_path):
 @pytest.mark.parametrize(
     "voxel, grow, match",
     [
-        (6.0, 0, None),
+        (None, 0, None),
         (4.0, 0, "has voxels of 4 x 4 x 4 mm"),
-        (6.0, 6, "lies elsewhere"),
-        (6.0, -5, "of where the prior"),
+        (None, 6, "lies elsewhere"),
+        (None, -5, "of where the"),
     ],
 )
 def test_grids_are_compared_by_voxel_size_and_content(prior, tmp_path, voxel, grow, match):
@@ -175,7 +175,7 @@ def test_grids_are_compared_by_voxel_size_and_content(prior, tmp_path, voxel, gr
         source="somebody's scans",
         seed=None,
         split={"train": ["0"]},
-        attrs={"voxel_mm": [voxel * prior.voxel_mm[0] / 6] * 3 if voxel == 6 else [voxel] * 3},
+        attrs={"voxel_mm": [voxel] * 3 if voxel else list(prior.voxel_mm)},
     )
     prepared = open_dataset(tmp_path / "d.h5")
     if match is None:

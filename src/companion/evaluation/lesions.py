@@ -18,6 +18,11 @@ BLOB = 0.2  # error of a region, of bright tissue, from which it is a lesion tha
 BLOB_PIXELS = 12  # of the smallest such region
 
 
+def around(lesion: Tensor) -> Tensor:
+    """The place of a lesion, bool: where its share (slice, 1, y, x) exceeds a twentieth, and `AROUND` pixels more."""
+    return F.max_pool2d((lesion > 0.05).float(), 2 * AROUND + 1, 1, AROUND) > 0
+
+
 def contrast(x: Tensor, lesion: Tensor) -> Tensor:
     """Mean of images (slice, 1, y, x) in a lesion less that of the mirrored side, (slice,); lesion: bool, as images."""
     count = lesion.flatten(1).sum(1).clamp(min=1)
@@ -39,7 +44,7 @@ def invented(x: Tensor, truth: Tensor, tissue: Tensor, lesion: Tensor) -> Tensor
     """
     from scipy.ndimage import label
 
-    place = F.max_pool2d(lesion.to(x), 2 * AROUND + 1, 1, AROUND) > 0
+    place = around(lesion)
     at = tissue & tissue.flip(-1) & ~place & ~place.flip(-1)
     weight = F.avg_pool2d(at.to(x), 5, 1, 2)
     error = F.avg_pool2d(torch.where(at, (x - x.flip(-1)) - (truth - truth.flip(-1)), 0), 5, 1, 2) / weight.clamp(
@@ -81,7 +86,7 @@ def fates(
                 "pixels": int(inside[i].sum()),
             }
         if support is not None:
-            elsewhere = tissue[i] & (F.max_pool2d(lesion[i : i + 1], 2 * AROUND + 1, 1, AROUND)[0] == 0)
+            elsewhere = tissue[i] & ~around(lesion[i : i + 1])[0]
             row["flagged"] = support.unsupported[i][elsewhere].float().mean().item()
             if there:
                 row["marked"] = support.unsupported[i][inside[i]].float().mean().item()

@@ -29,7 +29,9 @@ KNOTS, NEARBY, ROUNDS = 9, 5, 6  # of the curve at a pixel, of that of its neigh
 LIMIT = 1.2  # standard deviations from which a pixel's neighbourhood is unsupported, see docs/lmi.md
 LEAST_WIDTH = 0.04  # of bright tissue, of what is left: good draws are not held to their own noise
 LEAST = 6  # pixels of a region that is marked
-LOW = 0.5  # of the information usual between translations and sources, below which a slice is doubtful
+LOW = (
+    0.65  # of the information usual between translations and sources, below which a slice is doubtful; strangers: 0.56
+)
 USUAL = 0.135  # that information: normalised LMI of 7 x 7 patches, mean over tissue, of validation people
 
 
