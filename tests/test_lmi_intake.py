@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 
@@ -93,7 +94,10 @@ def test_contrasts_that_do_not_fit_are_refused_with_their_shift(tmp_path):
 def test_dicom_of_one_person_is_read_series_by_series(tmp_path):
     for number, (contrast, name) in enumerate((("T1w", "t1_mprage_sag"), ("T2w", "t2_tse_tra")), 1):
         v = whole_brain(contrast, voxel=8.0)
-        write_dicom(tmp_path / f"series{number}", 900 * v.array, v.affine, name, number=number)
+        for path in write_dicom(tmp_path / f"series{number}", 900 * v.array, v.affine, name, number=number):
+            one = pydicom.dcmread(path)
+            one.PatientID = "A17"
+            one.save_as(path)
     cohort = lmi_data.cohort_of(tmp_path, lmi_data.PrepareData(contrasts=("T1", "T2")))
     ((_, files),) = cohort.files.items()
     assert set(files) == {"T1w", "T2w"}
