@@ -106,9 +106,9 @@ def main() -> None:
             chosen = [r for r in rows if r["method"] == method and r["kind"] != "none"]
             print(f"\n{method}\n")
             print(tables.markdown(lesions.summary(chosen, "kind")))
-            print(tables.markdown(lesions.summary(chosen, "size")))
+            print("\n" + tables.markdown(lesions.summary(chosen, "size")))
             healthy = lesions.summary([r for r in rows if r["method"] == method and r["kind"] == "none"], "kind")
-            print(f"healthy: invented {healthy[0]['invented']:.2f}, flagged {healthy[0]['flagged elsewhere']:.3f}")
+            print(f"\nhealthy: invented {healthy[0]['invented']:.2f}, flagged {healthy[0]['flagged elsewhere']:.3f}")
     if asked.out:
         names = dict.fromkeys(name for row in everything for name in row)
         tables.write_csv(asked.out, [{name: row.get(name, "") for name in names} for row in everything])
