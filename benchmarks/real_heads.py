@@ -24,23 +24,23 @@ import hashlib
 import io
 import json
 import resource
+import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import Tensor
 
 from companion.data import anatomy
+from companion.data.axial import head_slices
 from companion.data.intake.look import find
 from companion.diffusion.denoisers import AnySize
 from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import posterior_mean
-from companion.diffusion.noise import karras
 from companion.evaluation import metrics
 from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
@@ -49,51 +49,16 @@ from companion.models.errors import load_errors
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import Sense, birdcage_maps, sense
 from companion.randomness import randn
-from companion.reconstruction import mri as baselines
-from companion.reconstruction import trust
+from companion.reconstruction import regularised, trust
 
 TUNED = Path(__file__).with_name("real_heads_tuned.json")
 ACS = {"64": 4, "native": 24}
 COILS, NOISE = 8, 0.01
-BELOW_TOP_MM = (40.0, 110.0)
-LEVELS = (0.04, 5.0)
-GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-CLASSICAL = ("L1-wavelet", "TV", "BART l1-wavelet")
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 OURS = ("prior, mean of draws", "prior, posterior mean", "prior, trusted")
 
 
 # ----------------------------------------------------------------------------------------------------------- heads
-
-
-def canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The volume (x, y, z) of magnitudes towards right, front and top, and its voxel size in mm."""
-    image = nibabel.as_closest_canonical(
-        nibabel.Nifti1Image(np.abs(array).astype(np.float32).transpose(2, 1, 0), affine)
-    )
-    return np.asarray(image.dataobj), np.linalg.norm(image.affine[:3, :3], axis=0)
-
-
-def head_slices(array: np.ndarray, affine: np.ndarray, size: str, count: int) -> Tensor:
-    """Axial slices (slice, 1, y, x) of a head, nose up, from the top down; see the head of this file."""
-    x, voxel = canonical(array, affine)
-    if not (x > 0).any():
-        raise ValueError("the volume is empty")
-    x = x / np.percentile(x[x > 0.08 * np.percentile(x, 99.9)], 99)
-    body = np.argwhere(gaussian_filter(x, 3 / voxel) > 0.1)
-    low, high = body.min(0), body.max(0)
-    centre, n, mm = (low + high) / 2, 64, np.full(2, 3.25)
-    if size == "native":
-        mm = voxel[:2]
-        n = 8 * round(240 / mm.mean() / 8)
-        centre = np.round(centre)
-    else:  # what a pixel of 3.25 mm sees
-        x = gaussian_filter(x, 0.42 * 3.25 / voxel)
-    heights = np.clip(high[2] - np.linspace(*BELOW_TOP_MM, count) / voxel[2], low[2], high[2]).round()
-    steps = np.arange(n) - n // 2
-    rows, columns = centre[1] - steps * mm[1] / voxel[1], centre[0] + steps * mm[0] / voxel[0]
-    yy, xx = np.meshgrid(rows, columns, indexing="ij")
-    images = [map_coordinates(x, [xx, yy, np.full_like(xx, z)], order=1) for z in heights]
-    return torch.from_numpy(np.clip(np.stack(images), 0, None).astype(np.float32))[:, None]
 
 
 def scan(x: Tensor, acceleration: int, acs: int, seed: int) -> tuple[Sense, Tensor]:
@@ -112,27 +77,45 @@ def inside(x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- methods
 
 
+def methods() -> dict:
+    """The classical methods (A, y, regularisation) -> image, for slices of one scan, by name."""
+    found = {"L1-wavelet": regularised.wavelet, "TV": regularised.tv}
+    if shutil.which("bart"):
+        for name, penalty in (("BART l1-wavelet", "W"), ("BART TV", "T")):
+            found[name] = partial(each_slice, penalty=penalty)
+    return found
+
+
+def each_slice(A: Sense, y: Tensor, regularisation: float, penalty: str) -> Tensor:
+    """What `bart pics` makes of slices."""
+    images = [regularised.bart_pics(A, one[None], A.coils.maps[None], regularisation, penalty=penalty) for one in y]
+    return torch.cat(images)
+
+
 def classical(name: str, settings: dict) -> trust.Classical:
     """The method (A, y) -> image, with its setting."""
-    method = baselines.available_methods()[name]
-    return lambda A, y: method(y, A.coils.maps, A.mask.mask, settings[name])
+    method = methods()[name]
+    return lambda A, y: method(A, y, settings[name])
 
 
 def tune(heads: dict, args) -> dict:
-    """The best settings of the classical methods on validation heads, by size and acceleration."""
-    methods = baselines.available_methods()
+    """The best settings of the classical methods on validation heads, by size and acceleration: highest mean PSNR."""
     found = {}
     for size in args.sizes:
         for R in args.R:
-            cases = []
+            scans = []
             for seed, load in enumerate(heads.values()):
                 x = anatomy.random_phase(head_slices(*load(), size, args.slices), torch.Generator().manual_seed(seed))
-                A, y = scan(x, R, ACS[size], seed)
-                cases += [(y[i : i + 1], A.coils.maps, A.mask.mask, x[i : i + 1]) for i in range(len(x))]
-            for name in (n for n in CLASSICAL if n in methods):
-                best = baselines.tune(methods[name], cases, args.grid)
-                found.setdefault(f"{size} R={R}", {})[name] = best.regularisation
-                print(size, R, name, best, flush=True)
+                scans.append((x, *scan(x, R, ACS[size], seed)))
+            for name, method in methods().items():
+                scores = {
+                    value: torch.cat([metrics.psnr(method(A, y, value), x) for x, A, y in scans]).mean().item()
+                    for value in args.grid
+                }
+                best = max(scores, key=scores.get)
+                ends = " (an end of the grid: extend it)" if best in (min(args.grid), max(args.grid)) else ""
+                print(size, R, name, f"{best:g}: {scores[best]:.2f} dB{ends}", scores, flush=True)
+                found.setdefault(f"{size} R={R}", {})[name] = best
     how = {"heads": sorted(heads), "slices": args.slices, "grid": list(args.grid), "noise": NOISE, "coils": COILS}
     made = {setting: {**how, "score": "mean PSNR", "code": code_version()} for setting in found}
     return {"made": made, "settings": found}
@@ -180,7 +163,7 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], dict
         for R in args.R:
             A, y = scan(x, R, ACS[size], seed + 1)
             tuned, images = settings[f"{size} R={R}"], {}
-            for method in (m for m in CLASSICAL if m in tuned and m in baselines.available_methods()):
+            for method in (m for m in methods() if m in tuned):
                 began = time.perf_counter()
                 images[method] = classical(method, tuned)(A, y)
                 rows.append(score(name, size, R, method, images[method], x, (time.perf_counter() - began) / len(x)))
@@ -208,26 +191,26 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], dict
 
 def reconstruct(D, errors, A, y, tv, acs, seed, args):
     """Plain and trusted samples of all slices, the verdict of the middle one, seconds a slice of both."""
-    sigmas, own = karras(args.evaluations, sigma_min=LEVELS[0], sigma_max=LEVELS[1]), next(iter(errors.values()))
+    sigmas, own = trust.levels_for(NOISE, True, args.evaluations), next(iter(errors.values()))
     seeds, found, spent = [range(seed + 8 * i, seed + 8 * i + args.draws) for i in range(len(y))], None, [0.0, 0.0]
     plain, trusted = [], []
     began = time.perf_counter()
     middle = len(y) // 2
     found = trust.assess(
-        D, trust.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, levels=LEVELS, seed=seed,
+        D, trust.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, seed=seed,
         evaluations=args.evaluations * args.draws // 2, classical=tv,
     )  # fmt: skip
     spent[1] += time.perf_counter() - began
     for i, draws in enumerate(seeds):
         one, began = y[i : i + 1], time.perf_counter()
-        plain.append(annealed_gibbs(D, posterior_mean(A, one, NOISE, own), sigmas, seeds=draws))
+        image = tv(A, one)
+        plain.append(annealed_gibbs(D, posterior_mean(A, one, NOISE, own), sigmas, seeds=draws, start=image))
         spent[0] += time.perf_counter() - began
         began = time.perf_counter()
         same = (found.chosen.name, found.chosen.scale) == (found.first.name, found.first.scale)
-        again = (
-            plain[-1] if same else annealed_gibbs(D, posterior_mean(A, one, NOISE, found.error), sigmas, seeds=draws)
-        )
-        trusted.append(found.apply(again, tv(A, one)))
+        G = posterior_mean(A, one, NOISE, found.error)
+        again = plain[-1] if same else annealed_gibbs(D, G, sigmas, seeds=draws, start=image)
+        trusted.append(found.apply(again, image))
         spent[1] += time.perf_counter() - began + (same * plain[-1].bill.seconds * args.draws)
     return plain, trusted, found, [s / len(y) for s in spent]
 
@@ -307,7 +290,7 @@ def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/real_heads"))
-    parser.add_argument("--weights", default="brain/t1w")
+    parser.add_argument("--weights", default="general/2d")
     parser.add_argument("--sizes", nargs="+", default=list(ACS), choices=list(ACS))
     parser.add_argument("--R", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--slices", type=int, default=6)

@@ -27,8 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from companion.acquisition.maps import centre_of_mask, echo_of, espirit
-from companion.acquisition.measurement import Measurement, prepare_scan
+from companion.acquisition.measurement import Measurement, prepare_scan, reference_image
 from companion.acquisition.redundancy import redundancy
 from companion.data import anatomy
 from companion.data.intake.readers import read_image, sniff
@@ -42,7 +41,6 @@ from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.operators.masks import cartesian_mask
-from companion.operators.mri import ifft
 from companion.randomness import randn
 from companion.reconstruction import regularised, trust
 from companion.reconstruction.regularised import bart_pics, cg, tv, wavelet
@@ -50,7 +48,6 @@ from companion.show import figures
 
 KINDS = {"lines": "equispaced", "Poisson": "poisson_disc"}
 GRID = (0.5, 1.0, 2.0, 4.0)  # regularisation, in noise_std^(3/2): tuned values then lie inside for any noise
-FIRST_SIGMA = 5.0
 FIT_SIGMAS = torch.logspace(-2, 1.3, 12)
 
 
@@ -96,16 +93,6 @@ def cases(path: Path, args) -> Iterator[Case]:
                 print(f"{path.name}, slice {i}, {kind}, R = {R}\n{m.found}\nredundancy  {found}", flush=True)
                 m = m.with_noise(found.noise_std)
                 yield Case(f"{path.stem} {i}", kind, R, m, reference_image(scan.kspace[i], m))
-
-
-def reference_image(kspace: Tensor, m: Measurement) -> Tensor:
-    """The combination (1, 1, y, x) of all data in the units of m, with maps from the centre of all data."""
-    full = m.raw_to_data(kspace)
-    box = centre_of_mask((full != 0).any(0), echo_of(full))
-    centre = full[(slice(None), *(slice(first, last) for first, last in box))]
-    first = tuple(f - n // 2 for (f, _), n in zip(box, full.shape[1:], strict=True))
-    maps = espirit(centre, tuple(full.shape[1:]), m.maps.shape[1], air=0.8, first=first, noise_std=m.noise_std).maps
-    return (maps.conj() * ifft(full)).sum(1).abs().square().sum(0).sqrt()[None, None].to(torch.complex64)
 
 
 # -------------------------------------------------------------------------------------------------- validation images
@@ -232,7 +219,6 @@ def evaluate(
         acs=args.acs,
         seeds=range(args.seed, args.seed + args.draws),
         evaluations=args.evaluations,
-        levels=(args.last_sigma or 3 * m.noise_std, FIRST_SIGMA),
         classical=lambda A, y: tv(A, y, weights.get("TV", m.noise_std**1.5)),
     )
     seconds = time.perf_counter() - began
@@ -247,7 +233,7 @@ def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/real_kspace"))
-    parser.add_argument("--weights", default="brain/t1w")
+    parser.add_argument("--weights", default="general/2d")
     parser.add_argument("--heads", type=Path, nargs="*", default=[], help="validation heads, image files")
     parser.add_argument("--axes", help="names of the stored axes of arrays that do not tell them, as in 'coil y x'")
     parser.add_argument("--accelerations", type=float, nargs="+", default=[4, 8])
@@ -257,7 +243,6 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--slices", type=int, default=1, help="of a file, its middle ones")
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--evaluations", type=int, default=30)
-    parser.add_argument("--last-sigma", type=float, help="noise of the last evaluation; default 3 noise_std")
     parser.add_argument("--brightness", type=float, default=1.0, help="of the object, in units of the prior")
     parser.add_argument("--validation", type=int, default=4, help="validation images")
     parser.add_argument("--device", default="cpu")

@@ -240,6 +240,19 @@ def prepare_scan(scan: RawScan, slices: slice | None = None, **options) -> Measu
     return prepare_kspace(kspace, **told | options)
 
 
+def reference_image(kspace: Tensor, m: Measurement) -> Tensor:
+    """The image (1, 1, *space) of fully sampled k-space (coil, *space) in the units of m, maps from all of its centre.
+
+    What a reconstruction of the part that m holds is judged by. Nothing of it is in m.
+    """
+    full = m.raw_to_data(kspace)
+    box = centre_of_mask((full != 0).any(0), echo_of(full))
+    centre = full[(slice(None), *(slice(first, last) for first, last in box))]
+    first = tuple(f - n // 2 for (f, _), n in zip(box, full.shape[1:], strict=True))
+    maps = espirit(centre, tuple(full.shape[1:]), m.maps.shape[1], air=0.8, first=first, noise_std=m.noise_std).maps
+    return (maps.conj() * ifft(full)).sum(1).abs().square().sum(0).sqrt()[None, None].to(torch.complex64)
+
+
 def compression(kspace: Tensor, noise: Noise, coils: int | None = None, ndim: int = 2) -> tuple[Tensor, float]:
     """The matrix (virtual coil, coil) that whitens and compresses, and the share of the signal's energy it keeps.
 

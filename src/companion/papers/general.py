@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ SCALE = "1 is the 99th percentile of the magnitude inside the object"
 GAIN = 0.25  # standard deviation of ln of the gain that each image gets, so that errors of scale do not hurt
 BANK_SIZE = 128  # pixels along y and x of an image of the bank
 PART = 250  # images in a file of the bank
+NOISY, NOISE = 0.7, (0.002, 0.03)  # share of images with noise, and its standard deviation per real component
 LEAVES, BRAIN = 0.2, 0.07  # shares of the bank: dead leaves, and brains without a head
 
 
@@ -38,14 +40,14 @@ class TrainGeneral(Training):
 
     heads: str | None = param("data/heads", "folder of the real heads; none: dead leaves alone")
     bank: str = param("data/heads_bank", "folder of the images to learn from; completed when too few")
-    images: int = param(8000, "images to learn from", minimum=1)
-    crop: int = param(80, "pixels along y and x that a step sees of an image", minimum=16)
+    images: int = param(15000, "images to learn from", minimum=1)
+    crop: int = param(96, "pixels along y and x that a step sees of an image", minimum=16)
     model_channels: int = param(32, "width of the network", minimum=32)
     channel_mult: tuple[float, ...] = param((1, 2, 3, 3), "relative width of each level, finest first")
     patch: int = param(2, "side of the pixel-unshuffle stem", minimum=1)
     variance_weight: float = param(0.3, "weight of the variance channel's likelihood in the loss", minimum=0)
-    P_mean: float = param(-2.2, "mean of ln sigma in training")
-    P_std: float = param(1.5, "standard deviation of ln sigma in training", minimum=0)
+    P_mean: float = param(-2.4, "mean of ln sigma in training")
+    P_std: float = param(1.4, "standard deviation of ln sigma in training", minimum=0)
     steps: int = param(20000, "optimiser steps", minimum=1)
     batch_size: int = param(8, "images a step", minimum=1)
     learning_rate: float = param(6e-4, "highest learning rate", minimum=0)
@@ -136,7 +138,24 @@ def prior_loss(
     D: Denoiser, image: Tensor, generator: Generator, P_mean: float, P_std: float, variance_weight: float
 ) -> Tensor:
     """Return the EDM loss (batch,) of real images (batch, 1, y, x), each given a new phase."""
-    return edm_loss(D, add_phase(image, generator), generator, P_mean, P_std, variance_weight=variance_weight)
+    x0 = scanned(image, generator)
+    return edm_loss(D, x0, generator, P_mean, P_std, variance_weight=variance_weight)
+
+
+def scanned(image: Tensor, generator: Generator) -> Tensor:
+    """Return complex images (batch, 1, y, x) of real ones: a new phase, and the noise of a scan in most of them.
+
+    Half of the noisy ones got it as magnitudes (Rician, in phase with the signal), the others as complex k-space.
+    """
+    on = {"generator": generator, "device": generator.device}
+    shape = (len(image), 1, 1, 1)
+    low, high = (math.log(v) for v in NOISE)
+    std = (low + (high - low) * torch.rand(shape, **on)).exp() * (torch.rand(shape, **on) < NOISY)
+    magnitude = (torch.rand(shape, **on) < 0.5).to(image.device)
+    noise = std * randn(image.shape, torch.complex64, generator, generator.device)
+    noise = noise.to(image.device)
+    image = torch.where(magnitude, (image + noise).abs(), image)
+    return add_phase(image, generator) + torch.where(magnitude, 0, noise)
 
 
 def train_general(p: TrainGeneral, progress: bool = True) -> TrainResult:

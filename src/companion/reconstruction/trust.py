@@ -32,6 +32,8 @@ Classical = Callable[[LinearOperator, Tensor], Tensor]  # (A, y) -> image (batch
 
 BANDS = 6  # rings of k-space in which predicted variances are pooled
 SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
+COLD, WARM = 5.0, 0.5  # first noise level of draws that begin with nothing, and with a classical image
+LAST, LEAST = 1.0, 0.002  # last noise level, in deviations of the noise of the data, and at least
 KNOWN = 1.25  # chi-square per held-out sample above which the prior does not know the scan
 LEAST_CALLS = 4  # evaluations of a chain, below which its draws are too rough to judge by
 LEAST_SHARE = 0.5  # of the posterior mean in the mixture, below which the classical image is preferred
@@ -258,7 +260,7 @@ def assess(
     noise_std: float,
     errors: Mapping[str, ErrorModel],
     *,
-    levels: tuple[float, float] = (0.04, 5.0),
+    levels: tuple[float, float] | None = None,
     evaluations: int = 60,
     draws: int = 2,
     tries: int = 4,
@@ -269,22 +271,25 @@ def assess(
     """What a scan, in two parts, says of the prior D, for at most `evaluations` of it.
 
     errors: models of the error of D by name, the first measured on people like its training set, others on anything
-    else. levels: noise of the last and the first evaluation. Each candidate gets `draws` chains, as long as
-    `evaluations` allow for `tries` candidates. First all models as they are; then the best one with twice and four
-    times the variance, while that scores better. classical: the method to compare with, tuned elsewhere.
+    else. levels: noise of the last and the first evaluation, by default those of `levels_for`. Each candidate gets
+    `draws` chains, as long as `evaluations` allow for `tries` candidates. First all models as they are; then the best
+    one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
+    elsewhere; the chains begin with its image.
     Fewer tries where the evaluations do not suffice; raises ValueError when they do not even allow for one.
     """
     tries = min(tries, evaluations // (LEAST_CALLS * draws))
     if tries < 1:
         raise ValueError(f"{evaluations} evaluations are too few for {draws} chains of {LEAST_CALLS}; allow for more")
     calls = evaluations // (tries * draws)
-    sigmas = karras(calls, sigma_min=levels[0], sigma_max=levels[1])
+    sigmas = levels_for(noise_std, classical is not None, calls, levels)
+    image = None if classical is None else classical(split.A, split.y)
     found: list[tuple[Candidate, Samples]] = []
 
     def attempt(name: str, scale: float) -> None:
         G = posterior_mean(split.A, split.y, noise_std, errors[name].times(scale), iterations)
         seeds = range(seed, seed + draws)
-        samples = annealed_gibbs(D, G, sigmas, seeds=seeds, dtype=split.y.dtype, device=split.y.device)
+        on = {"dtype": split.y.dtype, "device": split.y.device}
+        samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, **on)
         found.append((Candidate(name, scale, predictive_score(split, samples, noise_std)), samples))
 
     for name in list(errors)[:tries]:
@@ -296,8 +301,8 @@ def assess(
         attempt(best.name, scale)
     best, samples = max(found, key=lambda pair: pair[0].score.log_score)
     share, other, score = 1.0, None, best.score
-    if classical is not None:
-        image, mean = classical(split.A, split.y), (samples.x if samples.mean is None else samples.mean).mean(0)[None]
+    if image is not None:
+        mean = (samples.x if samples.mean is None else samples.mean).mean(0)[None]
         share = best_share(split, mean, image)
         other = predictive_score(split, samples, noise_std, image).excess
         score = predictive_score(split, samples, noise_std, share * mean + (1 - share) * image)
@@ -320,7 +325,7 @@ def reconstruct(
     acs: int,
     seeds: Sequence[int],
     evaluations: int = 30,
-    levels: tuple[float, float] = (0.04, 5.0),
+    levels: tuple[float, float] | None = None,
     trust: Trust | None = None,
     classical: Classical | None = None,
     extra: float = 0.5,
@@ -336,7 +341,33 @@ def reconstruct(
         trust = assess(
             D, split, noise_std, errors, levels=levels, evaluations=allowed, seed=seeds[0], classical=classical
         )
-    sigmas = karras(evaluations, sigma_min=levels[0], sigma_max=levels[1])
+    image = None if classical is None else classical(A, y)
+    sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
     G = posterior_mean(A, y, noise_std, trust.error)
-    samples = annealed_gibbs(D, G, sigmas, seeds=seeds, dtype=y.dtype, device=y.device)
-    return trust.apply(samples, None if classical is None else classical(A, y)), trust
+    samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, dtype=y.dtype, device=y.device)
+    return trust.apply(samples, image), trust
+
+
+def levels_for(noise_std: float, warm: bool, evaluations: int, levels: tuple[float, float] | None = None) -> Tensor:
+    """The noise levels (evaluations,) of draws that begin with a classical image (`warm`) or with nothing.
+
+    levels: of the last and the first, if others are wanted. A classical image errs by far less than WARM, so that its
+    errors drown there; the evaluations saved go to low noise, where detail is decided. docs/trust.md has numbers.
+    """
+    low, high = levels or (max(LAST * noise_std, LEAST), WARM if warm else COLD)
+    return karras(evaluations, sigma_min=low, sigma_max=max(high, 2 * low))
+
+
+def best_setting(
+    split: Split, method: Callable[[LinearOperator, Tensor, float], Tensor], settings: Sequence[float]
+) -> float:
+    """The setting of method(A, y, setting) -> image whose image of the first part predicts the held-out samples best.
+
+    No truth and no other people are needed: every scan tunes its classical reconstruction for itself.
+    """
+
+    def residual(setting: float) -> float:
+        image = method(split.A, split.y, setting)
+        return (pick(split.held_y, split.held) - pick(split.held_A(image), split.held)).abs().square().mean().item()
+
+    return min(settings, key=residual)

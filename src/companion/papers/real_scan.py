@@ -1,0 +1,175 @@
+"""The study of real_scan: one slice of a raw file, or of a head that is scanned here, from k-space to an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from companion.acquisition.measurement import Measurement, prepare_scan, reference_image
+from companion.acquisition.redundancy import redundancy
+from companion.data import anatomy
+from companion.data.axial import canonical
+from companion.data.dicom.write import write_dicom
+from companion.data.intake.look import look
+from companion.data.intake.records import Volume
+from companion.data.nifti import save_nifti
+from companion.data.raw.scan import RawScan, raw_scan
+from companion.data.virtual import slices
+from companion.diffusion.denoisers import AnySize, Denoiser
+from companion.diffusion.recalibration import ErrorModel
+from companion.diffusion.sets import EachSet
+from companion.files import project_root
+from companion.models.architectures import network_of
+from companion.models.checkpoint import load_denoiser
+from companion.models.errors import load_errors
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, fft
+from companion.parameters import Parameters, param
+from companion.randomness import randn
+
+VIRTUAL = "virtual"
+FULL = 0.6  # share of k-space above which a scan counts as fully sampled: it may be undersampled here, and judged
+FACTORS = (1.0, 2.0, 4.0, 8.0)  # of noise_std^1.5: regularisations of total variation that a scan chooses from
+
+
+@dataclass(frozen=True)
+class RealScan(Parameters, out="runs/real_scan/notebook"):
+    """Parameters of real_scan.ipynb."""
+
+    source: str = param(
+        VIRTUAL,
+        "a raw file or folder of any format that `companion look` knows; a head as NIfTI or DICOM is scanned here",
+    )
+    axes: str | None = param(None, "names of the stored axes of arrays that do not tell them, as in 'coil y x'")
+    slice: int | None = param(None, "which slice; none: the middle one", minimum=0)
+    acceleration: float | None = param(4.0, "R of the lines kept of fully sampled data; none: all that was measured")
+    mask: str = param("equispaced", "kind of the lines kept", choices=("equispaced", "random", "poisson_disc"))
+    acs: int = param(24, "centre lines that coil maps are made from", minimum=8)
+    coils: int = param(8, "receive coils of a head that is scanned here", minimum=1)
+    noise_std: float = param(0.01, "its k-space noise per real component; bright tissue is 1", minimum=1e-5)
+    image_size: int = param(256, "pixels along y and x of a virtual head", minimum=64)
+    weights: str = param("general/2d", "checkpoint of complex images of any size")
+    draws: int = param(4, "posterior draws", minimum=2)
+    evaluations: int = param(30, "network evaluations a draw", minimum=4)
+    autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One slice: its data y = A x + n, and the image of all of k-space, where all of it was measured.
+
+    scan: as it came, and what it says of itself. kept: the samples that are used, (*space). m: the measurement of
+    those. reference: (1, 1, y, x) magnitudes in the units of m. affine: of voxel indices (x, y, z) to mm; from the
+    middle of the slice where the file does not say where it lies.
+    """
+
+    name: str
+    scan: RawScan
+    kept: Tensor
+    m: Measurement
+    reference: Tensor | None
+    affine: np.ndarray
+
+
+def prepare(p: RealScan) -> Case:
+    """The slice that the notebook is about.
+
+    Raises FileNotFoundError or Unreadable for a source that cannot be read, ValueError for several scans, a slice that
+    is not there, a 3D scan, and data without a fully sampled centre.
+    """
+    name, scan, i = scanned(p)
+    if scan.ndim != 2:
+        raise ValueError(
+            f"{name} is a 3D scan, {tuple(scan.kspace.shape)}, and one slice is asked for: transform it along its "
+            "readout first (companion.acquisition.measurement.hybrid_slices)"
+        )
+    if not 0 <= i < len(scan.kspace):
+        raise ValueError(f"slice={i}: {name} has slices 0 to {len(scan.kspace) - 1}")
+    kept = scan.mask[min(i, len(scan.mask) - 1), 0] != 0
+    full = kept.float().mean().item() > FULL
+    if full and p.acceleration is not None:
+        lines = cartesian_mask(tuple(kept.shape), p.acceleration, p.mask, acs=min(p.acs, kept.shape[-1]), seed=p.seed)
+        kept = kept & (lines.mask != 0)
+    m = with_real_noise(prepare_scan(scan, slice(i, i + 1), mask=kept.float()).to(p.device))
+    reference = reference_image(scan.kspace[i].to(p.device), m) if full and m.y.shape[2:] == kept.shape else None
+    return Case(name, scan, kept, m, reference, centred_affine(scan.voxel_mm, m.y.shape[2:]))
+
+
+def scanned(p: RealScan) -> tuple[str, RawScan, int]:
+    """A name, raw k-space and the index of the slice in it: of the only scan of a file or folder, or simulated."""
+    if p.source == VIRTUAL:
+        pixel = anatomy.FIELD_OF_VIEW_MM / p.image_size
+        return "a virtual head", simulated(slices("test", 1, p.image_size), p, (pixel,) * 3), 0
+    path = (project_root() / Path(p.source).expanduser()).resolve()
+    found = look(path)
+    if len(found.items) != 1:
+        names = ", ".join(item.name for item in found.items[:8]) or "; ".join(found.left.values())
+        raise ValueError(f"{path} holds {len(found.items)} scans: {names}. Name one of them as source")
+    (item,) = found.items
+    if item.what.kind == "k-space":
+        scan = item.read(**({} if p.axes is None else {"axes": p.axes}))
+        i = len(scan.kspace) // 2 if p.slice is None else p.slice
+        return f"{item.name}, slice {i}", scan, i
+    volume = item.read(**({"frame": 0} if item.what.axes[0] == "t" else {}))
+    x = head(volume)
+    i = len(x) // 2 if p.slice is None else p.slice
+    if not i < len(x):
+        raise ValueError(f"slice={i}: {item.name} has axial slices 0 to {len(x) - 1}")
+    return f"{item.name}, axial slice {i}, scanned here", simulated(x[i : i + 1], p, volume.voxel_mm), 0
+
+
+def head(volume: Volume) -> Tensor:
+    """Complex axial slices (slice, 1, y, x) of a volume from below up, nose up, sides of a multiple of 8 pixels.
+
+    1 is the 99th percentile of the tissue; the phase is smooth.
+    """
+    signal, _ = canonical(volume.array, volume.affine)
+    bright = np.percentile(signal[signal > 0.08 * np.percentile(signal, 99.9)], 99)
+    x = torch.from_numpy((signal / bright).astype(np.float32)).permute(2, 1, 0).flip(1)[:, None]
+    height, width = (-n % 8 for n in x.shape[-2:])
+    x = torch.nn.functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+    return anatomy.random_phase(x, Generator().manual_seed(0))
+
+
+def simulated(x: Tensor, p: RealScan, voxel_mm: tuple[float, float, float]) -> RawScan:
+    """All of the k-space of a complex slice x (1, 1, y, x), as receive coils see it, with noise."""
+    k = fft(birdcage_maps(x.shape[-2:], p.coils) * x)
+    noise = randn(k.shape, k.dtype, Generator().manual_seed(p.seed))
+    return raw_scan("simulated", k + p.noise_std * noise, voxel_mm=voxel_mm)
+
+
+def with_real_noise(m: Measurement) -> Measurement:
+    """m with the noise that its coils show by contradicting each other; as it is where they say too little."""
+    try:
+        return m.with_noise(redundancy(m).noise_std)
+    except ValueError:
+        return m
+
+
+def centred_affine(voxel_mm: tuple[float, float, float] | None, shape) -> np.ndarray:
+    """The affine of a slice of `shape` (y, x), y downwards, its middle at 0; voxels of 1 mm where none are known."""
+    z, y, x = voxel_mm or (1.0, 1.0, 1.0)
+    affine = np.diag([x, -y, z, 1.0])
+    affine[:2, 3] = -x * (shape[1] - 1) / 2, y * (shape[0] - 1) / 2
+    return affine
+
+
+def prior(p: RealScan) -> tuple[Denoiser, Mapping[str, ErrorModel]]:
+    """The denoiser, for any size and number of sets of coil maps, and the models of its error."""
+    D = load_denoiser(p.weights, device=p.device, autocast=p.autocast)
+    return EachSet(AnySize(D, network_of(D).total_stride)), load_errors(p.weights)
+
+
+def write(case: Case, folder: Path, **images: Tensor) -> list[Path]:
+    """Each of the magnitudes (1, 1, y, x) as a NIfTI file and as a DICOM series; all files."""
+    paths = []
+    for name, image in images.items():
+        array = image[0].abs().cpu().numpy()
+        paths.append(save_nifti(folder / f"{name}.nii.gz", array, affine=case.affine))
+        paths += write_dicom(folder / f"dicom_{name}", array, case.affine, f"companion: {name}")
+    return paths
