@@ -32,15 +32,19 @@ def with_vjp(D, x: Tensor, sigma: Tensor, cond) -> tuple[Tensor, Callable[[Tenso
 
 # ----------------------------------------------------------------------------------- covariance of p(x0 | x)
 class Factor(NamedTuple):
-    """C = L L^H of a Gaussian model of p(x0 | x), per real component; both maps keep the shape of x."""
+    """C = L L^H of a Gaussian model of p(x0 | x), per real component; both maps keep the shape of x.
+
+    variance: the diagonal of L^H L, or near it, which balances systems to be solved; None where it is not known.
+    """
 
     L: Callable[[Tensor], Tensor]
     LH: Callable[[Tensor], Tensor]
+    variance: Tensor | None = None
 
     @classmethod
     def diagonal(cls, variance: Tensor) -> "Factor":
         std = variance.clamp_min(0).sqrt()
-        return cls(lambda z: std * z, lambda x: std * x)
+        return cls(lambda z: std * z, lambda x: std * x, std.square())
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,8 @@ class Measured:
             z = spatial_fft(gain * spatial_fft(z, self.ndim), self.ndim, inverse=True)
             return z if x.is_complex() else z.real
 
-        return x0_hat, Factor(lambda z: std * colour(z), lambda x: colour(std * x))
+        scale = gain.square().mean(tuple(range(-self.ndim, 0)), keepdim=True)
+        return x0_hat, Factor(lambda z: std * colour(z), lambda x: colour(std * x), scale * std.square())
 
 
 def pixel_moments(D, x, sigma, cond, prior_std) -> tuple[Tensor, Tensor]:

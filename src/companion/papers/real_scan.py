@@ -38,7 +38,7 @@ FACTORS = (1.0, 2.0, 4.0, 8.0)  # of noise_std^1.5: regularisations of total var
 
 
 @dataclass(frozen=True)
-class RealScan(Parameters, out="runs/real_scan/notebook"):
+class RealScan(Parameters, out="runs/general/real_scan/notebook"):
     """Parameters of real_scan.ipynb."""
 
     source: str = param(
@@ -166,10 +166,10 @@ def prior(p: RealScan) -> tuple[Denoiser, Mapping[str, ErrorModel]]:
 
 
 def write(case: Case, folder: Path, **images: Tensor) -> list[Path]:
-    """Each of the magnitudes (1, 1, y, x) as a NIfTI file and as a DICOM series; all files."""
+    """Each of the magnitudes (1, y, x) as a NIfTI file and as a DICOM series; all files."""
     paths = []
     for name, image in images.items():
-        array = image[0].abs().cpu().numpy()
+        array = image.abs().cpu().numpy()
         paths.append(save_nifti(folder / f"{name}.nii.gz", array, affine=case.affine))
         paths += write_dicom(folder / f"dicom_{name}", array, case.affine, f"companion: {name}")
     return paths

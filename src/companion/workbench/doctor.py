@@ -23,6 +23,7 @@ from companion.workbench.runner import read_signature
 
 PAPERS = {
     "brain": "start here: a brain, a prior, a reconstruction",
+    "general": "anybody's head: a general prior, a real scan",
     "aid": "Autoregressive Image Diffusion",
     "lmi": "LMI-guided translation",
     "latent3d": "synthetic 3D MRI",

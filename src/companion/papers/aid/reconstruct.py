@@ -26,13 +26,14 @@ from companion.diffusion.sequence import SequenceSamples
 from companion.evaluation import metrics, tables
 from companion.files import project_root
 from companion.models.checkpoint import describe
+from companion.models.errors import load_errors
 from companion.operators.masks import CartesianMask
 from companion.papers.aid.sample import EMBEDDED
 from companion.parameters import Parameters, param
 from companion.reconstruction import mri as baselines
 from companion.reconstruction.sequence import Prior, Sampler, csgm, reconstruct
 
-EMBEDDED_SINGLE = "brain/t1w"
+EMBEDDED_SINGLE, GENERAL = "brain/t1w", "general/2d"  # single-image priors of virtual people, and of anybody
 MODELS = {"AID": "full", "AID, newest slice only": "last", "single image": None}  # name -> context
 CSGM = "CSGM-Langevin"
 TUNING_SLICES = 3  # of a volume: enough to tune the classical methods on
@@ -50,7 +51,9 @@ class Reconstruct(Sampler, Protocol, Parameters):
 
     source: str = param("brain", "brain: held-out virtual people; else a fastMRI HDF5 file or a folder of them")
     weights: str = param(EMBEDDED, "sequence prior: an embedded or published name, a folder, hf:owner/name")
-    single: str = param(EMBEDDED_SINGLE, "single-image prior to compare with")
+    single: str | None = param(
+        None, f"single-image prior to compare with; none: {EMBEDDED_SINGLE} for virtual people, {GENERAL} for scans"
+    )
     models: tuple[str, ...] = param(tuple(MODELS), "priors to use", choices=tuple(MODELS))
     image_size: int = param(64, "pixels along y and x of virtual people", minimum=16)
     frames: int = param(10, "slices of a volume, at most", minimum=1)
@@ -93,7 +96,7 @@ def prepare(p: Reconstruct) -> list[Case]:
         scans = [read_fastmri(path, p, like, frames=p.frames, seed=p.seed) for path in paths]
     loaded = {
         name: Prior.load(weights, default, p.device, p.autocast)
-        for name, weights, default in (("AID", p.weights, EMBEDDED), ("single image", p.single, EMBEDDED_SINGLE))
+        for name, weights, default in (("AID", p.weights, EMBEDDED), ("single image", single_of(p), EMBEDDED_SINGLE))
     }
     groups: dict[tuple, list[Scan]] = {}
     for scan in scans:
@@ -104,6 +107,10 @@ def prepare(p: Reconstruct) -> list[Case]:
         if p.method == "annealed_gibbs":  # the others do not ask how wrong the prior is
             size = max(alike[0].shape[1:])
             priors = {name: measured(prior, size, p.spacing_mm, p.seed) for name, prior in loaded.items()}
+            if single_of(p) == GENERAL:  # measured on real heads, once
+                priors["single image"] = replace(
+                    loaded["single image"], alone=next(iter(load_errors(GENERAL).values()))
+                )
         others, few = range(100, 100 + p.validation_subjects * p.classical), min(p.frames, TUNING_SLICES)
         if p.source == "brain":
             validation = [people.scan("validation", i, few, p.coils, p.noise_std) for i in others]
@@ -111,6 +118,11 @@ def prepare(p: Reconstruct) -> list[Case]:
             validation = [people.like_scan(alike[0], i, few) for i in others]
         cases.append(Case(alike, validation, priors, people))
     return cases
+
+
+def single_of(p: Reconstruct) -> str:
+    """The name of the single-image prior."""
+    return p.single or (EMBEDDED_SINGLE if p.source == "brain" else GENERAL)
 
 
 def measured(prior: Prior, image_size: int, spacing_mm: float, seed: int, people: int = 12) -> Prior:
