@@ -293,7 +293,7 @@ class posterior_mean(Guidance):
 
     @cached_property
     def gain(self) -> Tensor:
-        """The mean of the diagonal of A^H A, (1 or batch of A, 1, ...), by one image of random signs (Hutchinson 1990)."""
+        """The mean of the diagonal of A^H A, (1 or batch of A, 1, ...), by random signs (Hutchinson 1990)."""
         signs = torch.randint(0, 2, (1, *self.A.domain_shape), generator=torch.Generator().manual_seed(0))
         power = self.A((2 * signs - 1).to(self.y.device, self.A.domain_dtype)).abs().square()
         return (power.flatten(1).sum(1) / signs.numel()).reshape(-1, *[1] * len(self.A.domain_shape))
