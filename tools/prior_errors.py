@@ -4,7 +4,7 @@
     python tools/prior_errors.py general/2d --size 128 --own heads
     python tools/prior_errors.py pet/heads --own activity
 
-The first model is that of images like the training set, which the prior did not see; the second that of dead leaves,
+The first model is that of images like the training set, which the prior did not see; the last that of dead leaves,
 shapes that hide each other: nothing of a head is in them, so a prior that errs on a scan as it does there does not know
 the scan, and error bars of that width hold all the same. docs/trust.md says how they are used.
 """
@@ -41,10 +41,17 @@ def leaves(count: int, size: int) -> Tensor:
     return phased([dead_leaves(np.random.default_rng(seed), size) for seed in range(count)])
 
 
-def heads(count: int, size: int) -> Tensor:
+def heads(count: int, size: int, pixel_mm: tuple[float, float] = (0.75, 1.3)) -> Tensor:
     """Complex images (count, 1, y, x) of the validation head, warped and recoloured as in training, most with noise."""
     known = load_heads(project_root() / "data" / "heads", "validation")
-    return phased([head_image(known[i % len(known)], np.random.default_rng(10_000 + i), size) for i in range(count)])
+    rngs = [np.random.default_rng(10_000 + i) for i in range(count)]
+    pixels = np.geomspace(*pixel_mm, count)
+    return phased([head_image(known[i % len(known)], rngs[i], size, pixels[i]) for i in range(count)])
+
+
+def coarse_heads(count: int, size: int) -> Tensor:
+    """The same with large pixels, where a head is small and has more edges to err at."""
+    return heads(count, size // 2, (2.5, 3.5))
 
 
 def phased(images: list[np.ndarray]) -> Tensor:
@@ -79,11 +86,11 @@ def active_leaves(count: int, size: int) -> Tensor:
     ]
 
 
-OWN = {
-    "people": ("virtual people", people, leaves),
-    "heads": ("heads", heads, leaves),
-    "activity": ("heads", activity, active_leaves),
-    "active people": ("virtual people", active_people, active_leaves),
+OWN = {  # images that the error is measured on, those like the training set first
+    "people": {"virtual people": people, "dead leaves": leaves},
+    "heads": {"heads": heads, "heads, large pixels": coarse_heads, "dead leaves": leaves},
+    "activity": {"heads": activity, "dead leaves": active_leaves},
+    "active people": {"virtual people": active_people, "dead leaves": active_leaves},
 }
 
 
@@ -97,10 +104,10 @@ def main(argv=None) -> None:
     D = load_denoiser(args.name)
     D = AnySize(D, network_of(D).total_stride)
     errors = {}
-    kind, own, other = OWN[args.own]
-    for name, make in ((kind, own), ("dead leaves", other)):
-        about = f"{args.count} images of {args.size} x {args.size}: {name}"
-        errors[name] = ErrorModel.fit(D, make(args.count, args.size), SIGMAS, about=about)
+    for name, make in OWN[args.own].items():
+        images = make(args.count, args.size)
+        about = f"{len(images)} images of {images.shape[-2]} x {images.shape[-1]}: {name}"
+        errors[name] = ErrorModel.fit(D, images, SIGMAS, about=about)
     print(save_errors(args.name, errors))
 
 

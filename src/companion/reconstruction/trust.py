@@ -170,14 +170,24 @@ def pooled(power: Tensor, group: Tensor) -> Tensor:
     return (total / count)[group]
 
 
-def best_share(split: Split, mean: Tensor, other: Tensor) -> float:
-    """The share of `mean` in its mixture with `other`, images (1, *shape), that predicts held-out data best: 0 to 1."""
-    ours, theirs = (pick(split.held_A(x), split.held) for x in (mean, other))
-    step, wanted = ours - theirs, pick(split.held_y, split.held) - theirs
+def best_share(split: Split, means: Tensor, other: Tensor, draws: int | None = None) -> float:
+    """The share of the mean of `means` (n, *shape) in its mixture with `other` (1, *shape), 0 to 1, that predicts
+    held-out data best.
+
+    draws: of so many such means, by default of the n; what their scatter adds to the error of few is taken off.
+    """
+    ours, theirs, wanted = (
+        pick(split.held_A(means), split.held),
+        *(pick(x, split.held) for x in (split.held_A(other), split.held_y)),
+    )
+    n, mean = len(ours), ours.mean(0, keepdim=True)
+    step = mean - theirs
     power = step.abs().square().sum()
+    if draws is not None and n > 1:
+        power = power - (ours - mean).abs().square().sum() / (n - 1) * (1 / n - 1 / draws)
     if power <= 0:
         return 1.0
-    return ((step.conj() * wanted).real.sum() / power).clamp(0, 1).item()
+    return ((step.conj() * (wanted - theirs)).real.sum() / power).clamp(0, 1).item()
 
 
 # --------------------------------------------------------------------------------------------------------- verdict
@@ -267,6 +277,7 @@ def assess(
     seed: int = 0,
     classical: Classical | None = None,
     iterations: int = 30,
+    final: int | None = None,
 ) -> Trust:
     """What a scan, in two parts, says of the prior D, for at most `evaluations` of it.
 
@@ -274,22 +285,28 @@ def assess(
     else. levels: noise of the last and the first evaluation, by default those of `levels_for`. Each candidate gets
     `draws` chains, as long as `evaluations` allow for `tries` candidates. First all models as they are; then the best
     one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
-    elsewhere; the chains begin with its image.
-    Fewer tries where the evaluations do not suffice; raises ValueError when they do not even allow for one.
+    elsewhere; the chains begin with its image. final: draws of the image to come, of which more scatter less.
+    At most two thirds of the evaluations are for candidates, fewer of which are tried where those do not suffice; what
+    is left prolongs the chains of the best one. Raises ValueError when there are too few for one candidate.
     """
-    tries = min(tries, evaluations // (LEAST_CALLS * draws))
-    if tries < 1:
+    if evaluations < LEAST_CALLS * draws:
         raise ValueError(f"{evaluations} evaluations are too few for {draws} chains of {LEAST_CALLS}; allow for more")
-    calls = evaluations // (tries * draws)
-    sigmas = levels_for(noise_std, classical is not None, calls, levels)
+    most = evaluations * 2 // 3  # for all candidates together
+    tries = max(1, min(tries, most // (LEAST_CALLS * draws)))
+    calls = max(LEAST_CALLS, most // (tries * draws))
     image = None if classical is None else classical(split.A, split.y)
     found: list[tuple[Candidate, Samples]] = []
+    bills: list[Bill] = []
+
+    def draw(error: ErrorModel, sigmas: Tensor, start: Tensor | None) -> Samples:
+        G = posterior_mean(split.A, split.y, noise_std, error, iterations)
+        on = {"dtype": split.y.dtype, "device": split.y.device}
+        samples = annealed_gibbs(D, G, sigmas, seeds=range(seed, seed + draws), start=start, **on)
+        bills.append(samples.bill)
+        return samples
 
     def attempt(name: str, scale: float) -> None:
-        G = posterior_mean(split.A, split.y, noise_std, errors[name].times(scale), iterations)
-        seeds = range(seed, seed + draws)
-        on = {"dtype": split.y.dtype, "device": split.y.device}
-        samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, **on)
+        samples = draw(errors[name].times(scale), levels_for(noise_std, image is not None, calls, levels), image)
         found.append((Candidate(name, scale, predictive_score(split, samples, noise_std)), samples))
 
     for name in list(errors)[:tries]:
@@ -300,19 +317,22 @@ def assess(
             break
         attempt(best.name, scale)
     best, samples = max(found, key=lambda pair: pair[0].score.log_score)
-    share, other, score = 1.0, None, best.score
+    error, score = errors[best.name].times(best.scale), best.score
+    left = evaluations // draws - calls * len(found)
+    if left >= LEAST_CALLS:  # longer, as the draws of the image will be: short chains would make the prior look worse
+        low, high = levels or (None, WARM)
+        low = low or levels_for(noise_std, True, 2)[1].item()
+        samples = draw(error, levels_for(noise_std, True, left, (low, min(high, WARM))), samples.x)
+        score = predictive_score(split, samples, noise_std)
+    share, other = 1.0, None
     if image is not None:
-        mean = (samples.x if samples.mean is None else samples.mean).mean(0)[None]
-        share = best_share(split, mean, image)
+        means = samples.x if samples.mean is None else samples.mean
+        mean, share = means.mean(0, keepdim=True), best_share(split, means, image, final)
         other = predictive_score(split, samples, noise_std, image).excess
         score = predictive_score(split, samples, noise_std, share * mean + (1 - share) * image)
-    bill = Bill(
-        sum(s.bill.denoiser_calls for _, s in found) * draws,
-        sum(s.bill.operator_calls for _, s in found) * draws,
-        sum(s.bill.seconds for _, s in found) * draws,
-    )
+    bill = Bill(*(draws * sum(getattr(b, n) for b in bills) for n in ("denoiser_calls", "operator_calls", "seconds")))
     tried = tuple(candidate for candidate, _ in found)
-    return Trust(errors[best.name].times(best.scale), share, max(1.0, score.widening), best, tried, other, bill)
+    return Trust(error, share, max(1.0, score.widening), best, tried, other, bill)
 
 
 def reconstruct(
@@ -339,8 +359,9 @@ def reconstruct(
         split = hold_out(A, y, acs, seed=seeds[0])
         allowed = int(extra * evaluations * len(seeds))
         trust = assess(
-            D, split, noise_std, errors, levels=levels, evaluations=allowed, seed=seeds[0], classical=classical
-        )
+            D, split, noise_std, errors, levels=levels, evaluations=allowed, seed=seeds[0], classical=classical,
+            final=len(seeds),
+        )  # fmt: skip
     image = None if classical is None else classical(A, y)
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
     G = posterior_mean(A, y, noise_std, trust.error)
