@@ -35,6 +35,7 @@ SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
 COLD, WARM = 5.0, 0.5  # first noise level of draws that begin with nothing, and with a classical image
 LAST, LEAST = 1.0, 0.002  # last noise level, in deviations of the noise of the data, and at least
 KNOWN = 1.25  # chi-square per held-out sample above which the prior does not know the scan
+BETTER = 0.02  # log score by which another error model has to beat that of the prior's own people
 LEAST_CALLS = 4  # evaluations of a chain, below which its draws are too rough to judge by
 LEAST_SHARE = 0.5  # of the posterior mean in the mixture, below which the classical image is preferred
 
@@ -311,12 +312,17 @@ def assess(
 
     for name in list(errors)[:tries]:
         attempt(name, SCALES[0])
+
+    def merit(pair: tuple[Candidate, Samples]) -> float:
+        own = pair[0] is found[0][0]
+        return pair[0].score.log_score - (0 if own else BETTER)
+
     for scale in SCALES[1:]:
-        best = max(found, key=lambda pair: pair[0].score.log_score)[0]
+        best = max(found, key=merit)[0]
         if len(found) >= tries or best.score.chi2 < 1 or best.scale != SCALES[SCALES.index(scale) - 1]:
             break
         attempt(best.name, scale)
-    best, samples = max(found, key=lambda pair: pair[0].score.log_score)
+    best, samples = max(found, key=merit)
     error, score = errors[best.name].times(best.scale), best.score
     left = evaluations // draws - calls * len(found)
     if left >= LEAST_CALLS:  # longer, as the draws of the image will be: short chains would make the prior look worse
