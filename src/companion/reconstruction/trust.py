@@ -33,9 +33,10 @@ Classical = Callable[[LinearOperator, Tensor], Tensor]  # (A, y) -> image (batch
 BANDS = 6  # rings of k-space in which predicted variances are pooled
 SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
 COLD, WARM = 5.0, 0.5  # first noise level of draws that begin with nothing, and with a classical image
+WARM_LOSS = 1.5  # true variance / that of draws that begin with an image: see "Error bars" in docs/trust.md
 LAST, LEAST = 1.0, 0.002  # last noise level, in deviations of the noise of the data, and at least
 KNOWN = 1.25  # chi-square per held-out sample above which the prior does not know the scan
-BETTER = 0.02  # log score by which another error model has to beat that of the prior's own people
+BETTER = 0.05  # log score by which another error model has to beat that of the prior's own people
 LEAST_CALLS = 4  # evaluations of a chain, below which its draws are too rough to judge by
 LEAST_SHARE = 0.5  # of the posterior mean in the mixture, below which the classical image is preferred
 
@@ -338,7 +339,8 @@ def assess(
         score = predictive_score(split, samples, noise_std, share * mean + (1 - share) * image)
     bill = Bill(*(draws * sum(getattr(b, n) for b in bills) for n in ("denoiser_calls", "operator_calls", "seconds")))
     tried = tuple(candidate for candidate, _ in found)
-    return Trust(error, share, max(1.0, score.widening), best, tried, other, bill)
+    widening = max(1.0, score.widening) * (1.0 if image is None else WARM_LOSS)
+    return Trust(error, share, widening, best, tried, other, bill)
 
 
 def reconstruct(
