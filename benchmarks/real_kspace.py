@@ -40,6 +40,7 @@ from companion.evaluation.tables import markdown
 from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
+from companion.models.errors import load_errors
 from companion.operators.masks import cartesian_mask
 from companion.randomness import randn
 from companion.reconstruction import regularised, trust
@@ -191,10 +192,13 @@ def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None
 
 
 def prior(weights: str, images: Tensor, args):
-    """The denoiser and the model of its error on the validation images."""
+    """The denoiser and the models of its error: those beside the weights, else that on the validation images."""
     D = load_denoiser(weights, args.device, args.autocast)
     D = EachSet(AnySize(D, network_of(D).total_stride))
-    return D, {"validation heads": ErrorModel.fit(D, images, FIT_SIGMAS, about="validation heads", seed=args.seed)}
+    try:
+        return D, load_errors(weights)
+    except FileNotFoundError:
+        return D, {"validation heads": ErrorModel.fit(D, images, FIT_SIGMAS, about="validation heads", seed=args.seed)}
 
 
 def evaluate(
