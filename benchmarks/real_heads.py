@@ -262,7 +262,7 @@ def contact_sheet(pictures: dict[str, dict[str, Tensor]], setting: str):
         for ax in row:
             ax.axis("off")
         for ax, image in zip(row, images, strict=False):
-            ax.imshow(image, cmap="gray", vmin=0, vmax=images[0].max())
+            ax.imshow(image, cmap="gray", vmin=0, vmax=np.quantile(images[0], 0.995))
         row[0].set_title(name[:24], color="white", fontsize=7)
     figure.subplots_adjust(0, 0, 1, 0.96, 0.02, 0.06)
     return figure
