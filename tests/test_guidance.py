@@ -273,3 +273,21 @@ def test_errors_say_what_to_do():
         dds(A, x[:2])(D)(x, 1.0)
     with pytest.raises(ValueError, match="gradient"):
         dps(A, x[:1])(lambda x, sigma, cond=None: x.detach())(x, 1.0)
+
+
+def test_the_default_precision_of_the_process_changes_nothing():
+    """Measured errors, denoisers and draws under torch.set_default_dtype(float64)."""
+    images = randn((4, 1, 8, 8), torch.complex64, torch.Generator().manual_seed(0))
+    D = GaussianDenoiser(torch.zeros(1, 8, 8, dtype=torch.complex64), 0.3**2 * torch.ones(1, 8, 8))
+    single = Measured.fit(D, images, torch.logspace(-1, 0, 3))
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = Measured.fit(D, images, torch.logspace(-1, 0, 3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(single.spectrum.double(), double.spectrum.double(), rtol=1e-4)
+
+
+def test_coil_maps_that_are_no_tensor_are_refused():
+    with pytest.raises(TypeError, match=r"torch\.as_tensor"):
+        sense(birdcage_maps((8, 8), 2).numpy(), torch.ones(8))

@@ -128,7 +128,7 @@ class Measured:
             power = spatial_fft((images - x0_hat) / v.clamp_min(1e-12).sqrt(), ndim).abs().square()
             power = (power / (1 + images.is_complex())).cpu()
             bin_of = radial_bins(images.shape[-ndim:], bins).expand(power.shape)
-            total = torch.zeros(bins).index_add_(0, bin_of.flatten(), power.flatten().float())
+            total = torch.zeros(bins, dtype=power.dtype).index_add_(0, bin_of.flatten(), power.flatten())
             rows.append(total / torch.bincount(bin_of.flatten(), minlength=bins).clamp_min(1))
         return cls(sigmas[sigmas > 0], torch.stack(rows).clamp_min(1e-4), prior_std, ndim)
 
@@ -171,7 +171,7 @@ def spatial_fft(x: Tensor, ndim: int, inverse=False) -> Tensor:
 
 def radial_bins(shape, bins: int) -> Tensor:
     """The radial bin of each frequency; bins divide 0 to the corner (sqrt(ndim)/2 cycles a pixel) evenly."""
-    axes = torch.meshgrid(*[torch.fft.fftfreq(n) for n in shape], indexing="ij")
+    axes = torch.meshgrid(*[torch.fft.fftfreq(n, dtype=torch.float32) for n in shape], indexing="ij")
     radius = sum(k.square() for k in axes).sqrt() / (0.5 * math.sqrt(len(shape)))
     return (radius * bins).long().clamp_max(bins - 1)
 

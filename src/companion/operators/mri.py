@@ -332,6 +332,8 @@ def _as_mask(mask: Tensor, shape: Shape) -> Tensor:
 def _check_maps(maps: Tensor, ndim: int) -> None:
     if ndim not in (2, 3):
         raise ValueError(f"ndim is the number of space axes, 2 or 3; got {ndim}")
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"coil maps are a tensor, got {type(maps).__name__}; use torch.as_tensor(maps)")
     if maps.ndim < ndim + 1:
         raise ValueError(
             f"maps have shape {tuple(maps.shape)}; expected (coil, *space) or (batch, coil, *space) with "
