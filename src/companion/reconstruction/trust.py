@@ -236,10 +236,8 @@ class Trust:
     def verdict(self) -> str:
         """In words and numbers."""
         chi2 = self.first.score.chi2
-        if self.knows:
-            text = f"the prior knows this scan: held-out chi-square {chi2:.2f}"
-        else:
-            text = f"the prior does not know this scan: held-out chi-square {chi2:.2f}"
+        says = "does not know" if chi2 > self.known_below else "knows" if self.knows else "helps little with"
+        text = f"the prior {says} this scan: held-out chi-square {chi2:.2f}"
         details = []
         if (self.chosen.name, self.chosen.scale) != (self.first.name, self.first.scale):
             times = "" if self.chosen.scale == 1 else f", variance times {self.chosen.scale:g}"
