@@ -204,11 +204,13 @@ def reconstruct(D, errors, A, y, tv, acs, seed, args):
     for i, draws in enumerate(seeds):
         one, began = y[i : i + 1], time.perf_counter()
         image = tv(A, one)
-        plain.append(annealed_gibbs(D, posterior_mean(A, one, NOISE, own), sigmas, seeds=draws, start=image))
+        plain.append(
+            annealed_gibbs(D, posterior_mean(A, one, NOISE, own, balance=True), sigmas, seeds=draws, start=image)
+        )
         spent[0] += time.perf_counter() - began
         began = time.perf_counter()
         same = (found.chosen.name, found.chosen.scale) == (found.first.name, found.first.scale)
-        G = posterior_mean(A, one, NOISE, found.error)
+        G = posterior_mean(A, one, NOISE, found.error, balance=True)
         again = plain[-1] if same else annealed_gibbs(D, G, sigmas, seeds=draws, start=image)
         trusted.append(found.apply(again, image))
         spent[1] += time.perf_counter() - began + (same * plain[-1].bill.seconds * args.draws)

@@ -291,3 +291,20 @@ def test_the_default_precision_of_the_process_changes_nothing():
 def test_coil_maps_that_are_no_tensor_are_refused():
     with pytest.raises(TypeError, match=r"torch\.as_tensor"):
         sense(birdcage_maps((8, 8), 2).numpy(), torch.ones(8))
+
+
+@pytest.mark.parametrize("lines", [torch.ones(16), cartesian_mask(16, 3, acs=4).mask])
+def test_balanced_unknowns_have_the_same_solution(lines):
+    """And of SENSE they reach it in fewer steps."""
+    A = sense(birdcage_maps((16, 16), 4), lines)
+    variance = torch.logspace(-5, -1, 256).reshape(1, 1, 16, 16)
+    C = diffusion_covariance.Factor.diagonal(variance)
+    r = A.mask(randn((1, *A.range_shape), torch.complex64, torch.Generator().manual_seed(0)))
+    exact = posterior_mean(A, r, 0.01, iterations=300, tol=1e-7).correction(C, r, 1)
+    balanced = posterior_mean(A, r, 0.01, iterations=300, tol=1e-7, balance=True).correction(C, r, 1)
+    assert torch.allclose(balanced, exact, atol=1e-3 * exact.abs().max())
+    errors = [
+        (posterior_mean(A, r, 0.01, iterations=8, tol=0.0, balance=b).correction(C, r, 1) - exact).abs().square().mean()
+        for b in (False, True)
+    ]
+    assert errors[1] < errors[0]

@@ -37,7 +37,7 @@ def test_the_prior_of_any_head_is_of_any_size(scan):
 def test_a_scan_of_ones_own_is_told_what_its_counts_say(scan):
     p = study.Enhance(draws=2, evaluations=3, image_size=32, device="cpu", autocast=None)
     prior = Prior.known(PRIOR, load_errors(PRIOR)["virtual people"])
-    done = study.trusted(p, prior, scan, 0.1)
+    done = study.study_trusted(p, prior, scan, 0.1)
     assert done.image.shape == (2, 1, 32, 32) and done.x.shape == (2, 2, 1, 32, 32)
     tried = {c.name for t in done.trusts for c in t.tried}
     assert tried == {"pet/heads (heads)", "pet/heads (dead leaves)", "pet/prior"}

@@ -82,7 +82,7 @@ def prepare(p: RealScan) -> Case:
     Raises FileNotFoundError or Unreadable for a source that cannot be read, ValueError for several scans, a slice that
     is not there, a 3D scan, and data without a fully sampled centre.
     """
-    name, scan, i = scanned(p)
+    name, scan, i = prepare_raw(p)
     if scan.ndim != 2:
         raise ValueError(
             f"{name} is a 3D scan, {tuple(scan.kspace.shape)}, and one slice is asked for: transform it along its "
@@ -100,11 +100,15 @@ def prepare(p: RealScan) -> Case:
     return Case(name, scan, kept, m, reference, centred_affine(scan.voxel_mm, m.y.shape[2:]))
 
 
-def scanned(p: RealScan) -> tuple[str, RawScan, int]:
+def prepare_raw(p: RealScan) -> tuple[str, RawScan, int]:
     """A name, raw k-space and the index of the slice in it: of the only scan of a file or folder, or simulated."""
     if p.source == VIRTUAL:
         pixel = anatomy.FIELD_OF_VIEW_MM / p.image_size
-        return "a virtual head", simulated(slices("test", 1, p.image_size), p, (pixel,) * 3), 0
+        return (
+            "a virtual head",
+            simulated(slices("test", 1, p.image_size), p.coils, p.noise_std, (pixel,) * 3, p.seed),
+            0,
+        )
     path = (project_root() / Path(p.source).expanduser()).resolve()
     found = look(path)
     if len(found.items) != 1:
@@ -120,7 +124,11 @@ def scanned(p: RealScan) -> tuple[str, RawScan, int]:
     i = len(x) // 2 if p.slice is None else p.slice
     if not i < len(x):
         raise ValueError(f"slice={i}: {item.name} has axial slices 0 to {len(x) - 1}")
-    return f"{item.name}, axial slice {i}, scanned here", simulated(x[i : i + 1], p, volume.voxel_mm), 0
+    return (
+        f"{item.name}, axial slice {i}, scanned here",
+        simulated(x[i : i + 1], p.coils, p.noise_std, volume.voxel_mm, p.seed),
+        0,
+    )
 
 
 def head(volume: Volume) -> Tensor:
@@ -136,11 +144,11 @@ def head(volume: Volume) -> Tensor:
     return anatomy.random_phase(x, Generator().manual_seed(0))
 
 
-def simulated(x: Tensor, p: RealScan, voxel_mm: tuple[float, float, float]) -> RawScan:
+def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: tuple[float, float, float], seed: int = 0) -> RawScan:
     """All of the k-space of a complex slice x (1, 1, y, x), as receive coils see it, with noise."""
-    k = fft(birdcage_maps(x.shape[-2:], p.coils) * x)
-    noise = randn(k.shape, k.dtype, Generator().manual_seed(p.seed))
-    return raw_scan("simulated", k + p.noise_std * noise, voxel_mm=voxel_mm)
+    k = fft(birdcage_maps(x.shape[-2:], coils) * x)
+    noise = randn(k.shape, k.dtype, Generator().manual_seed(seed))
+    return raw_scan("simulated", k + noise_std * noise, voxel_mm=voxel_mm)
 
 
 def with_real_noise(m: Measurement) -> Measurement:
@@ -159,10 +167,10 @@ def centred_affine(voxel_mm: tuple[float, float, float] | None, shape) -> np.nda
     return affine
 
 
-def prior(p: RealScan) -> tuple[Denoiser, Mapping[str, ErrorModel]]:
+def prior(weights: str, device: str = "cpu", autocast: str | None = None) -> tuple[Denoiser, Mapping[str, ErrorModel]]:
     """The denoiser, for any size and number of sets of coil maps, and the models of its error."""
-    D = load_denoiser(p.weights, device=p.device, autocast=p.autocast)
-    return EachSet(AnySize(D, network_of(D).total_stride)), load_errors(p.weights)
+    D = load_denoiser(weights, device=device, autocast=autocast)
+    return EachSet(AnySize(D, network_of(D).total_stride)), load_errors(weights)
 
 
 def write(case: Case, folder: Path, **images: Tensor) -> list[Path]:

@@ -299,7 +299,7 @@ def assess(
     bills: list[Bill] = []
 
     def draw(error: ErrorModel, sigmas: Tensor, start: Tensor | None) -> Samples:
-        G = posterior_mean(split.A, split.y, noise_std, error, iterations)
+        G = posterior_mean(split.A, split.y, noise_std, error, iterations, balance=True)
         on = {"dtype": split.y.dtype, "device": split.y.device}
         samples = annealed_gibbs(D, G, sigmas, seeds=range(seed, seed + draws), start=start, **on)
         bills.append(samples.bill)
@@ -370,7 +370,7 @@ def reconstruct(
         )  # fmt: skip
     image = None if classical is None else classical(A, y)
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
-    G = posterior_mean(A, y, noise_std, trust.error)
+    G = posterior_mean(A, y, noise_std, trust.error, balance=True)
     samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, dtype=y.dtype, device=y.device)
     return trust.apply(samples, image), trust
 

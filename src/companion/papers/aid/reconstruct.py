@@ -96,7 +96,10 @@ def prepare(p: Reconstruct) -> list[Case]:
         scans = [read_fastmri(path, p, like, frames=p.frames, seed=p.seed) for path in paths]
     loaded = {
         name: Prior.load(weights, default, p.device, p.autocast)
-        for name, weights, default in (("AID", p.weights, EMBEDDED), ("single image", single_of(p), EMBEDDED_SINGLE))
+        for name, weights, default in (
+            ("AID", p.weights, EMBEDDED),
+            ("single image", single_of(p.single, p.source), EMBEDDED_SINGLE),
+        )
     }
     groups: dict[tuple, list[Scan]] = {}
     for scan in scans:
@@ -107,7 +110,7 @@ def prepare(p: Reconstruct) -> list[Case]:
         if p.method == "annealed_gibbs":  # the others do not ask how wrong the prior is
             size = max(alike[0].shape[1:])
             priors = {name: measured(prior, size, p.spacing_mm, p.seed) for name, prior in loaded.items()}
-            if single_of(p) == GENERAL:  # measured on real heads, once
+            if single_of(p.single, p.source) == GENERAL:  # measured on real heads, once
                 priors["single image"] = replace(
                     loaded["single image"], alone=next(iter(load_errors(GENERAL).values()))
                 )
@@ -120,9 +123,9 @@ def prepare(p: Reconstruct) -> list[Case]:
     return cases
 
 
-def single_of(p: Reconstruct) -> str:
-    """The name of the single-image prior."""
-    return p.single or (EMBEDDED_SINGLE if p.source == "brain" else GENERAL)
+def single_of(single: str | None, source: str) -> str:
+    """The name of the single-image prior, where none is given the one that suits the source."""
+    return single or (EMBEDDED_SINGLE if source == "brain" else GENERAL)
 
 
 def measured(prior: Prior, image_size: int, spacing_mm: float, seed: int, people: int = 12) -> Prior:

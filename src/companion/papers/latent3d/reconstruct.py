@@ -203,7 +203,7 @@ def without_some(scan: Scan, share: float = HELD, seed: int = 0) -> tuple[Scan, 
 
 
 @torch.no_grad()
-def missed(p: ReconstructVolumes, prior: LatentPrior, errors: Errors, scan: Scan) -> dict[str, float]:
+def study_held_out(p: ReconstructVolumes, prior: LatentPrior, errors: Errors, scan: Scan) -> dict[str, float]:
     """Mean squared error at readouts that were held out, less the noise, of total variation and of the latent prior.
 
     Told without a truth, by one draw of the first method and one more classical image.

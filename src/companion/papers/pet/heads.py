@@ -67,19 +67,19 @@ class TrainHeads(Training):
     ema_halflife: float = param(2000.0, "half-life of the averaged weights, images; short at first", minimum=0)
 
 
-def prior_config(p: TrainHeads) -> dict:
+def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: int, images: int) -> dict:
     """Return what `build` makes the denoiser from: activity of any size, one channel for the error's variance."""
     return {
         "network": {
             "name": "UNet",
             "in_channels": 1,
-            "model_channels": p.model_channels,
+            "model_channels": model_channels,
             "out_channels": 2,
             "num_res_blocks": 1,
-            "channel_mult": list(p.channel_mult),
+            "channel_mult": list(channel_mult),
             "num_heads": 0,
             "use_scale_shift_norm": True,
-            "patch": p.patch,
+            "patch": patch,
         },
         "denoiser": {"name": "EDMDenoiser", "sigma_data": SIGMA_DATA, "learned_variance": True},
         "data": {
@@ -89,7 +89,7 @@ def prior_config(p: TrainHeads) -> dict:
             "units": "kBq/mL",
             "task": "unconditional",
             "target": "phantom",
-            "images": p.images,
+            "images": images,
             "image_size": "any",
             "pixel_mm": [1.0, 4.0],
         },
@@ -160,12 +160,12 @@ def prior_loss(
 
 def train_heads(p: TrainHeads, progress: bool = True) -> TrainResult:
     """Return the trained prior; continues what `p.out` holds. The same call serves torchrun's processes."""
-    config = prior_config(p)
+    config = prior_config(**p.pick("model_channels", "channel_mult", "patch", "images"))
     start = p.start_from or (real_half(config, p.general) if p.general else None)
     return fit(
         begin(config, p.seed, start, p.autocast, p.device),
         prior_loss,
-        training_set(p),
+        prepare_bank(p),
         p,
         config | {"crop": p.crop, "general": p.general},
         p.pick("P_mean", "P_std", "variance_weight"),
@@ -178,7 +178,7 @@ def train_heads(p: TrainHeads, progress: bool = True) -> TrainResult:
     )
 
 
-def training_set(p: TrainHeads) -> Bank:
+def prepare_bank(p: TrainHeads) -> Bank:
     """Return the images to learn from; those that the bank lacks are made first."""
     folder = project_root() / p.bank
     if len(list(folder.glob("[0-9]*.npy"))) * PART < p.images:

@@ -214,7 +214,7 @@ def study(
             images[f"{name}, mean"], spread[f"{name}, mean"] = guided.mean, guided.x
             found.bills[name] = guided.bill
         if people is None and p.general:
-            done = trusted(p, prior, level.scan, tuned["MAP"])
+            done = study_trusted(p, prior, level.scan, tuned["MAP"])
             images[TRUSTED], found.draws[level.name], found.trusts[level.name] = done.image, done.x, done.trusts
         found.tuned[level.name], found.images[level.name] = tuned, images
         if people is not None:
@@ -227,7 +227,7 @@ def study(
     return found
 
 
-def trusted(p: Enhance, prior: Prior, scan: Scan, strength: float) -> trust_counts.Trusted:
+def study_trusted(p: Enhance, prior: Prior, scan: Scan, strength: float) -> trust_counts.Trusted:
     """Each scan as its own counts ask: by `prior`, by that of any head with either of its errors, or by MAP.
 
     The trial sees two thirds of the counts, in few and short draws; see `reconstruction.trust_counts`.

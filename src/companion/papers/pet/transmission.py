@@ -79,7 +79,7 @@ def prepare(p: Transmission) -> TransmissionScan:
     pixel_mm = 540 / p.image_size if p.pixel_mm is None else p.pixel_mm
     if p.scan is None:
         beam = ECAT.changed(p.placed).beam(p.image_size, pixel_mm)
-        return simulate(p, beam, thorax(p.image_size, pixel_mm))
+        return prepare_simulated(p, beam, thorax(p.image_size, pixel_mm))
     file = read_sinograms(project_root() / p.scan, p.geometry and project_root() / p.geometry)
     beam = placing(file, p.image_size, pixel_mm, p.placed).beam(p.image_size, pixel_mm)
     P = scanner(beam.shape, beam.pixel_mm, beam=beam)
@@ -89,7 +89,7 @@ def prepare(p: Transmission) -> TransmissionScan:
     return TransmissionScan(y, blank, background, P, beam)
 
 
-def simulate(p: Transmission, beam: ParallelBeam, truth: Thorax) -> TransmissionScan:
+def prepare_simulated(p: Transmission, beam: ParallelBeam, truth: Thorax) -> TransmissionScan:
     """A scan of the virtual thorax: detectors of uneven efficiency without it (blank), and the counts behind it."""
     P = scanner(beam.shape, beam.pixel_mm, beam=beam)
     uneven = torch.rand(beam.bins, generator=torch.Generator().manual_seed(p.seed))
