@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.stats import poisson
+from scipy.special import gammaln, xlogy
 from torch import Tensor
 
 from companion.operators.linear import LinearOperator, Shape, check_finite
@@ -129,7 +129,7 @@ def _deviance_table() -> tuple[np.ndarray, np.ndarray]:
     rates = np.geomspace(1e-6, 200, 400)
     k = np.arange(400)[:, None]
     ratio = np.where(k > 0, np.maximum(k, 1) / rates, 1.0)
-    return rates, (poisson.pmf(k, rates) * 2 * (k * np.log(ratio) - k + rates)).sum(0)
+    return rates, (np.exp(xlogy(k, rates) - rates - gammaln(k + 1)) * 2 * (k * np.log(ratio) - k + rates)).sum(0)
 
 
 def _per_item(x: Tensor, shape: Shape) -> Tensor:
