@@ -77,12 +77,13 @@ def test_a_phantom_knows_its_tissues_and_its_lesion(active):
 
 
 def test_the_real_half_of_a_complex_prior():
-    config = training.prior_config(training.TrainHeads())
+    sizes = training.TrainHeads().pick("model_channels", "channel_mult", "patch", "images")
+    config = training.prior_config(**sizes)
     half, general = training.real_half(config, "general/2d"), load("general/2d").D
     mine, theirs = half.state_dict(), general.state_dict()
     first = next(k for k in mine if k.endswith("input_blocks.0.0.weight"))
     assert torch.equal(mine[first], theirs[first][:, :4]) and set(mine) == set(theirs)
-    other = training.prior_config(training.TrainHeads(channel_mult=(1, 2, 2, 2)))
+    other = training.prior_config(**sizes | {"channel_mult": (1, 2, 2, 2)})
     with pytest.raises(ValueError, match="network of the same size"):
         training.real_half(other, "general/2d")
     assert build(config)(torch.zeros(1, 1, 16, 32), torch.ones(1)).shape == (1, 1, 16, 32)
