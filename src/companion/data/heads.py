@@ -27,7 +27,7 @@ from torch import Tensor
 
 BRIGHT = 99.0  # percentile of the tissue's signal that is called 1
 AIR = 0.08  # signal below which nothing is tissue, of bright tissue
-PIXEL_MM = (0.6, 3.5)  # range of pixel sizes; most are near 1
+PIXEL_MM = (0.6, 4.0)  # range of pixel sizes
 MARGIN = 8  # pixels around an image that are thrown away: ringing of the border is not anatomy
 
 
@@ -97,8 +97,9 @@ def head_image(head: Head, rng: np.random.Generator, size: int = 128, pixel_mm: 
 
 
 def draw_pixel_mm(rng: np.random.Generator) -> float:
-    """Return a pixel size: six of ten about 1 mm, the others anywhere in `PIXEL_MM`."""
-    low, high = (0.75, 1.3) if rng.random() < 0.6 else PIXEL_MM
+    """Return a pixel size: four of ten about 1 mm, four of 2 to 4 mm, the others anywhere in `PIXEL_MM`."""
+    kind = rng.random()
+    low, high = (0.75, 1.3) if kind < 0.4 else (2.0, 4.0) if kind < 0.8 else PIXEL_MM
     return float(np.exp(rng.uniform(math.log(low), math.log(high))))
 
 
