@@ -10,7 +10,7 @@ class ClassGuidance(nn.Module):
     D: takes y=, as an EDMDenoiser around an EDMUNet with num_classes does. y: one label for all draws, or
     labels (batch,), or weights of the classes (batch or 1, num_classes). weight: 1 is the model as trained and
     0 ignores the label, at one evaluation of D each; above 1 classes are exaggerated, for which the network
-    must have been trained with label dropout. Classifier-free guidance: Ho and Salimans 2022, whose weight is
+    must have been trained with label dropout. Classifier-free guidance: [ho2022], whose weight is
     counted from 0, so that theirs is ours minus 1.
     """
 

@@ -52,7 +52,7 @@ class Isotropic:
     """C = sigma^2 p^2 / (sigma^2 + p^2), as if every pixel were independent with standard deviation p =
     prior_std.
 
-    The guess of Song et al. 2023 (PiGDM) for r_t^2.
+    The guess of [song2023] for r_t^2.
     """
 
     prior_std: float = 0.5
@@ -66,7 +66,7 @@ class Isotropic:
 
 @dataclass(frozen=True)
 class Proportional:
-    """C = sigma^2 / weight: the belief of DiffPIR (Zhu et al. 2023), right only for a flat prior."""
+    """C = sigma^2 / weight: the belief of DiffPIR [zhu2023], right only for a flat prior."""
 
     weight: float = 1.0
 
@@ -181,5 +181,5 @@ class Jacobian:
     """C = sigma^2 J, the true covariance of p(x0 | x) by Tweedie's second-order formula, one gradient per
     product.
 
-    Exact, hence D_y is exact when p(x0 | x) is Gaussian. Boys et al. 2024 (TMPD); Rozet et al. 2024 (MMPS).
+    Exact, hence D_y is exact when p(x0 | x) is Gaussian. [boys2024]; [rozet2024].
     """

@@ -32,7 +32,7 @@ class DiscreteProcess:
 
     prediction: "epsilon", "v" (sqrt(abar) n - sqrt(1 - abar) x0) or "x0". variance: "fixed_small",
     "fixed_large", or "learned_range", where the output has twice the channels and the second half v mixes the
-    logarithms of the two (Eq. (15) of Nichol and Dhariwal 2021). clip: (low, high) for the estimate of x0, or
+    logarithms of the two (Eq. (15) of [nichol2021]). clip: (low, high) for the estimate of x0, or
     None. channel_axis: 1, or 2 for sequences. t: indices of the schedule (batch,); `network_t` gives what the
     network is to be told.
     """
@@ -100,14 +100,14 @@ class DiscreteProcess:
         return Reverse(mean, large.expand_as(x_t), large.log().expand_as(x_t), x0)
 
     def step(self, output: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_{t-1} by ancestral sampling, Algorithm 2 of Ho et al. 2020; no noise is added where t = 0."""
+        """x_{t-1} by ancestral sampling, Algorithm 2 of [ho2020]; no noise is added where t = 0."""
         p = self.p_mean_variance(output, x_t, t)
         return p.mean + _column(t > 0, x_t) * (p.log_variance / 2).exp() * noise
 
     def ddim_step(
         self, output: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None = None, eta: float = 0.0
     ) -> Tensor:
-        """x_{t-1} by Eq. (12) of Song et al. 2021; noise is needed for eta > 0 only."""
+        """x_{t-1} by Eq. (12) of [song2021]; noise is needed for eta > 0 only."""
         schedule = self.schedule
         abar, abar_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
         x0 = self.x0_hat(self.split(output, x_t.shape[self.channel_axis])[0], x_t, t)
@@ -118,7 +118,7 @@ class DiscreteProcess:
         return mean if eta == 0 else mean + schedule.at(up, t, x_t) * noise
 
     def stochastic_step(self, output: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_{t-1} by AID's rule (Luo et al. 2024): x0_hat with fresh noise of the next level."""
+        """x_{t-1} by AID's rule [luo2024]: x0_hat with fresh noise of the next level."""
         x0 = self.x0_hat(self.split(output, x_t.shape[self.channel_axis])[0], x_t, t)
         abar_prev = self.schedule.alphas_cumprod_prev
         return (

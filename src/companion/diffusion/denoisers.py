@@ -67,7 +67,7 @@ def run_network(
 
 
 class EDMDenoiser(nn.Module):
-    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): the preconditioning of Karras et al. 2022, Table 1.
+    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): the preconditioning of [karras2022], Table 1.
 
     network: F(x, t, cond=None), t = c_noise = ln(sigma)/4. sigma_data: standard deviation of the clean data
     per real component. learned_variance: the network returns `variance_channels` further channels u (default:
@@ -222,7 +222,7 @@ class FlowDenoiser(nn.Module):
 
     The noise level decides t = sigma / (1 + sigma), and x_t = (1 - t) x. A straight step of the flow from t to t' is
     Euler's step between the noise levels, so every solver and guidance serves; levels evenly spaced in t are
-    `noise.flow_levels`. Data should have standard deviation 1. Liu et al. 2022; Lipman et al. 2023. The network's times
+    `noise.flow_levels`. Data should have standard deviation 1. [liu2022]; [lipman2023]. The network's times
     go to 1000, the range that sinusoidal embeddings are made for. autocast, channel_axis: as for EDMDenoiser.
     """
 

@@ -58,7 +58,7 @@ def annealed_gibbs(
     with it the first sigma may be as low as the errors of that image are, and sweeps are saved. Its errors are
     forgotten as far as sigma drowns them.
     Raises ValueError as `sample` does and for a negative refresh, TypeError for a covariance without factor.
-    Zhang et al. 2024 (DAPS), Algorithm 1, where f = 1, with their Langevin steps for an isotropic C replaced by an
+    [zhang2024], Algorithm 1, where f = 1, with their Langevin steps for an isotropic C replaced by an
     exact draw for a better one.
     """
     if refresh is not None and not refresh >= 0:
@@ -119,8 +119,8 @@ def split_gibbs(
     directions whose posterior deviation is far above rho hardly move any more. `solver` must be stochastic,
     for a deterministic one does not draw z given x; few `steps` lose variance. y: (draws or 1,
     *A.range_shape). Exact for many sweeps, many steps and small rho. Raises ValueError as `sample` and
-    `posterior_mean` do. Vono et al. 2019 (split Gibbs), Bouman & Buzzard 2023 (generative plug and play),
-    Wu et al. 2024 (PnP-DM), Algorithm 1.
+    `posterior_mean` do. [vono2019] (split Gibbs), [bouman2023] (generative plug and play),
+    [wu2024] (PnP-DM), Algorithm 1.
     """
 
     def sweep(data: posterior_mean, z: Tensor, step: int, rho: float, draws, cond) -> tuple[Tensor, None]:

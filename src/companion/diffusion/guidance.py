@@ -119,7 +119,7 @@ class landweber(Guidance):
 
     b = A^H y, in the units of the prior; with `scale`, b = scale * A^H y / max|A^H y| for each image, which
     is how AID puts data of unknown units on its prior's scale (about 1 with calibration lines, 1/R
-    without). noise_std is not used: the paper has no noise model. Luo, Huang & Uecker 2024 (AID), posterior
+    without). noise_std is not used: the paper has no noise model. [luo2024], posterior
     sampling.
     """
 
@@ -154,7 +154,7 @@ class dps(Guidance):
     s^2 = max(noise_std^2, ||y - A D(x)||^2 / size of y): the residual itself says how far D(x) still is
     from the data, which is what the paper's normalisation of the step by ||y - A D(x)|| does. Differs from
     the paper in that the correction belongs to the denoiser, not to the solver's step, so that it scales
-    with the step. Chung et al. 2023 (DPS), Algorithm 1 and Eq. (16). Costs one gradient of D.
+    with the step. [chung2023dps], Algorithm 1 and Eq. (16). Costs one gradient of D.
     """
 
     step_size: float = 1.0
@@ -180,7 +180,7 @@ class pigdm(Guidance):
     """Pseudo-inverse guidance: x0_hat + sigma^2 J^T A^H (r^2 A A^H + noise_std^2)^-1 (y - A x0_hat).
 
     r^2 = sigma^2 prior_std^2 / (sigma^2 + prior_std^2), J the Jacobian of D; this is Tweedie's formula for
-    p(y | x) = N(A x0_hat, r^2 A A^H + noise_std^2). Song et al. 2023 (PiGDM), Eq. (7), without the further
+    p(y | x) = N(A x0_hat, r^2 A A^H + noise_std^2). [song2023], Eq. (7), without the further
     weight of their Algorithm 1. Costs one gradient of D and CG in data space.
     """
 
@@ -211,7 +211,7 @@ class ddnm(Guidance):
     """Range from the data, null space from the prior: x0_hat + lambda A^+ (y - A x0_hat).
 
     lambda = min(1, sigma / noise_std); A^+ by `iterations` CG steps on the normal equations from zero,
-    which stay in the range of A^H. Wang, Yu & Zhang 2023 (DDNM), Eq. (13);
+    which stay in the range of A^H. [wang2023], Eq. (13);
     the weight is that of DDNM+, their Sec. 3.3.
     """
 
@@ -235,8 +235,8 @@ class dds(Guidance):
     x0_hat.
 
     gamma is constant over noise levels, the steps are few: both are the paper's regularisation, and
-    noise_std is not used. `posterior_mean` is what it becomes when gamma is the ratio of variances. Chung,
-    Lee & Ye 2024 (DDS), Algorithm 1.
+    noise_std is not used. `posterior_mean` is what it becomes when gamma is the ratio of variances.
+    [chung2024dds], Algorithm 1.
     """
 
     gamma: float = 5.0
@@ -262,8 +262,8 @@ class posterior_mean(Guidance):
     L^H A^H r, which is well posed where C is 0 and preconditioned by C; with `Jacobian` in data space.
     CG stops at the relative residual `tol`, after at most `iterations` steps. Do not save here: at high noise
     levels the problem is nearly CG-SENSE, and 10 steps at tol 1e-2 instead of 40 at 1e-4 tripled the error of
-    the mean in the exact-posterior benchmark. Rozet et al. 2024 (MMPS) solve the Jacobian case by CG; Song et
-    al. 2023 (PiGDM) is the isotropic ancestor.
+    the mean in the exact-posterior benchmark. [rozet2024] (MMPS) solve the Jacobian case by CG; [song2023] (PiGDM) is
+    the isotropic ancestor.
     balance: divide the unknowns by the root of the diagonal of L^H L mean(diag A^H A) + noise_std^2 (Jacobi). Where the
     diagonal of A^H A is even, as that of SENSE is, 30 steps then come as near as 45 to 60; that of PET is not, and its
     30 steps would come some 70 times less near.
@@ -300,7 +300,7 @@ class posterior_mean(Guidance):
 
     @cached_property
     def gain(self) -> Tensor:
-        """The mean of the diagonal of A^H A, (1 or batch of A, 1, ...), by random signs (Hutchinson 1990)."""
+        """The mean of the diagonal of A^H A, (1 or batch of A, 1, ...), by random signs [hutchinson1990]."""
         shape, batch = tuple(self.A.domain_shape), tuple(self.A.batch_shape) or (1,)
         signs = 2 * torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0)) - 1
         power = self.A(signs.to(self.y.device, self.A.domain_dtype).expand(*batch, *shape)).abs().square()
@@ -310,7 +310,7 @@ class posterior_mean(Guidance):
         """A draw from p(x0 | y) for the prior N(x0_hat, C): its mean for a perturbed prior mean and
         perturbed data.
 
-        draws: a generator for each batch item. Exact for a Gaussian: Papandreou & Yuille 2010.
+        draws: a generator for each batch item. Exact for a Gaussian: [papandreou2010].
         """
         z = x0_hat + C.L(randn(x0_hat.shape[1:], x0_hat.dtype, draws, x0_hat.device))
         y = self.y + self.noise_std * randn(self.y.shape[1:], self.y.dtype, draws, x0_hat.device)
@@ -342,7 +342,7 @@ def diffpir(
 ) -> posterior_mean:
     """argmin over x0 of ||y - A x0||^2 / noise_std^2 + weight ||x0 - x0_hat||^2 / sigma^2, by CG.
 
-    Zhu et al. 2023 (DiffPIR), Algorithm 1, with rho_t = weight noise_std^2 / sigma^2. Their zeta, the share
+    [zhu2023], Algorithm 1, with rho_t = weight noise_std^2 / sigma^2. Their zeta, the share
     of fresh noise in a step, belongs to the solver here: `ddim` with eta.
     """
     return posterior_mean(A, y, noise_std, Proportional(weight), iterations)

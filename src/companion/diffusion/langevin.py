@@ -36,8 +36,8 @@ def langevin(
     G = posterior_mean(A, y, noise_std); its covariance is not used. sigmas: strictly decreasing; a last 0 is ignored.
     step_size below 1 is stable for |A| <= 1. Many small steps at the last level draw from its posterior exactly, and
     the nearer that level is to 0 the nearer this is to p(x0 | y); few steps leave errors of earlier levels, and D(x)
-    of the last one is narrower than a draw. Raises ValueError as `annealed_gibbs` does. Song & Ermon 2019, Algorithm 1;
-    Jalal et al. 2021, Eq. (3), where the likelihood is widened by sigma^2 as here.
+    of the last one is narrower than a draw. Raises ValueError as `annealed_gibbs` does. [song2019], Algorithm 1;
+    [jalal2021], Eq. (3), where the likelihood is widened by sigma^2 as here.
     """
     levels = torch.as_tensor(sigmas, dtype=torch.float64).flatten()
     levels = check_levels(levels[:-1] if levels[-1:].eq(0).all() else levels)

@@ -1,6 +1,6 @@
 """Denoisers that are told of another image by local mutual information.
 
-Wang et al. 2024, IEEE TMI, doi 10.1109/TMI.2024.3382043.
+[wang2024].
 
 A diffusion model learns images of one contrast, the target, given what a source of unknown contrast shares with them:
 

@@ -36,7 +36,7 @@ def edm_loss(
     """EDM loss of each batch item (batch,): mean over pixels of |F - target|^2 in preconditioned units.
 
     Equals lambda(sigma) |D(x0 + sigma n) - x0|^2 with lambda = 1/c_out^2 and ln sigma ~ N(P_mean, P_std^2):
-    Eqs. (2, 8) of Karras et al. 2022. Draws one normal number per item for sigma (batch,), then the noise
+    Eqs. (2, 8) of [karras2022]. Draws one normal number per item for sigma (batch,), then the noise
     (shape of x0); either may be supplied instead. A learned variance adds variance_weight times the Gaussian
     negative log likelihood e^2 exp(-u) + u per pixel; its error e is detached, so this term teaches u and not
     the mean. x0: (batch, channel, *space), complex for a ComplexDenoiser. labels: what else the network takes by
@@ -68,7 +68,7 @@ def flow_loss(
 ) -> Tensor:
     """Rectified-flow loss of each batch item (batch,): mean over pixels of |u(x_t, t) - (n - x0)|^2.
 
-    Draws t (batch,) uniformly from [0, 1), then the noise; either may be supplied. Liu et al. 2022, Eq. (1).
+    Draws t (batch,) uniformly from [0, 1), then the noise; either may be supplied. [liu2022], Eq. (1).
     """
     D, x0, cond, noise = in_channels(D, x0, cond, noise)
     if t is None:
@@ -153,7 +153,7 @@ def variational_bound(process: DiscreteProcess, output: Tensor, x0: Tensor, x_t:
     """Term t of the variational bound in bits per dimension (batch,): KL for t > 0, discretised likelihood at
     t = 0.
 
-    Eq. (5) of Ho et al. 2020. The estimate of x0 is not clipped here, whatever the process says.
+    Eq. (5) of [ho2020]. The estimate of x0 is not clipped here, whatever the process says.
     """
     p = dataclasses.replace(process, clip=None).p_mean_variance(output, x_t, t)
     mean, _, log_variance = process.schedule.q_posterior(x0, x_t, t)
@@ -171,7 +171,7 @@ def variational_bound(process: DiscreteProcess, output: Tensor, x0: Tensor, x_t:
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log of the Gaussian mass in the bin of width 2/255 around x, per pixel; open-ended bins at -1 and 1.
 
-    Sec. 3.3 of Ho et al. 2020: it assumes 8-bit pixels scaled to [-1, 1]. The normal distribution function is
+    Sec. 3.3 of [ho2020]: it assumes 8-bit pixels scaled to [-1, 1]. The normal distribution function is
     the approximation (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2, which published weights were trained
     with.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """n levels, dense near sigma_min, and a final 0, float64 (n+1,): Eq. (5) of Karras et al. 2022."""
+    """n levels, dense near sigma_min, and a final 0, float64 (n+1,): Eq. (5) of [karras2022]."""
     _check_range(n, sigma_min, sigma_max)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
@@ -53,24 +53,24 @@ def _end_with_zero(levels: Tensor) -> Tensor:
 
 
 def linear_betas(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """Equidistant betas, float64 (steps,): Ho et al. 2020. The ends do not depend on the steps."""
+    """Equidistant betas, float64 (steps,): [ho2020]. The ends do not depend on the steps."""
     return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
 
 
 def scaled_linear_betas(steps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0195) -> Tensor:
-    """Squares of equidistant roots, float64 (steps,): latent diffusion (Rombach et al. 2022)."""
+    """Squares of equidistant roots, float64 (steps,): latent diffusion [rombach2022]."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
 
 
 def cosine_betas(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
-    """Betas of a squared-cosine signal level, float64 (steps,): Eq. (17) of Nichol and Dhariwal 2021."""
+    """Betas of a squared-cosine signal level, float64 (steps,): Eq. (17) of [nichol2021]."""
     time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     signal = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2
     return (1 - signal[1:] / signal[:-1]).clamp(max=max_beta)
 
 
 def zero_terminal_betas(betas: Tensor) -> Tensor:
-    """Betas whose last signal level is 0 and whose first is as before: Alg. 1 of Lin et al. 2024.
+    """Betas whose last signal level is 0 and whose first is as before: Alg. 1 of [lin2024].
 
     The root of abar is shifted and stretched. The last beta is 1, so a network must not predict epsilon there.
     """
@@ -84,8 +84,7 @@ class DiscreteSchedule:
     """The chain x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n of a network trained at discrete times.
 
     betas: (T,). timesteps: (T,) the t that the network is given for each index; None means 0 .. T-1. A
-    respaced schedule keeps the original numbers here. Tables are float64; `at` gathers them for a batch. Ho
-    et al. 2020.
+    respaced schedule keeps the original numbers here. Tables are float64; `at` gathers them for a batch. [ho2020]
     """
 
     betas: Tensor
@@ -138,7 +137,7 @@ class DiscreteSchedule:
 
     @cached_property
     def posterior_variance(self) -> Tensor:
-        """Variance of q(x_{t-1} | x_t, x0), Eq. (7) of Ho et al. 2020; 0 at t = 0."""
+        """Variance of q(x_{t-1} | x_t, x0), Eq. (7) of [ho2020]; 0 at t = 0."""
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @cached_property
@@ -169,8 +168,7 @@ class DiscreteSchedule:
         """The same chain at fewer times: betas are recomputed from abar, the network keeps the original t.
 
         spec: "25" (25 times over the whole range), "10,15,20" (so many in each of three equal sections, from
-        the clean end), "ddim25" (a constant integer stride from t = 0). Improved DDPM (Nichol and Dhariwal
-        2021).
+        the clean end), "ddim25" (a constant integer stride from t = 0). Improved DDPM [nichol2021].
         """
         keep = torch.tensor(respaced_indices(len(self), spec))
         abar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[keep]])
@@ -218,7 +216,7 @@ class DiscreteSchedule:
         return self.at(abar.sqrt(), t, x0) * x0 + self.at((1 - abar).sqrt(), t, x0) * noise
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0): Eqs. (6, 7) of Ho et al. 2020."""
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0): Eqs. (6, 7) of [ho2020]."""
         mean = self.at(self.posterior_mean_coef1, t, x_t) * x0 + self.at(self.posterior_mean_coef2, t, x_t) * x_t
         variance = self.at(self.posterior_variance, t, x_t)
         return mean, variance, self.at(self.posterior_log_variance_clipped, t, x_t)

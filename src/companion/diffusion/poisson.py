@@ -146,7 +146,7 @@ def poisson_gibbs(
     (tails + sum of (z - D)^2 / variance) / (tails + pixels) over the patch, so wherever counts contradict D, D is
     believed less, and elsewhere nothing changes. With a denoiser that states its variance only, a table of its real
     error (`Recalibrated`, `Measured`) is part of the recipe. Other arguments as for `annealed_gibbs`.
-    Lange, Little and Taylor 1989 (robust t); Zhang et al. 2024 (DAPS) for the sweeps.
+    [lange1989] (robust t); [zhang2024] for the sweeps.
     """
 
     def sweep(data: poisson_mean, z: Tensor, step: int, sigma: float, draws, cond) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +187,7 @@ class poisson_dps(Counts):
     """x0_hat + step_size sigma^2 / s^2 J^T A^T (y / expected - 1): a step along the gradient of log p(y | D(x)).
 
     J: the Jacobian of D. s^2: the mean squared whitened residual, at least 1, holds the step back while D(x) is still
-    far from the data, as in `dps`. Chung et al. 2023 (DPS) for the Poisson likelihood; Singh et al. 2024 (PET-DPS).
+    far from the data, as in `dps`. [chung2023dps] for the Poisson likelihood; [singh2024], PET-DPS.
     """
 
     step_size: float = 1.0
@@ -212,7 +212,7 @@ class poisson_dps(Counts):
 class poisson_pigdm(Counts):
     """x0_hat + sigma^2 J^T A^T (r^2 A A^T + 1 / W)^-1 (y - expected), r^2 the `Isotropic` guess of the variance.
 
-    Song et al. 2023 (PiGDM), with the counts' own variance, 1 / W, in the place of white noise.
+    [song2023], with the counts' own variance, 1 / W, in the place of white noise.
     """
 
     prior_std: float = 0.5
@@ -236,7 +236,7 @@ class poisson_pigdm(Counts):
 class em_steps(Counts):
     """D(x) after `iterations` of `anchored_em`, anchored with `trust` times the variance that D states.
 
-    prior_std: for a D that states none, as in `Isotropic`. Never negative. Singh et al. 2024 (PET-DDS), with the
+    prior_std: for a D that states none, as in `Isotropic`. Never negative. PET-DDS [singh2024], with the
     variance of D in the place of a constant weight.
     """
 
@@ -264,7 +264,7 @@ def anchored_em(
     """MAP-EM steps for the prior N(anchor, variance) of independent pixels, from the anchor: (batch, ...), positive.
 
     Each step solves s x - e + x (x - anchor) / variance = 0 for x > 0, with s = A^T 1 and e the EM numerator, and
-    raises the posterior. No variance leaves the anchor, an infinite one gives MLEM. De Pierro 1995.
+    raises the posterior. No variance leaves the anchor, an infinite one gives MLEM. [depierro1995].
     """
     s = sensitivity(A, anchor.dtype, anchor.device)
     x = torch.maximum(anchor, 1e-3 * anchor.clamp(min=0).mean(tuple(range(1, anchor.ndim)), keepdim=True) + 1e-12)

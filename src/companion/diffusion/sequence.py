@@ -2,7 +2,7 @@
 
 D is any denoiser that takes the frames before as cond (draws or 1, frame, *shape), oldest first, such as one around
 `CausalUNet`. `sample_sequence` draws from the prior, `reconstruct_sequence` from the posterior, a guidance for each
-frame; both are `draw_sequence`, the one loop, with a rule that draws one frame. Luo, Huang & Uecker 2024 (AID).
+frame; both are `draw_sequence`, the one loop, with a rule that draws one frame. [luo2024].
 
 | the paper's mode    | here                                                                                   |
 |---------------------|----------------------------------------------------------------------------------------|

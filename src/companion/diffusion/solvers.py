@@ -54,7 +54,7 @@ class Euler(Solver):
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Algorithm 1 of Karras et al. 2022: trapezoidal rule on the probability flow, Euler into sigma = 0."""
+    """Algorithm 1 of [karras2022]: trapezoidal rule on the probability flow, Euler into sigma = 0."""
 
     name: ClassVar[str] = "heun"
     order: ClassVar[int] = 2
@@ -78,7 +78,7 @@ def heun_step(D: Callable, x: Tensor, sigma: float, sigma_next: float) -> tuple[
 
 @dataclass(frozen=True)
 class HeunChurn(Solver):
-    """Algorithm 2 of Karras et al. 2022: noise is raised by a factor 1 + gamma, then one Heun step leads
+    """Algorithm 2 of [karras2022]: noise is raised by a factor 1 + gamma, then one Heun step leads
     down.
 
     gamma = min(S_churn / steps, sqrt(2) - 1) while S_min <= sigma <= S_max, else 0. Defaults: the paper's for
@@ -119,7 +119,7 @@ class HeunChurn(Solver):
 
 @dataclass(frozen=True)
 class DDIM(Solver):
-    """Eqs. (12, 16) of Song et al. 2021 (DDIM), written for x = x0 + sigma n.
+    """Eqs. (12, 16) of [song2021], written for x = x0 + sigma n.
 
     x' = x0_hat + sigma_down n_hat + sigma_up n, n_hat = (x - x0_hat) / sigma, with sigma_up = eta sigma'
     sqrt(1 - sigma'^2 / sigma^2) and sigma_down^2 + sigma_up^2 = sigma'^2. eta = 0 is Euler's method, eta = 1
@@ -146,12 +146,12 @@ class DDIM(Solver):
 
 @dataclass(frozen=True)
 class DDPM(Solver):
-    """Ancestral sampling, Eqs. (6, 7) of Ho et al. 2020 written for x = x0 + sigma n.
+    """Ancestral sampling, Eqs. (6, 7) of [ho2020] written for x = x0 + sigma n.
 
     x' = x0_hat + (sigma'/sigma)^2 (x - x0_hat) + sqrt(v) n. variance: "small", v = sigma'^2 (1 -
     (sigma'/sigma)^2), right if x0 were known; "large", the beta of the chain, right if x0 were white noise of
     unit variance; "learned", the small one plus what D.moments says x0 still varies: v + (1 -
-    (sigma'/sigma)^2)^2 Var[x0 | x], the covariance of the true reverse step (Bao et al. 2022, Theorem 1),
+    (sigma'/sigma)^2)^2 Var[x0 | x], the covariance of the true reverse step ([bao2022], Theorem 1),
     pixel by pixel. No noise is added at the last step to 0.
     """
 
@@ -185,7 +185,7 @@ class DDPM(Solver):
 
 @dataclass(frozen=True)
 class AIDStochastic(Solver):
-    """x' = x0_hat + sigma' n with fresh noise at every step: the rule of AID (Luo et al. 2024), called ddnm
+    """x' = x0_hat + sigma' n with fresh noise at every step: the rule of AID [luo2024], called ddnm
     there.
 
     It forgets all but the estimate x0_hat, the fully stochastic member of the DDIM family. Order 0: more
@@ -203,7 +203,7 @@ class AIDStochastic(Solver):
 
 @dataclass(frozen=True)
 class DPMpp2M(Solver):
-    """DPM-Solver++(2M), Algorithm 2 of Lu et al. 2022: second order at one evaluation a step."""
+    """DPM-Solver++(2M), Algorithm 2 of [lu2022]: second order at one evaluation a step."""
 
     name: ClassVar[str] = "dpmpp_2m"
     order: ClassVar[int] = 2
@@ -223,7 +223,7 @@ class DPMpp2M(Solver):
 
 @dataclass(frozen=True)
 class DPMpp2MSDE(Solver):
-    """SDE-DPM-Solver++(2M) of Lu et al. 2022 (Sec. 5, midpoint form), with a share eta of the reverse SDE's
+    """SDE-DPM-Solver++(2M) of [lu2022] (Sec. 5, midpoint form), with a share eta of the reverse SDE's
     noise.
 
     eta = 0 is DPM-Solver++(2M), eta = 1 the reverse-time SDE. First order into 0.

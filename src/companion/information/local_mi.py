@@ -1,6 +1,6 @@
 """Local mutual information (LMI): how well one image predicts another inside small patches, pixel by pixel.
 
-The map conditions the translation networks of Wang et al. 2024 (IEEE TMI, doi 10.1109/TMI.2024.3382043): it
+The map conditions the translation networks of [wang2024]: it
 sees which structures two images share and, to a good part, not the contrast in which either shows them.
 
     lmi = LocalMI(patch=3)                  # true shifts, clamped, differentiable

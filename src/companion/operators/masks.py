@@ -52,7 +52,7 @@ def cartesian_mask(
 
     equispaced: lines 0, R, 2R, ... (floor(k R) for a fractional R). random: width // R lines, uniform without
     replacement. variable_density: as many lines, drawn with a probability that falls as (1 - |k| / k_max)^2
-    (Lustig et al. 2007). To these, `acs` centre lines (from width // 2 - acs // 2) are added, so the exact
+    [lustig2007]. To these, `acs` centre lines (from width // 2 - acs // 2) are added, so the exact
     acceleration is lower than R: it is in `.acceleration`. poisson_disc: undersampled along the last *two*
     axes, variable density (sigpy), with a disc of no samples around each; the ACS square counts towards R,
     which is reached within 0.1 or 5 %, and the corners stay empty. The same arguments give the same mask; no

@@ -152,7 +152,7 @@ def sense(maps: Tensor, mask: Tensor | CartesianMask, ndim: int = 2) -> Sense:
 
     maps: `(coil, *space)`, or `(batch, coil, *space)` with maps for each item; any number of coils.
     mask: broadcastable to `(*space)`, or `(batch, 1, *space)`; zeros and ones, or real weights.
-    ndim: space axes, 2 or 3. Raises ValueError when maps and mask do not fit. Pruessmann et al. 1999.
+    ndim: space axes, 2 or 3. Raises ValueError when maps and mask do not fit. [pruessmann1999].
     """
     coils = Coils(maps, ndim)
     mask = mask.mask if isinstance(mask, CartesianMask) else mask
@@ -185,7 +185,7 @@ def estimate_maps(
     Only the central acs^ndim samples are read, so what else is measured does not matter. Unit sum of squares
     where there is signal, zero where the ESPIRiT eigenvalue stays below `crop`; the phase is relative to the
     first coil, so the image carries that coil's phase. kernel: width in samples, by default acs // 3 within 3
-    and 6. Raises ValueError when the centre is not fully sampled or too small. Uecker et al. 2014,
+    and 6. Raises ValueError when the centre is not fully sampled or too small. [uecker2014],
     through sigpy.
     """
     from sigpy.mri.app import EspiritCalib
@@ -269,7 +269,7 @@ def compress_coils(kspace: Tensor, coils: int, ndim: int = 2) -> tuple[Tensor, T
     coil).
 
     One matrix with orthonormal rows (the leading singular vectors) for all items given; apply it to oracle
-    maps too: `torch.einsum("vc,...cyx->...vyx", matrix, maps)`. Buehrer et al. 2007, Huang et al. 2008.
+    maps too: `torch.einsum("vc,...cyx->...vyx", matrix, maps)`. Buehrer et al. 2007, [huang2008].
     """
     present = kspace.shape[-ndim - 1]
     if not 1 <= coils <= present:

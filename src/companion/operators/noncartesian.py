@@ -2,7 +2,7 @@
 
 A trajectory is `(sample, axis)` in cycles per field of view, the axes in the order of space, (y, x) or (z, y, x): an
 image of n pixels resolves |k| <= n / 2, and integers are the samples of a Cartesian scan. BART and ISMRMRD use the
-same unit; trajectories between -0.5 and 0.5 are multiplied by n. The transforms are FINUFFT's (Barnett et al. 2019),
+same unit; trajectories between -0.5 and 0.5 are multiplied by n. The transforms are FINUFFT's [barnett2019],
 on the processor; the normal operator runs on any device.
 """
 
@@ -70,7 +70,7 @@ class NUFFT(LinearOperator):
     """F: images `(..., channel, *space)`, `shape` = (channel, *space), to samples `(..., channel, sample)`.
 
     trajectory: (sample, axis), cycles per field of view. `normal` is a convolution: F^H F is Toeplitz, so two Fourier
-    transforms of twice the size do what two non-uniform ones would (Fessler et al. 2005). Padding and cropping go axis
+    transforms of twice the size do what two non-uniform ones would [fessler2005]. Padding and cropping go axis
     by axis, which leaves out transforms of zeros, and image by image, which keeps them in cache. Gradients do not flow
     through `forward` and `adjoint`.
     """
@@ -144,7 +144,7 @@ def noncartesian_sense(maps: Tensor, trajectory: Tensor, ndim: int = 2) -> Compo
     """A = F S from images `(..., set, *space)` to samples `(..., coil, sample)`; see `NUFFT`.
 
     maps: `(coil, *space)`, or `(set, coil, *space)` for fields of view that fold. trajectory: (sample, axis), cycles
-    per field of view. Pruessmann et al. 2001.
+    per field of view. [pruessmann2001].
     """
     coils = coils_of(maps if maps.ndim > ndim + 1 else maps[None], ndim)
     return NUFFT(trajectory.to(maps.device), coils.range_shape) @ coils
@@ -175,7 +175,7 @@ def radial_trajectory(angles: Tensor, samples: int, width: float, delay: Tensor 
 
     angles: (spoke,) radians, from the x axis to the y axis. width: of a spoke, -width / 2 to width / 2, with sample
     `samples // 2` at the centre: the image size, for a readout without loss of resolution. delay: (2, 2) symmetric S
-    (y, x), in samples: a spoke of direction n is moved by S n (Moussavi et al. 2014; Rosenzweig et al. 2019).
+    (y, x), in samples: a spoke of direction n is moved by S n (Moussavi et al. 2014; [rosenzweig2019]).
     """
     direction = torch.stack([angles.sin(), angles.cos()], -1)
     step = width / samples

@@ -18,7 +18,7 @@ class CoilSets(LinearOperator):
     or `(batch, set, coil, *space)`.
 
     Each pixel holds as many values as there are sets: where tissue folds onto other tissue, both have a coil vector
-    of their own. `ndim` is the number of space axes, 2 or 3. Uecker et al. 2014, soft SENSE.
+    of their own. `ndim` is the number of space axes, 2 or 3. [uecker2014], soft SENSE.
     """
 
     maps: Tensor

@@ -25,7 +25,7 @@ def conjugate_gradient(
     make an item: by default the domain axes of an operator, else all axes but the first.
 
     Raises ValueError for NaN or infinite b, and when `normal` turns out not to be positive or overflows.
-    Hestenes and Stiefel 1952; unrolled, so gradients flow into b, x0 and the parameters of `normal`.
+    [hestenes1952]; unrolled, so gradients flow into b, x0 and the parameters of `normal`.
     """
     if item_ndim is None:
         item_ndim = len(normal.domain_shape) if isinstance(normal, LinearOperator) else max(1, b.ndim - 1)

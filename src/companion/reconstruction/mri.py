@@ -98,7 +98,7 @@ def bart_pics(
     documentation says; tested only with a stand-in, so compare with `l1_wavelet` when it first runs somewhere.
 
     Raises FileNotFoundError when `bart` is not on PATH, TimeoutError, and RuntimeError with its message when it fails
-    or leaves no image of the right size. Uecker et al. 2015, ISMRM 2486.
+    or leaves no image of the right size. [uecker2015].
     """
     program = shutil.which("bart")
     if program is None:

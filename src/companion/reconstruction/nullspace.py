@@ -36,7 +36,7 @@ def measured_fraction(A: LinearOperator, weight: float, probes: int = 32, seed: 
     """How much of each pixel was measured, (*A.domain_shape) between 0 and 1: the diagonal of P.
 
     Its mean is the number of measured directions per pixel, at most 1 / acceleration times the number of coils.
-    Estimated with random signs (Hutchinson 1990; Bekas et al. 2007): the error falls as 1 / sqrt(probes).
+    Estimated with random signs ([hutchinson1990]; Bekas et al. 2007): the error falls as 1 / sqrt(probes).
     """
     if probes < 1:
         raise ValueError(f"probes={probes}: expected how many random images to average over, at least 1")

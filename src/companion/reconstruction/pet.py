@@ -59,7 +59,7 @@ def mlem(
     or (`discrepancy`) once its deviance is no more than counting noise explains, which needs no tuning.
     x0: a positive start, by default uniform. noise_free: accept expected counts, which need not be whole.
     callback(k, x) sees every iterate. Raises ValueError for data that are not counts, or of another geometry.
-    Shepp and Vardi 1982; Lange and Carson 1984.
+    [shepp1982]; Lange and Carson 1984.
     """
     y, background = _data(y, A, background, noise_free)
     gain = _inverse(sensitivity(A, y.dtype, y.device))
@@ -114,7 +114,7 @@ def osem(
     """MLEM that takes the angles in `subsets` turns: about `subsets` times faster at first, and no limit point.
 
     One iteration goes through all subsets, each of every `subsets`-th angle, far ones after one another. A must be
-    made of a Projector. Raises ValueError for more subsets than angles. Hudson and Larkin 1994.
+    made of a Projector. Raises ValueError for more subsets than angles. [hudson1994].
     """
     y, background = _data(y, A, background, noise_free)
     angles = A.range_shape[-2]
@@ -156,7 +156,7 @@ def map_rdp(
     the sensitivity, `strength` has no units and means the same at every dose and calibration; tune it at each dose.
     Projected gradient steps, preconditioned by EM and the curvature of the prior, each item with a line search of its
     own, so the objective never falls. An item stops once |change of x| <= tol |x|. The start is 10 MLEM iterations.
-    Nuyts et al. 2002; Mumcuoglu et al. 1994 for the projected preconditioned gradient.
+    [nuyts2002]; Mumcuoglu et al. 1994 for the projected preconditioned gradient.
     """
     if not strength >= 0 or not gamma >= 0:
         raise ValueError(f"strength and gamma must not be negative, got {strength} and {gamma}")
@@ -311,7 +311,7 @@ def relative_difference(x: Tensor, gamma: float = 2.0, ndim: int = 2) -> tuple[T
 
     Sum over pairs of neighbours (8 in a plane, 26 in a stack), weighted by 1 / distance in pixels, of
     (a - b)^2 / (a + b + gamma |a - b|); it scales with x. The curvature is the diagonal of the Hessian.
-    Nuyts et al., IEEE TNS 2002.
+    [nuyts2002].
     """
     value = x.new_zeros(len(x), dtype=torch.float64)
     gradient, curvature = torch.zeros_like(x), torch.zeros_like(x)
