@@ -159,6 +159,18 @@ def convert(
     print(folder)
 
 
+@weights.command("export")
+def export_weights(
+    name: Name,
+    out: Annotated[Path, typer.Argument(help="FILE.pt for TorchScript, FILE.onnx for ONNX")],
+    size: Annotated[list[int] | None, typer.Option(help="of the image at which it is traced, one an axis")] = None,
+):
+    """Write the denoiser NAME as one file D(x, sigma) for other programs; its noise-level convention is in it."""
+    from companion.models.export import export
+
+    print(export(name, out, size))
+
+
 @weights.command()
 def push(
     name: Annotated[str, typer.Argument(help="a checkpoint: name or folder")],

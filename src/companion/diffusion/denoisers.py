@@ -102,7 +102,7 @@ class EDMDenoiser(nn.Module):
         """c_skip, c_out, c_in, shaped to multiply x, and c_noise (batch,)."""
         sigma, s = column(sigma, x), self.sigma_data
         norm = (sigma**2 + s**2).sqrt()
-        c_noise = (sigma.reshape(-1).log() / 4).expand(len(x))
+        c_noise = (sigma.reshape(-1).log() / 4).expand(x.shape[0])
         return s**2 / norm**2, sigma * s / norm, 1 / norm, c_noise
 
     def raw(
@@ -181,7 +181,7 @@ class DiscreteDenoiser(nn.Module):
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x0_hat and the network's v (None without learned_variance)."""
         signal = (1 + column(sigma, x) ** 2).rsqrt()  # sqrt(abar)
-        t = self.schedule.sigma_to_t(sigma, self.timesteps).reshape(-1).expand(len(x))
+        t = self.schedule.sigma_to_t(sigma, self.timesteps).reshape(-1).expand(x.shape[0])
         output = run_network(self.network, signal * x, t, cond, self.autocast)
         out, v = self.process.split(output, x.shape[self.channel_axis])
         if self.process.prediction == "epsilon":
@@ -197,7 +197,7 @@ class DiscreteDenoiser(nn.Module):
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x0_hat, v = self.predict(x, sigma, cond)
         schedule, share = self.schedule, (v + 1) / 2
-        i = schedule.nearest_index(sigma).reshape(-1).expand(len(x))
+        i = schedule.nearest_index(sigma).reshape(-1).expand(x.shape[0])
         small, log_small = schedule.posterior_variance, schedule.posterior_log_variance_clipped
         learned = (share * schedule.at(schedule.betas.log(), i, x) + (1 - share) * schedule.at(log_small, i, x)).exp()
         excess = (learned - schedule.at(small, i, x)).clamp(min=0)
@@ -241,7 +241,7 @@ class FlowDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         """x0_hat, the shape and dtype of x."""
-        t = (sigma / (1 + sigma)).reshape(-1).expand(len(x))
+        t = (sigma / (1 + sigma)).reshape(-1).expand(x.shape[0])
         x_t = x / (1 + column(sigma, x))
         return x_t - column(t, x) * self.velocity(x_t, t, cond)
 
