@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
+from companion.acquisition import virtual_volumes
 from companion.acquisition.mri import Protocol, Scan
 from companion.evaluation import metrics, tables
 from companion.files import atomic_write, code_version
 from companion.papers.aid import reconstruct as aid_mri
+from companion.reconstruction import sequence
 from companion.reconstruction.sequence import METHODS, Prior, Sampler, reconstruct
 from companion.show import figures
 
@@ -31,8 +33,8 @@ def evaluate(prior: Prior, scans: list[Scan], sampler: Sampler, context: str) ->
     one, mean, terms, seconds = [], [], [], []
     for i, scan in enumerate(scans):
         samples = reconstruct(prior, scan, sampler, context, seed=i * sampler.draws)
-        one.append(aid_mri.score(samples.x[0], scan, False)["PSNR"])
-        mean.append(aid_mri.score(samples.x.mean(0), scan, False)["PSNR"])
+        one.append(sequence.score(samples.x[0], scan, False)["PSNR"])
+        mean.append(sequence.score(samples.x.mean(0), scan, False)["PSNR"])
         terms.append(metrics.calibration_terms(samples.x.abs(), scan.x.abs()))
         seconds.append(samples.bill.seconds)
     ratio = sum(a for a, _ in terms) / sum(b for _, b in terms)
@@ -42,8 +44,8 @@ def evaluate(prior: Prior, scans: list[Scan], sampler: Sampler, context: str) ->
 def run(args) -> list[dict]:
     """Return one row for each sampler and number of evaluations."""
     protocol = Protocol(acs=args.acs, acceleration=args.acceleration, mask=args.mask)
-    like = aid_mri.examples(aid_mri.brightness_of(args.weights), 3.25)
-    people = aid_mri.Cohort(64, 3.25, protocol, like, seed=0)
+    like = virtual_volumes.examples(aid_mri.brightness_of(args.weights), 3.25)
+    people = virtual_volumes.Cohort(64, 3.25, protocol, like, seed=0)
     scans = [people.scan("test", i, args.frames, coils=8, noise_std=0.01) for i in range(args.volumes)]
     prior = aid_mri.measured(Prior.load(args.weights, aid_mri.EMBEDDED, args.device, args.autocast), 64, 3.25, seed=0)
     rows = []

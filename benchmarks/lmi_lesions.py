@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from companion.data import anatomy
+from companion.data.contrast_people import stacks
 from companion.data.lesions import KINDS, SIZES_MM, draw_lesion, patient_slices
 from companion.evaluation import lesions, metrics, tables
 from companion.evaluation.support import supported
 from companion.evaluation.translation import CONSTANT, constant, matched
-from companion.papers.lmi.data import stacks
-from companion.papers.lmi.people import sdedit_name
-from companion.papers.lmi.translate import ABLATION, Setting, Translator, translate
+from companion.reconstruction.translated_people import sdedit_name
+from companion.reconstruction.translation import ABLATION, Setting, Translator, translate
 
 ROWS = ("cross and self LMI", "recommended", "oracle: LMI of the truth")
 

@@ -43,15 +43,14 @@ from companion.data import head_phantoms as phantoms
 from companion.data.head_activity import active_head
 from companion.data.heads import prepare_head
 from companion.data.intake.look import find
-from companion.data.pet import Slices
+from companion.data.pet import Slices, held_out
 from companion.evaluation import metrics
 from companion.evaluation.activity import score
 from companion.files import atomic_write
 from companion.models.checkpoint import describe_source
 from companion.models.errors import load_errors
-from companion.papers.pet.data import held_out
-from companion.papers.pet.reconstruct import Prior, Sampler, posterior
 from companion.reconstruction import trust_counts
+from companion.reconstruction.activity import Prior, Sampler, posterior
 from companion.reconstruction.pet import METHODS, oracle_stop, tune
 from companion.show import figures
 

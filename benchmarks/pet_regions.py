@@ -22,12 +22,13 @@ from pet_projector import write
 from torch import Tensor
 
 from companion.acquisition.pet import acquire
+from companion.data.pet import held_out
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
-from companion.papers.pet.data import held_out
-from companion.papers.pet.reconstruct import Prior, posterior
-from companion.papers.pet.study import Enhance, mean_and_error
+from companion.evaluation.doses import mean_and_error
+from companion.papers.pet.study import Enhance
+from companion.reconstruction.activity import Prior, posterior
 from companion.show import figures
 
 CLASSES = {

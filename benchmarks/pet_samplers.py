@@ -25,8 +25,9 @@ from companion.diffusion.poisson import em_steps, poisson_dps, poisson_gibbs, po
 from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
 from companion.evaluation.activity import score
-from companion.papers.pet.reconstruct import FIRST_SIGMA, LAST_GUIDED, Prior
-from companion.papers.pet.study import Enhance, mean_and_error, prepare
+from companion.evaluation.doses import mean_and_error
+from companion.papers.pet.study import Enhance, prepare
+from companion.reconstruction.activity import FIRST_SIGMA, LAST_GUIDED, Prior
 from companion.show import figures
 
 

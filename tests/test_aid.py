@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from companion.data import sequences as data_sequences
 from companion.data.sequences import pieces
 from companion.data.store import open_dataset
 from companion.data.virtual import volume, volumes
 from companion.diffusion.sampling import Bill
 from companion.diffusion.sequence import sample_sequence
 from companion.evaluation import sequences
+from companion.models import sequences as models_sequences
 from companion.models.architectures import build, network_of
 from companion.models.checkpoint import load
 from companion.models.folder import save_checkpoint
@@ -22,6 +24,9 @@ from companion.papers.aid import data as aid
 from companion.papers.aid import prior as aid_prior
 from companion.papers.aid import sample as sampling
 from companion.randomness import randn
+from companion.show import sequences as show_sequences
+from companion.training import latents as training_latents
+from companion.training import sequences as training_sequences
 from companion.training.recipe import save
 
 SIZE, FRAMES = 32, 6
@@ -40,7 +45,7 @@ def test_cohort_is_stored_once_as_its_magnitudes(tmp_path):
     prepared = aid.prepare(p, progress=False)
     people = volumes("brain", "train", 3, FRAMES, SIZE, p.spacing_mm)
     assert np.array_equal(prepared.read("magnitude"), people.abs().numpy())
-    assert aid.windows_table(prepared, p.window) == [
+    assert data_sequences.windows_table(prepared, p.window) == [
         {"split": "train", "sequences": 3, "frames of each": FRAMES, "windows": 3 * 4, "frames in no window": 0}
     ]
     written = prepared.path.stat().st_mtime_ns
@@ -49,7 +54,7 @@ def test_cohort_is_stored_once_as_its_magnitudes(tmp_path):
         aid.prepare(prepare(tmp_path, frames=5), progress=False)
     with pytest.raises(ValueError, match="source = brain.*ask for.*source = elsewhere"):
         aid.prepare(prepare(tmp_path, source="elsewhere"), progress=False)
-    shown = aid.shown_sequences(prepared, 2, 5.0, seed=1)
+    shown = data_sequences.shown_sequences(prepared, 2, 5.0, seed=1)
     assert shown.is_complex() and torch.allclose(shown.abs(), people[:2].abs(), atol=1e-6)
 
 
@@ -108,7 +113,7 @@ def test_folder_keeps_phase_scale_and_all_frames(files, tmp_path):
 def test_magnitudes_are_stored_as_such(files, tmp_path):
     p = prepare(tmp_path, source=str(files[0]), magnitude=True, leave_out=(0, 2), frames=4, image_size=24)
     prepared = aid.prepare(p, progress=False)
-    assert prepared.read("magnitude").min() >= 0 and aid.image_name(prepared) == "magnitude"
+    assert prepared.read("magnitude").min() >= 0 and data_sequences.image_name(prepared) == "magnitude"
     assert prepared.attrs["files"]["s5_magnitude.npy"] == 4
 
 
@@ -145,16 +150,16 @@ def test_pieces_lose_no_frame(count):
 
 
 def test_released_loader_joins_volumes():
-    blocks = aid.published_blocks([16, 16], 11)
+    blocks = data_sequences.published_blocks([16, 16], 11)
     assert blocks[1] == [(0, n) for n in range(11, 16)] + [(1, n) for n in range(6)]
-    assert [aid.straddles(block) for block in blocks] == [False, True]
-    assert len(aid.published_blocks([11, 11], 11)) == 1  # the last one is full and withheld
+    assert [data_sequences.straddles(block) for block in blocks] == [False, True]
+    assert len(data_sequences.published_blocks([11, 11], 11)) == 1  # the last one is full and withheld
 
 
 def test_released_reader_divides_by_the_largest_real_part():
     x = torch.tensor([1 + 0j, 4j, 0.5 + 2j]).reshape(1, 1, 1, 3)
-    assert aid.published_maximum(x) == 1
-    assert (x / aid.published_maximum(x)).abs().max() == 4
+    assert data_sequences.published_maximum(x) == 1
+    assert (x / data_sequences.published_maximum(x)).abs().max() == 4
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -169,8 +174,8 @@ def seen(monkeypatch):
         calls.append((x0, cond if cond is not None else next((s for s in settings if torch.is_tensor(s)), None)))
         return torch.zeros(len(x0))
 
-    monkeypatch.setattr(aid_prior, "edm_loss", loss)
-    monkeypatch.setattr(aid_prior, "discrete_loss", loss)
+    monkeypatch.setattr(training_sequences, "edm_loss", loss)
+    monkeypatch.setattr(training_sequences, "discrete_loss", loss)
     return calls
 
 
@@ -182,7 +187,7 @@ def windows():
 @pytest.mark.parametrize("diffusion", ["edm", "ddpm"])
 def test_loss_asks_for_the_frame_after_each(seen, diffusion):
     options = {"diffusion": diffusion, "phase_spacing_mm": None}
-    aid_prior.sequence_loss(None, windows(), torch.Generator().manual_seed(0), **options)
+    training_sequences.sequence_loss(None, windows(), torch.Generator().manual_seed(0), **options)
     (x0, context) = seen[0]
     assert context[0, :, 0, 0, 0].tolist() == [1, 2, 3] and x0[0, :, 0, 0, 0].tolist() == [2, 3, 4]
 
@@ -190,7 +195,7 @@ def test_loss_asks_for_the_frame_after_each(seen, diffusion):
 def test_loss_of_other_stages_and_starts(seen):
     generator = torch.Generator().manual_seed(0)
     for other in ({"start_dropout": 1.0}, {"stage": "first"}, {"single": True}):
-        aid_prior.sequence_loss(None, windows(), generator, phase_spacing_mm=None, **other)
+        training_sequences.sequence_loss(None, windows(), generator, phase_spacing_mm=None, **other)
     (begun, blank), (frames, nothing), (image, none) = seen
     assert blank[0, :, 0, 0, 0].tolist() == [0, 1, 2] and begun[0, :, 0, 0, 0].tolist() == [1, 2, 3]
     assert frames.shape == (2, 4, 1, 2, 2) and image.shape == (2, 1, 2, 2) and nothing is None and none is None
@@ -198,7 +203,7 @@ def test_loss_of_other_stages_and_starts(seen):
 
 def test_loss_draws_phases_that_are_smooth_along_the_sequence(seen):
     x = torch.ones(2, 5, 1, SIZE, SIZE)
-    aid_prior.sequence_loss(None, x, torch.Generator().manual_seed(0), phase_spacing_mm=5.0)
+    training_sequences.sequence_loss(None, x, torch.Generator().manual_seed(0), phase_spacing_mm=5.0)
     x0, context = seen[0]
     assert torch.allclose(x0.abs(), torch.ones(())) and (sequences.phase_agreement(x0) > 0.95).all()
     assert torch.equal(x0[:, :-1], context[:, 1:])
@@ -240,12 +245,12 @@ def tiny_run(tmp_path_factory):
         weights=weights, subjects=3, draws=2, extra_frames=2, evaluations=3, device="cpu", autocast=None
     )
     prior, true = opened(p)
-    return p, prior, true, sampling.draw_all(prior, true, p, progress=False)
+    return p, prior, true, models_sequences.draw_all(prior, true, p, progress=False)
 
 
 def opened(p):
-    prior = sampling.SequencePrior.load(p.weights, p.codec)
-    return prior, sampling.held_out(prior, p.source, p.subjects, 2 * prior.window + p.extra_frames)
+    prior = models_sequences.SequencePrior.load(p.weights, p.codec)
+    return prior, models_sequences.held_out(prior, p.source, p.subjects, 2 * prior.window + p.extra_frames)
 
 
 def test_every_mode_is_drawn_where_it_belongs(tiny_run):
@@ -287,20 +292,20 @@ def test_warm_starts_continue_their_own_person(tiny_run):
 
 def test_tables_and_lines_hold_every_mode(tiny_run):
     p, prior, true, drawn = tiny_run
-    rows = sampling.coherence_table(true, drawn, prior.window)
+    rows = sequences.coherence_table(true, drawn, prior.window)
     assert [row["n"] for row in rows] == [3, *[2] * 7, 3]
     assert rows[0]["phase agreement"][0] > 0.95 > rows[-1]["phase agreement"][0]
-    bills = {row["mode"]: row for row in sampling.bill_table(prior, drawn, true)}
+    bills = {row["mode"]: row for row in sequences.bill_table(prior, drawn, true)}
     assert {row["evaluations a frame"] for row in bills.values()} <= {2, 3}  # 2: the noised start begins lower down
     gflop = {mode: row["GFLOP an evaluation"] for mode, row in bills.items()}
     assert gflop["first stage"] < gflop["warm, last"] < gflop["warm, full"] == gflop["cold, full"]
-    rows = sampling.strips(true, drawn)
+    rows = show_sequences.strips(true, drawn)
     assert list(rows["truth"]) == [str(n + 1) for n in range(8)] and rows["warm\nfull"]["3"].isnan().all()
     assert torch.equal(rows["warm\nfull"]["4"], drawn[1].x[0, 0])
-    played = sampling.played(true, drawn, 1)
+    played = show_sequences.played(true, drawn, 1)
     assert {len(x) for x in played.values()} == {8} and torch.equal(played["warm, full"][:3], true[1, :3] / 2)
     assert torch.equal(played["warm, full"][3:], drawn[1].x[1]) and not played["first stage"][5:].any()
-    lines = sampling.signal_by_frame(true, drawn)
+    lines = sequences.signal_by_frame(true, drawn)
     assert lines["warm, full"][0] == [4, 5, 6, 7, 8] and lines["warm, full"][1][0] == pytest.approx(
         drawn[1].x[:, 0].abs().mean().item(), rel=1e-5
     )
@@ -327,13 +332,13 @@ def test_strangers_share_no_person():
 def test_a_draw_of_the_truth_has_no_error():
     true = volumes("heart", "test", 3, 6, SIZE, 5.0)
     drawn = [
-        sampling.Drawn("warm", "full", true[:2, 3:].clone(), 3, Bill(1, 0, 1)),
-        sampling.Drawn("noised start", "full", true[:2, 3:].roll(1, 0), 3, Bill(1, 0, 1)),
+        models_sequences.Drawn("warm", "full", true[:2, 3:].clone(), 3, Bill(1, 0, 1)),
+        models_sequences.Drawn("noised start", "full", true[:2, 3:].roll(1, 0), 3, Bill(1, 0, 1)),
     ]
-    lines = sampling.error_by_frame(true, drawn, 3)
+    lines = sequences.error_by_frame(true, drawn, 3)
     assert lines["warm, full"][0] == [4, 5, 6] and max(lines["warm, full"][1]) < 1e-6
     assert min(lines["noised start"][1]) > 0.1 and set(lines) >= {"last given frame", "another person"}
-    row = sampling.coherence_table(true, drawn, 3)[1]
+    row = sequences.coherence_table(true, drawn, 3)[1]
     assert row["change from truth"] == "0.000 ± 0.000 (frame 6)"
     assert row["change to next frame"][0] == pytest.approx(sequences.frame_change(true[:2, 3:]).mean().item())
     assert row["of held-out people"][0] == pytest.approx(sequences.frame_change(true[:, 3:]).mean().item())
@@ -364,9 +369,9 @@ def test_latents_are_decoded_after_sampling(tmp_path):
     prior, true = opened(p)
     assert true.shape[2:] == (1, 64, 64) and not true.is_complex()
     assert prior.encode(true).shape == (2, FRAMES, 3, 16, 16)
-    warm, retrospective = sampling.draw_all(prior, true, p, progress=False)
+    warm, retrospective = models_sequences.draw_all(prior, true, p, progress=False)
     assert warm.x.shape == (2, 3, 1, 64, 64) and retrospective.x.shape == (2, 3, 1, 64, 64)
-    assert "phase agreement" not in sampling.coherence_table(true, [warm], 3)[0]
+    assert "phase agreement" not in sequences.coherence_table(true, [warm], 3)[0]
 
 
 def test_a_prior_on_latents_from_images_to_samples(tmp_path):
@@ -379,14 +384,16 @@ def test_a_prior_on_latents_from_images_to_samples(tmp_path):
     torch.manual_seed(1)
     folder = str(save_checkpoint(tmp_path / "codec", build(codec), codec, {}))
     p = prepare(tmp_path, source="heart", codec=folder)
-    latents, space = aid.encode(load(folder), p.codec_range, aid.prepare(p, progress=False), progress=False)
+    latents, space = training_latents.encode_sequences(
+        load(folder), p.codec_range, aid.prepare(p, progress=False), progress=False
+    )
     z = latents.read("latent")
-    assert z.shape == (3, FRAMES, 3, SIZE // 4, SIZE // 4) and aid.image_name(latents) == "latent"
+    assert z.shape == (3, FRAMES, 3, SIZE // 4, SIZE // 4) and data_sequences.image_name(latents) == "latent"
     assert np.allclose(z.mean((0, 1, 3, 4)), 0, atol=1e-4) and np.allclose(z.std((0, 1, 3, 4)), 1, atol=1e-3)
     images = torch.from_numpy(aid.prepare(p, progress=False).read("magnitude")[1])
     assert torch.allclose(torch.from_numpy(z[1]), space.encode(images), atol=1e-5)
     with pytest.raises(ValueError, match="codec_range; delete it"):
-        aid.encode(load(folder), (0.0, 1.0), aid.prepare(p))
+        training_latents.encode_sequences(load(folder), (0.0, 1.0), aid.prepare(p))
 
     t = aid_prior.TrainSequence(
         out=str(tmp_path / "prior"),
@@ -423,7 +430,7 @@ def test_a_prior_on_latents_from_images_to_samples(tmp_path):
     )
     loaded, true = opened(s)
     assert loaded.space.describe() == space.describe()
-    (warm,) = sampling.draw_all(loaded, true, s, progress=False)
+    (warm,) = models_sequences.draw_all(loaded, true, s, progress=False)
     assert true.shape[-1] == SIZE and warm.x.shape == (2, t.window, 1, SIZE, SIZE) and warm.x.isfinite().all()
 
 
@@ -431,7 +438,7 @@ def test_sampling_from_a_prepared_file(files, tmp_path, tiny_run):
     p = prepare(tmp_path, source=str(files[0]), subjects=100, validation_share=0.0, test_share=0.67)
     prepared = aid.prepare(p, progress=False)
     s = sampling.SampleSequence(**dict(weights=tiny_run[0].weights, source=p.data, draws=2, device="cpu"))
-    true = sampling.held_out(tiny_run[1], s.source, s.subjects, 3)
+    true = models_sequences.held_out(tiny_run[1], s.source, s.subjects, 3)
     assert true.shape[0] == len(prepared.rows("test")) and true.is_complex()
     assert torch.equal(true[0], torch.from_numpy(prepared.read("image", "test")[0]))
 
@@ -439,12 +446,12 @@ def test_sampling_from_a_prepared_file(files, tmp_path, tiny_run):
 def test_errors_of_sampling_say_what_to_do(tmp_path, tiny_run):
     p, prior, *_ = tiny_run
     with pytest.raises(ValueError, match="holds a UNet"):
-        sampling.SequencePrior.load("brain/t1w")
+        models_sequences.SequencePrior.load("brain/t1w")
     aid.prepare(prepare(tmp_path), progress=False)
     with pytest.raises(ValueError, match="no test or validation"):
-        sampling.held_out(prior, str(tmp_path / "data.h5"), 2, 3)
+        models_sequences.held_out(prior, str(tmp_path / "data.h5"), 2, 3)
     with pytest.raises(ValueError, match="choose levels: karras"):
         sampling.SampleSequence(levels="schedule").noise_levels(prior.D)
     with pytest.raises(ValueError, match=r"1 held-out sequences.*need 2 \(draws\)"):
-        sampling.draw_all(prior, torch.zeros(1, 9, 1, SIZE, SIZE), p)
+        models_sequences.draw_all(prior, torch.zeros(1, 9, 1, SIZE, SIZE), p)
     assert open_dataset(tmp_path / "data.h5").split["train"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from companion.acquisition import mri as acquisition
+from companion.acquisition import virtual_volumes
 from companion.acquisition.mri import phase_alignment
 from companion.data.fastmri import Volume
 from companion.evaluation import metrics
@@ -19,11 +20,11 @@ from companion.models.folder import save_checkpoint
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, combine, fft, ifft
 from companion.papers.aid import reconstruct as aid_mri
-from companion.papers.aid.reconstruct import MODELS, Reconstruct, score, study, summary
+from companion.papers.aid.reconstruct import MODELS, Reconstruct, study
 from companion.randomness import randn
 from companion.reconstruction import mri as baselines
 from companion.reconstruction import sequence as posterior
-from companion.reconstruction.sequence import METHODS, Prior, measured_and_inferred
+from companion.reconstruction.sequence import METHODS, Prior, measured_and_inferred, score, summary
 
 REFERENCE = 0.8  # magnitude that 99 % of the pixels of `person` do not exceed, nearly
 
@@ -45,18 +46,20 @@ def people(source, split, subjects, frames, image_size, spacing_mm, progress=Fal
 
 def simulate(p, split, index, reference, frames=None):
     """The scan of a person by a form's protocol."""
-    like = aid_mri.examples(reference, p.spacing_mm)
-    cohort = aid_mri.Cohort(p.image_size, p.spacing_mm, p, like, p.seed)
+    like = virtual_volumes.examples(reference, p.spacing_mm)
+    cohort = virtual_volumes.Cohort(p.image_size, p.spacing_mm, p, like, p.seed)
     return cohort.scan(split, index, frames or p.frames, p.coils, p.noise_std)
 
 
 def prepare(name, kspace, mask, calibration, noise_std, p, reference, x=None, oracle=None):
-    like = aid_mri.examples(reference, p.spacing_mm)
+    like = virtual_volumes.examples(reference, p.spacing_mm)
     return acquisition.undersampled(name, kspace, p, mask, like, calibration, noise_std, x=x, oracle=oracle)
 
 
 def read_scan(path, p, reference):
-    return acquisition.read_fastmri(path, p, aid_mri.examples(reference, p.spacing_mm), frames=p.frames, seed=p.seed)
+    return acquisition.read_fastmri(
+        path, p, virtual_volumes.examples(reference, p.spacing_mm), frames=p.frames, seed=p.seed
+    )
 
 
 def open_scans(p):
@@ -99,8 +102,9 @@ def save(folder, config, seed=0):
 @pytest.fixture(scope="module", autouse=True)
 def cohort():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aid_mri, "volume", person)
-        patch.setattr(aid_mri, "volumes", people)
+        patch.setattr(virtual_volumes, "volume", person)
+        for module in (aid_mri, virtual_volumes):
+            patch.setattr(module, "volumes", people)
         yield
 
 
@@ -542,7 +546,8 @@ def test_only_what_is_asked_for_is_read_rendered_and_measured(tiny, tmp_path, mo
         return rendered(source, split, subjects, frames, image_size, spacing_mm)
 
     monkeypatch.setattr(Volume, "read", lambda self, *a: read.append(self.path.name) or whole(self, *a))
-    monkeypatch.setattr(aid_mri, "volumes", volumes)
+    for module in (aid_mri, virtual_volumes):
+        monkeypatch.setattr(module, "volumes", volumes)
     monkeypatch.setattr(posterior.Measured, "fit", lambda D, x, **_: fitted.append(x.shape[-1]))
     p = tiny(source=str(tmp_path), subjects=1, classical=True)
     (case,) = aid_mri.prepare(p)

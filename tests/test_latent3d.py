@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from companion.data import volumes
+from companion.data import volume_folder, volumes
 from companion.data.nifti import save_nifti
-from companion.data.store import write_dataset
+from companion.data.store import open_dataset, write_dataset
 from companion.diffusion import latent
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
+from companion.evaluation import denoising
+from companion.evaluation import volumes as evaluation_volumes
 from companion.models import architectures
 from companion.models import checkpoint as weights
 from companion.models import latent as models_latent
@@ -45,7 +47,7 @@ def prepared(tmp_path):
         split={"train": range(5), "test": [5]},
         attrs={"voxel_mm": [2, 2, 2]},
     )
-    return latent3d.open_dataset(path)
+    return open_dataset(path)
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def trained(toy):
 def saved_autoencoder(p):
     result, config = latent3d_autoencoder.train_autoencoder(p, progress=False)
     options = {"batch_size": p.ae_batch_size, "folder": Path(p.out) / "autoencoder" / "checkpoint"}
-    return save(result, p, config, {}, model=latent3d_autoencoder.codec_of(result), **options)
+    return save(result, p, config, {}, model=training_codec.codec_of(result), **options)
 
 
 def saved_prior(p):
@@ -113,7 +115,7 @@ def test_a_folder_is_prepared_by_person_and_says_what_it_left_out(tmp_path):
     np.testing.assert_allclose(made.read("image").max((1, 2, 3, 4)), 1, atol=0.01)  # one scale for all
     np.testing.assert_allclose(made.read("scale"), np.repeat(np.arange(4) + 1, 2), rtol=1e-3)
     np.testing.assert_allclose(np.diag(made.read("affine")[0]), [8, -9, 10, 1])
-    assert latent3d.held_out(made, "validation", 9).shape == (2, 1, 16, 18, 20)
+    assert volume_folder.held_out(made, "validation", 9).shape == (2, 1, 16, 18, 20)
     with pytest.raises(ValueError, match="subjects = 1500 where the parameters ask for subjects = 7"):
         latent3d.prepare(replace(p, subjects=7), progress=False)
     with pytest.raises(ValueError, match="no file of .* can be used"):
@@ -157,7 +159,7 @@ def test_cached_latents_are_normalised_and_belong_to_one_autoencoder(trained, pr
         split={"train": [0, 1]},
     )
     with pytest.raises(ValueError, match="of other volumes"):
-        latents.cache_latents(codec, latent3d.open_dataset(other), path, progress=False)
+        latents.cache_latents(codec, open_dataset(other), path, progress=False)
 
 
 # --- priors
@@ -173,7 +175,7 @@ def test_a_prior_loads_with_its_autoencoder_and_draws_volumes(trained, kind, tmp
     x = prior.decode(z, batch=1)
     assert x.shape == (2, 1, *SHAPE) and torch.isfinite(x).all()
     torch.testing.assert_close(prior.decode(z), x)
-    rows = latent3d_prior.latent_errors(prior.D, z, [0.1, 10.0])
+    rows = denoising.latent_errors(prior.D, z, [0.1, 10.0])
     assert rows[0]["blank"] == pytest.approx(0.0995) and rows[0]["error"] > 0
 
     stranger = models_latent.load_autoencoder(p.codec)
@@ -200,7 +202,7 @@ def test_covariates_reach_the_prior_in_their_own_units(trained, prepared):
     p = replace(trained, covariates=("brain_ml", "csf_share"))
     folder, _ = saved_prior(p)
     prior = models_latent.load_latent(folder, autocast=None)
-    values = latent3d_autoencoder.covariates(torch.from_numpy(prepared.read("tissue_ml", "train")), p.covariates)
+    values = latents.covariates(torch.from_numpy(prepared.read("tissue_ml", "train")), p.covariates)
     cond = latents.condition(values, prior.config["covariates"], prior.latent_shape[1:])
     assert cond.shape == (5, 2, 2, 3, 4)
     torch.testing.assert_close(cond.mean((0, 2, 3, 4)), torch.zeros(2), atol=1e-5, rtol=0)
@@ -213,7 +215,7 @@ def test_covariates_reach_the_prior_in_their_own_units(trained, prepared):
 
 def test_schedules_that_leave_signal_are_refused_before_training(trained, monkeypatch):
     short = latent.DiscreteSchedule.linear(steps=300)
-    assert latent3d_prior.check_levels(
+    assert latents.check_levels(
         architectures.build({"network": {"name": "UNet", "in_channels": 1, "model_channels": 32,
         "out_channels": 1, "num_res_blocks": 1, "attention_resolutions": [], "channel_mult": [1]},
         "denoiser": {"name": "EDMDenoiser"}})) == pytest.approx(1 / 80, rel=1e-3)  # fmt: skip
@@ -228,8 +230,8 @@ def test_schedules_that_leave_signal_are_refused_before_training(trained, monkey
 def test_codebook_autoencoders_train_too(toy, prepared, architecture):
     p = replace(toy, architecture=architecture, channels=(8, 8), codes=16, ae_steps=2)
     codec = models_latent.load_autoencoder(saved_autoencoder(p))
-    x = latent3d.held_out(prepared, "test", 1)
-    assert latent3d_autoencoder.reconstruct(codec, x).shape == x.shape == (1, 1, *SHAPE)
+    x = volume_folder.held_out(prepared, "test", 1)
+    assert evaluation_volumes.reconstruct(codec, x).shape == x.shape == (1, 1, *SHAPE)
 
 
 def test_a_better_decoder_leaves_latents_and_prior_valid(trained, prepared, tmp_path):
@@ -274,8 +276,8 @@ def test_blur_costs_more_with_the_edge_term():
 
 def test_reconstruction_figures_of_a_perfect_and_a_poor_copy():
     x = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * (torch.arange(16) > 4)
-    poor = latent3d_autoencoder.reconstruction_figures(x * 0.9, x)
-    good = latent3d_autoencoder.reconstruction_figures(x + 1e-4, x)
+    poor = evaluation_volumes.reconstruction_figures(x * 0.9, x)
+    good = evaluation_volumes.reconstruction_figures(x + 1e-4, x)
     assert good["SSIM (brain)"][0] > 0.999 > poor["SSIM (brain)"][0]
     assert poor["L1 (brain)"][0] == pytest.approx(0.05, rel=0.05)
     assert good["PSNR (dB)"][0] == pytest.approx(80, abs=0.1)
@@ -315,9 +317,9 @@ def test_digits_come_out_of_latents(tmp_path):
     saved_autoencoder(p)
     folder, _ = saved_prior(p)
     prior = models_latent.load_latent(folder, autocast=None)
-    real = latent3d.held_out(prepared, "test", 297)
+    real = volume_folder.held_out(prepared, "test", 297)
     assert (
-        latent3d_autoencoder.reconstruction_figures(latent3d_autoencoder.reconstruct(prior.space.codec, real), real)[
+        evaluation_volumes.reconstruction_figures(evaluation_volumes.reconstruct(prior.space.codec, real), real)[
             "PSNR (dB)"
         ][0]
         > 22

@@ -12,11 +12,12 @@ from companion.diffusion import latent_guidance
 from companion.diffusion.covariance import Factor
 from companion.diffusion.guidance import posterior_mean
 from companion.evaluation import metrics
+from companion.evaluation.known_people import unseen
 from companion.evaluation.population import power_spectrum
 from companion.operators.linear import adjoint_error
 from companion.operators.real import RealImages
 from companion.papers.latent3d import reconstruct as mri
-from companion.papers.latent3d.data import unseen
+from companion.reconstruction import latent
 
 P = mri.ReconstructVolumes(
     data="data/none.h5",
@@ -144,27 +145,27 @@ def test_data_pull_an_ignorant_prior_towards_the_truth(prior):
         assert made.draws[name].shape == (2, 1, *SHAPE)
     for name in ("L1 of wavelets", "total variation"):  # few readouts: what is sparse helps
         assert psnr[name] > psnr["zero-filled"]
-    table = mri.score([made], [scan])
+    table = latent.score([made], [scan])
     assert [row["method"] for row in table] == list(made.images) and table[0]["n"] == 1
-    assert mri.calibration(made.draws["projection"], scan.x) > 0
+    assert latent.calibration(made.draws["projection"], scan.x) > 0
 
 
 def test_held_out_readouts_tell_a_prior_that_knows_nothing(prior):
     (scan,), errors = mri.prepare(P, prior)
-    seen, held = mri.without_some(scan)
+    seen, held = latent.without_some(scan)
     assert held.any() and not held.all() and seen.y[..., held].abs().max() == 0 and seen.mask.mask[held].max() == 0
     middle = tuple(n // 2 for n in held.shape)
     assert not held[middle] and torch.equal(held[0], held[-1]), "whole readouts, none of the centre"
     assert torch.equal(seen.y[..., ~held], scan.y[..., ~held])
     found = mri.study_held_out(P, prior, errors, scan)
     assert set(found) == {"latent prior", "total variation"} and min(found.values()) > -1e-3
-    assert mri.advice({"latent prior": 2.0, "total variation": 1.0}).startswith("WARNING")
-    assert "for the latent prior" in mri.advice({"latent prior": 0.5, "total variation": 1.0})
+    assert latent.advice({"latent prior": 2.0, "total variation": 1.0}).startswith("WARNING")
+    assert "for the latent prior" in latent.advice({"latent prior": 0.5, "total variation": 1.0})
 
 
 def test_little_noise_brings_the_same_code_back(prior, person):
     z = prior.encode(person[None])
-    made = mri.drawn_anew(prior, z, P.start_sigmas, P.evaluations)
+    made = latent.drawn_anew(prior, z, P.start_sigmas, P.evaluations)
     near, far = ((made[f"sigma {s:g}"] - made["code"]).norm() for s in P.start_sigmas)
     assert near < 0.2 * far
 

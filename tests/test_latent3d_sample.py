@@ -12,12 +12,14 @@ from companion.data.store import open_dataset, write_dataset
 from companion.diffusion.denoisers import EDMDenoiser
 from companion.diffusion.latent import LatentDenoiser, LatentSpace
 from companion.diffusion.noise import DiscreteSchedule
+from companion.evaluation import failures as evaluation_failures
+from companion.evaluation import volumes as evaluation_volumes
+from companion.evaluation.known_people import TrainingSet, check_grid
+from companion.models import latent_draws
 from companion.models.latent import LatentPrior
 from companion.networks.autoencoder import AutoencoderKL
 from companion.networks.unet import UNet
-from companion.papers.latent3d import failures
 from companion.papers.latent3d import sample as latent3d
-from companion.papers.latent3d.data import TrainingSet, check_grid
 from companion.show.planes import by_plane, sheet
 
 SHAPE = (32, 32, 32)
@@ -36,7 +38,7 @@ P = latent3d.SampleVolumes(
 
 
 def drawn(prior, p, solver=None):
-    return latent3d.draw(prior, p, range(p.seed, p.seed + p.draws), solver)
+    return latent_draws.draw(prior, p, range(p.seed, p.seed + p.draws), solver)
 
 
 def tiny_prior(D=None) -> LatentPrior:
@@ -80,7 +82,7 @@ def test_respaced_ddpm_keeps_the_variance(white):
     p = replace(P, draws=4, levels="schedule", evaluations=200)
     assert drawn(white, p, "ddpm").z.std() == pytest.approx(1, abs=0.05)
     assert p.noise_levels(white)[0] == pytest.approx(DiscreteSchedule.linear().sigmas[-1].item())
-    whole = failures.short_steps(white, DiscreteSchedule.linear(200, 1e-3, 0.1), 200, range(4))
+    whole = evaluation_failures.short_steps(white, DiscreteSchedule.linear(200, 1e-3, 0.1), 200, range(4))
     assert whole.std() == pytest.approx(1, abs=0.05)  # with no time left out the step is right
 
 
@@ -93,11 +95,11 @@ def test_short_steps_end_where_sampling_began(prior):
     schedule = DiscreteSchedule.linear(1000)
     right = drawn(silent, replace(P, levels="schedule", evaluations=10), "ddpm").z
     assert right.std() < 1e-6
-    assert failures.short_steps(silent, schedule, 10, range(2)).std() > 0.8
+    assert evaluation_failures.short_steps(silent, schedule, 10, range(2)).std() > 0.8
 
 
 def test_deterministic_samplers_share_a_limit(white):
-    rows, volumes_by = latent3d.solver_table(white, replace(P, evaluations=24), P.solvers, range(2))
+    rows, volumes_by = evaluation_volumes.solver_table(white, replace(P, evaluations=24), P.solvers, range(2))
     found = {row["sampler"]: row for row in rows}
     assert found["ddpm"]["from the limit"] == "stochastic" and set(volumes_by) == {"ddim", "heun", "ddpm"}
     assert found["heun"]["from the limit"][0] < found["ddim"]["from the limit"][0] < 1
@@ -105,7 +107,7 @@ def test_deterministic_samplers_share_a_limit(white):
 
 
 def test_each_failure_differs_from_the_repair(prior):
-    made = failures.mistakes(prior, P.evaluations)
+    made = evaluation_failures.mistakes(prior, P.evaluations)
     good = made.pop("repaired")
     assert len(made) == 5 and all(x.shape == (2, 1, *SHAPE) and not torch.allclose(x, good) for x in made.values())
 
@@ -113,19 +115,19 @@ def test_each_failure_differs_from_the_repair(prior):
 def test_clipping_is_in_the_units_of_the_autoencoder(prior):
     space = prior.space
     z = 100 * torch.randn(1, *prior.latent_shape)
-    out = failures.Clipped(tiny_prior(White()))(z, torch.tensor([1e-3]))
+    out = evaluation_failures.Clipped(tiny_prior(White()))(z, torch.tensor([1e-3]))
     raw = out * space.std.reshape(-1, 1, 1, 1) + space.mean.reshape(-1, 1, 1, 1)
     assert raw.abs().max() <= 1 + 1e-5 and raw.abs().max() > 0.99
 
 
 def test_loss_of_the_best_white_network_is_the_formula(white):
     z = torch.randn(4, *white.latent_shape)
-    rows = failures.loss_against_scale(white, z, levels=6)
+    rows = evaluation_failures.loss_against_scale(white, z, levels=6)
     known = [float(row["loss that knows only the scale"]) for row in rows]
     assert known == pytest.approx([0.3907, 0.1649, 0.0603, 0.0163], abs=1e-4)
     for row in rows:  # this prior is that network
         assert float(row["loss of this prior"]) == pytest.approx(float(row["loss that knows only the scale"]), rel=0.1)
-    assert failures.unexplained(white, z, torch.tensor([0.1, 10.0])) == pytest.approx([1, 1], abs=0.1)
+    assert evaluation_failures.unexplained(white, z, torch.tensor([0.1, 10.0])) == pytest.approx([1, 1], abs=0.1)
 
 
 def test_rows_are_planes_and_columns_are_volumes():
@@ -144,7 +146,7 @@ def test_sheet_cuts_long_sets_into_rows():
 
 def test_volumes_on_disk_lie_in_mni_space(prior, tmp_path):
     x = torch.rand(2, 1, *SHAPE)
-    first, _ = latent3d.save_volumes(tmp_path, prior, x)
+    first, _ = latent_draws.save_volumes(tmp_path, prior, x)
     back = load_nifti(first)
     assert np.array_equal(back.array, x[0, 0].numpy()) and np.allclose(back.affine, prior.affine)
     middle = back.affine @ np.array([15.5, 15.5, 15.5, 1])
@@ -190,9 +192,9 @@ def test_study_of_real_people_passes_and_of_copies_fails(prior, tmp_path):
     assert trained.count == 2 and torch.equal(trained[1], next(trained.batches(2))[1])
     copies = torch.stack([trained[0], trained[1].flip(-1)])
     study = latent3d.study(P, prior, copies)
-    verdict = {row["question"]: row["passes"] for row in latent3d.verdict(study)}
+    verdict = {row["question"]: row["passes"] for row in evaluation_volumes.verdict(study)}
     assert not verdict["nobody memorised?"]
-    some = latent3d.verdict(replace(study, searched="1 of its 2 people", searched_all=False))[1]
+    some = evaluation_volumes.verdict(replace(study, searched="1 of its 2 people", searched_all=False))[1]
     assert not some["passes"] and "searched 1 of its 2 people, NOT all" in some["found"]
     assert study.memory[-1]["smallest"] == pytest.approx(0, abs=1e-3)
     assert [row["volumes"] for row in study.likeness] == ["other people", "other people, reconstructed", "synthetic"]

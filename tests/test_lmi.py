@@ -8,21 +8,23 @@ import torch
 from PIL import Image
 from torch import nn
 
-from companion.data import anatomy, remap, shading
+from companion.data import anatomy, contrast_people, remap, shading
 from companion.data.contrasts import CONTRASTS, cohort_slices, magnitudes
 from companion.data.nifti import save_nifti
 from companion.data.store import open_dataset, write_dataset
 from companion.diffusion import local_information as lmi
 from companion.diffusion.denoisers import DiscreteDenoiser, EDMDenoiser
 from companion.diffusion.noise import DiscreteSchedule
+from companion.evaluation import translation as evaluation_translation
 from companion.information.box_mi import BoxMI
 from companion.information.local_mi import LocalMI
 from companion.models.architectures import build
 from companion.models.checkpoint import describe, load
 from companion.papers.lmi import data as lmi_data
 from companion.papers.lmi import prior as lmi_prior
-from companion.papers.lmi.translate import Translator, conditioning_of
 from companion.randomness import randn
+from companion.reconstruction.translation import Translator, conditioning_of
+from companion.training import translation
 from companion.training.recipe import save
 
 SMALL = lmi.Conditioning(patches=(3, 5), bins=8)
@@ -60,13 +62,13 @@ def small(**others) -> lmi_prior.TrainTranslator:
 
 def loss_of(D, x0, seed: int, p: lmi_prior.TrainTranslator) -> torch.Tensor:
     options = p.pick("remapped_share", "dropout", "look_ahead", "P_mean", "P_std", "mirror")
-    return lmi_prior.translation_loss(
+    return translation.translation_loss(
         D, x0, torch.Generator().manual_seed(seed), conditioning=p.conditioning, **options
     )
 
 
 def config_of(p: lmi_prior.TrainTranslator) -> dict:
-    return lmi_prior.translator_config(p, open_dataset(p.data), p.target)
+    return translation.translator_config(p, open_dataset(p.data), p.target)
 
 
 # ------------------------------------------------------------------------------------------------- the fast maps
@@ -406,7 +408,9 @@ def test_training_resumes_exactly_and_exports(prepared, tmp_path):
         torch.equal(a, b)
         for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True)
     )
-    errors = lmi_prior.source_errors(whole.ema, once.conditioning, lmi_data.some_slices(data, 48), "T2w", [1.0])
+    errors = evaluation_translation.source_errors(
+        whole.ema, once.conditioning, contrast_people.some_slices(data, 48), "T2w", [1.0]
+    )
     assert set(errors[0]) == {"sigma", "nothing", "itself", "remapped", "T1w", "PDw"}
     folder = save(whole, once, config, errors)
     D = load(folder)

@@ -8,15 +8,17 @@ import pydicom
 import pytest
 import torch
 
-from companion.data import anatomy
+from companion.data import anatomy, contrast_folder
 from companion.data.cohort import called, standard
+from companion.data.contrast_people import People
 from companion.data.dicom.write import write_dicom
 from companion.data.nifti import Volume, save_nifti
 from companion.data.registration import Registration
 from companion.data.template import OnTemplate, slab_heights
 from companion.evaluation import metrics
+from companion.evaluation.translation import summary, verdict
 from companion.papers.lmi import data as lmi_data
-from companion.papers.lmi.people import People, Translate, study, summary, verdict
+from companion.papers.lmi.people import Translate, study
 
 
 def whole_brain(contrast: str, size: float = 1.0, voxel: float = 4.0) -> Volume:
@@ -98,7 +100,7 @@ def test_dicom_of_one_person_is_read_series_by_series(tmp_path):
             one = pydicom.dcmread(path)
             one.PatientID = "A17"
             one.save_as(path)
-    cohort = lmi_data.cohort_of(tmp_path, lmi_data.PrepareData(contrasts=("T1", "T2")))
+    cohort = contrast_folder.cohort_of(tmp_path, lmi_data.PrepareData(contrasts=("T1", "T2")))
     ((_, files),) = cohort.files.items()
     assert set(files) == {"T1w", "T2w"}
     assert cohort.read(files["T2w"]).array.shape == whole_brain("T2w", voxel=8.0).array.shape

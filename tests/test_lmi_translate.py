@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.data import anatomy, shading
+from companion.data import anatomy, contrast_people, shading
 from companion.data.contrasts import cohort_slices
 from companion.data.nifti import load_nifti, save_nifti
 from companion.diffusion import local_information as lmi
@@ -15,11 +15,12 @@ from companion.diffusion.local_information import Conditioning, conditions
 from companion.evaluation import translation
 from companion.networks.unet import UNet
 from companion.papers.lmi import people as lmi_people
-from companion.papers.lmi import translate as lmi_translate
 from companion.papers.lmi.people import Translate
-from companion.papers.lmi.translate import ABLATION, Setting, Translator, translate
-from companion.papers.lmi.volume import noise_along, translate_file
 from companion.randomness import randn
+from companion.reconstruction import translated_people
+from companion.reconstruction import translation as reconstruction_translation
+from companion.reconstruction.translation import ABLATION, Setting, Translator, translate
+from companion.reconstruction.volume_translation import noise_along, translate_file
 
 
 def network(inputs: int, outputs: int = 1, seed: int = 0) -> UNet:
@@ -109,7 +110,10 @@ def test_the_shading_is_a_part_of_the_setting(prior, people):
 def test_estimates_may_be_cut_to_the_range_of_images(prior, people):
     source = people["T1w"].flatten(0, 1)
     x, sigma = source + 3 * torch.randn(source.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0])
-    free, cut = (lmi_translate.informed(prior, source, Setting(cut=c))(x, sigma.expand(len(x))) for c in (False, True))
+    free, cut = (
+        reconstruction_translation.informed(prior, source, Setting(cut=c))(x, sigma.expand(len(x)))
+        for c in (False, True)
+    )
     assert (free < 0).any() and torch.equal(cut, free.clamp(0, 1))
     assert {"published chain, cut", "recommended"} <= set(Translate(published=3, cut=True).settings())
 
@@ -118,7 +122,8 @@ def test_guidance_goes_further_away_from_the_untold(prior, people):
     source = people["T1w"].flatten(0, 1)[:1]
     x, sigma = source + 0.3, torch.tensor([0.5])
     told, untold, guided = (
-        lmi_translate.informed(prior, source, s)(x, sigma) for s in (Setting(), Setting(()), Setting(guidance=3.0))
+        reconstruction_translation.informed(prior, source, s)(x, sigma)
+        for s in (Setting(), Setting(()), Setting(guidance=3.0))
     )
     assert torch.allclose(guided - untold, 3 * (told - untold), atol=1e-5)
     assert translate(prior, source, Setting(evaluations=2, draws=1, guidance=2.0)).bill.denoiser_calls == 4
@@ -143,14 +148,17 @@ def test_sdedit_begins_with_the_noised_source(prior, people):
 def test_published_chain_is_the_ancestral_one_with_noise_at_the_end(people):
     """Against the discrete process, written out, of a network trained on noise and the published maps."""
     conditioning = Conditioning.published()
-    D = DiscreteDenoiser(network(3), lmi_translate.PUBLISHED)
+    D = DiscreteDenoiser(network(3), reconstruction_translation.PUBLISHED)
     prior = Translator(D, conditioning, "T2w")
     source, steps = people["T1w"].flatten(0, 1)[1:2], 6
     setting = Setting(
-        solver="published", evaluations=1000, start=float(lmi_translate.PUBLISHED.sigmas[steps - 1]), draws=1
+        solver="published",
+        evaluations=1000,
+        start=float(reconstruction_translation.PUBLISHED.sigmas[steps - 1]),
+        draws=1,
     )
     ours = translate(prior, source, setting, seed=3).x
-    process = DiscreteProcess(lmi_translate.PUBLISHED, variance="fixed_large")
+    process = DiscreteProcess(reconstruction_translation.PUBLISHED, variance="fixed_large")
     generator = [torch.Generator().manual_seed(3)]
     x = randn((1, 16, 16), torch.float32, generator)
     for i in range(steps - 1, -1, -1):
@@ -171,7 +179,7 @@ def test_attraction_raises_the_information(prior, people):
     def blank(x, sigma, cond=None):
         return people["T2w"].flatten(0, 1).roll(1, -1)
 
-    plain, moved = blank(x, sigma), lmi_translate.Attracted(blank, side, 0.02)(x, sigma)
+    plain, moved = blank(x, sigma), reconstruction_translation.Attracted(blank, side, 0.02)(x, sigma)
     assert side.cross(moved).sum() > side.cross(plain).sum()
     assert translate(prior, source, Setting(evaluations=2, draws=1, attraction=0.1)).x.isfinite().all()
 
@@ -308,8 +316,10 @@ def test_a_study_has_every_row_for_every_subject(prior, people):
         rows=("unconditional", "oracle: LMI of the truth", "recommended"),
         segmenters=None,
     )
-    held_out = lmi_people.People.of(p.people, p.split, p.subjects, p.slices, (*p.sources, *p.targets), p.image_size)
-    found = lmi_people.translate_people(prior, None, held_out, "T1w", p.settings(), p.seed)
+    held_out = contrast_people.People.of(
+        p.people, p.split, p.subjects, p.slices, (*p.sources, *p.targets), p.image_size
+    )
+    found = translated_people.translate_people(prior, None, held_out, "T1w", p.settings(), p.seed)
     methods = {r["method"] for r in found.rows}
     assert methods == {
         "constant grey",
@@ -322,10 +332,10 @@ def test_a_study_has_every_row_for_every_subject(prior, people):
         "true target",
     }
     assert len(found.rows) == 2 * len(methods)
-    table = lmi_people.summary(found.rows)
+    table = translation.summary(found.rows)
     assert table[-1]["method"] == "true target" and table[-1]["PSNR"] == ""
     assert table[-1]["SSIM"][0] == pytest.approx(1)
-    (gain,) = lmi_people.verdict(found.rows)
+    (gain,) = translation.verdict(found.rows)
     psnr = {m: [r["PSNR"] for r in found.rows if r["method"] == m] for m in methods}
     assert gain["direction"] == "T1w to T2w" and "PSNR over best SDEdit" in gain
     assert gain["PSNR over none"][0] == pytest.approx(np.mean(psnr["recommended"]) - np.mean(psnr["no translation"]))

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from companion.acquisition.pet import acquire
+from companion.data.pet import held_out
 from companion.models.checkpoint import describe
 from companion.models.errors import load_errors
 from companion.papers.pet import study
-from companion.papers.pet.data import held_out
-from companion.papers.pet.reconstruct import HEADS, PRIOR, Prior, Sampler, posterior
+from companion.reconstruction.activity import HEADS, PRIOR, Prior, Sampler, posterior
 
 
 @pytest.fixture(scope="module")

@@ -4,19 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from companion.acquisition import doses
 from companion.acquisition.own_pet import OwnScan
 from companion.acquisition.pet import Scan, scanner
-from companion.data.pet import Slices
+from companion.data.pet import Slices, held_out
 from companion.diffusion.covariance import Measured
 from companion.diffusion.exact import GaussianDenoiser
 from companion.evaluation import activity, metrics
-from companion.papers.pet import reconstruct as pet_recon
+from companion.evaluation import doses as evaluation_doses
 from companion.papers.pet import study as pet_study
-from companion.papers.pet.data import held_out
-from companion.papers.pet.reconstruct import Prior
 from companion.papers.pet.study import Enhance
+from companion.reconstruction import activity as reconstruction_activity
 from companion.reconstruction import pet as reconstruction
 from companion.reconstruction import regions as pet_regions
+from companion.reconstruction.activity import Prior
 
 SIZE = 24
 
@@ -39,12 +40,12 @@ def parameters(**others) -> Enhance:
     return Enhance(device="cpu", image_size=SIZE, network=None, **others)
 
 
-def ladder(people: Slices, p: Enhance) -> list[pet_study.Level]:
-    return pet_study.ladder(people, p, p, p.seed)
+def ladder(people: Slices, p: Enhance) -> list[doses.Level]:
+    return doses.ladder(people, p, p, p.seed)
 
 
 def posterior(prior: Prior, scan: Scan, p: Enhance, *rule, **options):
-    return pet_recon.posterior(prior, scan, p, p.seed, *rule, **options)
+    return reconstruction_activity.posterior(prior, scan, p, p.seed, *rule, **options)
 
 
 def of(scan: Scan) -> tuple:
@@ -70,16 +71,22 @@ def test_doses_have_names_of_their_own(people, fractions):
     """Tables are keyed by them: no two doses share a name, or the study is refused."""
     p = parameters(fractions=fractions, factors=())
     if len({f"{f:.6g}" for f in fractions}) == 2:
-        assert {level.name for level in ladder(people, p)} == {pet_study.dose_name(f) for f in fractions}
-        assert len({pet_study.dose_name(f) for f in fractions}) == 2
+        assert {level.name for level in ladder(people, p)} == {doses.dose_name(f) for f in fractions}
+        assert len({doses.dose_name(f) for f in fractions}) == 2
     else:
         with pytest.raises(ValueError, match="two doses are both called 33.3333% dose"):
             ladder(people, p)
 
 
 def test_methods_have_names_of_their_own():
-    names = [*reconstruction.METHODS, pet_study.ORACLE, pet_study.GUESS, pet_study.ANCHORED, pet_study.MEAN]
-    names += [pet_study.ONE, *(f"{name}, mean" for name in pet_recon.GUIDED)]
+    names = [
+        *reconstruction.METHODS,
+        reconstruction_activity.ORACLE,
+        reconstruction_activity.GUESS,
+        reconstruction_activity.ANCHORED,
+        evaluation_doses.MEAN,
+    ]
+    names += [evaluation_doses.ONE, *(f"{name}, mean" for name in reconstruction_activity.GUIDED)]
     assert len(set(names)) == len(names)
 
 
@@ -156,10 +163,10 @@ def test_a_network_that_states_no_variance_has_one_for_all_pixels(people):
             return cond[:, :1]
 
     scan = ladder(people, parameters(fractions=(1.0,), factors=()))[0].scan
-    network = pet_recon.Network(LastIterate(1, 1), {"iterations": [5], "scale_kbq": 25.0})
+    network = reconstruction_activity.Network(LastIterate(1, 1), {"iterations": [5], "scale_kbq": 25.0})
     mean, variance = network.guess(scan)
     assert mean.shape == variance.shape == people.image.shape and variance.unique().numel() == 1
-    assert metrics.nrmse(pet_recon.with_likelihood((mean, variance), scan, 1.0), people.image).max() < 0.3
+    assert metrics.nrmse(reconstruction_activity.with_likelihood((mean, variance), scan, 1.0), people.image).max() < 0.3
 
 
 def test_regions_come_from_the_counts_where_the_maps_are_right(people):
@@ -188,9 +195,9 @@ def test_region_rows_have_every_method_and_kind_of_maps():
     people = held_out("test", 2, 32, lesions=1)
     level = ladder(people, Enhance(device="cpu", fractions=(1.0,), factors=()))[0]
     images = dict.fromkeys(("MLEM", "MAP", "posterior mean"), people.image)
-    rows = [{"level": level.name} | row for row in pet_study.region_rows(images, people, level.scan)]
-    assert len(rows) == 3 * len(pet_study.MAPS) * 2
-    lines = pet_study.region_table(rows, "100% dose")
+    rows = [{"level": level.name} | row for row in pet_regions.region_rows(images, people, level.scan)]
+    assert len(rows) == 3 * len(pet_regions.MAPS) * 2
+    lines = evaluation_doses.region_table(rows, "100% dose")
     exact = {line["anatomical maps"]: line["bias, grey (%)"][0] for line in lines if line["method"] == "MAP"}
     assert exact["none"] == 0 and abs(exact["exact"]) < 1.5 < abs(exact["half a pixel off"])
 
@@ -217,13 +224,13 @@ def rows_of(values: dict[str, list[float]], counts=(1e4, 1e5, 1e6)) -> list[dict
 
 def test_tables_and_curves_say_what_the_rows_hold():
     rows = rows_of({"MAP": [0.4, 0.3, 0.2], "posterior mean": [0.3, 0.2, 0.1]})
-    line = pet_study.table(rows, "10000")[0]
+    line = evaluation_doses.dose_table(rows, "10000")[0]
     assert line["method"] == "MAP" and abs(line["NRMSE"][0] - 0.41) < 1e-9
     assert abs(line["gain (%)"][0] - 100 * (0.1 / torch.tensor([0.4, 0.41, 0.42])).mean()) < 1e-3
     assert line["lesion recovery"][0] == 0.8
-    counts, means, _ = pet_study.curves(rows, ["posterior mean", "none of these"])["posterior mean"]
+    counts, means, _ = evaluation_doses.curves(rows, ["posterior mean", "none of these"])["posterior mean"]
     assert counts == [10_000, 100_000, 1_000_000] and np.allclose(means, [0.31, 0.21, 0.11])
-    equal = pet_study.same_quality(rows, "MAP")
+    equal = evaluation_doses.same_quality(rows, "MAP")
     assert equal[0]["times fewer"] is None, "lower counts than were measured"
     assert abs(equal[1]["times fewer"] - 10) < 0.5 and abs(equal[2]["times fewer"] - 10) < 0.5
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from companion.data import pet as data_pet
 from companion.data.store import open_dataset, write_dataset
 from companion.diffusion.class_guidance import ClassGuidance
 from companion.diffusion.sampling import Bill
@@ -17,6 +18,8 @@ from companion.models.architectures import build
 from companion.models.folder import save_checkpoint
 from companion.papers.pet import data as pet
 from companion.papers.pet import sample as sampling
+from companion.reconstruction import enhancement
+from companion.show import activity as show_activity
 
 SIZE = 32
 
@@ -69,16 +72,16 @@ def parameters(weights, kind, **values):
 
 
 def model_of(p):
-    return sampling.Model.load(p.weights, p.device, p.autocast)
+    return enhancement.Model.load(p.weights, p.device, p.autocast)
 
 
 def cases_of(data, p):
-    return sampling.held_out_cases(data, p.subjects, p.source, p.lesions, p.counts, p.seed)
+    return enhancement.held_out_cases(data, p.subjects, p.source, p.lesions, p.counts, p.seed)
 
 
 def drawn_of(p, cases=None, model=None):
     options = {"label": p.label, "guidance": p.guidance, "batch_size": p.batch_size}
-    return sampling.draw(model or model_of(p), p.seeds, p, cases, **options)
+    return enhancement.draw(model or model_of(p), p.seeds, p, cases, **options)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +163,7 @@ def test_labels_and_guidance(weights):
     with pytest.raises(ValueError, match="no label to weigh"):
         model.labelled(None, 2.0)
     with pytest.raises(ValueError, match="does not state pixel_mm, scale_kbq, task"):
-        sampling.Model.load("brain/t1w")
+        enhancement.Model.load("brain/t1w")
 
 
 def test_files_keep_scale_truth_counts_and_seeds(enhanced, tmp_path):
@@ -195,8 +198,8 @@ def test_draws_without_condition_are_written_too(weights, tmp_path):
 
 
 def test_population_table_tells_people_from_copies():
-    people = pet.held_out("test", 4, SIZE)
-    training = pet.held_out("validation", 4, SIZE)
+    people = data_pet.held_out("test", 4, SIZE)
+    training = data_pet.held_out("validation", 4, SIZE)
     copies = training.image[[0, 0, 1, 1]] * 1.01
     real, copied = activity.population_table(copies, people.image, people.pixel_mm, training.image)
     assert copied["to the nearest other"][0] < 1e-3 < 0.2 < real["to the nearest other"][0]
@@ -211,12 +214,12 @@ def test_enhancement_table_and_calibration(enhanced):
     generator = torch.Generator().manual_seed(0)
     truth = cases.truth + 2 * torch.randn(cases.truth.shape, generator=generator)
     x = cases.truth[:, None] + 2 * torch.randn(2, 8, 1, SIZE, SIZE, generator=generator)
-    noisy = sampling.Cases(cases.name, truth, cases.mlem, cases.counts, cases.sensitivity)
-    drawn = sampling.Drawn(x, list(range(8)), noisy, Bill(1, 0, 0.0), {})
+    noisy = enhancement.Cases(cases.name, truth, cases.mlem, cases.counts, cases.sensitivity)
+    drawn = enhancement.Drawn(x, list(range(8)), noisy, Bill(1, 0, 0.0), {})
     assert metrics.pooled_calibration(drawn.x.movedim(1, 0), truth) == pytest.approx(1, abs=0.1)
-    table = {row["image"]: row["NRMSE"][0] for row in sampling.enhancement_table(drawn)}
+    table = {row["image"]: row["NRMSE"][0] for row in enhancement.enhancement_table(drawn)}
     assert list(table)[-2:] == ["one draw", "mean of 8 draws"]
     assert table["mean of 8 draws"] == pytest.approx(table["one draw"] * (1.125 / 2) ** 0.5, rel=0.05)
-    assert set(sampling.uncertainty(drawn)["2000000\n-10 mm"]) >= {"truth", "std of draws"}
-    shown = sampling.overview(drawn, noisy, most=5)["2000001\n30 mm"]
+    assert set(show_activity.uncertainty(drawn)["2000000\n-10 mm"]) >= {"truth", "std of draws"}
+    shown = show_activity.overview(drawn, noisy, most=5)["2000001\n30 mm"]
     assert list(shown) == ["truth", "MLEM", "seed 0", "seed 1", "mean"]

@@ -13,13 +13,15 @@ import torch
 import yaml
 
 from companion.acquisition import pet as acquisition_pet
+from companion.data import pet as data_pet
 from companion.data.nifti import save_nifti
 from companion.models.architectures import build
 from companion.models.checkpoint import describe, load_denoiser
 from companion.papers.pet import data as pet
 from companion.papers.pet import prior as pet_prior
 from companion.parameters import check, read_yaml
-from companion.reconstruction import condition
+from companion.reconstruction import condition, network_errors, stopping
+from companion.show import activity as show_activity
 from companion.training.loop import TrainConfig
 from companion.training.recipe import save
 
@@ -47,7 +49,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def people():
-    return pet.held_out("validation", 3, 32, lesions=1)
+    return data_pet.held_out("validation", 3, 32, lesions=1)
 
 
 def training(prepared, folder, **values):
@@ -110,22 +112,22 @@ def test_thinned_scans_have_less_dose_and_the_same_activity(people):
     assert (low.y <= full.y).all() and low.y.sum().item() == pytest.approx(0.1 * full.y.sum().item(), rel=0.01)
     assert torch.allclose(low.A(people.image), 0.1 * full.A(people.image))
     assert torch.allclose(low.background, 0.1 * full.background)
-    table = pet.thinning_table(replace(full, background=None), (0.1, 1.0), repeats=30)
+    table = stopping.thinning_table(replace(full, background=None), (0.1, 1.0), repeats=30)
     assert all(row[k] == pytest.approx(1, abs=0.05) for row in table for k in row if k != "fraction")
 
 
 def test_tables_say_where_to_stop_and_what_a_maximum_does(people):
-    ladder = pet.dose_ladder(people, (1e4, 1e7), (4, 40))
-    low, high = pet.stopping_table(ladder, (4, 40))
+    ladder = stopping.dose_ladder(people, (1e4, 1e7), (4, 40))
+    low, high = stopping.stopping_table(ladder, (4, 40))
     assert low["4 iterations"][0] < low["40 iterations"][0] and high["40 iterations"][0] < high["4 iterations"][0]
-    low, high = pet.maximum_table(ladder)
+    low, high = stopping.maximum_table(ladder)
     assert low["level, scale from counts"][0] == pytest.approx(1, abs=0.1)
     assert low["level, divided by maxima"][0] < 0.9 * high["level, divided by maxima"][0]
 
 
 def test_held_out_people_sweep_the_slab(people):
     assert people.height_mm.diff().tolist() == pytest.approx([80 / 3] * 2) and (people.subject >= 1_000_000).all()
-    assert people.pixel_mm == acquisition_pet.FIELD_MM / 32 and (people.lesions.flatten(1).amax(1) == 1).sum() >= 2
+    assert people.pixel_mm == data_pet.FIELD_MM / 32 and (people.lesions.flatten(1).amax(1) == 1).sum() >= 2
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -198,10 +200,10 @@ def test_published_phantoms_and_activity_maps_can_be_prepared(tmp_path):
 def test_every_kind_trains_and_comes_back_from_disk(prepared, tmp_path, kind):
     p = training(prepared, tmp_path, validation_people=2, **KINDS[kind])
     result, config = pet_prior.train(p, progress=False)
-    errors = pet_prior.validation_errors(result.ema, config["data"], people=2)
-    logged = pet_prior.logged_errors(errors)
+    errors = network_errors.validation_errors(result.ema, config["data"], people=2)
+    logged = network_errors.logged_errors(errors)
     assert len(logged) == len(errors) and [line for line in result.stats if logged.items() <= line.items()]
-    assert result.finished and errors and pet_prior.errors_figure(errors).axes
+    assert result.finished and errors and show_activity.errors_figure(errors).axes
     D, config = load_denoiser(save(result, p, config, errors, unit="slices")), describe(tmp_path / "checkpoint")
     assert config["data"]["scale_kbq"] == 25.0 and config["data"]["pixel_mm"] == 7.0
     assert hasattr(D, "moments") == (p.variance_weight > 0)

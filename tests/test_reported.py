@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from companion.papers.reported import NONE, PAPERS, Reported, balance, compare, counts, ours, read_reported, write_csv
 from companion.parameters import Parameters, param
+from companion.show.reported import NONE, PAPERS, Reported, balance, compare, counts, ours, read_reported, write_csv
 from companion.workbench.catalogue import find_entries
 from companion.workbench.index import write_index
 from companion.workbench.run import Run

@@ -13,6 +13,7 @@ from companion.data.thorax import thorax
 from companion.operators.counts import poisson_counts
 from companion.operators.pet import ParallelBeam, Projector, attenuation_factors
 from companion.papers.pet import transmission as pet
+from companion.reconstruction import transmission
 from companion.reconstruction.fbp import FILTERS, emission_integrals, fbp, transmission_integrals
 from companion.reconstruction.transmission import (
     expected_transmission,
@@ -211,9 +212,9 @@ def test_the_virtual_scan_reconstructs_and_its_map_serves_an_emission_scan():
     found = map_transmission(
         scan.y, scan.P, scan.blank, scan.background, strength=0.01, x0=scan.fbp("hann", 0.6), iterations=40
     )
-    line = pet.table(scan, {"MAP": found.x}, scan.truth.water)[0]
+    line = transmission.transmission_table(scan, {"MAP": found.x}, scan.truth.water)[0]
     assert abs(line["off 0.096 (%)"]) < 3 and line["deviance / expected"] == pytest.approx(1, abs=0.15)
-    lines = pet.emission_table(scan, {"truth": scan.truth.mu, "MAP": found.x, "none": None}, 1e6)
+    lines = transmission.emission_table(scan, {"truth": scan.truth.mu, "MAP": found.x, "none": None}, 1e6)
     heart = {one["attenuation from"]: one["heart (%)"] for one in lines}
     assert abs(heart["truth"]) < 3 and abs(heart["MAP"]) < 10 and heart["none"] < -30
 
@@ -223,14 +224,14 @@ def test_the_measured_ecat_scan(tmp_path):
     for name in ("phan_blank.raw", "phan_trans.raw"):
         (tmp_path / name).symlink_to(MEASURED / name)
     arrays = {"counts": {"file": "phan_trans.raw", "dtype": ">i2"}, "blank": {"file": "phan_blank.raw", "dtype": ">f4"}}
-    about = {"format": "companion-pet-scan-1", "geometry": vars(pet.ECAT), "arrays": arrays}
+    about = {"format": "companion-pet-scan-1", "geometry": vars(transmission.ECAT), "arrays": arrays}
     (tmp_path / "ecat.json").write_text(json.dumps(about))
     assert read_sinograms(tmp_path / "ecat.json").arrays["counts"].sum() == 920653
     p = pet.Transmission(scan=str(tmp_path / "ecat.json"), image_size=64, pixel_mm=8.4375, device="cpu")
     scan = pet.prepare(p)
     first = scan.fbp("hann", 0.6)
     found = map_transmission(scan.y, scan.P, scan.blank, strength=0.01, x0=first, iterations=60).x
-    line = pet.table(scan, {"MAP": found}, pet.water_of(found, 8.4375))[0]
+    line = transmission.transmission_table(scan, {"MAP": found}, transmission.water_of(found, 8.4375))[0]
     assert line["deviance / expected"] == pytest.approx(1, abs=0.05)
     assert abs(line["off 0.096 (%)"]) < 5
     lungs = found[0, 0, 24:40, 20:26]

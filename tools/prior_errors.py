@@ -72,7 +72,7 @@ def activity(count: int, size: int) -> Tensor:
 def active_people(count: int, size: int) -> Tensor:
     """Activity (count, 1, y, x) of virtual people of the validation split, a lesion each."""
     from companion.data.head_activity import SCALE_KBQ
-    from companion.papers.pet.data import held_out
+    from companion.data.pet import held_out
 
     return held_out("validation", count, size, lesions=1).image / SCALE_KBQ
 

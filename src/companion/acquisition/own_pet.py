@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from companion.acquisition.pet import FIELD_MM, Scan, acquire, scanner
+from companion.acquisition.pet import Scan, acquire, scanner
 from companion.data.dicom.write import write_dicom
 from companion.data.nifti import centred_affine, save_nifti
-from companion.data.pet import cohort_slices
+from companion.data.pet import FIELD_MM, cohort_slices
 from companion.data.scan_geometry import BY_DOSE, UNITS, Dosage, Geometry
 from companion.data.sinograms import Sinograms, read_sinograms, write_sinograms
 from companion.operators.pet import ParallelBeam, attenuation_factors

@@ -30,7 +30,6 @@ from companion.operators.pet import (
 )
 from companion.parameters import param
 
-FIELD_MM = 224.0  # side of the image and width of the scanner's view: heads fit, scalp included
 SCALE_KBQ = 25.0  # kBq/mL that are 1 for the network; grey matter is about 22
 BRIGHTEST = 4.0  # of a condition, in network units: 100 kBq/mL, almost twice the hottest lesion
 

@@ -60,3 +60,11 @@ def _unexplained(A: LinearOperator, y: Tensor, weight: float, iterations: int, m
     """|(1 - H) y|^2."""
     x = conjugate_gradient(lambda v: A.normal(v) + weight * v, A.H(y), iterations=iterations, tol=1e-4)
     return ((y - A(x)) * measured).abs().square().sum().item()
+
+
+def with_real_noise(m: Measurement) -> Measurement:
+    """m with the noise that its coils show by contradicting each other; as it is where they say too little."""
+    try:
+        return m.with_noise(redundancy(m).noise_std)
+    except ValueError:
+        return m

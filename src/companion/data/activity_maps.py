@@ -13,9 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from companion.data import anatomy
+from companion.data import pet as cohort
 from companion.data.intake.look import find
 from companion.data.intake.records import Item
-from companion.data.pet import Activity, activity_from_labels, activity_from_volume, load_brainweb, load_phantoms
+from companion.data.pet import (
+    FIELD_MM,
+    Activity,
+    activity_from_labels,
+    activity_from_volume,
+    load_brainweb,
+    load_phantoms,
+)
 
 PHANTOMS_MM = 224.0  # side of the published phantoms' images
 
@@ -126,3 +135,14 @@ def _area_shares(n: int, size: int) -> Tensor:
     old, new = torch.arange(n + 1) / n, torch.arange(size + 1) / size
     low, high = torch.maximum(old[:-1], new[:-1, None]), torch.minimum(old[1:], new[1:, None])
     return (high - low).clamp(min=0) * size
+
+
+def virtual_people(
+    subjects: int, per_subject: int, image_size: int, lesions: int = 0, lesion_share: float = 1.0
+) -> Iterator[Person]:
+    """Yield training people of the embedded cohort one by one; activity in kBq/mL."""
+    low, high = anatomy.SLAB_MM
+    for i in range(subjects):
+        pixel_mm = FIELD_MM / image_size
+        s = cohort.cohort_slices("train", 1, image_size, per_subject, lesions, pixel_mm, lesion_share, first=i)
+        yield Person(str(int(s.subject[0])), s.image, s.mu, (s.height_mm - low) / (high - low), s.pixel_mm)

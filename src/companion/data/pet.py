@@ -399,3 +399,33 @@ def _check_activity(array: np.ndarray, path: Path) -> None:
         )
     if not array.any():
         raise ValueError(f"{path}: no activity at all: an empty scan")
+
+
+FIELD_MM = 224.0  # side of the image and width of the scanner's view: heads fit, scalp included
+PEOPLE = "virtual cohort of companion.data.pet (ICBM 152), FDG-like axial slices"
+
+
+def held_out(
+    split: str,
+    subjects: int,
+    image_size: int = 64,
+    per_subject: int = 1,
+    lesions: int = 0,
+    pixel_mm: float | None = None,
+) -> Slices:
+    """Slices of the first people of "validation" or "test", by default FIELD_MM wide as for the embedded weights.
+
+    With one slice each, the slices of successive people sweep the slab, so that few people show all of it.
+    """
+    pixel_mm = FIELD_MM / image_size if pixel_mm is None else pixel_mm
+    if per_subject > 1 or subjects == 1:
+        return cohort_slices(split, subjects, image_size, per_subject, lesions, pixel_mm)
+    low, high = anatomy.SLAB_MM
+    parts = []
+    for i, subject in enumerate(anatomy.cohort(split, subjects)):
+        height = torch.tensor([low + (high - low) * (i + 0.5) / subjects])
+        found = place_lesions(subject, lesions, height) if lesions else []
+        one = render(subject, (1, image_size, image_size), pixel_mm, height, found)
+        images = (one.slices(name) for name in ("image", "labels", "lesions", "mu"))
+        parts.append((*images, torch.tensor([subject.seed]), height))
+    return Slices(*(torch.cat(column) for column in zip(*parts, strict=True)), pixel_mm=pixel_mm)

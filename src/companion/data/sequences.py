@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.data import fastmri
+from companion.data import anatomy, fastmri
 from companion.data.intake.kinds import one_contrast, one_each, stem
 from companion.data.intake.look import find
 from companion.data.intake.records import Item, reason
@@ -19,6 +19,7 @@ from companion.data.intake.splits import split_people, split_table
 from companion.data.rows import Rows
 from companion.data.series import Series, load_series
 from companion.data.slicing import PLANES
+from companion.data.store import Prepared
 from companion.data.virtual import SOURCES
 from companion.files import project_root
 from companion.operators.mri import crop_kspace, estimate_maps, ifft, normalise
@@ -209,3 +210,67 @@ def pieces(count: int, length: int) -> list[int]:
         raise ValueError(f"has {count} frames, fewer than a sequence of {length}; lower frames to use it")
     number = -(-count // length)
     return [round(i * (count - length) / max(number - 1, 1)) for i in range(number)]
+
+
+def windows_table(prepared: Prepared, window: int) -> list[dict[str, object]]:
+    """For each split of prepared sequences, how many there are and what training with a window sees of them."""
+    name, rows = image_name(prepared), []
+    for split in prepared.split:
+        if not prepared.split[split]:
+            continue
+        seen = prepared.sequences(name, split, window + 1)
+        rows.append(
+            {
+                "split": split,
+                "sequences": len(prepared.rows(split)),
+                "frames of each": prepared.shapes[name][1],
+                "windows": len(seen),
+                "frames in no window": seen.dropped * len(prepared.rows(split)),
+            }
+        )
+    return rows
+
+
+def image_name(prepared: Prepared) -> str:
+    """The name of the array of frames in a prepared file: "image", "magnitude" or "latent"."""
+    return next(iter(prepared.shapes))
+
+
+def shown_sequences(prepared: Prepared, count: int, spacing_mm: float, seed: int) -> Tensor:
+    """Complex sequences (sequence, frame, 1, y, x) as training would show them: magnitudes with a new phase."""
+    name = image_name(prepared)
+    whole = prepared.sequences(name, "train", prepared.shapes[name][1])
+    x = torch.stack([whole[i] for i in range(min(count, len(whole)))])
+    if x.is_complex():
+        return x
+    return anatomy.random_sequence_phase(x, spacing_mm, torch.Generator().manual_seed(seed))
+
+
+def published_blocks(frames: list[int], length: int) -> list[list[tuple[int, int]]]:
+    """The windows, as (volume, frame), that the released loader cuts from volumes of so many frames.
+
+    Volumes end to end, cut every `length` frames wherever volumes end; the last block is withheld even when it is full.
+    """
+    stream = [(volume, frame) for volume, count in enumerate(frames) for frame in range(count)]
+    return [stream[i : i + length] for i in range(0, len(stream) - length, length)]
+
+
+def straddles(block: list[tuple[int, int]]) -> bool:
+    """Whether a block of (volume, frame) holds frames of two volumes."""
+    return block[0][0] != block[-1][0]
+
+
+def published_maximum(x: Tensor) -> Tensor:
+    """What the released reader divides complex images by: np.max, the value with the largest real part."""
+    return torch.from_numpy(np.asarray(np.max(x.numpy())))
+
+
+def brightness(prepared: Prepared, count: int = 64) -> float:
+    """The magnitude that 99 % of a training volume's pixels do not exceed, mean over the first volumes.
+
+    Reconstruction brings data of unknown units to the prior's by it.
+    """
+    name, shape = next(iter(prepared.shapes.items()))
+    whole = prepared.sequences(name, "train", shape[1])
+    levels = [torch.quantile(whole[i].abs().flatten(), 0.99).item() for i in range(min(count, len(whole)))]
+    return round(sum(levels) / len(levels), 4)

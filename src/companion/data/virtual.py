@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion.data import anatomy, heart
+from companion.data.contrasts import CONTRASTS
+from companion.data.nifti import save_nifti
+from companion.data.store import Prepared
 
 CONTRAST = "T1w"
 HEART_VIEW_MM = 160.0  # side of the square of the chest around the heart that cine sequences show
@@ -76,3 +84,46 @@ def volumes(
         raise ValueError(f"there is no embedded cohort {source!r}; expected one of {', '.join(SOURCES)}")
     people = tqdm(range(subjects), desc="subjects", disable=not progress)
     return torch.stack([volume(source, split, i, frames, image_size, spacing_mm, beyond) for i in people])
+
+
+def sequence_arrays(
+    source: str, image_size: int, frames: int, subjects: int, spacing_mm: float, progress: bool = True
+) -> dict[str, object]:
+    """What `write_dataset` stores of an embedded cohort: magnitudes (subject, frame, 1, y, x) float32.
+
+    Phases are not stored: `sequence_loss` draws a new one each time a window is shown.
+    """
+    images = volumes(source, "train", subjects, frames, image_size, spacing_mm, progress)
+    scale, about = SOURCES[source]
+    return {
+        "arrays": {"magnitude": images.abs().numpy()},
+        "units": {"magnitude": "1"},
+        "scale": {"magnitude": scale},
+        "seed": cohorts(source).cohort("train", 1)[0].seed,
+        "source": about,
+        "split": {"train": range(subjects)},
+        "attrs": {"spacing_mm": spacing_mm},
+    }
+
+
+SPACING_MM = 3.25  # of the slices of virtual people whose file does not say
+
+
+def validation_sequences(source: str, prepared: Prepared, window: int, people: int = 16) -> Tensor:
+    """Validation people (person, window + 1, 1, y, x) of an embedded cohort, spaced and sized as a prepared file's."""
+    side = next(iter(prepared.shapes.values()))[-1]
+    spacing = float(prepared.attrs.get("spacing_mm", SPACING_MM))
+    return volumes(source, "validation", people, window + 1, side, spacing)
+
+
+def example_volume(path: Path, sources: Sequence[str], target: str, split: str = "test") -> Path:
+    """The path of a NIfTI volume of a held-out person in another contrast: odd in size, lying oblique."""
+    source = next(c for c in (*sources, *CONTRASTS) if c != target)
+    shape, voxel, spacing = (11, 81, 71), 2.5, 8.0
+    heights = anatomy.SLAB_MM[0] + spacing * torch.arange(shape[0])  # the slab that the cohort's slices come from
+    image = anatomy.render(anatomy.cohort(split, 1)[0], source, shape, voxel, heights).image.abs()
+    upright = anatomy.affine(shape, voxel)
+    upright[2, 2:] = spacing, heights[0].item()
+    turned = np.eye(4)
+    turned[:3, :3] = Rotation.from_euler("xyz", (12, -9, 15), degrees=True).as_matrix()
+    return save_nifti(path, 1000 * image.numpy(), affine=turned @ upright, units="made up")

@@ -59,3 +59,12 @@ def _noised(x0: Tensor, sigmas: Sequence[float], seed: int | Generator) -> Itera
 def _rms(error: Tensor, digits: int | None) -> float:
     value = (error.abs().square().mean() / (1 + error.is_complex())).sqrt().item()
     return value if digits is None else round(value, digits)
+
+
+def latent_errors(D: Denoiser, z: Tensor, sigmas: Sequence[float], seed: int = 0, cond: Tensor | None = None) -> list:
+    """For each sigma, the root mean squared error of D on latents z (batch, channel, *cells) of other people.
+
+    "blank": of the best guess that knows nothing but mean 0 and standard deviation 1, sigma / sqrt(1 + sigma^2).
+    """
+    rows = denoising_errors({"error": lambda x, sigma: D(x, sigma, cond)}, z, sigmas, seed=seed)
+    return [row | {"blank": round(row["sigma"] / (1 + row["sigma"] ** 2) ** 0.5, 4)} for row in rows]

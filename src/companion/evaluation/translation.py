@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
+from companion.data.remap import remapped
+from companion.data.shading import AIR
+from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.local_information import Conditioning, conditions
 from companion.evaluation import metrics
+from companion.evaluation.denoising import denoising_errors
 from companion.evaluation.segmenter import Segmenter
-from companion.evaluation.tables import average
+from companion.evaluation.tables import average, grouped
 from companion.extras import extra
 from companion.information.pairs import grey
+from companion.randomness import randn
 
 with extra("notebooks"):
     from skimage.exposure import match_histograms
@@ -116,3 +125,111 @@ def intensity_rules(stacks: dict[str, Tensor], bins: int = 128) -> list[dict]:
             row[name] = average(metrics.psnr(found, y, data_range=1.0))
         table.append(row)
     return table
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """A table row for each direction and method: mean and standard error over subjects of the scores.
+
+    The score of the mean of the draws; PSNR and Dice of single draws, with the deviation between draws of a subject.
+    """
+    table = []
+    for (direction, method), mine in grouped(rows, "direction", "method").items():
+        row = {"direction": direction, "method": method}
+        for name in SCORES:
+            if name in mine[0]:
+                values = [r[name] for r in mine]
+                row[name] = average(values) if all(map(math.isfinite, values)) else ""
+        for name in ("PSNR", "Dice"):
+            label = f"{name}, one draw (and deviation of draws)"
+            if name in mine[0]:
+                row[label] = (
+                    tuple(sum(r[f"{name}, {k}"] for r in mine) / len(mine) for k in ("one draw", "spread"))
+                    if f"{name}, one draw" in mine[0]
+                    else ""
+                )
+        row["Frechet distance"] = mine[0].get("Frechet distance", "")
+        table.append(row)
+    return table
+
+
+def verdict(rows: list[dict], method: str = "recommended") -> list[dict]:
+    """For each direction what `method` gains in PSNR, SSIM and Dice: paired means and standard errors.
+
+    Over a constant grey, no translation, histogram matching, and SDEdit from that level, for each score, where it is
+    best. Last, the Dice as a share of what the true targets reach.
+    """
+    table = []
+    for direction, found in grouped(rows, "direction").items():
+        by_method = grouped(found, "method")
+        if method not in by_method:
+            continue
+        row: dict = {"direction": direction}
+        for k in (k for k in ("PSNR", "SSIM", "Dice") if k in by_method[method][0]):
+            values = {name: [r[k] for r in mine] for name, mine in by_method.items()}
+            edited = {name: sum(v) for name, v in values.items() if name.startswith("SDEdit")}
+            rivals = {
+                "constant": CONSTANT,
+                "none": "no translation",
+                "matching": "histogram matching",
+                "best SDEdit": max(edited, key=edited.get, default=None),
+            }
+            row |= {
+                f"{k} over {label}": average(values[method], values[name])
+                for label, name in rivals.items()
+                if name in values
+            }
+        if "Dice" in by_method[method][0]:
+            true = sum(r["Dice"] for r in by_method["true target"])
+            row["Dice, share of true"] = sum(r["Dice"] for r in by_method[method]) / true
+        table.append(row)
+    return table
+
+
+def invariance(stacks: dict[str, Tensor], target: str, conditioning: Conditioning, sigma: float, seed: int = 0) -> list:
+    """How much of each map survives another contrast: its correlation with that of the target, inside the head.
+
+    Mean and standard error over slices, for every other contrast as the source; the noisy image is the target's.
+    """
+    x0 = grey(stacks[target])
+    x = x0 + sigma * randn(x0.shape, x0.dtype, torch.Generator().manual_seed(seed))
+    head, ours = (x0 > AIR)[:, 0], conditions(x, sigma, x0, conditioning)
+    names = [f"{name} {patch}" for name in conditioning.maps if name != "source" for patch in conditioning.patches]
+    table = []
+    for other in (name for name in stacks if name not in (target, "labels")):
+        theirs, row = conditions(x, sigma, grey(stacks[other]), conditioning), {"source": other}
+        for i, name in enumerate(names + ["source"] * ("source" in conditioning.maps)):
+            values = [
+                torch.corrcoef(torch.stack([a[i][m], b[i][m]]))[0, 1]
+                for a, b, m in zip(ours, theirs, head, strict=True)
+                if m.sum() > 10
+            ]
+            row[name] = average(torch.stack(values)) if values else float("nan")
+        table.append(row)
+    return table
+
+
+def source_errors(
+    D: Denoiser,
+    conditioning: Conditioning,
+    stacks: Mapping[str, Tensor],
+    target: str,
+    sigmas: Sequence[float],
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """For each sigma the root mean squared error of D on slices, told of sources of each kind of contrast.
+
+    stacks: slices (slice, channel, y, x) of the target and of other contrasts. Sources are "nothing", "itself" (the
+    clean target), "remapped", and every other contrast: looked at to measure, not to learn.
+    """
+    images = {name: grey(x) for name, x in stacks.items() if name != "labels"}
+    if not images:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    x0 = images.pop(target)
+    sources = {"nothing": None, "itself": x0, "remapped": remapped(x0, generator), **images}
+
+    def estimate(x: Tensor, sigma: Tensor, source: Tensor | None) -> Tensor:
+        return D(x, sigma, conditions(x, sigma, source, conditioning))
+
+    told_of = {name: partial(estimate, source=source) for name, source in sources.items()}
+    return denoising_errors(told_of, x0, sigmas, seed=generator)

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from companion.acquisition.measurement import Measurement, prepare_scan, reference_image
-from companion.acquisition.redundancy import redundancy
+from companion.acquisition.redundancy import with_real_noise
+from companion.acquisition.slices import centred_affine, head, simulated
 from companion.data import anatomy
-from companion.data.axial import canonical
 from companion.data.dicom.write import write_dicom
 from companion.data.intake.look import look
-from companion.data.intake.records import Volume
 from companion.data.nifti import save_nifti
-from companion.data.raw.scan import RawScan, raw_scan
+from companion.data.raw.scan import RawScan
 from companion.data.virtual import slices
 from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.recalibration import ErrorModel
@@ -28,9 +26,7 @@ from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import load_errors
 from companion.operators.masks import cartesian_mask
-from companion.operators.mri import birdcage_maps, fft
 from companion.parameters import Parameters, param
-from companion.randomness import randn
 
 VIRTUAL = "virtual"
 FULL = 0.6  # share of k-space above which a scan counts as fully sampled: it may be undersampled here, and judged
@@ -129,42 +125,6 @@ def prepare_raw(p: RealScan) -> tuple[str, RawScan, int]:
         simulated(x[i : i + 1], p.coils, p.noise_std, volume.voxel_mm, p.seed),
         0,
     )
-
-
-def head(volume: Volume) -> Tensor:
-    """Complex axial slices (slice, 1, y, x) of a volume from below up, nose up, sides of a multiple of 8 pixels.
-
-    1 is the 99th percentile of the tissue; the phase is smooth.
-    """
-    signal, _ = canonical(volume.array, volume.affine)
-    bright = np.percentile(signal[signal > 0.08 * np.percentile(signal, 99.9)], 99)
-    x = torch.from_numpy((signal / bright).astype(np.float32)).permute(2, 1, 0).flip(1)[:, None]
-    height, width = (-n % 8 for n in x.shape[-2:])
-    x = torch.nn.functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-    return anatomy.random_phase(x, Generator().manual_seed(0))
-
-
-def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: tuple[float, float, float], seed: int = 0) -> RawScan:
-    """All of the k-space of a complex slice x (1, 1, y, x), as receive coils see it, with noise."""
-    k = fft(birdcage_maps(x.shape[-2:], coils) * x)
-    noise = randn(k.shape, k.dtype, Generator().manual_seed(seed))
-    return raw_scan("simulated", k + noise_std * noise, voxel_mm=voxel_mm)
-
-
-def with_real_noise(m: Measurement) -> Measurement:
-    """m with the noise that its coils show by contradicting each other; as it is where they say too little."""
-    try:
-        return m.with_noise(redundancy(m).noise_std)
-    except ValueError:
-        return m
-
-
-def centred_affine(voxel_mm: tuple[float, float, float] | None, shape) -> np.ndarray:
-    """The affine of a slice of `shape` (y, x), y downwards, its middle at 0; voxels of 1 mm where none are known."""
-    z, y, x = voxel_mm or (1.0, 1.0, 1.0)
-    affine = np.diag([x, -y, z, 1.0])
-    affine[:2, 3] = -x * (shape[1] - 1) / 2, y * (shape[0] - 1) / 2
-    return affine
 
 
 def prior(weights: str, device: str = "cpu", autocast: str | None = None) -> tuple[Denoiser, Mapping[str, ErrorModel]]:

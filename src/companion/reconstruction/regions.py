@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from companion.acquisition.pet import Scan
+from companion.data.pet import Slices, tissue_shares
+from companion.evaluation import metrics
+from companion.evaluation.activity import TISSUES, healthy
+from companion.evaluation.doses import MEAN
 from companion.operators.linear import LinearOperator
 from companion.reconstruction.pet import region_levels
 
@@ -40,3 +47,22 @@ def decided(shares: Tensor) -> Tensor:
     """1 for the tissue that fills most of each pixel and 0 for others: labels, without partial volume."""
     filled = shares.sum(1, keepdim=True) > 0.5
     return (F.one_hot(shares.argmax(1), shares.shape[1]).movedim(-1, 1) * filled).to(shares)
+
+
+MAPS = {"none": None, "exact": lambda shares: shares, "half a pixel off": misplaced, "labels only": decided}
+
+
+def region_rows(images: Mapping[str, Tensor], people: Slices, scan: Scan) -> list[dict]:
+    """The bias of each tissue's mean, a row for each method, kind of anatomical maps, and slice."""
+    shares, labels, rows = tissue_shares(people), healthy(people), []
+    for name in ("MLEM", "MAP", MEAN):
+        for kind, change in MAPS.items():
+            x = images[name]
+            x = x if change is None else regional(x, scan.y, scan.A, scan.background, change(shares))
+            bias = metrics.region_bias(x, people.image, labels, tuple(TISSUES.values()))
+            rows += [
+                {"method": name, "maps": kind, "person": int(people.subject[i])}
+                | dict(zip(TISSUES, b.tolist(), strict=True))
+                for i, b in enumerate(bias)
+            ]
+    return rows

@@ -18,6 +18,7 @@ from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Samples
 from companion.diffusion.sequence import SequenceSamples, draw_sequence, reconstruct_sequence
 from companion.diffusion.solvers import ddim
+from companion.evaluation import metrics, tables
 from companion.models.architectures import inner_denoiser, network_of
 from companion.models.checkpoint import load_denoiser
 from companion.operators.linear import LinearOperator
@@ -230,3 +231,29 @@ def measured_and_inferred(scan: Scan, draws: Tensor, frame: int, prior_std: floa
         "inferred part": inferred.mean(0),
         "agreement": nullspace.agreement(inferred),
     }
+
+
+def score(x: Tensor, scan: Scan, skip_first: bool) -> dict[str, float]:
+    """PSNR (dB), SSIM and NRMSE of a volume x (frame, 1, y, x), of magnitudes after a least-squares scale.
+
+    One scale and one peak for the volume; SSIM is the mean over slices.
+    """
+    first = int(skip_first)
+    x, truth = x[first:].abs().double().cpu(), scan.x[first:].abs().double().cpu()
+    x = x * ((x * truth).sum() / x.square().sum().clamp_min(1e-30))
+    whole = [v.movedim(0, 1)[None] for v in (x, truth)]
+    return {
+        "PSNR": metrics.psnr(*whole).item(),
+        "SSIM": metrics.ssim(x, truth, data_range=truth.max()).mean().item(),
+        "NRMSE": metrics.nrmse(*whole).item(),
+    }
+
+
+def summary(rows: list[dict], versus: str = "AID") -> list[dict]:
+    """A table row for each method: mean and standard error over volumes, and the paired gain of `versus`.
+
+    Of one volume there is no error, of none (no truth) no row.
+    """
+    columns = {"PSNR": "PSNR (dB)", "SSIM": "SSIM", "NRMSE": "NRMSE"}
+    gains = {"PSNR": f"{versus} gains (dB)", "SSIM": f"{versus} gains SSIM"}
+    return tables.summary(rows, columns, versus=versus, gains=gains)

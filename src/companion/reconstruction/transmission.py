@@ -9,16 +9,23 @@ not depend on the others in its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from companion.operators.linear import LinearOperator, check_finite
-from companion.operators.pet import sensitivity
+from companion.acquisition.pet import acquire, scanner
+from companion.data.scan_geometry import Geometry
+from companion.data.thorax import Thorax, away_from_edges
+from companion.evaluation import metrics
+from companion.operators.counts import expected_deviance, poisson_deviance
+from companion.operators.linear import Diagonal, LinearOperator, check_finite
+from companion.operators.pet import ParallelBeam, attenuation_factors, sensitivity
 from companion.operators.solve import conjugate_gradient
 from companion.randomness import randn
-from companion.reconstruction.pet import Reconstruction, _data, _like, _norm, relative_difference
+from companion.reconstruction.fbp import fbp, transmission_integrals
+from companion.reconstruction.pet import Reconstruction, _data, _like, _norm, mlem, relative_difference
 
 SHORT = 1e-2  # line integrals below this have the curvature of 0, which is its limit
 
@@ -199,3 +206,73 @@ def _uniform(y: Tensor, A: LinearOperator, blank: Tensor, reach: Tensor) -> Tens
     ratio = (blank.flatten(1).sum(1) / y.flatten(1).sum(1).clamp(min=1)).log().clamp(min=1e-3)
     level = ratio / reach.mean()
     return _like(level, y.new_empty(len(y), *A.domain_shape)).expand(len(y), *A.domain_shape)
+
+
+ECAT = Geometry(192, 160, 3.375, 0.5, 412.5, 15.0, -180.0)  # the CTI ECAT EXACT: 384 detectors on a ring of 825 mm
+SOFT = (0.0072, 0.0122)  # 1/mm: what is taken for water in a reconstruction
+
+
+@dataclass(frozen=True, eq=False)
+class TransmissionScan:
+    """Counts y (slice, 1, angle, bin), blank scan, background or None, and projector; the truth of a virtual thorax."""
+
+    y: Tensor
+    blank: Tensor
+    background: Tensor | None
+    P: LinearOperator
+    beam: ParallelBeam
+    truth: Thorax | None = None
+
+    def fbp(self, window: str, cutoff: float) -> Tensor:
+        """The filtered back projection, 1/mm, (slice, 1, y, x)."""
+        return fbp(transmission_integrals(self.y, self.blank, self.background), self.beam, window, cutoff)
+
+    def deviance(self, mu: Tensor) -> float:
+        """The deviance of the counts from what mu lets through, over what counting noise alone gives: 1 is right."""
+        expected = expected_transmission(self.P, mu, self.blank, self.background)
+        return (poisson_deviance(self.y, expected) / expected_deviance(expected)).mean().item()
+
+
+def water_of(mu: Tensor, pixel_mm: float) -> Tensor:
+    """The mask (1, 1, y, x) of what a reconstruction shows as water, its edges peeled off."""
+    return away_from_edges((mu > SOFT[0]) & (mu < SOFT[1]), pixel_mm)
+
+
+def transmission_table(scan: TransmissionScan, images: Mapping[str, Tensor], water: Tensor) -> list[dict]:
+    """A line for each reconstruction: deviance, mean and spread of mu in water (1/cm), error if the truth is known."""
+    lines = []
+    for name, mu in images.items():
+        inside = 10 * mu[water.expand_as(mu)]
+        line = {
+            "method": name,
+            "deviance / expected": scan.deviance(mu.clamp(min=0)),
+            "water (1/cm)": inside.mean().item(),
+            "off 0.096 (%)": 100 * (inside.mean().item() / 0.096 - 1),
+            "noise in water (%)": 100 * (inside.std() / inside.mean()).item(),
+        }
+        if scan.truth is not None:
+            line["NRMSE"] = metrics.nrmse(mu, scan.truth.mu).item()
+        lines.append(line)
+    return lines
+
+
+def emission_table(scan: TransmissionScan, maps: Mapping[str, Tensor], counts: float, seed: int = 0) -> list[dict]:
+    """What attenuation maps do to an emission scan of the virtual thorax: bias of heart, lungs and body, %, by MLEM.
+
+    All are of one scan, attenuated by the true map; "none" leaves attenuation out of the model.
+    """
+    truth, beam = scan.truth, scan.beam
+    emission = acquire(truth.activity, truth.mu, counts, [seed + 1], pixel_mm=beam.pixel_mm, beam=beam)
+    calibration = counts / scanner(beam.shape, beam.pixel_mm, truth.mu, beam=beam)(truth.activity).sum()
+    regions = {
+        name: (truth.activity - level).abs() < 1e-3  # pixels of one tissue
+        for name, level in (("heart", 20.0), ("lungs", 1.5), ("body", 3.0))
+    }
+    lines = []
+    for name, mu in maps.items():
+        factors = calibration * (attenuation_factors(scan.P, mu.clamp(min=0)) if mu is not None else 1.0)
+        A = Diagonal(torch.as_tensor(factors).expand(1, *scan.P.range_shape), scan.P.range_shape) @ scan.P
+        x = mlem(emission.y, A, iterations=30).x
+        bias = {f"{k} (%)": 100 * (x[m].mean() / truth.activity[m].mean() - 1).item() for k, m in regions.items()}
+        lines.append({"attenuation from": name} | bias)
+    return lines

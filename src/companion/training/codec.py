@@ -1,12 +1,15 @@
 """Losses of autoencoders."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from companion.networks.codec import Codec
+from companion.parameters import param
+from companion.training.loop import TrainResult
 
 # ----------------------------------------------------------------------------------------------------
 # Losses of autoencoders
@@ -124,3 +127,61 @@ def adversarial_loss(
     real, fake = pair.discriminator(x), pair.discriminator(out.x_hat.detach())
     judge = ((real - 1).square().flatten(1).mean(1) + fake.square().flatten(1).mean(1)) / 2
     return loss + weight * (fooled - 1).square().flatten(1).mean(1) + judge
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """The part of a form that describes an autoencoder."""
+
+    architecture: str = param(
+        "kl",
+        "kl: variational; vq: residual VQ-VAE (MONAI); plain: the project's first VQ-VAE",
+        choices=("kl", "vq", "plain"),
+    )
+    channels: tuple[int, ...] = param((32, 48), "width of each level, finest first", minimum=4)
+    patch: int = param(2, "of kl: the finest level works on blocks of so many voxels along each axis", minimum=1)
+    num_res_blocks: int = param(1, "residual blocks a level", minimum=1)
+    latent_channels: int = param(8, "channels of the latents", minimum=1)
+    codes: int = param(512, "of vq and plain: size of the codebook", minimum=2)
+
+    def network(self, dims: int) -> dict:
+        """The "network" of a config, for images of so many dimensions."""
+        common = {"dims": dims, "in_channels": 1, "out_channels": 1}
+        codebook = {"num_embeddings": self.codes, "embedding_dim": self.latent_channels, "restart": 0.05}
+        if self.architecture == "plain":
+            return {"name": "PlainVQVAE", "channels": list(self.channels)} | codebook | common
+        if self.architecture == "vq":
+            layers = {"channels": list(self.channels), "num_res_layers": self.num_res_blocks}
+            return {"name": "VQVAE", "decay": 0.99, "upsample": "resize"} | layers | codebook | common
+        return common | {
+            "name": "AutoencoderKL",
+            "channels": self.channels[0],
+            "patch": self.patch,
+            "middle": False,
+            "channel_mult": [c / self.channels[0] for c in self.channels],
+            "num_res_blocks": self.num_res_blocks,
+            "decoder_blocks": self.num_res_blocks,
+            "latent_channels": self.latent_channels,
+            "norm_groups": 8,
+        }
+
+
+def autoencoder_loss(
+    model: nn.Module, x: Tensor, generator: Generator, *, mirror: bool, adversary: float, **terms: float | None
+) -> Tensor:
+    """The loss (batch,) of volumes x (batch, 1, z, y, x): reconstruction, edges, regulariser, adversary.
+
+    terms: background, edges, regulariser, see `codec_loss`.
+    """
+    x = x.float()
+    if mirror:
+        flipped = torch.rand(len(x), *[1] * (x.ndim - 1), generator=generator, device=generator.device) < 0.5
+        x = torch.where(flipped.to(x.device), x.flip(-1), x)
+    if adversary:
+        return adversarial_loss(model, x, generator, weight=adversary, **terms)
+    return codec_loss(model, x, generator, **terms)
+
+
+def codec_of(result: TrainResult) -> Codec:
+    """The averaged autoencoder of a training, without the discriminator beside it."""
+    return getattr(result.ema, "codec", result.ema)

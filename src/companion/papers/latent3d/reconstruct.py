@@ -11,71 +11,18 @@ from the fully sampled centre of the very k-space that is reconstructed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from companion.acquisition.mri import Scan
 from companion.acquisition.volume import VolumeProtocol
-from companion.diffusion.latent_guidance import Errors, LatentGuidance, explain, gradient, projection
-from companion.diffusion.noise import karras
-from companion.diffusion.sampling import Bill, sample
-from companion.evaluation import metrics
-from companion.evaluation.tables import average, check_unique
+from companion.diffusion.latent_guidance import Errors
+from companion.evaluation.known_people import unseen
 from companion.models.latent import PRIOR, LatentPrior
-from companion.papers.latent3d.data import unseen
 from companion.parameters import Parameters, param
-from companion.reconstruction import mri as classical
-
-GUIDANCES = {"projection": projection, "gradient": gradient}
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """The part of a form that says how posterior draws of latents are made."""
-
-    methods: tuple[str, ...] = param(
-        tuple(GUIDANCES),
-        "how latents are led to the data: decode, correct, encode; or by the decoder's derivatives",
-        choices=tuple(GUIDANCES),
-    )
-    draws: int = param(4, "posterior draws of a volume", minimum=1)
-    evaluations: int = param(16, "network evaluations a draw", minimum=2)
-    first_sigma: float = param(20.0, "noise level at which draws begin", minimum=1e-3)
-    last_sigma: float = param(0.1, "noise level of the last evaluation", minimum=1e-5)
-    iterations: int = param(8, "conjugate-gradient steps an evaluation", minimum=1)
-
-    @property
-    def levels(self) -> Tensor:
-        """The noise levels (evaluations + 1,), the last 0."""
-        return karras(self.evaluations, self.last_sigma, self.first_sigma)
-
-
-@dataclass(frozen=True)
-class Classical:
-    """The part of a form that says how methods without a learned prior are regularised."""
-
-    regularisation: float = param(0.03, "of CG-SENSE, chosen on validation people, as the next two", minimum=0)
-    wavelets: float | None = param(0.004, "weight of |wavelets|_1; none: without that baseline", minimum=0)
-    variation: float | None = param(0.0015, "weight of the total variation; none: without that baseline", minimum=1e-9)
-    sparse_iterations: int = param(80, "steps of these two", minimum=1)
-
-    def images(self, scan: Scan) -> dict[str, Tensor]:
-        """What they make of a scan, by name, 0 and above: they too are told that it is real."""
-        methods = {
-            "zero-filled": (classical.zero_filled, 0.0, None),
-            "CG-SENSE": (classical.cg_sense, self.regularisation, 30),
-            "L1 of wavelets": (classical.l1_wavelet, self.wavelets, self.sparse_iterations),
-            "total variation": (classical.total_variation, self.variation, self.sparse_iterations),
-        }
-        return {
-            name: method(scan.y, scan.maps, scan.mask, weight, iterations).real.clamp(min=0)
-            for name, (method, weight, iterations) in methods.items()
-            if weight is not None
-        }
+from companion.reconstruction.latent import Classical, Reconstruction, Sampler, posterior, without_some
 
 
 @dataclass(frozen=True)
@@ -103,38 +50,6 @@ def prepare(p: ReconstructVolumes, prior: LatentPrior) -> tuple[list[Scan], Erro
     return scans, Errors.measure(prior.D, prior.space, others, seed=p.seed)
 
 
-@torch.no_grad()
-def drawn_anew(
-    prior: LatentPrior, z: Tensor, start_sigmas: Sequence[float], evaluations: int, seed: int = 0
-) -> dict[str, Tensor]:
-    """The code z (1, *latent_shape), and that code noised to each level and drawn from there, as volumes.
-
-    Little noise must bring the same brain back, much noise another brain; noise in between shows which features the
-    prior holds on to. A decoder that fails does so without any noise; a prior that fails does so with much.
-    """
-    check_unique([f"sigma {sigma:g}" for sigma in start_sigmas], "noise levels")
-    made = {"code": prior.decode(z)}
-    for sigma in start_sigmas:
-        levels = karras(max(2, evaluations), min(0.02, sigma / 10), sigma)
-        drawn = sample(
-            prior.D, levels, shape=prior.latent_shape, seeds=seed, start=z, solver="dpmpp_2m", device=prior.device
-        )
-        made[f"sigma {sigma:g}"] = prior.decode(drawn.x)
-    return made
-
-
-# ------------------------------------------------------------------------------------------------------ reconstruction
-
-
-@dataclass(frozen=True, eq=False)
-class Reconstruction:
-    """Real-valued images (1, 1, z, y, x) of a scan by method, draws (draw, 1, z, y, x) by method, and bills."""
-
-    images: dict[str, Tensor]
-    draws: dict[str, Tensor]
-    bills: dict[str, Bill]
-
-
 def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], errors: Errors) -> list[Reconstruction]:
     """What each method makes of each scan; of the latent methods the mean of the draws."""
     made = []
@@ -146,60 +61,6 @@ def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], erro
             images |= {label: x.mean(0, keepdim=True) for label, x in found.items()}
         made.append(Reconstruction(images, draws, bills))
     return made
-
-
-def posterior(
-    prior: LatentPrior, errors: Errors, scan: Scan, method: str, sampler: Sampler, seeds: Sequence[int]
-) -> tuple[dict[str, Tensor], Bill]:
-    """Draws (draw, 1, z, y, x) by one of GUIDANCES, decoded and "+ data", and what one cost."""
-    G = GUIDANCES[method](scan.A, scan.y, scan.noise_std, sampler.iterations, space=prior.space, errors=errors)
-    began = time.perf_counter()
-    z = sample(
-        G(prior.D),
-        sampler.levels,
-        shape=prior.latent_shape,
-        seeds=seeds,
-        solver="dpmpp_2m",
-        device=prior.device,
-        batch_size=1,
-    )
-    decoded = prior.decode(z.x)
-    explained = with_data(decoded, G, sampler.last_sigma)
-    bill = replace(z.bill, seconds=(time.perf_counter() - began) / len(seeds))
-    return {method: decoded.clamp(min=0), f"{method} + data": explained.clamp(min=0)}, bill
-
-
-@torch.no_grad()
-def with_data(decoded: Tensor, G: LatentGuidance, sigma: float) -> Tensor:
-    """Decoded volumes (draw, 1, z, y, x) made to agree with the data once more, outside the latents.
-
-    What the autoencoder cannot express returns. sigma: the noise level whose errors they have.
-    """
-    last = G.errors.at(torch.full((len(decoded),), sigma, device=decoded.device))
-    return torch.cat([explain(x[None], v[None], G) for x, v in zip(decoded, last, strict=True)])
-
-
-HELD = 0.1  # of the readouts outside of the centre: kept back to judge methods by
-
-
-def without_some(scan: Scan, share: float = HELD, seed: int = 0) -> tuple[Scan, Tensor]:
-    """The scan without a share of its readouts outside of the centre, and which samples these are, (z, y, x), bool.
-
-    Raises ValueError where all readouts lie in the centre.
-    """
-    plane = scan.mask.mask[0] > 0
-    free = plane.clone()
-    rows, columns = (slice(n // 2 - scan.mask.acs // 2, n // 2 + scan.mask.acs // 2) for n in plane.shape)
-    free[rows, columns] = False
-    places = free.flatten().nonzero()[:, 0]
-    if not len(places):
-        raise ValueError(f"all readouts lie in the centre of {scan.mask.acs} x {scan.mask.acs}; none can be held out")
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).to(places.device)
-    held = torch.zeros_like(plane).flatten()
-    held[places[order[: max(1, round(share * len(places)))]]] = True
-    held = held.view_as(plane).expand(scan.mask.mask.shape)
-    mask = replace(scan.mask, mask=torch.where(held, 0, scan.mask.mask))
-    return replace(scan, y=torch.where(held, 0, scan.y), mask=mask), held
 
 
 @torch.no_grad()
@@ -218,34 +79,3 @@ def study_held_out(p: ReconstructVolumes, prior: LatentPrior, errors: Errors, sc
         name: (scan.A(x) - scan.y)[..., held].abs().square().mean().item() - 2 * scan.noise_std**2
         for name, x in images.items()
     }
-
-
-def advice(found: dict[str, float]) -> str:
-    """In words and numbers which image to believe, by what `missed` found."""
-    told = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-    if "total variation" not in found or found["latent prior"] <= found["total variation"]:
-        return f"held-out readouts speak for the latent prior (mean squared error: {told})"
-    return (
-        f"WARNING: held-out readouts speak against the latent prior (mean squared error: {told}): it does not know "
-        "this scan; take the classical reconstruction, total variation"
-    )
-
-
-def score(reconstructions: Sequence[Reconstruction], scans: Sequence[Scan]) -> list[dict[str, object]]:
-    """PSNR and SSIM of every method, mean and standard error over people; peak 1, and inside the brain."""
-    rows, truth = [], torch.cat([scan.x for scan in scans])
-    for name in reconstructions[0].images:
-        x = torch.cat([r.images[name] for r in reconstructions])
-        values = {
-            "PSNR (dB)": metrics.psnr(x, truth, 1.0),
-            "PSNR (brain, dB)": metrics.psnr(x, truth, 1.0, truth > 0),
-            "SSIM": metrics.ssim(x, truth, 1.0),
-            "SSIM (brain)": metrics.ssim(x, truth, 1.0, truth > 0),
-        }
-        rows.append({"method": name, "n": len(x)} | {key: average(v) for key, v in values.items()})
-    return rows
-
-
-def calibration(draws: Tensor, truth: Tensor) -> float:
-    """The variance of draws (draw, 1, z, y, x) over the squared error of their mean, in the brain; 1: right."""
-    return metrics.calibration_ratio(draws[:, None], truth, truth > 0).item()

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from companion.data.cohort import standard
-from companion.data.shading import AIR
+from companion.data.contrast_people import array_of
 from companion.data.store import open_dataset
-from companion.diffusion.local_information import conditions, prepare_source
-from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
 from companion.evaluation.tables import average
 from companion.evaluation.translation import score
 from companion.files import project_root
-from companion.information.pairs import grey
 from companion.models.checkpoint import describe
-from companion.papers.lmi.data import array_of, stacks
-from companion.papers.lmi.translate import BOTH, EMBEDDED, Setting, Translator, begin, informed, translate
 from companion.parameters import Parameters, param
-from companion.randomness import generators, randn
+from companion.reconstruction.translation import BOTH, EMBEDDED, Setting, Translator, translate
 
 
 @dataclass(frozen=True)
@@ -63,66 +55,6 @@ class Sample(Parameters):
     def setting(self) -> Setting:
         """The setting of the pictures."""
         return replace(BOTH, solver=self.solvers[0], evaluations=self.evaluations[-1], draws=self.draws)
-
-
-def held_out(
-    people: str, split: str, subjects: int, source: str, target: str, image_size: int = 64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sources, true targets and tissue masks (image, 1, y, x): a slice of each person, ever higher up."""
-    if source == target:
-        raise ValueError(f"source is {source}, which is what the translator makes; give another contrast")
-    found = stacks(people, split, subjects, (source, target), image_size)
-    count, slices = found[target].shape[:2]
-    i = torch.arange(count)
-    given, truth, *labels = (x[i, i * slices // count] for x in found.values())
-    return given, truth, labels[0] > 0 if labels else grey(truth) > AIR
-
-
-def maps_at(prior: Translator, source: Tensor, truth: Tensor, sigmas: Sequence[float], seed: int) -> dict:
-    """For each noise level what the network is told of one image (1, 1, y, x): row -> column -> (1, y, x)."""
-    noise = randn(truth.shape[1:], truth.dtype, [torch.Generator().manual_seed(seed)])
-    side, sizes, rows = prepare_source(source, prior.conditioning), prior.conditioning.patches, {}
-    for sigma in sigmas:
-        x = truth + sigma * noise
-        shrunk = x / math.hypot(1, sigma)
-        told = conditions(x, sigma, side, prior.conditioning, ("cross",))[0]
-        first = sum(prior.conditioning.widths[: prior.conditioning.maps.index("cross")])
-        rows[f"σ = {sigma:g}"] = (
-            {"source": source[0], "noisy target": shrunk[0]}
-            | {f"cross, {n} x {n}": told[first + i : first + i + 1] for i, n in enumerate(sizes)}
-            | {f"self, {n} x {n}": side.self_map[0, i : i + 1] for i, n in enumerate(sizes)}
-        )
-    return rows
-
-
-def reverse_run(prior: Translator, source: Tensor, setting: Setting, seed: int, pictures: int = 8) -> dict:
-    """Pictures of one draw of one image (1, 1, y, x): row -> column -> (1, y, x), from noise to the result.
-
-    "noisy": x / sqrt(1 + sigma^2); "estimate": x0_hat there; "cross x 2": twice the finest cross map.
-    """
-    levels, path, c = setting.levels(), [], prior.conditioning
-    seeds = generators([seed])
-    state = begin(source, prior.channels, levels[0].item(), setting, seeds)
-    sample(
-        informed(prior, source, setting),
-        levels,
-        shape=state.shape[1:],
-        seeds=seeds,
-        state=state,
-        solver=setting.solver,
-        callback=path.append,
-    )
-    xs = [state, *(info["x"] for info in path)]
-    rows: dict[str, dict] = {"noisy": {}, "estimate": {}} | ({"cross x 2": {}} if "cross" in c.maps else {})
-    for i in torch.linspace(0, len(path) - 1, min(pictures, len(path))).round().int().tolist():
-        sigma, column_name = path[i]["sigma"], f"σ = {path[i]['sigma']:.2g}"
-        rows["noisy"][column_name] = xs[i][0] / math.hypot(1, sigma)
-        rows["estimate"][column_name] = path[i]["x0_hat"][0]
-        if "cross" in c.maps:
-            rows["cross x 2"][column_name] = (
-                2 * prepare_source(source, c).cross(grey(xs[i]) / (math.hypot(1, sigma) if c.scaled else 1))[0, :1]
-            )
-    return rows
 
 
 def study(p: Sample, prior: Translator, source: Tensor, truth: Tensor, inside: Tensor) -> list[dict]:

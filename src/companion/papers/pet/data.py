@@ -7,46 +7,20 @@ are those of `companion.acquisition.pet`, in kBq/mL from the phantom to the post
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from companion.acquisition.pet import FIELD_MM, Physics, Scan, acquire, mean_sensitivity
-from companion.data import anatomy
-from companion.data import pet as cohort
-from companion.data.activity_maps import Person, read_people
+from companion.data.activity_maps import read_people, virtual_people
 from companion.data.intake.splits import split_people, split_table
+from companion.data.pet import PEOPLE
 from companion.data.rows import Rows
 from companion.data.store import Prepared, prepare_once
-from companion.evaluation import metrics
 from companion.files import project_root
-from companion.operators.counts import poisson_counts, thin
 from companion.parameters import Parameters, param
-from companion.reconstruction.condition import iterates
-
-PEOPLE = "virtual cohort of companion.data.pet (ICBM 152), FDG-like axial slices"
-
-
-@dataclass(frozen=True)
-class Protocol(Physics):
-    """The part of a form that says how each slice is scanned, at a dose of its own, and reconstructed."""
-
-    counts: tuple[float, ...] = param(
-        (2e3, 2e6), "true counts of a slice at full dose: one number, or a range", minimum=1
-    )
-    fraction: float = param(
-        1.0,
-        "of the counts that the low-dose scan keeps; below 1 the full dose is kept as a target too",
-        minimum=1e-4,
-        maximum=1,
-    )
-    iterations: tuple[int, ...] = param((5, 15, 50), "MLEM iterates of the low dose to learn from", minimum=1)
-    fwhm_mm: float = param(0.0, "resolution of the scanner, known to the model", minimum=0)
+from companion.reconstruction.condition import Protocol, scanned
 
 
 @dataclass(frozen=True)
@@ -134,124 +108,3 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
 
     wanted = p.pick(*(name for name in PrepareData.__dataclass_fields__ if name not in ("data", "device", "out")))
     return prepare_once(project_root() / p.data, wanted, make, ["activity", "mlem", "sensitivity"])
-
-
-def virtual_people(
-    subjects: int, per_subject: int, image_size: int, lesions: int = 0, lesion_share: float = 1.0
-) -> Iterator[Person]:
-    """Yield training people of the embedded cohort one by one; activity in kBq/mL."""
-    low, high = anatomy.SLAB_MM
-    for i in range(subjects):
-        pixel_mm = FIELD_MM / image_size
-        s = cohort.cohort_slices("train", 1, image_size, per_subject, lesions, pixel_mm, lesion_share, first=i)
-        yield Person(str(int(s.subject[0])), s.image, s.mu, (s.height_mm - low) / (high - low), s.pixel_mm)
-
-
-def held_out(
-    split: str,
-    subjects: int,
-    image_size: int = 64,
-    per_subject: int = 1,
-    lesions: int = 0,
-    pixel_mm: float | None = None,
-) -> cohort.Slices:
-    """Slices of the first people of "validation" or "test", by default FIELD_MM wide as for the embedded weights.
-
-    With one slice each, the slices of successive people sweep the slab, so that few people show all of it.
-    """
-    pixel_mm = FIELD_MM / image_size if pixel_mm is None else pixel_mm
-    if per_subject > 1 or subjects == 1:
-        return cohort.cohort_slices(split, subjects, image_size, per_subject, lesions, pixel_mm)
-    low, high = anatomy.SLAB_MM
-    parts = []
-    for i, subject in enumerate(anatomy.cohort(split, subjects)):
-        height = torch.tensor([low + (high - low) * (i + 0.5) / subjects])
-        found = cohort.place_lesions(subject, lesions, height) if lesions else []
-        one = cohort.render(subject, (1, image_size, image_size), pixel_mm, height, found)
-        images = (one.slices(name) for name in ("image", "labels", "lesions", "mu"))
-        parts.append((*images, torch.tensor([subject.seed]), height))
-    return cohort.Slices(*(torch.cat(column) for column in zip(*parts, strict=True)), pixel_mm=pixel_mm)
-
-
-def scanned(person: Person, protocol: Protocol, classes: int, seed: int) -> dict[str, np.ndarray]:
-    """The arrays that `prepare` stores of one subject, its scans simulated and reconstructed."""
-    seeds = [seed * 1000 + i for i in range(len(person.image))]
-    low, high = math.log(protocol.counts[0]), math.log(protocol.counts[-1])
-    where = torch.rand(len(seeds), generator=torch.Generator().manual_seed(seeds[0]), dtype=torch.float64)
-    counts = (low + (high - low) * where).exp()
-    full = protocol.acquire(person.image, person.mu, counts, seeds, pixel_mm=person.pixel_mm, fwhm_mm=protocol.fwhm_mm)
-    scan = full if protocol.fraction == 1 else full.thinned(protocol.fraction, seeds)
-    arrays = {
-        "activity": person.image,
-        "mlem": iterates(scan, protocol.iterations),
-        "counts": scan.y.flatten(1).sum(1),
-        "sensitivity": mean_sensitivity(scan.A),
-        "label": (person.place * classes).long().clamp(0, classes - 1),
-    }
-    if protocol.fraction < 1:
-        arrays["high"] = iterates(full, protocol.iterations[-1:])
-    return {name: v.to(torch.uint8 if name == "label" else torch.float32).numpy() for name, v in arrays.items()}
-
-
-def dose_ladder(
-    slices: cohort.Slices, counts: Sequence[float], iterations: Sequence[int], seed: int = 0
-) -> dict[float, tuple[Scan, Tensor]]:
-    """Return, for each number of true counts, the scans of slices and their MLEM iterates (slice, iterate, y, x)."""
-    seeds, ladder = range(seed, seed + len(slices.image)), {}
-    for total in counts:
-        scan = acquire(slices.image, slices.mu, total, seeds, pixel_mm=slices.pixel_mm)
-        ladder[total] = scan, iterates(scan, iterations)
-    return ladder
-
-
-def stopping_table(ladder: dict[float, tuple[Scan, Tensor]], iterations: Sequence[int]) -> list[dict[str, object]]:
-    """The NRMSE of each MLEM iterate at each number of counts, mean and standard error over slices."""
-    return [
-        {"counts": f"{total:.3g}"}
-        | {
-            f"{k} iterations": metrics.mean_and_error(metrics.nrmse(images[:, i : i + 1], scan.x))
-            for i, k in enumerate(iterations)
-        }
-        for total, (scan, images) in ladder.items()
-    ]
-
-
-def maximum_table(ladder: dict[float, tuple[Scan, Tensor]]) -> list[dict[str, object]]:
-    """What dividing each image by its own maximum, as published, does to activity: mean and standard error.
-
-    The level of the head (last iterate, relative to the truth) after the counts give the scale, and after the maximum
-    does, the true image being divided by its own maximum too.
-    """
-    rows = []
-    for total, (scan, images) in ladder.items():
-        x, truth = images[:, -1:], scan.x
-        head = truth > 1
-        level = torch.stack([a[m].mean() / b[m].mean() for a, b, m in zip(x, truth, head, strict=True)])
-        peaks = truth.flatten(1).amax(1) / x.flatten(1).amax(1)
-        rows.append(
-            {
-                "counts": f"{total:.3g}",
-                "level, scale from counts": metrics.mean_and_error(level),
-                "level, divided by maxima": metrics.mean_and_error(level * peaks),
-            }
-        )
-    return rows
-
-
-def thinning_table(scan: Scan, fractions: Sequence[float], repeats: int = 50) -> list[dict[str, object]]:
-    """Mean and variance of thinned counts over their expectation, over bins and repeats: 1 and 1 if Poisson."""
-    expected, rows = scan.A(scan.x), []
-    full = [poisson_counts(expected, [repeat * 1000 + i for i in range(len(expected))]) for repeat in range(repeats)]
-    for fraction in fractions:
-        y = torch.stack(
-            [thin(one, fraction, [repeat * 1000 + i for i in range(len(one))]) for repeat, one in enumerate(full)]
-        ).double()
-        wanted = fraction * expected.double().sum()
-        rows.append(
-            {
-                "fraction": fraction,
-                "mean / expected": (y.mean(0).sum() / wanted).item(),
-                "variance / expected": (y.var(0).sum() / wanted).item(),
-            }
-        )
-    return rows

@@ -25,6 +25,7 @@ from companion.data.head_activity import (
     virtual_images,
 )
 from companion.data.heads_download import load_heads
+from companion.data.pet import held_out
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.losses import edm_loss
 from companion.evaluation.denoising import expected_errors
@@ -32,7 +33,6 @@ from companion.files import atomic_write, project_root
 from companion.models.architectures import build
 from companion.models.checkpoint import load
 from companion.papers.general import Bank
-from companion.papers.pet.data import held_out
 from companion.parameters import param
 from companion.training.loop import TrainResult
 from companion.training.recipe import Training, begin, fit, main

@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from companion.acquisition.doses import Doses, Level, ladder
 from companion.acquisition.own_pet import OwnScan, Placing, check_pixels
-from companion.acquisition.pet import FIELD_MM, Physics, Scan
-from companion.data.pet import Slices, tissue_shares
+from companion.acquisition.pet import Physics, Scan
+from companion.data.pet import FIELD_MM, Slices, held_out
 from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
-from companion.evaluation.activity import TISSUES, count_linearity, healthy, score
-from companion.evaluation.tables import average, check_unique, column, grouped
+from companion.evaluation.doses import MEAN, ONE, TRUSTED, rows_of
 from companion.files import project_root
 from companion.models import checkpoint
 from companion.models.errors import load_errors
 from companion.operators.pet import ParallelBeam
-from companion.papers.pet.data import held_out
-from companion.papers.pet.reconstruct import (
+from companion.parameters import Parameters, param
+from companion.reconstruction import trust_counts
+from companion.reconstruction.activity import (
+    ANCHORED,
+    GUESS,
     GUIDED,
     HEADS,
     NETWORK,
     PRIOR,
-    TRUSTS,
     Network,
     Prior,
     Sampler,
+    classical,
+    enhanced,
     posterior,
-    with_likelihood,
 )
-from companion.parameters import Parameters, param
-from companion.reconstruction import trust_counts
-from companion.reconstruction.pet import METHODS, oracle_stop, tune
-from companion.reconstruction.regions import decided, misplaced, regional
-
-ORACLE, GUESS, ANCHORED = "MLEM, oracle stop", "network", "network + likelihood"
-MEAN, ONE, TRUSTED = "posterior mean", "one draw", "trusted"
-MAPS = {"none": None, "exact": lambda shares: shares, "half a pixel off": misplaced, "labels only": decided}
-
-
-@dataclass(frozen=True)
-class Doses:
-    """The part of a form that says at which doses people are scanned."""
-
-    full_counts: float = param(1e6, "true counts of a slice at full dose; 1e6 as published", minimum=1)
-    fractions: tuple[float, ...] = param(
-        (0.05, 0.25, 1.0), "of the full dose, by thinning; 0.25 as published", minimum=1e-4, maximum=1
-    )
-    factors: tuple[float, ...] = param((2.5, 10.0), "further doses, as true counts per pixel with activity", minimum=0)
+from companion.reconstruction.pet import METHODS
+from companion.reconstruction.regions import region_rows
 
 
 @dataclass(frozen=True)
@@ -76,48 +60,6 @@ class Enhance(Doses, Physics, Sampler, Placing, Parameters):
         (), "other samplers to compare at the levels of `fractions`", choices=tuple(GUIDED)
     )
     autocast: str | None = param("auto", "number format inside the networks", choices=("auto", "bfloat16", None))
-
-
-# ------------------------------------------------------------------------------------------------------------ the doses
-
-
-@dataclass(frozen=True, eq=False)
-class Level:
-    """A dose: its name, the mean true counts of a slice, everybody's scan, and its share of the full dose."""
-
-    name: str
-    counts: float
-    scan: Scan
-    fraction: float | None = None
-
-
-def dose_name(fraction: float) -> str:
-    """The name of a fraction of the full dose, in per cent with all its digits: what tables are keyed by."""
-    return f"{100 * fraction:g}% dose"
-
-
-def ladder(people: Slices, doses: Doses, physics: Physics, seed: int = 0) -> list[Level]:
-    """The scans of the people at every dose, lowest counts first.
-
-    Doses of `fractions` are one full-dose scan, thinned; those of `factors` are scans of their own. Raises ValueError
-    for no dose, or for two that tables could not tell apart.
-    """
-    seeds = [seed * 1000 + int(person) * 100 for person in people.subject]
-    levels = []
-    if doses.fractions:
-        full = physics.acquire(people.image, people.mu, doses.full_counts, seeds, pixel_mm=people.pixel_mm)
-        levels += [
-            Level(dose_name(f), f * doses.full_counts, full if f == 1 else full.thinned(f, seeds), f)
-            for f in doses.fractions
-        ]
-    for k, factor in enumerate(doses.factors):
-        counts = factor * (people.image > 0.5).flatten(1).sum(1).double()
-        scan = physics.acquire(people.image, people.mu, counts, [s + k + 1 for s in seeds], pixel_mm=people.pixel_mm)
-        levels.append(Level(f"{factor:g} per pixel", counts.mean().item(), scan))
-    if not levels:
-        raise ValueError("no dose to study; give fractions of the full dose, or factors, counts per pixel")
-    check_unique([level.name for level in levels], "doses")
-    return sorted(levels, key=lambda level: level.counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,9 +101,6 @@ def prepare(p: Enhance) -> Cases:
     if p.result_units == "SUV":
         own.kbq_per_suv()
     return Cases([Level(path.stem, own.scan.y.sum().item() / len(own.scan.y), own.scan)], None, validation, own)
-
-
-# ------------------------------------------------------------------------------------------------------------ the study
 
 
 @dataclass(eq=False)
@@ -245,125 +184,3 @@ def study_trusted(p: Enhance, prior: Prior, scan: Scan, strength: float) -> trus
     short = Sampler(min(3, p.draws), min(12, p.evaluations), p.last_noise)
     trusts = trust_counts.assess(scan, {n: drawer(one, short) for n, one in priors.items()}, by_map, seed=p.seed)
     return trust_counts.reconstruct(scan, trusts, {n: drawer(one, p) for n, one in priors.items()}, by_map)
-
-
-def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The images of all methods without a network by name, and the setting that each was tuned to."""
-    tuned = {name: tune(name, validation.y, validation.A, validation.background, validation.x) for name in METHODS}
-    images = {name: METHODS[name](scan.y, scan.A, scan.background, setting) for name, setting in tuned.items()}
-    if scan.x is not None:
-        images[ORACLE] = oracle_stop(scan.y, scan.A, scan.background, scan.x)
-    return images, tuned
-
-
-def enhanced(network: Network, scan: Scan, validation: Scan, seed: int = 0) -> tuple[dict[str, Tensor], float, Tensor]:
-    """What a conditional network makes of a scan, alone and with the likelihood; the trust tuned; its variance."""
-    guess, other = network.guess(scan, seed), network.guess(validation, seed)
-    errors = {t: metrics.nrmse(with_likelihood(other, validation, t), validation.x).mean().item() for t in TRUSTS}
-    trust = min(errors, key=errors.get)
-    return {GUESS: guess[0], ANCHORED: with_likelihood(guess, scan, trust)}, trust, guess[1]
-
-
-def rows_of(name: str, x: Tensor, people: Slices) -> list[dict]:
-    """A row of plain numbers for each slice of one method's images."""
-    figures = score(x, people)
-    return [
-        {"method": name, "person": int(people.subject[i])} | {key: values[i].item() for key, values in figures.items()}
-        for i in range(len(x))
-    ]
-
-
-def region_rows(images: Mapping[str, Tensor], people: Slices, scan: Scan) -> list[dict]:
-    """The bias of each tissue's mean, a row for each method, kind of anatomical maps, and slice."""
-    shares, labels, rows = tissue_shares(people), healthy(people), []
-    for name in ("MLEM", "MAP", MEAN):
-        for kind, change in MAPS.items():
-            x = images[name]
-            x = x if change is None else regional(x, scan.y, scan.A, scan.background, change(shares))
-            bias = metrics.region_bias(x, people.image, labels, tuple(TISSUES.values()))
-            rows += [
-                {"method": name, "maps": kind, "person": int(people.subject[i])}
-                | dict(zip(TISSUES, b.tolist(), strict=True))
-                for i, b in enumerate(bias)
-            ]
-    return rows
-
-
-# ----------------------------------------------------------------------------------------------------------- the tables
-
-
-def table(rows: Sequence[Mapping], level: str, versus: str = MEAN) -> list[dict]:
-    """One line per method at a level: means over people and their standard errors.
-
-    "gain": by how much the NRMSE of `versus` is lower on the same people, in per cent of the method's.
-    """
-    methods = grouped([row for row in rows if row["level"] == level], "method")
-    ours, lines = column(methods[versus], "NRMSE", torch.float64), []
-    for name, mine in methods.items():
-        values = {key: column(mine, key, torch.float64) for key in mine[0] if key not in ("level", "method")}
-        lines.append(
-            {
-                "method": name,
-                "NRMSE": mean_and_error(values["NRMSE"]),
-                "gain (%)": mean_and_error(100 * (1 - ours / values["NRMSE"])),
-                "PSNR (dB)": mean_and_error(values["PSNR"]),
-                "SSIM": mean_and_error(values["SSIM"]),
-                **{f"{k} (%)": mean_and_error(100 * v) for k, v in values.items() if k.startswith(("bias", "noise"))},
-                "lesion recovery": mean_and_error(values["recovery"]),
-            }
-        )
-    return lines
-
-
-def region_table(rows: Sequence[Mapping], level: str) -> list[dict]:
-    """The bias of tissue means at a level, %: mean and standard error, a line for each method and maps."""
-    groups = grouped([row for row in rows if row["level"] == level], "method", "maps")
-    return [
-        {"method": method, "anatomical maps": maps}
-        | {f"bias, {t} (%)": mean_and_error(column([{t: 100 * r[t]} for r in mine], t, torch.float64)) for t in TISSUES}
-        for (method, maps), mine in groups.items()
-    ]
-
-
-def curves(rows: Sequence[Mapping], methods: Sequence[str], figure: str = "NRMSE") -> dict[str, tuple]:
-    """For each method (counts, mean of a figure, its standard error), as `figures.curves` takes them."""
-    lines = {}
-    for name in methods:
-        groups = grouped([row for row in rows if row["method"] == name], "counts")
-        if groups:
-            pairs = [mean_and_error(column(mine, figure, torch.float64)) for _, mine in sorted(groups.items())]
-            lines[name] = (sorted(groups), [a for a, _ in pairs], [b for _, b in pairs])
-    return lines
-
-
-def same_quality(rows: Sequence[Mapping], method: str, versus: str = MEAN) -> list[dict]:
-    """How many counts `versus` needs for the NRMSE that a method has at each level, and how many times fewer.
-
-    By interpolation of log NRMSE over log counts; None below the lowest level that was measured.
-    """
-    (counts, ours, _), (_, theirs, _) = (curves(rows, [name])[name] for name in (versus, method))
-    x, y = np.log(counts), np.log(ours)
-    lines = []
-    for n, error in zip(counts, theirs, strict=True):
-        reached = y.min() <= np.log(error) <= y.max()
-        needed = float(np.exp(np.interp(np.log(error), y[::-1], x[::-1]))) if reached else None
-        lines.append(
-            {
-                "counts": n,
-                f"NRMSE of {method}": error,
-                f"counts for it with {versus}": needed and round(needed),
-                "times fewer": needed and n / needed,
-            }
-        )
-    return lines
-
-
-def linearity(images: Mapping[str, Mapping[str, Tensor]], people: Slices, methods: Sequence[str]) -> list[dict]:
-    """`count_linearity` of methods over all levels."""
-    return count_linearity({name: [level[name] for level in images.values()] for name in methods}, people)
-
-
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error of the values that are not NaN; the error of a single one is NaN."""
-    cell = average(values)
-    return cell if isinstance(cell, tuple) else (cell, float("nan"))

@@ -5,7 +5,7 @@ Reverse diffusion whose conditions are worked out anew at every step, from the n
     prior = Translator.load("lmi/t2w")
     found = translate(prior, source, RECOMMENDED, seed=0)        # source (image, 1, y, x), any contrast
     found.x, found.draws                                         # mean of the draws, and the draws
-    companion.papers.lmi.volume translates whole volumes
+    companion.reconstruction.volume_translation translates whole volumes
 
 Everything about a translation is a `Setting`; the rows of the evaluation are settings and three rules of thumb.
 Wang et al. 2024, IEEE TMI, doi 10.1109/TMI.2024.3382043.
@@ -14,7 +14,7 @@ Wang et al. 2024, IEEE TMI, doi 10.1109/TMI.2024.3382043.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from companion.data import anatomy
 from companion.data.shading import shaded_like
 from companion.diffusion.denoisers import AnySize, Denoiser, column
-from companion.diffusion.local_information import MAPS, Conditioning, Informed, SourceSide, prepare_source
+from companion.diffusion.local_information import MAPS, Conditioning, Informed, SourceSide, conditions, prepare_source
 from companion.diffusion.noise import DiscreteSchedule, karras
 from companion.diffusion.sampling import Bill, sample
 from companion.diffusion.solvers import Solver, ddpm
@@ -106,9 +106,6 @@ ABLATION = {  # the rows of the evaluation that a network draws
     "recommended": RECOMMENDED,
     "oracle: LMI of the truth": replace(BOTH, oracle=True),
 }
-
-
-# ------------------------------------------------------------------------------------------------------ translation
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,3 +260,50 @@ def begin(
 
 # The release adds noise after the last step as well: that of the posterior of its second time ("fixedlarge").
 LAST_STD = PUBLISHED.posterior_log_variance_clipped[0].div(2).exp().item()
+
+
+def maps_at(prior: Translator, source: Tensor, truth: Tensor, sigmas: Sequence[float], seed: int) -> dict:
+    """For each noise level what the network is told of one image (1, 1, y, x): row -> column -> (1, y, x)."""
+    noise = randn(truth.shape[1:], truth.dtype, [torch.Generator().manual_seed(seed)])
+    side, sizes, rows = prepare_source(source, prior.conditioning), prior.conditioning.patches, {}
+    for sigma in sigmas:
+        x = truth + sigma * noise
+        shrunk = x / math.hypot(1, sigma)
+        told = conditions(x, sigma, side, prior.conditioning, ("cross",))[0]
+        first = sum(prior.conditioning.widths[: prior.conditioning.maps.index("cross")])
+        rows[f"σ = {sigma:g}"] = (
+            {"source": source[0], "noisy target": shrunk[0]}
+            | {f"cross, {n} x {n}": told[first + i : first + i + 1] for i, n in enumerate(sizes)}
+            | {f"self, {n} x {n}": side.self_map[0, i : i + 1] for i, n in enumerate(sizes)}
+        )
+    return rows
+
+
+def reverse_run(prior: Translator, source: Tensor, setting: Setting, seed: int, pictures: int = 8) -> dict:
+    """Pictures of one draw of one image (1, 1, y, x): row -> column -> (1, y, x), from noise to the result.
+
+    "noisy": x / sqrt(1 + sigma^2); "estimate": x0_hat there; "cross x 2": twice the finest cross map.
+    """
+    levels, path, c = setting.levels(), [], prior.conditioning
+    seeds = generators([seed])
+    state = begin(source, prior.channels, levels[0].item(), setting, seeds)
+    sample(
+        informed(prior, source, setting),
+        levels,
+        shape=state.shape[1:],
+        seeds=seeds,
+        state=state,
+        solver=setting.solver,
+        callback=path.append,
+    )
+    xs = [state, *(info["x"] for info in path)]
+    rows: dict[str, dict] = {"noisy": {}, "estimate": {}} | ({"cross x 2": {}} if "cross" in c.maps else {})
+    for i in torch.linspace(0, len(path) - 1, min(pictures, len(path))).round().int().tolist():
+        sigma, column_name = path[i]["sigma"], f"σ = {path[i]['sigma']:.2g}"
+        rows["noisy"][column_name] = xs[i][0] / math.hypot(1, sigma)
+        rows["estimate"][column_name] = path[i]["x0_hat"][0]
+        if "cross" in c.maps:
+            rows["cross x 2"][column_name] = (
+                2 * prepare_source(source, c).cross(grey(xs[i]) / (math.hypot(1, sigma) if c.scaled else 1))[0, :1]
+            )
+    return rows

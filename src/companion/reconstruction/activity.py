@@ -1,4 +1,4 @@
-"""PET from counts: how low can the dose go? Posterior draws against tuned reconstructions, over a ladder of doses.
+"""Activity from counts: posterior draws, a conditional network, and tuned methods to compare with.
 
     scan = acquire(people.image, people.mu, 2.5e5, seeds, pixel_mm=people.pixel_mm)
     prior = Prior.load("pet/prior", held_out("validation", 16, lesions=1).image)
@@ -32,20 +32,43 @@ from companion.diffusion.poisson import (
 )
 from companion.diffusion.recalibration import ErrorModel, Recalibrated
 from companion.diffusion.sampling import sample
+from companion.evaluation import metrics
 from companion.models import checkpoint
 from companion.models.architectures import network_of
-from companion.papers.pet.prior import BLIND_SIGMA
 from companion.parameters import param
 from companion.randomness import randn
-from companion.reconstruction.condition import condition
+from companion.reconstruction.condition import BLIND_SIGMA, condition
+from companion.reconstruction.pet import METHODS, oracle_stop, tune
+
+ORACLE, GUESS, ANCHORED = "MLEM, oracle stop", "network", "network + likelihood"
+
+
+def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The images of all methods without a network by name, and the setting that each was tuned to."""
+    tuned = {name: tune(name, validation.y, validation.A, validation.background, validation.x) for name in METHODS}
+    images = {name: METHODS[name](scan.y, scan.A, scan.background, setting) for name, setting in tuned.items()}
+    if scan.x is not None:
+        images[ORACLE] = oracle_stop(scan.y, scan.A, scan.background, scan.x)
+    return images, tuned
+
+
+def enhanced(network: Network, scan: Scan, validation: Scan, seed: int = 0) -> tuple[dict[str, Tensor], float, Tensor]:
+    """What a conditional network makes of a scan, alone and with the likelihood; the trust tuned; its variance."""
+    guess, other = network.guess(scan, seed), network.guess(validation, seed)
+    errors = {t: metrics.nrmse(with_likelihood(other, validation, t), validation.x).mean().item() for t in TRUSTS}
+    trust = min(errors, key=errors.get)
+    return {GUESS: guess[0], ANCHORED: with_likelihood(guess, scan, trust)}, trust, guess[1]
+
 
 PRIOR, HEADS, NETWORK = "pet/prior", "pet/heads", "pet/enhance"
-FIRST_SIGMA = 10.0  # network units: noise level at which draws begin, an image is invisible in it
-FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
-LAST_GUIDED = 0.01  # last noise level of guided samplers, which do not draw from what is left at the end
-LEVEL_STEP = math.log(1.1)  # last noise levels are rounded to 10 %, so that many slices share one
 
-# ------------------------------------------------------------------------------------------------------- the posterior
+FIRST_SIGMA = 10.0  # network units: noise level at which draws begin, an image is invisible in it
+
+FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
+
+LAST_GUIDED = 0.01  # last noise level of guided samplers, which do not draw from what is left at the end
+
+LEVEL_STEP = math.log(1.1)  # last noise levels are rounded to 10 %, so that many slices share one
 
 
 @dataclass(frozen=True)
@@ -98,6 +121,7 @@ class Prior:
 
 
 GIBBS = "Gibbs"
+
 GUIDED: dict[str, Callable[..., Counts]] = {  # samplers to compare with: of A, y, background and the exact mean
     "EM steps": lambda A, y, b, exact: em_steps(A, y, background=b, iterations=20, trust=3.0),
     "one mean": lambda A, y, b, exact: exact,
@@ -147,9 +171,6 @@ def draw(
     return Posterior(prior.scale_kbq * result.x.cpu(), prior.scale_kbq * mean.cpu(), result.bill)
 
 
-# --------------------------------------------------------------------------------------------- the conditional network
-
-
 @dataclass(frozen=True, eq=False)
 class Network:
     """A conditional network: activity given the MLEM images of a scan and its dose."""
@@ -181,6 +202,7 @@ class Network:
 
 
 EM_ITERATIONS = 5
+
 TRUSTS = (0.1, 0.3, 1.0, 3.0)  # searched: how much of the network's stated variance the likelihood may use
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from companion.data.nifti import Volume, load_nifti, save_nifti
 from companion.data.slicing import Slicing
 from companion.data.template import OnTemplate
 from companion.evaluation.support import Support, supported
-from companion.papers.lmi.translate import RECOMMENDED, Setting, Translator, informed, translate
 from companion.randomness import generators, randn
+from companion.reconstruction.translation import RECOMMENDED, Setting, Translator, informed, translate
 
 FILLED = 0.02  # share of the pixels of a slice that must be foreground for it to be translated
 UNITS = "1: bright tissue (99.5 % of the foreground)"
@@ -189,3 +190,26 @@ def seconds(prior: Translator, source: Tensor, setting: Setting) -> float:
         G(x, torch.full((len(some),), 0.5).to(some))
         spent = time.perf_counter() - start
     return spent / len(some) * len(source) * setting.draws * setting.evaluations
+
+
+class Volumes(NamedTuple):
+    """`pictures` of a source volume and its translation, row -> column -> (1, y, x), and `facts` about them."""
+
+    pictures: dict[str, dict[str, Tensor]]
+    facts: dict[str, object]
+
+
+def compare_volumes(source: str | Path, made: str | Path, unsupported: str | Path | None = None) -> Volumes:
+    """Three planes through the middle of two or three NIfTI files, each in a window of its own, and their geometry."""
+    pictures, facts = {}, {}
+    files = {"source": source, "translation": made} | ({"unsupported": unsupported} if unsupported else {})
+    for name, volume in ((name, load_nifti(path)) for name, path in files.items()):
+        x = torch.from_numpy(np.asarray(volume.array, np.float32))
+        x = (x / x.max().clamp(min=1e-6)).repeat_interleave(max(1, round(volume.voxel_mm[0] / volume.voxel_mm[1])), 0)
+        z, y, width = (n // 2 for n in x.shape)
+        planes = {"plane z": x[z], "plane y": x[:, y].flip(0), "plane x": x[..., width].flip(0)}
+        pictures[name] = {plane: image[None] for plane, image in planes.items()}
+        facts[name] = {"shape (z, y, x)": volume.array.shape, "affine": volume.affine.round(4).tolist()}
+    facts["same shape"] = facts["source"]["shape (z, y, x)"] == facts["translation"]["shape (z, y, x)"]
+    facts["same affine"] = facts["source"]["affine"] == facts["translation"]["affine"]
+    return Volumes(pictures, facts)

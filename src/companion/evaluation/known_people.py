@@ -1,0 +1,115 @@
+"""Whom a latent prior learned from, and whom it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from companion.data import anatomy, volumes
+from companion.data.store import Prepared, SequenceDataset, open_dataset
+from companion.data.volume_folder import COHORT, held_out
+from companion.files import project_root
+from companion.models.latent import LatentPrior
+
+
+def unseen(prior: LatentPrior, data: str, split: str, count: int) -> Tensor:
+    """Volumes (person, 1, z, y, x) of people the prior never saw, on its grid: of the prepared file `data`.
+
+    Without that file, of the embedded cohort. Raises ValueError for a file on another grid.
+    """
+    path = project_root() / data
+    if not path.exists():
+        return torch.stack([volumes.virtual(one, prior.shape).image[None] for one in anatomy.cohort(split, count)])
+    prepared = open_dataset(path, require=["image"])
+    check_grid(prepared, prior)
+    return held_out(prepared, split, count)
+
+
+def check_grid(prepared: Prepared, prior: LatentPrior) -> None:
+    """Raise ValueError unless prepared volumes are of the shape, voxel size and kind that the prior was trained on.
+
+    Of priors on the embedded cohort: whether the file shows brains in its place. Whole heads fill more, other crops
+    other voxels, and both would be taken for odd brains in silence.
+    """
+    shape = tuple(prepared.shapes["image"][-3:])
+    if shape != prior.shape:
+        raise ValueError(
+            f"{prepared.path} holds volumes of {shape} voxels, the prior was trained on {prior.shape}; "
+            "give its own data, or a name that does not exist to draw the embedded cohort anew"
+        )
+    found, known = prepared.attrs.get("voxel_mm"), prior.config["data"].get("voxel_mm")
+    if found and known and any(abs(a / b - 1) > SAME for a, b in zip(found, known, strict=True)):
+        raise ValueError(
+            f"{prepared.path} has voxels of {' x '.join(f'{v:.3g}' for v in found)} mm, the prior was trained on "
+            f"{' x '.join(f'{v:.3g}' for v in known)} mm; prepare it again with voxel_mm={tuple(known)}"
+        )
+    if prior.config["data"].get("source", COHORT) == COHORT != prepared.source:
+        check_content(prepared)
+
+
+def check_content(prepared: Prepared) -> None:
+    """Raise ValueError unless the volumes show stripped brains where the embedded cohort has them."""
+    part = next((name for name in ("train", "validation", "test") if prepared.split.get(name)), None)
+    if part is None:
+        return
+    items = prepared.sequences("image", part, 1)
+    mean = torch.stack([items[i].float().flatten() for i in range(min(4, len(items)))]).mean(0)
+    brain = volumes.virtual(anatomy.cohort("train", 1)[0], tuple(prepared.shapes["image"][-3:])).image.flatten() > 0.1
+    filled = mean > 0.1
+    inside, outside = (filled & brain).sum() / brain.sum(), (filled & ~brain).sum() / filled.sum().clamp(min=1)
+    if inside < FILLS or outside > SPILLS:
+        raise ValueError(
+            f"{prepared.path}: its volumes fill {inside:.0%} of where the prior's brains lie, and {outside:.0%} of what"
+            " they show lies elsewhere; the prior knows stripped brains in MNI: strip and register, or train anew"
+        )
+
+
+SAME = 0.02  # relative difference of voxel sizes that are one
+FILLS, SPILLS = 0.6, 0.4  # of the place of brains, least filled; of what is shown, most elsewhere
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """The first `count` volumes (1, z, y, x) that a prior learned from: read from a prepared file, or made anew.
+
+    own: whether they are the prior's own, all of them; what they are stands in `what`.
+    """
+
+    count: int
+    shape: tuple[int, int, int]
+    stored: SequenceDataset | None
+    own: bool = True
+    what: str = ""
+
+    @classmethod
+    def of(cls, prior: LatentPrior, data: str, most: int) -> TrainingSet:
+        """At most so many: virtual people made anew for a prior on the cohort, else those of the prepared file `data`.
+
+        Another file than the prior was trained on is searched, too, but nobody is called unmemorised by it: `own`.
+        """
+        path, known = project_root() / data, prior.config["data"]
+        prepared = open_dataset(path, require=["image"]) if path.exists() else None
+        if prepared is not None:
+            check_grid(prepared, prior)
+        if known.get("source", COHORT) == COHORT:
+            count = min(most, known["volumes"])
+            return cls(count, prior.shape, None, count == known["volumes"], f"{count} of its {known['volumes']} people")
+        if prepared is None:
+            raise FileNotFoundError(f"{path} does not exist; the prior's training volumes are searched: give its data")
+        stored = prepared.sequences("image", "train", 1)
+        count = min(most, len(stored))
+        own = known.get("source") == prepared.source and count == known.get("volumes")
+        return cls(count, prior.shape, stored, own, f"{count} volumes of {path.name}")
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self.stored is not None:
+            return self.stored[i].reshape(1, *self.shape).float()
+        return volumes.virtual(anatomy.Subject(anatomy.FIRST_SEED["train"] + i), self.shape).image[None]
+
+    def batches(self, size: int = 50) -> Iterator[Tensor]:
+        """Yield all of them, (batch, 1, z, y, x)."""
+        for i in range(0, self.count, size):
+            yield torch.stack([self[j] for j in range(i, min(i + size, self.count))])
