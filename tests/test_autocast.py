@@ -79,8 +79,8 @@ def test_every_form_leaves_the_format_to_the_processor():
     import companion.papers.lmi.prior
     import companion.papers.lmi.sample
     import companion.papers.pet.prior
-    import companion.papers.pet.reconstruct
     import companion.papers.pet.sample
+    import companion.papers.pet.study
     import companion.papers.start_here
     import companion.papers.train_prior  # noqa: F401
 
