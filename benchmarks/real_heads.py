@@ -2,12 +2,14 @@
 
     python benchmarks/real_heads.py FOLDER --out runs/benchmarks/real_heads
     python benchmarks/real_heads.py FOLDER --tune          # on validation heads: writes real_heads_tuned.json
+    python benchmarks/real_heads.py FOLDER --radial        # spokes instead of lines
 
 Heads: images of any format that `companion look` knows (NIfTI of any orientation, DICOM series, ...), one file or
 series each. A head is turned to its nearest axial position; 1 is the 99th percentile of its tissue. Slices lie between
 40 and 110 mm below the top of the head. Sizes: "64" is 64 x 64 pixels of 3.25 mm with 4 centre lines, "native" the
 file's own pixels, not interpolated, in a field of view of about 240 mm (multiples of 8), with 24 centre lines. A smooth
-phase, 8 birdcage coils, equispaced lines R = 4 and 8, noise 0.01 per real component, true maps. The settings of the
+phase, 8 birdcage coils, equispaced lines R = 4 and 8, noise 0.01 per real component, true maps; --radial: spokes at
+golden angles, pi / 2 n / R of them, their readout oversampled twice. The settings of the
 classical methods come from real_heads_tuned.json, made on validation heads; the folder is never tuned on.
 
 Columns: PSNR (peak of each slice), SSIM, NRMSE of magnitudes; calibration = variance of the draws / squared error of
@@ -23,6 +25,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import resource
 import shutil
 import time
@@ -46,8 +49,10 @@ from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
 from companion.models.checkpoint import describe_source, load_denoiser
 from companion.models.errors import load_errors
+from companion.operators.linear import LinearOperator
 from companion.operators.masks import cartesian_mask
-from companion.operators.mri import Sense, birdcage_maps, sense
+from companion.operators.mri import birdcage_maps, sense
+from companion.operators.noncartesian import GOLDEN, noncartesian_sense, radial_trajectory
 from companion.randomness import randn
 from companion.reconstruction import regularised, trust
 
@@ -61,11 +66,18 @@ OURS = ("prior, mean of draws", "prior, posterior mean", "prior, trusted")
 # ----------------------------------------------------------------------------------------------------------- heads
 
 
-def scan(x: Tensor, acceleration: int, acs: int, seed: int) -> tuple[Sense, Tensor]:
-    """The operator and the data (slice, coil, y, x) of complex slices."""
-    A = sense(birdcage_maps(x.shape[-2:], COILS), cartesian_mask(x.shape[-1], acceleration, acs=acs))
+def scan(x: Tensor, acceleration: int, acs: int, seed: int, radial: bool = False) -> tuple[LinearOperator, Tensor]:
+    """The operator and the data (slice, coil, y, x) or, of spokes, (slice, coil, sample) of complex slices."""
+    maps, space = birdcage_maps(x.shape[-2:], COILS), x.shape[-2:]
+    if radial:
+        n = max(space)
+        angles = GOLDEN * torch.arange(round(math.pi / 2 * n / acceleration))
+        spokes = radial_trajectory(angles, 2 * n, n) * torch.tensor(space) / n
+        A = noncartesian_sense(maps, spokes.flatten(0, 1))
+    else:
+        A = sense(maps, cartesian_mask(space[1], acceleration, acs=acs))
     noise = randn((len(x), *A.range_shape), x.dtype, torch.Generator().manual_seed(seed))
-    return A, A(x) + NOISE * A.mask(noise)
+    return A, A(x) + NOISE * (noise if radial else A.mask(noise))
 
 
 def inside(x: Tensor) -> Tensor:
@@ -86,9 +98,10 @@ def methods() -> dict:
     return found
 
 
-def each_slice(A: Sense, y: Tensor, regularisation: float, penalty: str) -> Tensor:
+def each_slice(A: LinearOperator, y: Tensor, regularisation: float, penalty: str) -> Tensor:
     """What `bart pics` makes of slices."""
-    images = [regularised.bart_pics(A, one[None], A.coils.maps[None], regularisation, penalty=penalty) for one in y]
+    maps = birdcage_maps(A.domain_shape[1:], COILS)[None]
+    images = [regularised.bart_pics(A, one[None], maps, regularisation, penalty=penalty) for one in y]
     return torch.cat(images)
 
 
@@ -106,7 +119,7 @@ def tune(heads: dict, args) -> dict:
             scans = []
             for seed, load in enumerate(heads.values()):
                 x = anatomy.random_phase(head_slices(*load(), size, args.slices), torch.Generator().manual_seed(seed))
-                scans.append((x, *scan(x, R, ACS[size], seed)))
+                scans.append((x, *scan(x, R, ACS[size], seed, args.radial)))
             for name, method in methods().items():
                 scores = {
                     value: torch.cat([metrics.psnr(method(A, y, value), x) for x, A, y in scans]).mean().item()
@@ -115,10 +128,15 @@ def tune(heads: dict, args) -> dict:
                 best = max(scores, key=scores.get)
                 ends = " (an end of the grid: extend it)" if best in (min(args.grid), max(args.grid)) else ""
                 print(size, R, name, f"{best:g}: {scores[best]:.2f} dB{ends}", scores, flush=True)
-                found.setdefault(f"{size} R={R}", {})[name] = best
+                found.setdefault(setting(size, R, args), {})[name] = best
     how = {"heads": sorted(heads), "slices": args.slices, "grid": list(args.grid), "noise": NOISE, "coils": COILS}
     made = {setting: {**how, "score": "mean PSNR", "code": code_version()} for setting in found}
     return {"made": made, "settings": found}
+
+
+def setting(size: str, R: int, args) -> str:
+    """The name of a protocol, by which settings and sheets are kept."""
+    return f"{size} R={R}" + " radial" * args.radial
 
 
 @dataclass(frozen=True)
@@ -161,8 +179,8 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], dict
     for size in args.sizes:
         x = anatomy.random_phase(head_slices(*load(), size, args.slices), torch.Generator().manual_seed(seed))
         for R in args.R:
-            A, y = scan(x, R, ACS[size], seed + 1)
-            tuned, images = settings[f"{size} R={R}"], {}
+            A, y = scan(x, R, ACS[size], seed + 1, args.radial)
+            tuned, images = settings[setting(size, R, args)], {}
             for method in (m for m in methods() if m in tuned):
                 began = time.perf_counter()
                 images[method] = classical(method, tuned)(A, y)
@@ -185,7 +203,7 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], dict
                 )
             middle = len(x) // 2
             stack = torch.cat([x[middle], *[v[middle] for v in images.values()]]).abs()
-            pictures[f"{size} R={R}"] = stack.half()
+            pictures[setting(size, R, args)] = stack.half()
     return rows, pictures
 
 
@@ -252,11 +270,11 @@ def markdown(lines: list[dict]) -> str:
     return "\n".join(text) + "\n"
 
 
-def contact_sheet(pictures: dict[str, dict[str, Tensor]], setting: str):
+def contact_sheet(pictures: dict[str, dict[str, Tensor]], protocol: str):
     """A row a head: the truth and all methods at one size and R."""
     from matplotlib.figure import Figure
 
-    shown = {name: sheets[setting].float().numpy() for name, sheets in pictures.items() if setting in sheets}
+    shown = {name: sheets[protocol].float().numpy() for name, sheets in pictures.items() if protocol in sheets}
     columns = max(len(images) for images in shown.values())
     figure = Figure(figsize=(1.8 * columns, 1.9 * len(shown)), facecolor="black")
     axes = figure.subplots(len(shown), columns, squeeze=False)
@@ -298,6 +316,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--slices", type=int, default=6)
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--evaluations", type=int, default=30, help="of the network, a draw")
+    parser.add_argument("--radial", action="store_true", help="spokes at golden angles instead of lines")
     parser.add_argument("--tune", action="store_true", help="the folder holds validation heads: tune on them, and stop")
     parser.add_argument("--grid", nargs="+", type=float, default=list(GRID))
     parser.add_argument("--tuned", type=Path, default=TUNED)
@@ -316,7 +335,7 @@ def main(argv=None) -> list[dict]:
     tuned = read_tuned(args)
     D = load_denoiser(args.weights)
     prior = AnySize(D, network_of(D).total_stride), load_errors(args.weights)
-    asked = {k: getattr(args, k) for k in ("sizes", "R", "slices", "draws", "evaluations")}
+    asked = {k: getattr(args, k) for k in ("sizes", "R", "slices", "draws", "evaluations", "radial")}
     key = {**asked, "weights": describe_source(args.weights).sha256, "settings": tuned["settings"]}
     rows, pictures = [], {}
     (args.out / "heads").mkdir(parents=True, exist_ok=True)
@@ -346,7 +365,8 @@ def main(argv=None) -> list[dict]:
 def read_tuned(args) -> dict:
     """The settings of the classical methods. Raises SystemExit where one that is needed was never tuned."""
     tuned = json.loads(args.tuned.read_text()) if args.tuned.exists() else {"settings": {}}
-    missing = [f"{size} R={R}" for size in args.sizes for R in args.R if f"{size} R={R}" not in tuned["settings"]]
+    wanted = [setting(size, R, args) for size in args.sizes for R in args.R]
+    missing = [name for name in wanted if name not in tuned["settings"]]
     if missing:
         raise SystemExit(
             f"{args.tuned} has no settings of classical methods for {', '.join(missing)}; make them on a folder of "
@@ -370,9 +390,9 @@ def write(out: Path, rows: list[Row], pictures: dict) -> None:
     for name, content in contents.items():
         with atomic_write(out / name) as path:
             path.write_text(content)
-    for setting in dict.fromkeys(s for sheets in pictures.values() for s in sheets):
-        with atomic_write(out / f"sheet {setting}.png".replace(" ", "_").replace("=", "")) as path:
-            contact_sheet(pictures, setting).savefig(path, format="png", dpi=110)
+    for protocol in dict.fromkeys(s for sheets in pictures.values() for s in sheets):
+        with atomic_write(out / f"sheet {protocol}.png".replace(" ", "_").replace("=", "")) as path:
+            contact_sheet(pictures, protocol).savefig(path, format="png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,20 @@ def test_any_orientation_gives_the_same_slices_nose_up(size, width):
         bench.head_slices(np.zeros((20, 20, 20)), affine, size, 3)
 
 
+@pytest.mark.parametrize("radial", [False, True])
+def test_a_scan_measures_what_it_says(radial):
+    if radial:
+        pytest.importorskip("finufft")
+    x = torch.complex(*torch.randn(2, 1, 1, 24, 16, generator=torch.Generator().manual_seed(0)))
+    A, y = bench.scan(x, 4, 4, 0, radial)
+    other = bench.scan(x, 4, 4, 1, radial)[1]
+    assert y.shape == (1, bench.COILS, *((9 * 48,) if radial else (24, 16)))
+    measured = torch.ones_like(y[0, 0], dtype=torch.bool) if radial else y[0, 0] != 0
+    apart = (y - other)[:, :, measured.expand(y.shape[2:])]
+    assert apart.abs().square().mean().sqrt() == pytest.approx(2 * bench.NOISE, rel=0.1), "noise alone differs"
+    assert (A.H(y) - A.normal(x)).norm() < 0.1 * A.normal(x).norm()
+
+
 def test_a_finished_head_is_not_redone_and_the_table_counts_heads(tmp_path, monkeypatch, capsys):
     array, affine = phantom()
     for name in ("one", "two"):

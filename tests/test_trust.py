@@ -14,6 +14,7 @@ from companion.diffusion.sampling import Bill, Samples
 from companion.operators.linear import Identity
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
+from companion.operators.noncartesian import GOLDEN, noncartesian_sense, radial_trajectory
 from companion.randomness import randn
 from companion.reconstruction import trust
 
@@ -55,6 +56,23 @@ def test_the_two_parts_are_the_scan_and_the_centre_stays(kind, mask_shape):
     other = trust.hold_out(A, y, acs=4, share=0.2, seed=2)
     assert not torch.equal(other.held, split.held)
     assert torch.equal(trust.hold_out(A, y, acs=4, share=0.2, seed=1).held, split.held)
+
+
+def test_samples_off_the_grid_fall_in_two_scans():
+    pytest.importorskip("finufft")
+    k = radial_trajectory(torch.arange(9) * GOLDEN, 2 * SIZE, SIZE).flatten(0, 1)
+    A = noncartesian_sense(birdcage_maps((SIZE, SIZE), COILS), k)
+    x = randn((1, *A.domain_shape), torch.complex64, torch.Generator().manual_seed(0))
+    y = A(x)
+    split = trust.hold_out(A, y, acs=4, share=0.2, seed=1)
+    assert split.y.shape[-1] + split.held_y.shape[-1] == len(k) and len(split.held) == round(0.2 * len(k))
+    assert torch.allclose(split.A(x), split.y, atol=1e-4) and torch.allclose(split.held_A(x), split.held_y, atol=1e-4)
+    assert split.held_A.outer.trajectory.norm(dim=-1).min() > 2, "the centre, from which maps come, is seen"
+    radius = split.held_A.outer.trajectory.norm(dim=-1)
+    assert radius[split.group == 0].max() <= radius[split.group == trust.BANDS - 1].min()
+    samples = Samples(x + 0.1 * randn((3, *x.shape[1:]), x.dtype, torch.Generator().manual_seed(2)), None, None, None)
+    score = trust.predictive_score(split, samples, NOISE)
+    assert score.chi2 < 2 and score.spread > 0
 
 
 def test_a_scan_of_nothing_but_its_centre_cannot_be_split():

@@ -7,7 +7,8 @@ A few measured samples are held out. Draws made from the rest predict them; how 
 - whether the posterior mean or a classical image comes closer, and in which mixture of both the error is least.
 
 Then the image is drawn from all data. Everything is judged by linear predictions of samples, so any operator will do: a
-`Split` says how data fall in two parts, `hold_out` makes one for Cartesian MRI, and scoring knows nothing of either.
+`Split` says how data fall in two parts, `hold_out` makes one for MRI on and off the grid, and scoring knows nothing of
+either.
 docs/trust.md has the formulas, the thresholds and how they were set.
 """
 
@@ -25,8 +26,9 @@ from companion.diffusion.guidance import posterior_mean
 from companion.diffusion.noise import karras
 from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sampling import Bill, Samples
-from companion.operators.linear import Diagonal, LinearOperator
+from companion.operators.linear import Composition, Diagonal, LinearOperator
 from companion.operators.mri import Mask, Sense
+from companion.operators.noncartesian import NUFFT
 
 Classical = Callable[[LinearOperator, Tensor], Tensor]  # (A, y) -> image (batch, *A.domain_shape)
 
@@ -63,16 +65,21 @@ class Split:
 def hold_out(A: LinearOperator, y: Tensor, acs: int = 0, share: float = 0.1, seed: int = 0) -> Split:
     """The split of data y (1, coil, *space), 0 where not measured, that holds out `share` of the samples, at random.
 
-    The `acs` central samples along every axis that is undersampled stay with the draws, so that maps made from them
-    are not touched. Single samples, of all coils at once: their neighbours on a measured line tell much of them, and a
-    prior that is surer of itself than it should be is found out by not listening. Raises ValueError where nothing is
-    left to hold out, and for more than one slice.
+    The `acs` central samples along every axis that is undersampled stay with the draws (off the grid those within
+    acs / 2 cycles per field of view), so that maps made from them are not touched. Single samples, of all coils at
+    once: their neighbours on a measured line tell much of them, and a prior that is surer of itself than it should be
+    is found out by not listening. Off the grid, y (1, coil, sample), each part has its own trajectory and data.
+    Raises ValueError where nothing is left to hold out, and for more than one slice.
     """
     if len(y) != 1:
         raise ValueError(f"got data of {len(y)} slices; hold out of one, (1, coil, *space): it speaks for the others")
     measured = (y[0] != 0).any(0)
+    off_grid = isinstance(A, Composition) and isinstance(A.outer, NUFFT)
+    radius = A.outer.trajectory.norm(dim=-1) if off_grid else radii(measured)
     free = measured.clone()
-    if acs:
+    if acs and off_grid:
+        free &= radius > acs / 2
+    elif acs:
         free[centre_of(measured, acs)] = False
     places = free.flatten().nonzero()[:, 0]
     if not len(places):
@@ -82,8 +89,13 @@ def hold_out(A: LinearOperator, y: Tensor, acs: int = 0, share: float = 0.1, see
     held = torch.zeros_like(measured).flatten()
     held[places[chosen.to(places.device)]] = True
     held = held.reshape(measured.shape)
+    if off_grid:
+        seen, other = (replace(A, outer=replace(A.outer, trajectory=A.outer.trajectory[m])) for m in (~held, held))
+        return Split(seen, y[..., ~held], other, y[..., held], torch.ones_like(held[held]), bands(radius[held]))
     seen, other = (masked(A, part) for part in (measured & ~held, held))
-    return Split(seen, torch.where(held, 0, y), other, torch.where(held, y, 0), held, bands(held))
+    group = torch.zeros(held.shape, dtype=torch.long, device=held.device)
+    group[held] = bands(radius[held])
+    return Split(seen, torch.where(held, 0, y), other, torch.where(held, y, 0), held, group)
 
 
 def masked(A: LinearOperator, part: Tensor) -> LinearOperator:
@@ -103,11 +115,15 @@ def centre_of(measured: Tensor, acs: int) -> tuple[slice, ...]:
     )
 
 
-def bands(held: Tensor, count: int = BANDS) -> Tensor:
-    """For each held-out sample (*space) the ring of k-space that it lies in; rings hold equally many of them."""
-    grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in held.shape], indexing="ij")
-    radius = sum(g.square() for g in grids).sqrt().to(held.device)
-    edges = torch.quantile(radius[held], torch.linspace(0, 1, count + 1, device=held.device)[1:-1])
+def radii(measured: Tensor) -> Tensor:
+    """The distance (*space) of samples from the middle of k-space, as a share of its width."""
+    grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in measured.shape], indexing="ij")
+    return sum(g.square() for g in grids).sqrt().to(measured.device)
+
+
+def bands(radius: Tensor, count: int = BANDS) -> Tensor:
+    """For each held-out sample, given its radius, the ring of k-space that it lies in; rings hold equally many."""
+    edges = torch.quantile(radius, torch.linspace(0, 1, count + 1, device=radius.device)[1:-1])
     return torch.bucketize(radius, edges)
 
 
