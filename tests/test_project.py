@@ -6,7 +6,7 @@ import pytest
 
 from companion.extras import extra
 from companion.files import find_project, shipped
-from companion.workbench.batch import located
+from companion.workbench.sources import located
 from companion.workbench.project import lay_down
 
 

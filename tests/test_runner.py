@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from companion.workbench import runner
+from companion.workbench import attempts, runner
 from companion.workbench.run import read_run
 from companion.workbench.runner import RunFailed, merge, read_signature, run_notebook
 
@@ -125,7 +126,10 @@ def test_a_failed_run_keeps_its_notebook_and_is_not_done(tiny_notebook, mode, wo
     with pytest.raises(RunFailed, match=words):
         run_notebook(tiny_notebook, {"mode": mode})
     names = sorted(os.listdir("runs/tiny"))
-    assert names == [".lock", "metrics.json", "notebook.ipynb"]
+    assert names == [".attempts.jsonl", ".lock", "metrics.json", "notebook.ipynb"]
+    attempt = attempts.last("runs/tiny")
+    assert attempt.outcome == "failed" and re.search(words, attempt.reason)
+    assert attempt.again == (mode in ("die", "lie"))  # an error of the notebook would come again
     assert len(json.loads(Path("runs/tiny/notebook.ipynb").read_text())["cells"]) >= 3
 
 
@@ -162,7 +166,7 @@ def test_the_port_race_is_retried_and_user_errors_are_not(tiny_notebook, monkeyp
 
 
 def test_a_manifest_of_another_run_does_not_count(tiny_notebook, monkeypatch):
-    def orphan(notebook, output, values, root, mark):
+    def orphan(notebook, output, values, root, marks):
         (output.parent / "run.json").write_text('{"execution": "another", "results": {}}')
 
     monkeypatch.setattr(runner, "_execute", orphan)

@@ -96,7 +96,7 @@ def test_kill_and_resume(project, orphan):
     assert json.loads((project / "runs/first/metrics.json").read_text()) == {"double": 0.002}
     assert all(read_run(project / "runs" / name).state == "done" for name in ("first", "second"))
     hidden = [f for f in os.listdir(project / "runs/first") if f.startswith(".")]
-    assert hidden == [".lock"]
+    assert sorted(hidden) == [".attempts.jsonl", ".lock"]
 
 
 def test_a_failure_is_reported_and_indexed(project):
@@ -107,25 +107,7 @@ def test_a_failure_is_reported_and_indexed(project):
     assert "Incomplete" in (project / "runs/index.html").read_text()
 
 
-def test_a_grid_is_one_target(project):
-    grid = {
-        "name": "grid",
-        "notebook": "tiny.ipynb",
-        "out": "runs/grid",
-        "threads": 1,
-        "vary": {"scale": [2.0, 3.0], "mode": ["none", "other"]},
-        "gather": {"notebook": "tiny.ipynb", "out": "runs/gathered", "set": ["scale=5.0"]},
-    }
-    config = yaml.safe_load(Path("config.yaml").read_text()) | {"grids": [grid]}
-    Path("config.yaml").write_text(yaml.safe_dump(config))
-    runs = all_runs(config)
-    assert runs["grid"]["needs"] == ["grid_2p0_none", "grid_2p0_other", "grid_3p0_none", "grid_3p0_other"]
-    assert runs["grid_3p0_other"]["out"] == "runs/grid/scale=3.0,mode=other"
-
-    said = finish(batch(project, "--dry-run"))
-    assert "gathered" not in said and "runs/first" in said  # the demo does not do grids
-    said = finish(batch(project, "grid", "--dry-run"))
-    assert said.count("rule grid_") == 4 and "runs/first" not in said
+def test_two_runs_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two runs alike"):
         all_runs({"runs": [{"name": "a", "out": "x"}, {"name": "a", "out": "y"}]})
 

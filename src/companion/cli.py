@@ -91,6 +91,93 @@ def batch(
     raise typer.Exit(run_batch(profile, config, folder, context.args))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def grid(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="YAML file of the grid, as those in workflow/grids")],
+    dry: Annotated[bool, typer.Option("--dry-run", "-n", help="how many cells, how long, how much; then stop")] = False,
+    profile: Annotated[str, typer.Option(help="local, slurm, or a Snakemake profile's folder")] = "local",
+    limit: Annotated[int | None, typer.Option(help="do so many cells at most")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="join another grid of this notebook in its folder")] = False,
+    any_code: Annotated[bool, typer.Option("--any-code", help="keep results of other versions of the code")] = False,
+):
+    """Do every cell of a grid that is not done; its folder has table, figure and page. Other options: Snakemake."""
+    from companion.workbench.grid_run import failures, run_grid
+
+    code, plan = run_grid(file, profile, dry=dry, limit=limit, merge=merge, any_code=any_code, options=context.args)
+    if dry:
+        return
+    from companion.show.grid_page import write_grid
+
+    written = write_grid(plan.folder)
+    wrong = failures(plan)
+    print(f"{len(plan.grid.cells) - len(wrong)} of {len(plan.grid.cells)} cells are done: open {written['page']}")
+    for name, why in list(wrong.items())[:20]:
+        print(f"  {name}: {why}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(help="folder of runs, or of a grid")] = Path("runs")):
+    """Say what is done, what runs, what failed with its last error, and how long it will be."""
+    from companion.workbench.progress import report, statuses
+
+    print(report(statuses(folder)))
+
+
+@app.command()
+def clean(
+    folder: Annotated[Path, typer.Argument(help="folder of runs, or of a grid")] = Path("runs"),
+    failed: Annotated[bool, typer.Option("--failed", help="the files of runs that are not done, too")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="remove them; without it they are listed")] = False,
+):
+    """List what killed runs left below FOLDER, or remove it; results of done runs and runs at work stay."""
+    from companion.workbench import progress
+
+    if yes:
+        count, size = progress.clean(folder, failed)
+        print(f"{count} files removed, {size / 1e6:.1f} MB")
+        return
+    found = list(progress.leftovers(folder, failed))
+    for path in found:
+        print(path)
+    print(f"{len(found)} files, {sum(path.stat().st_size for path in found) / 1e6:.1f} MB; --yes removes them")
+
+
+@app.command()
+def rerun(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
+    tolerance: Annotated[
+        float | None, typer.Option(help="relative; default: 0 where all is as it was, else 1e-3")
+    ] = None,
+):
+    """Repeat RUN beside itself and compare its numbers; exit code 1 if they differ."""
+    from companion.workbench.again import rerun as again
+
+    found = again(folder, tolerance)
+    print(found)
+    raise typer.Exit(1 if found.differences else 0)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
+    out: Annotated[Path | None, typer.Option(help="the zip; default: RUN.zip")] = None,
+):
+    """Make one zip of RUN: notebook, results, parameters, environment, hashes of weights, RO-Crate metadata."""
+    from companion.workbench.export import export as to_zip
+
+    print(to_zip(folder, out))
+
+
+@app.command(hidden=True)
+def cell(plan: Path, name: str, attempt: Annotated[int, typer.Option()] = 1):
+    """Do one cell of a grid: what its jobs call."""
+    from companion.workbench.cell import run_cell
+
+    print(run_cell(plan, name, attempt))
+
+
 @weights.command("list")
 def list_weights():
     """Show all weights and sample data by name, and whether they are here."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -79,12 +80,17 @@ def check(cls: type[Parameters], values: Mapping[str, Value]) -> dict[str, Value
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown_names(values, fields, cls.__name__)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     checked = {}
     for name, value in values.items():
         checked[name] = value = coerce(name, value, hints[name], fields[name].metadata.get("choices") or ())
         _in_range(name, value, fields[name].metadata)
     return checked
+
+
+@functools.cache
+def _hints(cls: type[Parameters]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)  # evaluates every annotation: once a form, not once a cell of a grid
 
 
 def unknown_names(given: Iterable[str], known: Iterable[str], where: str) -> None:

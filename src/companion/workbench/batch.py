@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +12,11 @@ from pathlib import Path
 
 import yaml
 
-import companion
 from companion.extras import extra
 from companion.files import find_project, project_root, shipped
+from companion.workbench.cell import gpus
 from companion.workbench.run import MANIFEST, read_run
 
-PACKAGE = Path(companion.__file__).parent
 INDEX = Path("runs/index.html")
 
 
@@ -28,23 +27,12 @@ def run_batch(profile: str, config: Path | None, folder: Path | None, options: S
     project's. folder: where runs/ goes, by default `project_root()`. options: passed on to Snakemake.
     Raises ModuleNotFoundError when Snakemake is not installed, FileNotFoundError outside of any project.
     """
-    with extra("batch"):
-        import snakemake  # noqa: F401 (run as a program, below)
     folder = (folder or project_root()).resolve()
-    project = find_project()
-    workflow = project / "workflow" if project else shipped("workflow")
-    config = (config or workflow / "config.yaml").resolve()
-    known = workflow / "profiles" / profile
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(workflow / "Snakefile")]
-    command += ["--directory", str(folder), "--configfile", str(config)]
-    command += ["--profile", str(known if known.is_dir() else Path(profile).resolve())]
-    with _only_driver(folder) as lock:
+    config = (config or workflow_folder() / "config.yaml").resolve()
+    with only_driver(folder) as lock:
         _forget_corrupt(folder, config)
-        if any((folder / ".snakemake" / "locks").glob("*")):  # ours to open: no driver is alive
-            subprocess.run([*command, "--unlock", "--quiet"], check=True, capture_output=True)
         before = _written(folder / INDEX)
-        # Snakemake keeps the lock even when this process is killed.
-        code = subprocess.run([*command, *options], cwd=folder, pass_fds=[lock]).returncode
+        code = snakemake("Snakefile", profile, folder, ["--configfile", str(config)], options, lock)
         after = _written(folder / INDEX)
     if {"-n", "--dry-run"} & set(options):
         return code
@@ -56,35 +44,41 @@ def run_batch(profile: str, config: Path | None, folder: Path | None, options: S
     return code
 
 
-def located(pattern: str, project: Path) -> list[str]:
-    """The files that a pattern of config.yaml names, sorted: here, else in the project, else in the package.
+def snakemake(
+    snakefile: str, profile: str, folder: Path, arguments: Sequence[str], options: Sequence[str], lock: int
+) -> int:
+    """Snakemake's exit code. lock: of `only_driver`, whose holder may open a lock that a killed driver left.
 
-    A pattern without any file stays as it is, so that Snakemake reports it missing.
+    Raises ModuleNotFoundError when it is not installed.
     """
-    within = pattern.removeprefix("src/companion/")
-    places = [(Path(), pattern), (project, pattern), (shipped("checkpoints").parent, pattern)]
-    if within != pattern:
-        places.append((PACKAGE, within))
-    for folder, glob in places:
-        if found := sorted(str(file) for file in folder.glob(glob) if file.is_file()):
-            return found
-    return [pattern]
+    with extra("batch"):
+        import snakemake  # noqa: F401 (run as a program, below)
+    workflow = workflow_folder()
+    known = workflow / "profiles" / profile
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(workflow / snakefile), "--directory", str(folder)]
+    command += ["--profile", str(known if known.is_dir() else Path(profile).resolve()), *arguments]
+    if profile == "local" and not {"--resources", "--res"} & set(options):
+        command += ["--resources", f"mem_mb={memory_mb()}", f"gpu={len(gpus())}"]
+    if any((folder / ".snakemake" / "locks").glob("*")):  # ours to open: no driver is alive
+        subprocess.run([*command, "--unlock", "--quiet"], check=True, capture_output=True)
+    # Snakemake keeps the lock even when this process is killed.
+    return subprocess.run([*command, *options], cwd=folder, pass_fds=[lock]).returncode
+
+
+def workflow_folder() -> Path:
+    """The project's workflow, else the one that comes with the package."""
+    project = find_project()
+    return project / "workflow" if project else shipped("workflow")
+
+
+def memory_mb() -> int:
+    """What this machine has to give to jobs, in MB: nine tenths of its memory."""
+    return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6)
 
 
 def all_runs(config: Mapping) -> dict[str, dict]:
-    """Return the runs of a configuration by name, grids written out: one run a combination, and the gathering one.
-
-    Raises ValueError when two runs have the same name.
-    """
+    """The runs of a configuration by name. Raises ValueError when two have the same name."""
     runs = list(config.get("runs") or [])
-    for grid in config.get("grids") or []:
-        common = {k: v for k, v in grid.items() if k not in ("name", "vary", "gather", "out")}
-        members = []
-        for values in itertools.product(*grid["vary"].values()):
-            set_ = [f"{name}={value}" for name, value in zip(grid["vary"], values, strict=True)]
-            name = "_".join([grid["name"], *map(str, values)]).replace(".", "p").replace("-", "m")
-            members.append(common | {"name": name, "out": "/".join([grid["out"], ",".join(set_)]), "set": set_})
-        runs += [*members, grid["gather"] | {"name": grid["name"], "needs": [run["name"] for run in members]}]
     named = {run["name"]: run for run in runs}
     if len(named) < len(runs):
         raise ValueError("the workflow's configuration names two runs alike")
@@ -96,7 +90,7 @@ def _written(path: Path) -> int | None:
 
 
 @contextmanager
-def _only_driver(folder: Path) -> Iterator[int]:
+def only_driver(folder: Path) -> Iterator[int]:
     """Wait until no other driver works in `folder`; yields the descriptor that holds the lock."""
     (folder / ".snakemake").mkdir(parents=True, exist_ok=True)
     with open(folder / ".snakemake" / "driver.lock", "w") as lock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from urllib.parse import quote
 
 import companion
 from companion.files import atomic_write
+from companion.workbench.attempts import locked
 from companion.workbench.run import MANIFEST, NOTEBOOK, RunState, read_run
 
 RECORD = ("paper", "stage", "parameters", "results", "end")  # what this version's run.json has
@@ -83,7 +83,7 @@ def _folders(runs: Path) -> Iterator[Path]:
 def _state(folder: Path, hashes: bool) -> RunState:
     state = read_run(folder, hashes)
     if state.state == "incomplete":
-        return RunState(folder, "running", "a notebook is being executed here") if _locked(folder) else state
+        return RunState(folder, "running", "a notebook is being executed here") if locked(folder) else state
     record = state.record
     if not record:  # unreadable for this version: is it another version's, or rubbish?
         try:
@@ -110,18 +110,6 @@ def _number(version: str) -> tuple[int, ...]:
     """(major, minor) of a version, () of none: what changes the meaning of results."""
     parts = version.split(".")[:2]
     return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
-
-
-def _locked(folder: Path) -> bool:
-    """Whether a runner is at work in a folder: it holds the lock, which its death would have opened."""
-    try:
-        with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
 
 
 def _order(state: RunState, runs: Path) -> tuple:

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import resource
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ NOTEBOOK = "notebook.ipynb"
 IMAGES = "companion-images-1"  # the format of Run.images
 VERSION = "COMPANION_VERSION"  # set by the runner: a kernel with another companion stops at once
 EXECUTION = "COMPANION_EXECUTION"  # set by the runner: a manifest without this mark is from another run
+ORIGIN = "COMPANION_ORIGIN"  # set by the runner: the notebook, and the cell of a grid, as JSON
 
 
 def begin(form: type[P], namespace: Mapping[str, Any], *, paper: str, stage: str) -> tuple[P, Run]:
@@ -85,8 +87,9 @@ class Run:
                 "device": _device(p.device),
                 "code": code_version(),
                 "packages": package_versions(),
-                "platform": {"system": platform.platform(), "cores": os.cpu_count()},
+                "platform": {"system": platform.platform(), "cores": os.cpu_count(), "cpu": processor()},
                 "execution": os.environ.get(EXECUTION),
+                "origin": json.loads(os.environ.get(ORIGIN, "{}")),
                 "start": _now(),
                 "inputs": {},
                 "bill": {},
@@ -229,7 +232,8 @@ class Run:
         end = _now()
         took = datetime.fromisoformat(end) - datetime.fromisoformat(self._record["start"])
         path = self.folder / MANIFEST
-        _write_json(path, self._record | {"end": end, "seconds": took.total_seconds(), "results": results})
+        used = {"seconds": took.total_seconds(), "memory_bytes": peak_memory()}
+        _write_json(path, self._record | {"end": end} | used | {"results": results})
         print(f"done: {len(results)} results in {_relative(self.folder)}")
         return path
 
@@ -300,6 +304,22 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "missing"
     return versions
+
+
+@functools.cache
+def processor() -> str:
+    """The processor's name, by which to tell whether another run must have the same bits; "" if it is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _device(device: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import fcntl
 import functools
+import hashlib
 import importlib
 import json
 import logging
@@ -25,17 +26,30 @@ from typing import Any
 
 import companion
 from companion.extras import extra
-from companion.files import project_root
+from companion.files import project_root, shipped
 from companion.parameters import Parameters, check, coerce, read_yaml, unknown_names
-from companion.workbench.run import EXECUTION, MANIFEST, NOTEBOOK, VERSION, clear, read_run
+from companion.workbench import attempts
+from companion.workbench.run import EXECUTION, MANIFEST, NOTEBOOK, ORIGIN, VERSION, clear, read_run
+from companion.workbench.sources import code_hash
 from companion.workbench.surroundings import settle
 
 STARTS = 4  # attempts to start a kernel: two kernels that start together may pick the same port
 QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1"}
 
 
+# Errors of a notebook that another attempt may not meet; all others come again.
+PASSING = {"MemoryError", "OutOfMemoryError", "OSError", "TimeoutError", "ConnectionError", "BlockingIOError"}
+
+
 class RunFailed(RuntimeError):
-    """The notebook did not finish; the message says in which cell and where the executed copy is."""
+    """The notebook did not finish; the message says in which cell and where the executed copy is.
+
+    again: whether the same run could succeed.
+    """
+
+    def __init__(self, message: str, again: bool = True):
+        super().__init__(message)
+        self.again = again
 
 
 @dataclass(frozen=True)
@@ -123,11 +137,14 @@ def merge(file: str | os.PathLike | None, pairs: Iterable[str]) -> dict[str, Any
     return values
 
 
-def run_notebook(notebook: str | os.PathLike, values: Mapping[str, Any], out: str | None = None) -> Path:
+def run_notebook(
+    notebook: str | os.PathLike, values: Mapping[str, Any], out: str | None = None, origin: Mapping | None = None
+) -> Path:
     """The folder of a finished run of `notebook` with parameters `values`, other names at their defaults.
 
     out: results folder (relative to here); by default the notebook's parameter `out` (relative to the
     project). A former run in that folder is taken back first; the executed copy is kept, failed or not.
+    origin: goes to run.json beside the notebook's name and hash; a done run of the same origin stays as it is.
     Raises ValueError, TypeError or FileNotFoundError before anything starts; RunFailed afterwards.
     """
     signature = read_signature(notebook)
@@ -145,22 +162,44 @@ def run_notebook(notebook: str | os.PathLike, values: Mapping[str, Any], out: st
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the results should go to {folder}, which is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    whence = {"notebook": _named(Path(notebook), root), "notebook_sha256": source_hash(notebook), "code": code_hash()}
+    whence |= origin or {}
     with _alone_in(folder):
+        if origin and (there := read_run(folder)).state == "done" and there.record.get("origin") == whence:
+            return folder  # by an orphan of a killed workflow
         clear(folder)
         mark = uuid.uuid4().hex
+        attempts.begin(folder)
         try:
-            _execute(Path(notebook), folder / NOTEBOOK, values, root, mark)
+            _execute(Path(notebook), folder / NOTEBOOK, values, root, {EXECUTION: mark, ORIGIN: json.dumps(whence)})
             _verify(folder, mark)
-        except BaseException:
+        except BaseException as error:
             (folder / MANIFEST).unlink(missing_ok=True)
+            said = " ".join(str(error).split()) or type(error).__name__
+            attempts.end(folder, said, getattr(error, "again", True))
             raise
+        attempts.end(folder)
     return folder
+
+
+def source_hash(notebook: str | os.PathLike) -> str:
+    """One hash of a notebook's cells, whatever its outputs and metadata."""
+    cells = [(c["cell_type"], "".join(c["source"])) for c in _read_notebook(Path(notebook))["cells"]]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def _named(notebook: Path, root: Path) -> str:
+    """A notebook's path from the project's root, or from the package's; its name alone, where it is in neither."""
+    for base in (root, shipped("notebooks").parent):
+        if notebook.resolve().is_relative_to(base):
+            return notebook.resolve().relative_to(base).as_posix()
+    return notebook.name
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other runner, say an orphan of a killed workflow, writes to `folder`."""
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / attempts.LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -169,7 +208,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path, mark: str) -> None:
+def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path, marks: Mapping[str, str]) -> None:
     """Run the notebook through papermill; `output` appears whole, whatever happens short of kill -9."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,9 +217,7 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
             from papermill.exceptions import PapermillExecutionError
     logging.getLogger("papermill").setLevel(logging.ERROR)
     settle()
-    os.environ.update(
-        {EXECUTION: mark, VERSION: companion.__version__} | {k: os.environ.get(k, v) for k, v in QUIET.items()}
-    )
+    os.environ.update({VERSION: companion.__version__, **marks} | {k: os.environ.get(k, v) for k, v in QUIET.items()})
     aside = output.with_name(f".{output.name}")
     aside.unlink(missing_ok=True)
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -205,7 +242,7 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
                 time.sleep(attempt * random.uniform(0.5, 1.5))
     except PapermillExecutionError as error:
         said = " ".join(f"{error.ename}: {error.evalue}".split())
-        raise RunFailed(f"cell [{error.exec_count}] failed: {said}; see {output}") from None
+        raise RunFailed(f"cell [{error.exec_count}] failed: {said}; see {output}", error.ename in PASSING) from None
     except RuntimeError as error:  # the kernel was killed or never started
         raise RunFailed(f"the notebook's process ended early ({error}); out of memory? see {output}") from None
     except OSError:
@@ -252,6 +289,6 @@ def _verify(folder: Path, mark: str) -> None:
     if run.state == "done" and run.record.get("execution") != mark:
         raise RunFailed(f"{MANIFEST} in {folder} was written by another run")
     if run.state == "incomplete":
-        raise RunFailed(f"the notebook ended without {MANIFEST} in {folder}: does it call run.finish() last?")
+        raise RunFailed(f"the notebook ended without {MANIFEST} in {folder}: does it call run.finish() last?", False)
     if run.state == "corrupt":
         raise RunFailed(f"the results in {folder} are not what {MANIFEST} says: {run.reason}")
