@@ -69,9 +69,10 @@ def lay_out(folder: Path, axes: tuple[int, int, int], wait: float) -> None:
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
 
 
-def start(folder: Path, cores: int, full: bool = False) -> subprocess.Popen:
+def start(folder: Path, cores: int = 1, full: bool = False, profile: Path | None = None) -> subprocess.Popen:
     """The command that begins a grid, and goes on with it; on a full disk, files end at LIMIT bytes."""
-    command = [sys.executable, "-m", "companion.cli", "grid", "grid.yaml", "--cores", str(cores)]
+    command = [sys.executable, "-m", "companion.cli", "grid", "grid.yaml"]
+    command += ["--profile", str(profile)] if profile else ["--cores", str(cores)]
     limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))) if full else None
     with open(folder / "said.txt", "a") as said:  # not a pipe: orphans would keep it open
         return subprocess.Popen(

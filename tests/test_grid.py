@@ -53,7 +53,7 @@ def finish(plan, name, value=1.0):
 def test_axes_exclusions_and_seeds_make_cells(here):
     grid = grid_of(here, seeds=[3, 5], exclude=[{"scale": 2, "shift": [0, 1], "seed": 5}])
     names = [c.name for c in grid.cells]
-    assert len(names) == 6 and grid.excluded == 2 and names[0] == "scale=1,shift=0,seed=3"
+    assert len(names) == 6 and grid.excluded == 2 and names[0] == "scale=1_shift=0_seed=3"
     assert dict(grid.cells[-1].values) == {"scale": 2.0, "shift": 1, "seed": 3}
 
 
@@ -101,7 +101,7 @@ def test_every_cell_is_asked_of_the_form(here, monkeypatch):
     notebook = json.loads(Path("tiny.ipynb").read_text())
     notebook["metadata"]["companion"] = {"parameters": "forms:Tiny"}
     Path("tiny.ipynb").write_text(json.dumps(notebook))
-    with pytest.raises(ValueError, match="1 of 4 cells cannot be run; scale=1,shift=2,seed=0: too small"):
+    with pytest.raises(ValueError, match="1 of 4 cells cannot be run; scale=1_shift=2_seed=0: too small"):
         grid_of(here, axes={"scale": [1, 2], "shift": [0, 2]})
 
 
@@ -156,12 +156,12 @@ def test_only_what_is_new_or_no_longer_true_is_to_do(here):
         finish(plan, name)
     assert make_plan(grid, here).todo == []
     assert make_plan(grid_of(here, axes={"scale": [1, 2, 3], "shift": [0, 1]}), here).todo == [
-        "scale=3,shift=0,seed=0",
-        "scale=3,shift=1,seed=0",
+        "scale=3_shift=0_seed=0",
+        "scale=3_shift=1_seed=0",
     ]
-    (plan.folder / "scale=1,shift=0,seed=0" / "metrics.json").write_text("{}")
+    (plan.folder / "scale=1_shift=0_seed=0" / "metrics.json").write_text("{}")
     plan = make_plan(grid, here)
-    assert plan.stale == {"scale=1,shift=0,seed=0": "metrics.json is not the file that the run wrote"}
+    assert plan.stale == {"scale=1_shift=0_seed=0": "metrics.json is not the file that the run wrote"}
     assert set(make_plan(grid_of(here, fixed={"wait": 0.1}), here).stale.values()) >= {
         "parameters, notebook or inputs have changed"
     }
@@ -185,7 +185,7 @@ def test_two_grids_in_one_folder_are_refused_or_merged_knowingly(here):
         grid_run._former(other, merge=False)
     grid_run._write(other, other.todo, grid_run._former(other, merge=True), False)
     merged = json.loads((plan.folder / "grid.json").read_text())
-    assert len(merged["cells"]) == 5 and merged["todo"] == ["scale=7,shift=0,seed=0"]
+    assert len(merged["cells"]) == 5 and merged["todo"] == ["scale=7_shift=0_seed=0"]
     changed = make_plan(grid_of(here, name="other", fixed={"wait": 2.0}), here)
     with pytest.raises(ValueError, match="differs: fixed wait: 0.0 there, 2.0 here"):
         grid_run._former(changed, merge=True)
@@ -242,7 +242,7 @@ def test_table_figure_and_page(here):
     written = write_grid(plan.folder)
     lines = written["table"].read_text().splitlines()
     assert lines[0] == "cell,scale,shift,seed,state,reason,quantity,value,error" and len(lines) == 9
-    assert lines[2] == '"scale=1,shift=0,seed=1",1.0,0,1,done,,the value,1.0,'
+    assert lines[2] == 'scale=1_shift=0_seed=1,1.0,0,1,done,,the value,1.0,'
     assert lines[-1].endswith(",failed,cell [3] failed: ValueError: <no>,,,")
     assert "&lt;no&gt;" in written["page"].read_text() and written["figure"].stat().st_size > 5000
     if "parquet" in written:
@@ -279,7 +279,7 @@ def test_status_tells_what_failed_and_why(here):
             attempts.end(plan.folder / name, reason)
     said = progress.report(progress.statuses(here / "runs"))
     assert said.startswith("1 failed, 1 killed, 1 waiting, 1 done")
-    assert "failed   grid/scale=1,shift=1,seed=0  cell [3] failed: ValueError: no" in said
+    assert "failed   grid/scale=1_shift=1_seed=0  cell [3] failed: ValueError: no" in said
 
     lock = open(plan.folder / plan.todo[2] / attempts.LOCK, "w")  # noqa: SIM115
     import fcntl

@@ -6,8 +6,8 @@ import pytest
 
 from companion.extras import extra
 from companion.files import find_project, shipped
-from companion.workbench.sources import located
 from companion.workbench.project import lay_down
+from companion.workbench.sources import located
 
 
 def test_a_project_is_laid_down_whole_and_never_over_other_files(tmp_path):

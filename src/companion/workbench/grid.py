@@ -169,10 +169,10 @@ def _cells(axes: Mapping[str, Axis], exclude: Sequence[Mapping], file: Path) -> 
 
 
 def _folder(at: Mapping[str, str]) -> str:
-    name = ",".join(f"{axis}={label}" for axis, label in at.items())
+    name = "_".join(f"{axis}={label}" for axis, label in at.items())  # no comma: Snakemake separates wildcards by it
     if len(name) <= LONGEST:
         return name
-    return f"{name[: LONGEST - 13]},{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return f"{name[: LONGEST - 13]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _check(signature: Signature, fixed: Mapping, cells: Sequence[Cell], file: Path) -> None:

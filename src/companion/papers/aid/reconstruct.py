@@ -222,5 +222,5 @@ def gather(folder: Path) -> list[dict]:
     """
     rows = [row for path in sorted(folder.glob("*/metrics.json")) for row in json.loads(path.read_text())["rows"]]
     if not rows:
-        raise FileNotFoundError(f"{folder} holds no finished run of 4_reconstruct; do `companion grid workflow/grids/aid_reconstruction.yaml` first")
+        raise FileNotFoundError(f"{folder} holds no finished run of 4_reconstruct; do a grid first (workflow/grids)")
     return sorted(rows, key=lambda row: [row[name] for name in SETTING])
