@@ -242,7 +242,7 @@ def test_table_figure_and_page(here):
     written = write_grid(plan.folder)
     lines = written["table"].read_text().splitlines()
     assert lines[0] == "cell,scale,shift,seed,state,reason,quantity,value,error" and len(lines) == 9
-    assert lines[2] == 'scale=1_shift=0_seed=1,1.0,0,1,done,,the value,1.0,'
+    assert lines[2] == "scale=1_shift=0_seed=1,1.0,0,1,done,,the value,1.0,"
     assert lines[-1].endswith(",failed,cell [3] failed: ValueError: <no>,,,")
     assert "&lt;no&gt;" in written["page"].read_text() and written["figure"].stat().st_size > 5000
     if "parquet" in written:
