@@ -2,6 +2,7 @@
 # make test    lint, notebooks without outputs, all tests
 # make lab     JupyterLab on the first notebook
 # make figures the pictures of the README, again from the runs of make demo
+# make docs    the site, build/site/index.html, with the notebooks as make demo left them
 # make parity FOLDER=...   compare with reference values computed elsewhere
 # make lock    write constraints.txt again from pyproject.toml
 # make clean   remove .venv and working files; runs/ stays
@@ -19,7 +20,7 @@ INSTALLED := .venv/.companion-installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/*/*.ipynb)
 export TORCH
 
-.PHONY: setup demo test lab figures parity lock clean
+.PHONY: setup demo test lab figures docs parity lock clean
 
 setup: $(INSTALLED)
 
@@ -39,6 +40,9 @@ lab: $(INSTALLED)
 
 figures: $(INSTALLED)
 	@$(BIN)/python tools/figures.py
+
+docs: $(INSTALLED)
+	@$(BIN)/python tools/docs.py
 
 parity: $(INSTALLED)
 	@$(if $(FOLDER),,echo "say where the reference values are: make parity FOLDER=path"; exit 2)

@@ -62,7 +62,7 @@ def test_conda_and_make_install_the_same():
     installer = runpy.run_path(str(ROOT / "tools" / "install.py"))
     assert python == "python=3.11" and pip == "pip"
     assert Version("3.11") in Requirement(f"python{PROJECT['requires-python']}").specifier
-    assert options == ["-c constraints.txt", "-e .[notebooks,batch,mri-extra,formats,test]"]
+    assert options == ["-c constraints.txt", "-e .[notebooks,batch,mri-extra,formats,docs,test]"]
     assert " ".join(installer["WANTED"]) == " ".join(options)
     extras = re.search(r"\[(.*)\]", options[1])[1].split(",")
     assert set(extras) <= set(PROJECT["optional-dependencies"])

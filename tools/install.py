@@ -15,7 +15,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".companion-installed"  # newer than these sources: nothing to do
 SOURCES = [Path("pyproject.toml"), Path("constraints.txt")]
 BUSY = Path(".venv-busy")  # there while an installation runs, and after one that was killed
-WANTED = ["-c", "constraints.txt", "-e", ".[notebooks,batch,mri-extra,formats,test]"]
+WANTED = ["-c", "constraints.txt", "-e", ".[notebooks,batch,mri-extra,formats,docs,test]"]
 
 
 def main(torch):
