@@ -35,6 +35,7 @@ ROOT_PAGES = {
 }
 FIGURES = {"pet": "pet-images", "pet/5_transmission": "pet-transmission", "pet/1_data": "pet", "general": "heads"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+NAMED = re.compile(r"\{py:(?:obj|mod)\}`(?:[^`<]*<)?([\w.]+)>?`")
 CITATION = re.compile(r"\[([a-z]+\d{4}[a-z]*(?:, [a-z]+\d{4}[a-z]*)*)\](?!\()")
 FENCE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
@@ -47,6 +48,7 @@ class Stage:
     runs: Path
     places: dict[str, str] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
 
     def lay_out(self) -> None:
@@ -55,6 +57,8 @@ class Stage:
         self.places = {p: p.removeprefix("docs/") for p in pages} | {p: p for p in notebooks} | ROOT_PAGES
         self.places |= {"LICENSE": "licence.md"}
         self.keys = set(re.findall(r"^@\w+\{(\S+),", (ROOT / "docs/references.bib").read_text(), re.MULTILINE))
+        for module in reference.modules(ROOT / "src" / "companion"):
+            self.names |= {module.name} | {f"{module.name}.{name}" for name in module.every_name()}
         for page in pages + [p for p in ROOT_PAGES if p != "README.md"]:
             self.copy(page)
         self.write("version.txt", (ROOT / "src/companion/__init__.py").read_bytes())
@@ -101,7 +105,7 @@ class Stage:
         return outside_code(text, lambda part: LINK.sub(replace, part))
 
     def cited(self, text: str, page: str) -> str:
-        """[key] of references.bib as a citation. ValueError for a key that is not there."""
+        """[key] of references.bib as a citation. ValueError for a key, or a name of the package, that is not there."""
 
         def replace(match: re.Match) -> str:
             unknown = set(match[1].split(", ")) - self.keys
@@ -109,6 +113,9 @@ class Stage:
                 raise ValueError(f"{page} cites {', '.join(unknown)}; docs/references.bib has no such key")
             return f"{{cite:p}}`{match[1].replace(', ', ',')}`"
 
+        unknown = [name for name in NAMED.findall(text) if name not in self.names]
+        if unknown:
+            raise ValueError(f"{page} names {', '.join(unknown)}, which the package has not")
         return outside_code(text, lambda part: CITATION.sub(replace, part))
 
     def notebook(self, path: str) -> dict:

@@ -42,6 +42,11 @@ class Module:
     names: tuple[Name, ...]
     exports: tuple[str, ...] = field(default=())  # full names of what `__init__` hands on
 
+    def every_name(self) -> list[str]:
+        """Public names and, behind a dot, those of their members."""
+        inside = [f"{item.name}.{member.name}" for item in self.names for member in item.members]
+        return [*(item.name for item in self.names), *inside]
+
 
 def modules(source: Path) -> list[Module]:
     """Every module below `source` (a package's folder) whose name does not begin with an underscore."""
