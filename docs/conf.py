@@ -7,7 +7,7 @@ from pathlib import Path
 from docutils import nodes
 from sphinx.domains.python import PythonDomain
 
-from companion.workbench.pages import mathml
+from companion.workbench.pages import LOWER, mathml
 
 HERE = Path(__file__).parent
 # Where the repository is published, as in https://github.com/OWNER/NAME. Without it links to files of the repository
@@ -38,6 +38,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"companion {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_copy_source = False
@@ -76,3 +77,4 @@ def setup(app):
     app.add_domain(ExactNames, override=True)
     # Browsers set MathML by themselves: no MathJax, which would have to be fetched or shipped.
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
+    app.add_js_file(None, body=f'addEventListener("load", () => {{{LOWER}}});')

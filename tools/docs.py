@@ -211,10 +211,10 @@ def badges(path: str, up: str) -> str:
 
 def gallery(cards: list[dict]) -> str:
     """The page of all notebooks, as cards with thumbnails."""
-    groups: dict[str, list[dict]] = {}
+    titles = {"": "Start here", "aid": "AID", "pet": "PET", "lmi": "LMI", "general": "A general prior"}
+    groups: dict[str, list[dict]] = {group: [] for group in titles}
     for card in cards:
         groups.setdefault(card["name"].split("/")[0] if "/" in card["name"] else "", []).append(card)
-    titles = {"": "Start here", "aid": "AID", "lmi": "LMI", "pet": "PET", "general": "A general prior"}
     lines = ["# Notebooks", "", "Each has one cell of parameters and runs from the browser or the shell."]
     for group, members in groups.items():
         members.sort(key=lambda card: (card["name"] != "start_here", card["name"]))

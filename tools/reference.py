@@ -18,6 +18,8 @@ from pathlib import Path
 
 CODE = re.compile(r"(`[^`\n]+`)")
 EMPHASIS = re.compile(r"(?<![\w*])\*([A-Za-z][A-Za-z .'-]*[A-Za-z])\*(?![\w*])")
+NEXT = re.compile(r"(?<=[.;]) (?=(\w+(?:, \w+)*): )")  # before a parameter in the middle of a line
+PAGE = re.compile(r"\bdocs/([\w-]+\.md)\b")
 KEPT = "\ue000"  # stands for an asterisk that stays one
 
 
@@ -203,7 +205,7 @@ class Links:
 def markdown(doc: str, module: str, links: Links, parameters: frozenset[str] = frozenset()) -> str:
     """A docstring as Markdown."""
     out: list[str] = []
-    lines = inspect.cleandoc(doc).splitlines()
+    lines = inspect.cleandoc(spread(doc, parameters)).splitlines()
     i = 0
     while i < len(lines):
         begins = lines[i].startswith("    ") and (not out or out[-1] == "")
@@ -228,6 +230,20 @@ def markdown(doc: str, module: str, links: Links, parameters: frozenset[str] = f
     return "\n".join(out)
 
 
+def spread(doc: str, parameters: frozenset[str]) -> str:
+    """The docstring with a line for each parameter, where several share one, and a paragraph for what is raised."""
+
+    def own(match: re.Match) -> str:
+        return "\n" if set(match[1].split(", ")) <= parameters else " "
+
+    out = []
+    for line in doc.splitlines():
+        begin = re.match(r" *", line)[0]
+        line = NEXT.sub(own, line).replace("\n", f"\n{begin}")
+        out.append(re.sub(r"(?:^ *|(?<=\.) )(?=Raises [A-Z])", f"\n\n{begin}", line))
+    return "\n".join(out)
+
+
 def prose(line: str, module: str, links: Links) -> str:
     """A line with what Markdown would take for markup escaped, except emphasis, tables and code."""
     parts = CODE.split(line)
@@ -237,7 +253,8 @@ def prose(line: str, module: str, links: Links) -> str:
         else:
             part = EMPHASIS.sub(rf"{KEPT}\1{KEPT}", part)
             part = part.replace("&", "&amp;").replace("<", "&lt;").replace("*", r"\*").replace("$", r"\$")
-            parts[i] = re.sub(r"^([>#+])", r"\\\1", part).replace(KEPT, "*")
+            part = re.sub(r"^([>#+])", r"\\\1", part).replace(KEPT, "*")
+            parts[i] = PAGE.sub(r"[docs/\1](../\1)", part)
     return "".join(parts)
 
 
