@@ -15,6 +15,7 @@ import re
 import sys
 from base64 import b64decode
 from dataclasses import dataclass, field
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -174,6 +175,7 @@ def first_picture(content) -> bytes | None:
     return None
 
 
+@cache
 def small(picture: bytes, size: tuple[int, int] = (480, 300)) -> bytes:
     """A PNG: the left of a picture on white."""
     image = Image.open(io.BytesIO(picture)).convert("RGBA")
@@ -184,7 +186,7 @@ def small(picture: bytes, size: tuple[int, int] = (480, 300)) -> bytes:
     canvas = Image.new("RGB", size, "white")
     canvas.paste(image, (0, max(0, (size[1] - image.height) // 2)))
     out = io.BytesIO()
-    canvas.save(out, "PNG", optimize=True)
+    canvas.save(out, "PNG")
     return out.getvalue()
 
 
@@ -256,7 +258,7 @@ class Page(HTMLParser):
 
 def check(site: Path) -> list[str]:
     """What is wrong in a built site: links inside that lead nowhere, and whatever would be fetched from elsewhere."""
-    written = [path for path in site.rglob("*.html") if "_static" not in path.relative_to(site).parts]
+    written = [path for path in sorted(site.rglob("*.html")) if "_static" not in path.relative_to(site).parts]
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in written}
     wrong = []
     for path, page in pages.items():

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 CODE = re.compile(r"(`[^`\n]+`)")
@@ -50,6 +51,7 @@ class Module:
         return [*(item.name for item in self.names), *inside]
 
 
+@cache
 def modules(source: Path) -> list[Module]:
     """Every module below `source` (a package's folder) whose name does not begin with an underscore."""
     found = []
@@ -63,7 +65,8 @@ def modules(source: Path) -> list[Module]:
 
 def read_module(name: str, text: str) -> Module:
     """The module that this source text is."""
-    tree = Annotations(name, ast.parse(text)).visit(ast.parse(text))
+    tree = ast.parse(text)
+    tree = Annotations(name, tree).visit(tree)
     names, lines = [], text.splitlines()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -89,7 +92,8 @@ class Annotations(ast.NodeTransformer):
 
     def __init__(self, module: str, tree: ast.Module):
         self.full = {node.name: f"{module}.{node.name}" for node in tree.body if isinstance(node, ast.ClassDef)}
-        for node in ast.walk(tree):
+        inner = [node for block in tree.body if isinstance(block, ast.If) for node in block.body]  # TYPE_CHECKING
+        for node in [*tree.body, *inner]:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("companion"):
                 self.full |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         self.inside = False
@@ -106,7 +110,7 @@ class Annotations(ast.NodeTransformer):
 
     def visit_Name(self, node):
         full = self.full.get(node.id) if self.inside else None
-        return ast.parse(full, mode="eval").body if full else node
+        return ast.Name(full) if full else node  # a dotted name will do: it is only written out again
 
     def visit_arg(self, node):
         node.annotation = self.annotated(node.annotation)
@@ -117,9 +121,11 @@ class Annotations(ast.NodeTransformer):
         return node
 
     def visit_FunctionDef(self, node):
-        self.generic_visit(node)
+        self.visit(node.args)  # not the body, which has no part in the reference
         node.returns = self.annotated(node.returns)
         return node
+
+    visit_AsyncFunctionDef = visit_FunctionDef
 
 
 def read_function(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str) -> Name:
