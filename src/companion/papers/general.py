@@ -46,7 +46,7 @@ class TrainGeneral(Training):
     channel_mult: tuple[float, ...] = param((1, 2, 3, 3), "relative width of each level, finest first")
     patch: int = param(2, "side of the pixel-unshuffle stem", minimum=1)
     variance_weight: float = param(0.3, "weight of the variance channel's likelihood in the loss", minimum=0)
-    P_mean: float = param(-2.4, "mean of ln sigma in training")
+    P_mean: float = param(-2.2, "mean of ln sigma in training")
     P_std: float = param(1.4, "standard deviation of ln sigma in training", minimum=0)
     steps: int = param(20000, "optimiser steps", minimum=1)
     batch_size: int = param(8, "images a step", minimum=1)
@@ -79,7 +79,7 @@ def prior_config(p: TrainGeneral) -> dict:
         "data": {
             "source": "warped and recoloured real heads and dead leaves of companion.data.heads",
             "images": p.images,
-            "pixel_mm": "0.6 to 3.5",
+            "pixel_mm": "0.6 to 4",
             "scale": SCALE,
         },
     }
