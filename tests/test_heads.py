@@ -93,7 +93,8 @@ def test_contrasts_keep_air_dark_and_tissue_at_one():
 def test_pixel_sizes():
     pixels = np.array([draw_pixel_mm(rng(i)) for i in range(500)])
     assert PIXEL_MM[0] <= pixels.min() and pixels.max() <= PIXEL_MM[1]
-    assert 0.6 < ((pixels > 0.75) & (pixels < 1.3)).mean() < 0.85
+    assert 0.35 < ((pixels > 0.75) & (pixels < 1.3)).mean() < 0.55
+    assert 0.4 < (pixels > 2).mean() < 0.6
 
 
 def test_resolution_keeps_constants_and_cuts_k_space():
