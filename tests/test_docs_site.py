@@ -81,6 +81,7 @@ def test_a_link_or_citation_that_leads_nowhere_is_refused(stage):
         stage.cited("as in [nobody1900]", "docs/index.md")
     assert stage.cited("[karras2022, ho2020]", "x") == "{cite:p}`karras2022,ho2020`"
     assert stage.relinked("[t](trust.md#counts) `[x](y)`", "docs/pet.md") == "[t](trust.md#counts) `[x](y)`"
+    assert stage.relinked("[`code`](../LICENSE), [`x`](../setup.py)", "docs/pet.md") == "[`code`](licence.md), `x`"
 
 
 def test_broken_links_and_fetched_files_of_a_built_site_are_found(tmp_path):

@@ -35,10 +35,11 @@ ROOT_PAGES = {
     "data/README.md": "data.md",
 }
 FIGURES = {"pet": "pet-images", "pet/5_transmission": "pet-transmission", "pet/1_data": "pet", "general": "heads"}
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+LINK = re.compile(r"(!?)\[((?:[^\[\]`]|`[^`\n]*`|\[[^\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]+`")  # or code in a line
 NAMED = re.compile(r"\{py:(?:obj|mod)\}`(?:[^`<]*<)?([\w.]+)>?`")
 CITATION = re.compile(r"\[([a-z]+\d{4}[a-z]*(?:, [a-z]+\d{4}[a-z]*)*)\](?!\()")
-FENCE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Stage:
 
         def replace(match: re.Match) -> str:
             bang, label, target = match.groups()
-            path, _, anchor = target.partition("#")
+            path, _, anchor = (target or "").partition("#")
             if not path or urlsplit(target).scheme:
                 return match[0]
             file = os.path.normpath(os.path.join(os.path.dirname(page), unquote(path)))
@@ -103,7 +104,7 @@ class Stage:
                 return f"{bang}[{label}]({there}{'#' + anchor if anchor else ''})"
             return f"[{label}]({REPOSITORY}/blob/main/{file})" if REPOSITORY else label
 
-        return outside_code(text, lambda part: LINK.sub(replace, part))
+        return outside(FENCED, text, lambda part: LINK.sub(replace, part))
 
     def cited(self, text: str, page: str) -> str:
         """[key] of references.bib as a citation. ValueError for a key, or a name of the package, that is not there."""
@@ -117,7 +118,7 @@ class Stage:
         unknown = [name for name in NAMED.findall(text) if name not in self.names]
         if unknown:
             raise ValueError(f"{page} names {', '.join(unknown)}, which the package has not")
-        return outside_code(text, lambda part: CITATION.sub(replace, part))
+        return outside(CODE, text, lambda part: CITATION.sub(replace, part))
 
     def notebook(self, path: str) -> dict:
         """Write the page and the thumbnail of a notebook; what its card says."""
@@ -148,9 +149,9 @@ class Stage:
         return dict(name=name, title=title, thumbnail=thumbnail)
 
 
-def outside_code(text: str, change) -> str:
-    """The text with `change` applied to what is neither a fenced block nor code in a line."""
-    return "".join(part if i % 2 else change(part) for i, part in enumerate(FENCE.split(text)))
+def outside(code: re.Pattern, text: str, change) -> str:
+    """The text with `change` applied to what is not code."""
+    return "".join(part if i % 2 else change(part) for i, part in enumerate(code.split(text)))
 
 
 def latest_run(runs: Path, path: str) -> Path | None:
