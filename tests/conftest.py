@@ -1,7 +1,10 @@
-"""Fixtures for every test: no window, no network, and a tiny notebook to run."""
+"""Fixtures for every test: no window, no network, seeded draws, and a tiny notebook to run."""
 
 import os
+import random
+import sys
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -43,6 +46,26 @@ if p.mode != "forget":
 if p.mode == "lie":
     (run.folder / "metrics.json").write_text("{}")
 """
+
+
+def seed() -> None:
+    """Seed every global generator; torch's where a test has loaded it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_module():
+    """What fixtures of a module draw is the same alone and after any other module."""
+    seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded_test():
+    """What a test draws is the same alone and after any other test."""
+    seed()
 
 
 @pytest.fixture
