@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import companion
 
@@ -55,13 +54,8 @@ def test_the_type_checker_is_told_the_same_names():
     assert told == real
 
 
-@pytest.mark.slow
-def test_the_example_of_the_readme():
+def test_the_example_of_the_readme_is_short():
+    """tests/test_install.py runs it, from the wheel."""
     (example,) = re.findall(r"```python\n(import companion as c\n.*?)```", README, re.DOTALL)
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) < 10 and example.count("import") == 1
-    names = {}
-    exec(example, names)
-    gain = companion.metrics.psnr(names["draws"].x.mean(0, keepdim=True), names["x"][:1])
-    zero_filled = companion.metrics.psnr(names["A"].H(names["y"]), names["x"][:1])
-    assert gain > zero_filled + 8 and names["draws"].x.dtype == torch.complex64
