@@ -1,5 +1,6 @@
 # make demo    set everything up and run the main job; ends in runs/index.html
-# make test    lint, notebooks without outputs, all tests
+# make test    lint, types, notebooks without outputs, all tests
+# make types   the type checker over the rooms that pass it (pyproject.toml says which do not yet)
 # make lab     JupyterLab on the first notebook
 # make figures the pictures of the README, again from the runs of make demo
 # make docs    the site, build/site/index.html, with the notebooks as make demo left them
@@ -20,7 +21,7 @@ INSTALLED := .venv/.companion-installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb notebooks/*/*.ipynb)
 export TORCH
 
-.PHONY: setup demo test lab figures docs parity lock clean
+.PHONY: setup demo test types lab figures docs parity lock clean
 
 setup: $(INSTALLED)
 
@@ -33,7 +34,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" $(NOTEBOOKS))
+	$(BIN)/basedpyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+types: $(INSTALLED)
+	$(BIN)/basedpyright
 
 lab: $(INSTALLED)
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(BIN)/jupyter lab notebooks/start_here.ipynb

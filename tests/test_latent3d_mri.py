@@ -157,7 +157,7 @@ def test_held_out_readouts_tell_a_prior_that_knows_nothing(prior):
     middle = tuple(n // 2 for n in held.shape)
     assert not held[middle] and torch.equal(held[0], held[-1]), "whole readouts, none of the centre"
     assert torch.equal(seen.y[..., ~held], scan.y[..., ~held])
-    found = mri.study_held_out(P, prior, errors, scan)
+    found = latent.held_out_errors(prior, errors, scan, P.methods[0], P, P, P.seed)
     assert set(found) == {"latent prior", "total variation"} and min(found.values()) > -1e-3
     assert latent.advice({"latent prior": 2.0, "total variation": 1.0}).startswith("WARNING")
     assert "for the latent prior" in latent.advice({"latent prior": 0.5, "total variation": 1.0})

@@ -7,8 +7,7 @@ from companion.acquisition.pet import acquire
 from companion.data.pet import held_out
 from companion.models.checkpoint import describe
 from companion.models.errors import load_errors
-from companion.papers.pet import study
-from companion.reconstruction.activity import HEADS, PRIOR, Prior, Sampler, posterior
+from companion.reconstruction.activity import HEADS, PRIOR, Prior, Sampler, posterior, trusted
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,9 @@ def test_the_prior_of_any_head_is_of_any_size(scan):
 
 
 def test_a_scan_of_ones_own_is_told_what_its_counts_say(scan):
-    p = study.Enhance(draws=2, evaluations=3, image_size=32, device="cpu", autocast=None)
-    prior = Prior.known(PRIOR, load_errors(PRIOR)["virtual people"])
-    done = study.study_trusted(p, prior, scan, 0.1)
+    priors = {f"{HEADS} ({kind})": Prior.known(HEADS, error) for kind, error in load_errors(HEADS).items()}
+    priors[PRIOR] = Prior.known(PRIOR, load_errors(PRIOR)["virtual people"])
+    done = trusted(priors, scan, 0.1, Sampler(2, 3))
     assert done.image.shape == (2, 1, 32, 32) and done.x.shape == (2, 2, 1, 32, 32)
     tried = {c.name for t in done.trusts for c in t.tried}
     assert tried == {"pet/heads (heads)", "pet/heads (dead leaves)", "pet/prior"}

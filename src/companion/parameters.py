@@ -73,7 +73,7 @@ class Parameters:
 P = typing.TypeVar("P", bound=Parameters)
 
 
-def check(cls: type[Parameters], values: Mapping[str, Value]) -> dict[str, Value]:
+def check(cls: type, values: Mapping[str, Value]) -> dict[str, Value]:
     """`values` coerced to the types of `cls` and checked against its choices and ranges.
 
     Names may be left out. Raises ValueError for a name that `cls` does not have, and for a bad value.
@@ -220,7 +220,7 @@ def resolve(cls: type[P], namespace: Mapping[str, Value], quiet: bool = False) -
     p = cls(**{name: namespace[name] for name in names})
     p = dataclasses.replace(p, device=resolve_device(p.device))
     if "autocast" in names:
-        p = dataclasses.replace(p, autocast=resolve_autocast(p.autocast, p.device))
+        p = dataclasses.replace(p, autocast=resolve_autocast(namespace["autocast"], p.device))
     p.before_start()
     if not quiet:
         print(table(p))

@@ -1,6 +1,7 @@
 """Seeds and noise: one generator per draw, so that a seed gives the same draw in any batch."""
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Generator, Tensor
@@ -26,21 +27,22 @@ def parse_seeds(seeds: str | int | Iterable[int]) -> list[int]:
     return numbers
 
 
-def generators(seeds: str | int | Iterable[int] | Iterable[Generator]) -> list[Generator]:
+def generators(seeds: str | int | Generator | Iterable[int] | Iterable[Generator]) -> list[Generator]:
     """One CPU generator per seed. Generators pass through, so that a chain may go on with its own."""
     if isinstance(seeds, Generator):
         return [seeds]
     if not isinstance(seeds, str | int):
-        seeds = list(seeds)
-        if seeds and all(isinstance(seed, Generator) for seed in seeds):
-            return seeds
+        given = list(seeds)
+        if given and all(isinstance(seed, Generator) for seed in given):
+            return cast(list[Generator], given)
+        seeds = cast(list[int], given)
     return [Generator().manual_seed(seed) for seed in parse_seeds(seeds)]
 
 
 def randn(
     shape: Sequence[int],
     dtype: torch.dtype,
-    generator: Generator | Sequence[Generator],
+    generator: Generator | Sequence[Generator] | None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Standard normal noise; for complex dtypes the real and the imaginary part have standard deviation 1

@@ -131,7 +131,7 @@ def espirit(
 def low_resolution(centre: Tensor, shape: Shape, first: Shape | None) -> Tensor:
     """The coil images (coil, *shape) of the centre alone, whose first sample has the frequency `first`."""
     widths = centre.shape[1:]
-    first = [-(w // 2) for w in widths] if first is None else first
+    first = tuple(-(w // 2) for w in widths) if first is None else first
     padded = centre.new_zeros(len(centre), *shape, dtype=torch.complex64)
     place = tuple(slice(n // 2 + f, n // 2 + f + w) for n, f, w in zip(shape, first, widths, strict=True))
     padded[(slice(None), *place)] = centre.to(torch.complex64)

@@ -61,6 +61,15 @@ class Scan:
         return (1, *self.y.shape[2:])
 
     @property
+    def truth(self) -> Tensor:
+        """x, where it is known; ValueError for a scan of somebody."""
+        if self.x is None:
+            raise ValueError(
+                f"the true image of {self.name or 'this scan'} is not known; scan a virtual person to compare"
+            )
+        return self.x
+
+    @property
     def A(self) -> LinearOperator:
         """From all slices at once, (slice, 1, *space), to k-space."""
         return self._operator(self.maps, self.mask.mask)
@@ -173,7 +182,7 @@ def simulate(
     found = undersampled(
         name, kspace, protocol, mask, like, calibration, gain * noise_std, x=gain * x, oracle=oracle, voxel_mm=voxel_mm
     )
-    return replace(found, x=found.x * phase_alignment(S, found.maps))
+    return replace(found, x=found.truth * phase_alignment(S, found.maps))
 
 
 def phase_alignment(true: Tensor, found: Tensor) -> Tensor:
@@ -215,8 +224,10 @@ def undersampled(
         raise ValueError(f"{name}: {error}") from error
     if protocol.scale is not None:
         scale = protocol.scale / peak(sense(maps, mask).H(y))
+    elif like is None:
+        raise ValueError(f"{name}: give a scale, or `like`, images of the scale that the prior knows, to find it by")
     else:
-        scale = _found_scale(y, maps, mask, centre, width, like((len(y[::3]), *y.shape[-2:])))
+        scale = _found_scale(y, maps, mask, centre, width, like((len(y[::3]), y.shape[-2], y.shape[-1])))
     return Scan(y=scale * y, maps=maps, mask=mask, noise_std=scale * noise_std, x=None if x is None else scale * x,
                 name=name, scale=scale, voxel_mm=voxel_mm)  # fmt: skip
 

@@ -9,6 +9,7 @@ W^H = 1 the noise is white: |A x - y|^2 is then the log-likelihood, and sums ove
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from scipy.stats import chi2
@@ -56,7 +57,7 @@ class Noise:
         """
         values, vectors = torch.linalg.eigh(self.covariance)
         if not values[0] > 1e-9 * values[-1]:
-            quiet = self.std.argmin().item()
+            quiet = int(self.std.argmin())
             raise ValueError(
                 f"the noise covariance of {len(values)} coils is singular (coil {quiet} has the least noise, "
                 f"{self.std[quiet]:.3g}); leave out coils that were switched off or are sums of others"
@@ -104,7 +105,7 @@ def noise_of_edges(kspace: Tensor, ndim: int = 2, echo: Shape | None = None, sha
     space = kspace.shape[-ndim:]
     echo = tuple(n // 2 for n in space) if echo is None else echo
     axes = [(torch.arange(n) - e) / n for n, e in zip(space, echo, strict=True)]
-    radius = sum(g.square() for g in torch.meshgrid(*axes, indexing="ij")).to(kspace.device)
+    radius = reduce(torch.add, [g.square() for g in torch.meshgrid(*axes, indexing="ij")]).to(kspace.device)
     samples = kspace.movedim(-ndim - 1, 0)  # (coil, ..., *space)
     radii = radius.expand(samples.shape[1:]).flatten()
     found = [noise_of_samples(samples.flatten(1), radii, share)]
@@ -153,7 +154,7 @@ def _robust_covariance(z: Tensor, steps: int = 30) -> Tensor:
     kept = int(KEPT * count)
     # |z|^2 in the metric of the covariance follows chi^2 with 2 coils degrees of freedom; cut at its quantile KEPT
     # it loses the following part of its variance
-    lost = chi2.cdf(chi2.ppf(KEPT, 2 * coils), 2 * coils + 2) / KEPT
+    lost = float(chi2.cdf(chi2.ppf(KEPT, 2 * coils), 2 * coils + 2)) / KEPT
     for _ in range(steps):
         distance = (z.conj() * torch.linalg.solve(covariance, z)).sum(0).real
         new = _covariance(z[:, distance.argsort()[:kept]]) / lost

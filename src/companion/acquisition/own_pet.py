@@ -149,6 +149,7 @@ def write_example(
     seeds = [seed + i for i in range(slices)]
     physics = {"randoms": 0.15, "scatter": 0.1, "pixel_mm": people.pixel_mm, "beam": beam}
     scan = acquire(people.image, people.mu, counts, seeds, **physics)
+    assert scan.background is not None  # of randoms and scatter
     # A = calibration x attenuation x line integrals: the first two are the factors
     attenuated = scanner(beam.shape, beam.pixel_mm, people.mu, beam=beam)(people.image)
     calibration = counts / attenuated.sum((1, 2, 3), keepdim=True)

@@ -48,6 +48,13 @@ class Scan:
     A: LinearOperator
     background: Tensor | None = None
 
+    @property
+    def truth(self) -> Tensor:
+        """x, where it is known; ValueError for a scan of a patient."""
+        if self.x is None:
+            raise ValueError("the true activity of this scan is not known; scan a virtual person to compare")
+        return self.x
+
     def thinned(self, fraction: float, seeds: Sequence[int]) -> Scan:
         """The scans that `fraction` of the dose would have given: each count is kept with this probability."""
         less = None if self.background is None else fraction * self.background

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from companion.data import anatomy
 from companion.data.axial import canonical
+from companion.data.intake.look import look
 from companion.data.intake.records import Volume
 from companion.data.raw.scan import RawScan, raw_scan
 from companion.operators.mri import birdcage_maps, fft
 from companion.randomness import randn
+
+
+def scan_of(
+    path: Path, axes: str | None, index: int | None, coils: int, noise_std: float, seed: int = 0
+) -> tuple[str, RawScan, int]:
+    """A name, raw k-space and the index of the slice in it, of the only scan of a file or folder.
+
+    axes: names of the stored axes of arrays that do not tell them. index: of the slice; none: the middle one. A head as
+    NIfTI or DICOM is scanned here: that slice of it alone, with `coils` and `noise_std`. Raises FileNotFoundError or
+    Unreadable for what cannot be read, ValueError for several scans or a slice that is not there.
+    """
+    found = look(path)
+    if len(found.items) != 1:
+        names = ", ".join(item.name for item in found.items[:8]) or "; ".join(found.left.values())
+        raise ValueError(f"{path} holds {len(found.items)} scans: {names}. Name one of them as source")
+    (item,) = found.items
+    if item.what.kind == "k-space":
+        scan = item.read(**({} if axes is None else {"axes": axes}))
+        i = len(scan.kspace) // 2 if index is None else index
+        return f"{item.name}, slice {i}", scan, i
+    volume = item.read(**({"frame": 0} if item.what.axes[0] == "t" else {}))
+    x = head(volume)
+    i = len(x) // 2 if index is None else index
+    if not i < len(x):
+        raise ValueError(f"slice={i}: {item.name} has axial slices 0 to {len(x) - 1}")
+    return (
+        f"{item.name}, axial slice {i}, scanned here",
+        simulated(x[i : i + 1], coils, noise_std, volume.voxel_mm, seed),
+        0,
+    )
 
 
 def head(volume: Volume) -> Tensor:
@@ -27,7 +61,7 @@ def head(volume: Volume) -> Tensor:
     return anatomy.random_phase(x, Generator().manual_seed(0))
 
 
-def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: tuple[float, float, float], seed: int = 0) -> RawScan:
+def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: Sequence[float], seed: int = 0) -> RawScan:
     """All of the k-space of a complex slice x (1, 1, y, x), as receive coils see it, with noise."""
     k = fft(birdcage_maps(x.shape[-2:], coils) * x)
     noise = randn(k.shape, k.dtype, Generator().manual_seed(seed))

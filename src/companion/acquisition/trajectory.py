@@ -98,6 +98,7 @@ def gradient_delay(
         misfits.append(difference[i, j] / difference.mean())
     rows, values = torch.stack(rows), torch.stack(values)  # (pair, 2, 3), (pair, 2)
     kept = torch.ones(len(rows), dtype=torch.bool)
+    fit = rows.new_zeros(3)
     for _ in range(3):
         fit = torch.linalg.lstsq(rows[kept].flatten(0, 1), values[kept].flatten()[:, None]).solution[:, 0]
         error = (rows @ fit - values).norm(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ def examples(reference: float, spacing_mm: float, people: int = 3) -> Examples:
     return like
 
 
-def resized(x: Tensor, shape: tuple[int, int]) -> Tensor:
+def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Complex images x (..., frame, 1, y, x) at another size."""
     parts = torch.view_as_real(x[..., 0, :, :]).movedim(-1, -3).flatten(0, -4)
     parts = torch.nn.functional.interpolate(parts, shape, mode="bilinear", antialias=True)
@@ -77,7 +78,7 @@ def fastmri_files(path: Path, count: int) -> list[Path]:
         return [path]
     found = look(path)
     files = [item.path for item in found.items if item.reader.name == "fastMRI"]
-    left = found.left | {i.name: f"{i.what.format}, no fastMRI file" for i in found.items if i.path not in files}
+    left = dict(found.left) | {i.name: f"{i.what.format}, no fastMRI file" for i in found.items if i.path not in files}
     reasons = "".join(f"\n  {name}: {why}" for name, why in left.items())
     if not files:
         raise ValueError(f"{path} holds no fastMRI volume that can be read:{reasons or ' it is empty'}")

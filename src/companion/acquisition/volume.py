@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ class VolumeProtocol:
         return Scan(y[None], maps, mask, self.noise_std, x[None], voxel_mm=voxel, real=True)
 
 
-def plane_mask(shape: tuple[int, int, int], acceleration: float, acs: int, seed: int) -> CartesianMask:
+def plane_mask(shape: Sequence[int], acceleration: float, acs: int, seed: int) -> CartesianMask:
     """A mask (z, y, x) of readouts along z at random places (y, x), the denser the nearer to the centre.
 
     The density falls as (1 - |k| / k_max)^2; the fully sampled square of `acs` in the centre counts towards the
@@ -92,7 +94,8 @@ def centre_maps(y: Tensor, acs: int) -> Tensor:
     blurred = ifft(low_pass(y, acs), 3)
     size = blurred.abs().square().sum(0).sqrt()
     maps = torch.where(size > SUPPORT * size.max(), blurred / size.clamp(min=1e-12), 0)
-    distance = sum(k.square() for k in torch.meshgrid(*[torch.fft.fftfreq(n) for n in y.shape[1:]], indexing="ij"))
+    axes = torch.meshgrid(*[torch.fft.fftfreq(n) for n in y.shape[1:]], indexing="ij")
+    distance = reduce(torch.add, [k.square() for k in axes])
     wide = torch.exp(-2 * (torch.pi * WIDE) ** 2 * distance).to(y.device)
     smooth = torch.fft.ifftn(wide * torch.fft.fftn(maps, dim=(1, 2, 3)), dim=(1, 2, 3))
     smooth = smooth / smooth.abs().square().sum(0).sqrt().clamp(min=1e-12)

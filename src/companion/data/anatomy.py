@@ -16,6 +16,7 @@ Sources
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -99,7 +100,7 @@ def cohort(split: str, count: int) -> list[Subject]:
     return [Subject(FIRST_SEED[split] + i) for i in range(count)]
 
 
-def grid_mm(shape: tuple[int, int, int], voxel_mm: float, slices_mm: Tensor | None = None) -> Tensor:
+def grid_mm(shape: Sequence[int], voxel_mm: float, slices_mm: Tensor | None = None) -> Tensor:
     """Return the MNI coordinates (z, y, x, 3), last axis (x, y, z) in mm, of the voxel centres of an array.
 
     `slices_mm` replaces the regular z positions by MNI heights, for data sets of single slices.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -59,7 +60,7 @@ def load_nifti(path: str | os.PathLike, *, frame: int | None = None, affine=None
     return read_image(path, frame=frame, affine=affine)
 
 
-def centred_affine(shape: tuple[int, int, int], voxel_mm) -> np.ndarray:
+def centred_affine(shape: Sequence[int], voxel_mm) -> np.ndarray:
     """The 4 x 4 affine of an axis-aligned volume, shape (z, y, x), whose centre is the origin; voxel_mm (z,
     y, x)."""
     size = np.broadcast_to(np.asarray(voxel_mm, dtype=float), (3,))[::-1]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -134,7 +135,7 @@ class Prepared:
     seed: int | None
     subjects: tuple[str, ...]
     split: Mapping[str, tuple[str, ...]]
-    attrs: Mapping[str, object] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, name: str, split: str | None = None) -> np.ndarray:
         """The array `name`, `(subject, ...)`, of all subjects or of one split; ValueError if damaged or not

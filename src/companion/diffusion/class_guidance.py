@@ -1,7 +1,11 @@
 """Class labels while sampling: the label is bound to the denoiser, with a guidance weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from companion.diffusion.denoisers import Denoiser
 
 
 class ClassGuidance(nn.Module):
@@ -14,7 +18,9 @@ class ClassGuidance(nn.Module):
     counted from 0, so that theirs is ours minus 1.
     """
 
-    def __init__(self, D: nn.Module, y: int | Tensor, weight: float = 1.0):
+    D: Any  # takes y= beside the arguments of a Denoiser
+
+    def __init__(self, D: Denoiser, y: int | Tensor, weight: float = 1.0):
         super().__init__()
         self.D, self.weight = D, weight
         self.y = torch.tensor([y]) if isinstance(y, int) else y

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -172,7 +173,7 @@ def spatial_fft(x: Tensor, ndim: int, inverse=False) -> Tensor:
 def radial_bins(shape, bins: int) -> Tensor:
     """The radial bin of each frequency; bins divide 0 to the corner (sqrt(ndim)/2 cycles a pixel) evenly."""
     axes = torch.meshgrid(*[torch.fft.fftfreq(n, dtype=torch.float32) for n in shape], indexing="ij")
-    radius = sum(k.square() for k in axes).sqrt() / (0.5 * math.sqrt(len(shape)))
+    radius = reduce(torch.add, [k.square() for k in axes]).sqrt() / (0.5 * math.sqrt(len(shape)))
     return (radius * bins).long().clamp_max(bins - 1)
 
 

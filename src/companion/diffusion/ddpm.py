@@ -51,7 +51,7 @@ class DiscreteProcess:
 
     def network_t(self, t: Tensor) -> Tensor:
         """The original times of indices t, the same for a respaced process."""
-        return self.schedule.timesteps.to(t.device)[t]
+        return self.schedule.times.to(t.device)[t]
 
     def split(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
         """The prediction and, with a learned variance, v. Raises ValueError for other channel counts."""
@@ -61,7 +61,10 @@ class DiscreteProcess:
                 f"the network returned {output.shape[self.channel_axis]} channels for images of "
                 f"{channels}; variance={self.variance!r} needs {expected}"
             )
-        return (output, None) if expected == channels else tuple(output.chunk(2, self.channel_axis))
+        if expected == channels:
+            return output, None
+        prediction, v = output.chunk(2, self.channel_axis)
+        return prediction, v
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should predict."""
@@ -115,7 +118,11 @@ class DiscreteProcess:
         n = (x_t - schedule.at(abar.sqrt(), t, x_t) * x0) / schedule.at((1 - abar).sqrt(), t, x_t)
         up = eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
         mean = schedule.at(abar_prev.sqrt(), t, x_t) * x0 + schedule.at((1 - abar_prev - up**2).sqrt(), t, x_t) * n
-        return mean if eta == 0 else mean + schedule.at(up, t, x_t) * noise
+        if eta == 0:
+            return mean
+        if noise is None:
+            raise TypeError(f"eta={eta} adds noise, and none was given; give noise, shaped like x_t")
+        return mean + schedule.at(up, t, x_t) * noise
 
     def stochastic_step(self, output: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_{t-1} by AID's rule [luo2024]: x0_hat with fresh noise of the next level."""

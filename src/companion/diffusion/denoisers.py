@@ -10,7 +10,7 @@ tells. Wrappers keep the denoiser that they wrap as `.D`.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,20 @@ class Denoiser(Protocol):
     """What samplers and guidances ask for."""
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor: ...
+
+
+class Uncertain(Denoiser, Protocol):
+    """A denoiser that states how far off it is."""
+
+    @property
+    def moments(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """moments(x, sigma, cond) -> (x0_hat, variance of a real component), the variance to broadcast."""
+        ...
+
+
+def moments_of(D: Denoiser) -> Callable[..., tuple[Tensor, Tensor]]:
+    """D.moments; AttributeError for a denoiser that states no variance."""
+    return cast(Uncertain, D).moments
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
@@ -132,6 +146,7 @@ class EDMDenoiser(nn.Module):
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, **labels: Tensor) -> tuple[Tensor, Tensor]:
         c_skip, c_out, _, _ = self.preconditioning(x, sigma)
         F, u = self.raw(x, sigma, cond, **labels)
+        assert u is not None  # `moments` exists with learned_variance only
         return c_skip * x + c_out * F, c_out**2 * u.exp()
 
     @property
@@ -180,6 +195,7 @@ class DiscreteDenoiser(nn.Module):
 
     def predict(self, x: Tensor, sigma: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x0_hat and the network's v (None without learned_variance)."""
+        sigma = sigma.to(x.device)
         signal = (1 + column(sigma, x) ** 2).rsqrt()  # sqrt(abar)
         t = self.schedule.sigma_to_t(sigma, self.timesteps).reshape(-1).expand(x.shape[0])
         output = run_network(self.network, signal * x, t, cond, self.autocast)
@@ -195,7 +211,9 @@ class DiscreteDenoiser(nn.Module):
         return self.predict(x, sigma, cond)[0]
 
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        sigma = sigma.to(x.device)
         x0_hat, v = self.predict(x, sigma, cond)
+        assert v is not None  # `moments` exists with learned_variance only
         schedule, share = self.schedule, (v + 1) / 2
         i = schedule.nearest_index(sigma).reshape(-1).expand(x.shape[0])
         small, log_small = schedule.posterior_variance, schedule.posterior_log_variance_clipped
@@ -241,7 +259,7 @@ class FlowDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         """x0_hat, the shape and dtype of x."""
-        t = (sigma / (1 + sigma)).reshape(-1).expand(x.shape[0])
+        t = (sigma / (1 + sigma)).to(x.device).reshape(-1).expand(x.shape[0])
         x_t = x / (1 + column(sigma, x))
         return x_t - column(t, x) * self.velocity(x_t, t, cond)
 
@@ -273,7 +291,7 @@ class ComplexDenoiser(nn.Module):
         )
 
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mean, variance = self.D.moments(*self._split(x, sigma, cond))
+        mean, variance = moments_of(self.D)(*self._split(x, sigma, cond))
         axis = self.channel_axis
         if variance.ndim == mean.ndim and variance.shape[axis] == mean.shape[axis]:
             variance = variance.unflatten(axis, (-1, 2)).mean(axis + 1)
@@ -319,7 +337,7 @@ class AnySize(nn.Module):
         return values
 
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x0_hat, variance = self.D.moments(self.extend(x), sigma, once(self.extend, cond))
+        x0_hat, variance = moments_of(self.D)(self.extend(x), sigma, once(self.extend, cond))
         return self.crop(x0_hat, x), self.crop(variance, x)
 
     @property

@@ -1,7 +1,8 @@
 """Exact denoisers of Gaussian and Gaussian-mixture priors, for tests and benchmarks."""
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, reduce
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +26,15 @@ class FourierBasis:
     @property
     def H(self) -> "FourierBasis":
         return FourierBasis(len(self.axes), not self.inverse)
+
+
+class Basis(Protocol):
+    """An orthonormal transform basis(x) of images (batch, *shape), and its inverse basis.H."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @property
+    def H(self) -> "Basis": ...
 
 
 class MatrixBasis:
@@ -55,7 +65,7 @@ class GaussianDenoiser:
       basis.H. For a real image in a complex basis the variances must have the symmetry that makes C real.
     """
 
-    def __init__(self, mean: Tensor, covariance: Tensor, basis: Callable | None = None):
+    def __init__(self, mean: Tensor, covariance: Tensor, basis: Basis | None = None):
         n, shape = mean.numel(), tuple(mean.shape)
         if basis is None and covariance.shape == (n, n) and (n, n) != shape:
             values, vectors = torch.linalg.eigh(covariance.to(torch.promote_types(covariance.dtype, torch.float64)))
@@ -106,7 +116,8 @@ class GaussianDenoiser:
         if n > 16384:
             raise ValueError(f"the exact variance needs a {n} x {n} matrix in this basis; use at most 16384 pixels")
         pixels = torch.eye(n, dtype=torch.promote_types(self.mean.dtype, torch.float64)).reshape(n, *self.mean.shape)
-        return self.basis(pixels).flatten(1).abs().square().T.double()
+        basis = self.basis or (lambda x: x)
+        return basis(pixels).flatten(1).abs().square().T.double()
 
     def draw(self, count: int, generator: Generator, dtype: torch.dtype | None = None) -> Tensor:
         """Exact draws from the prior, (count, *shape)."""
@@ -154,7 +165,7 @@ class GaussianMixtureDenoiser:
 
     def average(self, x: Tensor, sigma: Tensor, values: Sequence[Tensor]) -> Tensor:
         shares = self.responsibilities(x, sigma)
-        return sum(column(share, value) * value for share, value in zip(shares, values, strict=True))
+        return reduce(torch.add, [column(share, value) * value for share, value in zip(shares, values, strict=True)])
 
     def draw(self, count: int, generator: Generator, dtype: torch.dtype | None = None) -> Tensor:
         """Exact draws from the prior, (count, *shape)."""

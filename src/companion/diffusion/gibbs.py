@@ -9,6 +9,7 @@ p(x0 | x): one denoiser evaluation a sweep, exact for Gaussian priors from the f
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Generator, Tensor
@@ -158,9 +159,9 @@ def chain(
     count, shape = len(draws), tuple(G.A.domain_shape)
     if count == 0:
         raise ValueError("no seeds were given; a Gibbs sampler draws one image per seed")
-    y, cond = per_draw("y", G.y, count), per_draw("cond", cond, count)
-    start = torch.zeros(1, *shape, dtype=dtype) if start is None else start
-    start = per_draw("start", start, count, shape)
+    y, cond = cast(Tensor, per_draw("y", G.y, count)), per_draw("cond", cond, count)
+    first = torch.zeros(1, *shape, dtype=dtype) if start is None else start
+    first = cast(Tensor, per_draw("start", first, count, shape))
     batch_size = batch_size or count
     parts = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     results, means, began = [], [], time.perf_counter()
@@ -171,7 +172,7 @@ def chain(
         for part in parts:
             data = replace(G, y=y[part].to(device))
             condition = None if cond is None else cond[part].to(device)
-            z = start[part].to(device, dtype)
+            z, mean = first[part].to(device, dtype), None
             for step, level in enumerate(levels):
                 z, mean = sweep(data, z, step, level, draws[part], condition)
                 bar.update()

@@ -13,11 +13,12 @@ volumes = prior.space.decode(sample(prior, karras(30), shape=..., seeds="0-7").x
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
 
-from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.denoisers import Denoiser, moments_of
 from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.autoencoder import SCALE_FACTOR, AutoencoderKL, VQModel, vq_cardiac_d4
 from companion.networks.codec import Codec
@@ -41,6 +42,10 @@ class LatentSpace(nn.Module):
     may have further leading axes, such as frames: (batch, frame, channel, y, x). The autoencoder is finished: it
     is put, and stays, in evaluation mode.
     """
+
+    codec: Codec
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -89,12 +94,12 @@ class LatentSpace(nn.Module):
         low, high = self.intensity
         x = low + (high - low) * x
         if self.latents == "sample":
-            mean, std = codec.posterior(x, tile, overlap)
+            mean, std = cast(AutoencoderKL, codec).posterior(x, tile, overlap)
             z = mean + std * torch.empty_like(mean).normal_(generator=generator)
         else:
             z = codec.encode(x, tile, overlap)
             if self.latents == "quantised":
-                z = codec.quantize(z).z_q
+                z = cast(Any, codec).quantize(z).z_q
         z = (z - self._column(self.mean)) / self._column(self.std)
         return z.reshape(*lead, *z.shape[1:])
 
@@ -176,13 +181,13 @@ def statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         flat = batch.detach().movedim(1, 0).flatten(1).double()
         n, m = flat.shape[1], flat.mean(1)
         s = (flat - m[:, None]).square().sum(1)
-        if mean is None:
+        if mean is None or squares is None:
             count, mean, squares = n, m, s
             continue
         shift, total = m - mean, count + n
         squares = squares + s + shift**2 * count * n / total
         mean, count = mean + shift * n / total, total
-    if mean is None:
+    if mean is None or squares is None:
         raise ValueError("no latents were given; statistics need the whole training set")
     std = (squares / max(count - 1, 1)).sqrt()
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
@@ -228,7 +233,7 @@ class LatentDenoiser(nn.Module):
     @property
     def moments(self) -> Callable:
         """moments(z, sigma, cond) -> (z0_hat, variance); exists if D has it."""
-        return self.D.moments
+        return moments_of(self.D)
 
 
 def check_terminal_signal(levels: DiscreteSchedule | float, data_std: float = 1.0, limit: float = 0.05) -> float:

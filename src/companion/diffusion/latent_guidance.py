@@ -46,8 +46,8 @@ class Errors:
             variance.append(_smooth((space.decode_in_parts(z0_hat) - x).square().mean(0), 5))
             latent.append(_smooth((z0_hat - z).square().mean(0), 3))
         codec = (space.decode_in_parts(z) - x).square().mean().item()
-        tables = (torch.stack(rows).clamp(min=1e-6) for rows in (variance, latent))
-        return cls(sigmas.to(x.device), *tables, codec)
+        volumes, latents = (torch.stack(rows).clamp(min=1e-6) for rows in (variance, latent))
+        return cls(sigmas.to(x.device), volumes, latents, codec)
 
     def at(self, sigma: Tensor) -> Tensor:
         """The variance of volumes (batch, 1, z, y, x) at sigma (batch,), log-linear, constant outside."""
@@ -91,8 +91,8 @@ class projection(LatentGuidance):
     et al. 2024 (ReSample), with their optimisation replaced by a Gaussian update.
     """
 
-    def estimate(self, D, z, sigma, cond=None):
-        z0_hat = D(z, sigma, cond)
+    def estimate(self, D, x, sigma, cond=None):
+        z0_hat = D(x, sigma, cond)
         x0_hat = self.space.decode(z0_hat)
         corrected = explain(x0_hat, self.errors.at(sigma), self)
         return z0_hat + self.space.encode(corrected) - self.space.encode(x0_hat)
@@ -107,8 +107,8 @@ class gradient(LatentGuidance):
     coils. A product with J and one with J^T for every conjugate-gradient step; none of the prior.
     """
 
-    def estimate(self, D, z, sigma, cond=None):
-        z0_hat = D(z, sigma, cond)
+    def estimate(self, D, x, sigma, cond=None):
+        z0_hat = D(x, sigma, cond)
         x0_hat, forward, transposed = linearised(self.space.decode, z0_hat)
         std = self.errors.latent_at(sigma).sqrt()
         s2 = self.noise_std**2 + self.errors.codec / (2 * self.y.shape[1])
@@ -117,7 +117,7 @@ class gradient(LatentGuidance):
             return std * transposed(self.A.normal(forward(std * u))) + s2 * u
 
         b = std * transposed(self.A.H(self.y - self.A(x0_hat)))
-        return z0_hat + std * solve(normal, b, self.iterations, len(z))
+        return z0_hat + std * solve(normal, b, self.iterations, len(x))
 
 
 def linearised(f: Callable, z: Tensor) -> tuple[Tensor, Callable, Callable]:

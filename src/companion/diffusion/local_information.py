@@ -82,10 +82,12 @@ class Conditioning:
         return sum(self.widths)
 
     @cached_property
-    def comparisons(self) -> list[BoxMI | LocalMI]:
+    def comparisons(self) -> Sequence[BoxMI | LocalMI]:
         """What makes the channels of cross and self."""
         if self.mode == "centre":
-            return [BoxMI(self.patches, LocalMI(bins=self.bins).bins)]
+            bins = LocalMI(bins=self.bins).bins
+            assert bins is not None  # the default, where none were given
+            return [BoxMI(self.patches, bins)]
         return [LocalMI(patch=p, bins=self.bins, mode=self.mode, normalise=self.normalise) for p in self.patches]
 
 
@@ -146,7 +148,7 @@ def prepare_source(source: Tensor, conditioning: Conditioning, allow_constant: b
 
 def conditions(
     x: Tensor,
-    sigma: Tensor,
+    sigma: Tensor | float,
     source: Tensor | SourceSide | None,
     conditioning: Conditioning,
     keep: Sequence[str] | Tensor | None = None,
@@ -215,11 +217,10 @@ class Informed:
         keep: Sequence[str] | None = None,
         guidance: float = 1.0,
     ):
-        ready = source is None or isinstance(source, SourceSide)
         self.D, self.conditioning, self.keep, self.guidance = D, conditioning, keep, guidance
-        self.source = source if ready else prepare_source(source, conditioning)
+        self.source = prepare_source(source, conditioning) if isinstance(source, Tensor) else source
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         told = self.D(x, sigma, conditions(x, sigma, self.source, self.conditioning, self.keep))
         if self.guidance == 1:
             return told

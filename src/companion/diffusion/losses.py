@@ -2,26 +2,19 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from companion.diffusion.complexify import to_channels
 from companion.diffusion.ddpm import DiscreteProcess
-from companion.diffusion.denoisers import (
-    ComplexDenoiser,
-    DiscreteDenoiser,
-    EDMDenoiser,
-    FlowDenoiser,
-    column,
-    run_network,
-)
+from companion.diffusion.denoisers import ComplexDenoiser, Denoiser, column, run_network
 from companion.randomness import randn
 
 
 def edm_loss(
-    D: EDMDenoiser | ComplexDenoiser,
+    D: Denoiser,
     x0: Tensor,
     generator: Generator | None = None,
     P_mean: float = -1.2,
@@ -42,14 +35,14 @@ def edm_loss(
     the mean. x0: (batch, channel, *space), complex for a ComplexDenoiser. labels: what else the network takes by
     name, such as y= and augment= of an EDMUNet.
     """
-    D, x0, cond, noise = in_channels(D, x0, cond, noise)
+    inner, x0, cond, noise = in_channels(D, x0, cond, noise)
     if sigma is None:
         sigma = (P_mean + P_std * randn((len(x0),), x0.dtype, generator, x0.device)).exp()
     if noise is None:
         noise = randn(x0.shape, x0.dtype, generator, x0.device)
     x = x0 + column(sigma, x0) * noise
-    F, u = D.raw(x, sigma, cond, **labels)
-    c_skip, c_out, _, _ = D.preconditioning(x, sigma)
+    F, u = inner.raw(x, sigma, cond, **labels)
+    c_skip, c_out, _, _ = inner.preconditioning(x, sigma)
     e = F - (x0 - c_skip * x) / c_out
     loss = per_sample(e**2)
     if u is not None:
@@ -58,7 +51,7 @@ def edm_loss(
 
 
 def flow_loss(
-    D: FlowDenoiser | ComplexDenoiser,
+    D: Denoiser,
     x0: Tensor,
     generator: Generator | None = None,
     cond: Tensor | None = None,
@@ -70,7 +63,7 @@ def flow_loss(
 
     Draws t (batch,) uniformly from [0, 1), then the noise; either may be supplied. [liu2022], Eq. (1).
     """
-    D, x0, cond, noise = in_channels(D, x0, cond, noise)
+    inner, x0, cond, noise = in_channels(D, x0, cond, noise)
     if t is None:
         if generator is None:
             raise TypeError("give a generator, or t and noise")
@@ -78,7 +71,7 @@ def flow_loss(
     if noise is None:
         noise = randn(x0.shape, x0.dtype, generator, x0.device)
     x_t = torch.lerp(x0, noise, column(t, x0))
-    return per_sample((D.velocity(x_t, t, cond) - (noise - x0)) ** 2)
+    return per_sample((inner.velocity(x_t, t, cond) - (noise - x0)) ** 2)
 
 
 class DiscreteTerms(NamedTuple):
@@ -90,7 +83,7 @@ class DiscreteTerms(NamedTuple):
 
 
 def discrete_loss(
-    D: DiscreteDenoiser | ComplexDenoiser,
+    D: Denoiser,
     x0: Tensor,
     generator: Generator | None = None,
     kind: str = "mse",
@@ -104,7 +97,7 @@ def discrete_loss(
 
 
 def discrete_terms(
-    D: DiscreteDenoiser | ComplexDenoiser,
+    D: Denoiser,
     x0: Tensor,
     generator: Generator | None = None,
     kind: str = "mse",
@@ -123,8 +116,8 @@ def discrete_terms(
     whole bound. Draws t (batch,) uniformly over the schedule's indices, then the noise; either may be
     supplied. labels: of the network, such as y (batch,), the classes.
     """
-    D, x0, cond, noise = in_channels(D, x0, cond, noise)
-    process, T = D.process, len(D.schedule)
+    inner, x0, cond, noise = in_channels(D, x0, cond, noise)
+    process, T = inner.process, len(inner.schedule)
     weights = {"mse": 1.0, "rescaled_mse": T / 1000, "kl": 1.0, "rescaled_kl": float(T)}
     if kind not in weights:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(weights)}")
@@ -136,7 +129,7 @@ def discrete_terms(
     if noise is None:
         noise = randn(x0.shape, x0.dtype, generator, x0.device)
     x_t = process.schedule.q_sample(x0, t, noise)
-    output = run_network(D.network, x_t, process.network_t(t), cond, D.autocast, **labels)
+    output = run_network(inner.network, x_t, process.network_t(t), cond, inner.autocast, **labels)
     if kind.endswith("kl"):
         vb = weights[kind] * variational_bound(process, output, x0, x_t, t)
         return DiscreteTerms(vb, None, vb)
@@ -185,12 +178,14 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tens
     return mass.clamp(min=1e-12).log()
 
 
-def in_channels(D, x0: Tensor, cond: Tensor | None, noise: Tensor | None) -> tuple:
+def in_channels(
+    D: Denoiser, x0: Tensor, cond: Tensor | None, noise: Tensor | None
+) -> tuple[Any, Tensor, Tensor | None, Tensor | None]:
     """The denoiser inside a ComplexDenoiser and its x0, cond, noise as real channels; others unchanged."""
     if not isinstance(D, ComplexDenoiser):
         return D, x0, cond, noise
-    parts = [None if x is None else to_channels(x, D.channel_axis) for x in (x0, cond, noise)]
-    return D.D, *parts
+    cond, noise = (None if x is None else to_channels(x, D.channel_axis) for x in (cond, noise))
+    return D.D, to_channels(x0, D.channel_axis), cond, noise
 
 
 def per_sample(values: Tensor) -> Tensor:

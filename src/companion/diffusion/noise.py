@@ -100,6 +100,12 @@ class DiscreteSchedule:
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "timesteps", timesteps)
 
+    @property
+    def times(self) -> Tensor:
+        """The network's t of each beta: `timesteps`, which were counted if none were given."""
+        assert self.timesteps is not None
+        return self.timesteps
+
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> "DiscreteSchedule":
         return cls(linear_betas(steps, beta_start, beta_end))
@@ -172,7 +178,7 @@ class DiscreteSchedule:
         """
         keep = torch.tensor(respaced_indices(len(self), spec))
         abar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[keep]])
-        return DiscreteSchedule(1 - abar[1:] / abar[:-1], self.timesteps[keep])
+        return DiscreteSchedule(1 - abar[1:] / abar[:-1], self.times[keep])
 
     def sigma_to_t(self, sigma: Tensor, mode: str = "interpolate") -> Tensor:
         """The network's t for noise levels sigma (batch,), clamped to the ends of the schedule.
@@ -180,11 +186,11 @@ class DiscreteSchedule:
         "interpolate": float64, linear in log sigma; "nearest": the integer t whose log sigma is nearest.
         """
         if mode == "nearest":
-            return self.timesteps.to(sigma.device)[self.nearest_index(sigma)]
+            return self.times.to(sigma.device)[self.nearest_index(sigma)]
         if mode != "interpolate":
             raise ValueError(f"mode={mode!r}: expected 'interpolate' or 'nearest'")
         below, weight = self._locate(sigma)
-        times = self.timesteps.to(sigma.device).double()
+        times = self.times.to(sigma.device).double()
         return torch.lerp(times[below], times[(below + 1).clamp(max=len(self) - 1)], weight)
 
     def nearest_index(self, sigma: Tensor) -> Tensor:

@@ -161,6 +161,7 @@ def poisson_gibbs(
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     levels = levels[:-1] if levels[-1] == 0 else levels
     samples = chain(sweep, D, levels, G, 1, seeds, G.y.dtype, device, cond, None, callback, progress)
+    assert samples.mean is not None  # of the last sweep
     return Posterior(samples.x, samples.mean, samples.bill)
 
 

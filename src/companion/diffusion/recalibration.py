@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from companion.diffusion.covariance import Factor, Measured
-from companion.diffusion.denoisers import Denoiser, column
+from companion.diffusion.denoisers import Denoiser, column, moments_of
 from companion.randomness import randn
 
 
@@ -42,7 +42,7 @@ class Recalibrated:
         for level in sigmas:
             sigma = level.to(images.device).expand(len(images))
             noise = randn(images.shape, images.dtype, generator, images.device)
-            x0_hat, v = D.moments(images + column(sigma, images) * noise, sigma, cond)
+            x0_hat, v = moments_of(D)(images + column(sigma, images) * noise, sigma, cond)
             error = (images - x0_hat).abs().square() / (1 + images.is_complex())
             v, order = v.expand(error.shape).flatten().double().clamp_min(1e-20).sort()
             error = error.flatten()[order].double()
@@ -57,12 +57,12 @@ class Recalibrated:
 
     def moments(self, x: Tensor, sigma: Tensor, cond=None) -> tuple[Tensor, Tensor]:
         """(x0_hat, corrected variance)."""
-        x0_hat, v = self.D.moments(x, sigma, cond)
+        x0_hat, v = moments_of(self.D)(x, sigma, cond)
         return x0_hat, v * self.correction(v, sigma).to(v.dtype)
 
     def correction(self, v: Tensor, sigma: Tensor) -> Tensor:
         """The factor for the variances v (batch, ...) stated at sigma (batch,), float64."""
-        at, values = self.rows(sigma.double().expand(len(v)))
+        at, values = self.rows(sigma.to(v.device).double().expand(len(v)))
         wanted = v.double().clamp_min(1e-20).log().flatten(1)
         k = torch.searchsorted(at, wanted).clamp(1, at.shape[1] - 1)
         left, right = at.gather(1, k - 1), at.gather(1, k)
@@ -76,8 +76,8 @@ class Recalibrated:
         right = torch.searchsorted(levels, t).clamp(min(1, len(levels) - 1), len(levels) - 1)
         left = (right - 1).clamp(min=0)
         w = ((t - levels[left]) / (levels[right] - levels[left]).clamp_min(1e-12))[:, None]
-        tables = self.stated.to(sigma), self.factor.to(sigma)
-        return tuple((1 - w) * table[left] + w * table[right] for table in tables)
+        stated, factor = self.stated.to(sigma), self.factor.to(sigma)
+        return (1 - w) * stated[left] + w * stated[right], (1 - w) * factor[left] + w * factor[right]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,16 +125,17 @@ class ErrorModel:
         """The model that `to_dict` stored. Raises ValueError for numbers that are not one."""
         try:
             sigmas, spectrum = (torch.tensor(plain[name], dtype=torch.float32) for name in ("sigmas", "spectrum"))
-            table = (
-                None if plain["table"] is None else tuple(torch.tensor(v, dtype=torch.float64) for v in plain["table"])
-            )
+            table = None
+            if plain["table"] is not None:
+                levels, stated, factor = (torch.tensor(v, dtype=torch.float64) for v in plain["table"])
+                table = levels, stated, factor
             measured = Measured(sigmas, spectrum, float(plain["prior_std"]), int(plain["ndim"]))
             images = str(plain["images"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not an error model: {error!r}; measure it again") from error
         whole = spectrum.ndim == 2 and sigmas.shape == spectrum.shape[:1] and bool((spectrum > 0).all())
         if table is not None:
-            whole &= len(table) == 3 and table[1].shape == table[2].shape and table[0].shape == table[1].shape[:1]
+            whole &= table[1].shape == table[2].shape and table[0].shape == table[1].shape[:1]
         if not whole:
             raise ValueError("not an error model: its tables do not fit together; measure it again")
         return cls(measured, table, images)

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.denoisers import Denoiser, moments_of
 from companion.diffusion.solvers import SOLVERS, Solver
 from companion.randomness import generators, randn
 
@@ -139,7 +139,7 @@ class Bound:
                 "this solver asks for the variance of x0_hat, but the denoiser has no moments; choose "
                 "another solver or variance, or a denoiser with a learned variance"
             )
-        x0_hat, variance = self.D.moments(*self._arguments(x, sigma))
+        x0_hat, variance = moments_of(self.D)(*self._arguments(x, sigma))
         return self._checked(x0_hat, x), variance
 
     def _arguments(self, x: Tensor, sigma: float) -> tuple:

@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.denoisers import Denoiser, moments_of
 from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import Guidance, posterior_mean
 from companion.diffusion.sampling import Bill, Samples, check_sigmas, sample
@@ -254,7 +254,7 @@ class AllFrames:
         return self.D(*self._whole(x, sigma)).flatten(0, 1)
 
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x0_hat, variance = self.D.moments(*self._whole(x, sigma))
+        x0_hat, variance = moments_of(self.D)(*self._whole(x, sigma))
         return x0_hat.flatten(0, 1), variance.expand(*x0_hat.shape[:2], *variance.shape[2:]).flatten(0, 1)
 
     def _whole(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.denoisers import Denoiser, moments_of
 
 
 class EachSet(nn.Module):
@@ -32,7 +32,8 @@ class EachSet(nn.Module):
         return tuple(r.expand(len(sigma), *r.shape[1:])[:, 0].unflatten(0, (len(x), sets)) for r in results)
 
     def _moments(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._each(self.D.moments, x, sigma, cond)
+        x0_hat, variance = self._each(moments_of(self.D), x, sigma, cond)
+        return x0_hat, variance
 
     @property
     def moments(self) -> Callable:

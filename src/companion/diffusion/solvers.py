@@ -35,7 +35,7 @@ class Solver:
     def check(self, sigmas: Sequence[float]) -> None:
         """Warns or raises before the first step when these levels do not suit the solver."""
 
-    def step(self, D: Callable, x: Tensor, sigmas: Sequence[float], i: int, noise: Callable, memory: Any) -> Step:
+    def step(self, D: Any, x: Tensor, sigmas: Sequence[float], i: int, noise: Callable, memory: Any) -> Step:
         raise NotImplementedError
 
 
@@ -166,10 +166,7 @@ class DDPM(Solver):
 
     def step(self, D, x, sigmas, i, noise, memory):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        if self.variance == "learned":
-            x0_hat, uncertainty = D.moments(x, sigma)
-        else:
-            x0_hat = D(x, sigma)
+        x0_hat, uncertainty = D.moments(x, sigma) if self.variance == "learned" else (D(x, sigma), x.new_zeros(()))
         keep = (sigma_next / sigma) ** 2
         x_next = x0_hat + keep * (x - x0_hat)
         if sigma_next == 0:

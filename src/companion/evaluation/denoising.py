@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
-from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.denoisers import Denoiser, moments_of
 from companion.randomness import randn
 
 Estimate = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +41,7 @@ def expected_errors(
     """A row for each sigma: the "error" of D, as `denoising_errors`, and what D's own variance "expected" it to be."""
     rows = []
     for sigma, x, level in _noised(x0, sigmas, seed):
-        mean, variance = D.moments(x, level)
+        mean, variance = moments_of(D)(x, level)
         expected = variance.mean().sqrt().item()
         expected = expected if digits is None else round(expected, digits)
         rows.append({"sigma": sigma, "error": _rms(mean - x0, digits), "expected": expected})

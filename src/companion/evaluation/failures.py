@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def mistakes(prior: LatentPrior, evaluations: int, seeds: Sequence[int] = (0, 1)
     All from the same seeds, by DDPM with about so many evaluations.
     """
     schedule = DiscreteSchedule.linear(1000)
-    options = dict(shape=prior.latent_shape, seeds=seeds, device=prior.device, solver="ddpm")
+    options: dict[str, Any] = dict(shape=prior.latent_shape, seeds=seeds, device=prior.device, solver="ddpm")
     levels = schedule.respace(str(evaluations)).levels()
     good = sample(prior.D, levels, **options).x
     clipped = sample(Clipped(prior), levels, **options).x

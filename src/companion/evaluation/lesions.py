@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +56,7 @@ def invented(x: Tensor, truth: Tensor, tissue: Tensor, lesion: Tensor) -> Tensor
     for e, inside in zip(error[:, 0], at[:, 0], strict=True):
         sizes = [0]
         for sign in (1, -1):
-            names, count = label((inside & (sign * e > BLOB)).cpu().numpy())
+            names, count = cast(tuple[np.ndarray, int], label((inside & (sign * e > BLOB)).cpu().numpy()))
             sizes += [int((names == i).sum()) for i in range(1, count + 1)]
         found.append(max(sizes) >= BLOB_PIXELS)
     return torch.tensor(found)
@@ -76,7 +78,10 @@ def fates(
     rows = []
     for i in range(len(x)):
         there = bool(inside[i].any())
-        row = {"seen": there and min(abs(true[i].item()), abs(given[i].item())) >= VISIBLE, "invented": bool(wrong[i])}
+        row: dict[str, object] = {
+            "seen": there and min(abs(true[i].item()), abs(given[i].item())) >= VISIBLE,
+            "invented": bool(wrong[i]),
+        }
         if there:
             ratio = (made[i] / true[i]).item()
             row |= {

@@ -16,6 +16,8 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +56,7 @@ class FeatureNetwork:
     """
 
     name: str
-    network: torch.nn.Module  # whose `middle_block` is watched
+    network: Any  # an nn.Module whose `middle_block` is watched
     run: Callable[[Tensor], Tensor]  # slices -> anything, through the network
 
     @torch.no_grad()
@@ -77,7 +79,7 @@ def load_features(name: str | os.PathLike, device: str = "cpu", autocast: str | 
     if type(network) is not UNet or network.dims != 2:
         raise ValueError(f"{name} holds a {type(network).__name__}; features come from a 2D UNet such as brain/t1w")
     if describe(name).get("denoiser") is None:
-        D = AnySize(lambda x, t, cond: network(x, torch.zeros_like(t)), network.total_stride)
+        D = AnySize(lambda x, sigma, cond=None: network(x, torch.zeros_like(sigma)), network.total_stride)
     else:
         D = AnySize(model, network.total_stride)
     dtype = torch.complex64 if isinstance(model, ComplexDenoiser) else torch.float32
@@ -109,7 +111,7 @@ def power_spectrum(x: Tensor, bins: int = 24) -> tuple[Tensor, Tensor]:
     """Frequencies (bins,) in cycles a voxel and the mean power of volumes (n, 1, z, y, x) there, up to 0.5."""
     power = torch.fft.fftn(x.float(), dim=(-3, -2, -1), norm="ortho").abs().square().mean((0, 1))
     axes = torch.meshgrid(*[torch.fft.fftfreq(n) for n in x.shape[-3:]], indexing="ij")
-    which = (sum(k.square() for k in axes).sqrt() / 0.5 * bins).long()
+    which = (reduce(torch.add, [k.square() for k in axes]).sqrt() / 0.5 * bins).long()
     inside = which < bins
     total = torch.zeros(bins).index_add_(0, which[inside], power.cpu()[inside])
     return (torch.arange(bins) + 0.5) * 0.5 / bins, total / torch.bincount(which[inside], minlength=bins).clamp(min=1)

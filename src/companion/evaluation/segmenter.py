@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -48,7 +49,7 @@ class Segmenter:
     size; pixels of about the size it was trained with, intensities as in `SCALE`. Raises ValueError for others.
     """
 
-    network: nn.Module
+    network: Any  # an nn.Module
 
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class Segmenter:
 
     @cached_property
     def _any_size(self) -> AnySize:
-        return AnySize(lambda x, t, cond: self.network(x, t).softmax(1), self.network.total_stride)
+        return AnySize(lambda x, sigma, cond=None: self.network(x, sigma).softmax(1), self.network.total_stride)
 
     def _probabilities(self, x: Tensor) -> Tensor:
         return torch.cat([self._any_size(part, part.new_zeros(len(part))) for part in x.split(64)])

@@ -171,7 +171,7 @@ def verdict(rows: list[dict], method: str = "recommended") -> list[dict]:
                 "constant": CONSTANT,
                 "none": "no translation",
                 "matching": "histogram matching",
-                "best SDEdit": max(edited, key=edited.get, default=None),
+                "best SDEdit": max(edited, key=lambda name: edited[name], default=None),
             }
             row |= {
                 f"{k} over {label}": average(values[method], values[name])
@@ -196,7 +196,8 @@ def invariance(stacks: dict[str, Tensor], target: str, conditioning: Conditionin
     names = [f"{name} {patch}" for name in conditioning.maps if name != "source" for patch in conditioning.patches]
     table = []
     for other in (name for name in stacks if name not in (target, "labels")):
-        theirs, row = conditions(x, sigma, grey(stacks[other]), conditioning), {"source": other}
+        row: dict[str, object] = {"source": other}
+        theirs = conditions(x, sigma, grey(stacks[other]), conditioning)
         for i, name in enumerate(names + ["source"] * ("source" in conditioning.maps)):
             values = [
                 torch.corrcoef(torch.stack([a[i][m], b[i][m]]))[0, 1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
+from companion.diffusion.denoisers import ComplexDenoiser, Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
 from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
@@ -79,15 +80,16 @@ def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args):
         raise ValueError(f'config["{part}"] does not describe a {name}: {error}') from error
 
 
-def inner_denoiser(D: nn.Module) -> nn.Module:
+def inner_denoiser(D: Denoiser | nn.Module) -> Any:
     """The denoiser that holds the network, under any number of wrappers: what they wrap is their `D`."""
-    while hasattr(D, "D"):
-        D = D.D
-    return D
+    inner: Any = D
+    while hasattr(inner, "D"):
+        inner = inner.D
+    return inner
 
 
-def network_of(model: nn.Module) -> nn.Module:
-    """The network inside a denoiser, under any number of wrappers; a bare network is returned as it is."""
+def network_of(model: Denoiser | nn.Module) -> Any:
+    """The network inside a denoiser, an nn.Module, under any number of wrappers; a bare network as it is."""
     inner = inner_denoiser(model)
     return getattr(inner, "network", inner)
 

@@ -11,10 +11,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.diffusion.latent import LatentDenoiser, LatentSpace
 from companion.models import checkpoint
@@ -46,18 +47,20 @@ class LatentPrior:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(self.config["data"]["shape"])
+        z, y, x = self.config["data"]["shape"]
+        return z, y, x
 
     @property
     def voxel_mm(self) -> tuple[float, float, float]:
-        return tuple(self.config["data"]["voxel_mm"])
+        z, y, x = self.config["data"]["voxel_mm"]
+        return z, y, x
 
     @property
     def affine(self) -> np.ndarray:
         return np.array(self.config["data"]["affine"])
 
     @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         codec = self.space.codec
         return codec.latent_channels, *(n // codec.factor for n in self.shape)
 
@@ -73,7 +76,7 @@ class LatentPrior:
 def save_prior(folder: str | os.PathLike, prior: LatentDenoiser, config: Mapping, record: Mapping) -> Path:
     """The folder of a checkpoint of prior.D whose config says under "latent" what its latents are."""
     config = dict(config) | {"latent": prior.space.describe()}
-    return save_checkpoint(folder, prior.D, config, record)
+    return save_checkpoint(folder, cast(nn.Module, prior.D), config, record)
 
 
 def load_prior(name: str | os.PathLike, codec: Codec, device="cpu", autocast: str | None = None) -> LatentDenoiser:

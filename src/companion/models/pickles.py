@@ -191,7 +191,7 @@ class Reader:
                 case "BINGET" | "LONG_BINGET":
                     stack.append(memo[argument])
                 case "GLOBAL":
-                    stack.append(self.name(*argument.split(" ", 1)))
+                    stack.append(self.name(*str(argument).split(" ", 1)))
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
                     stack.append(self.name(module, name))

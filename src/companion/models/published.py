@@ -367,10 +367,11 @@ def read_kind(path: str | os.PathLike, kind: str) -> tuple[Mapping[str, Tensor],
         return published.tensors, published.config
     with _refusals(path):
         tensors = KINDS[kind].unpack(_safetensors(path) if path.suffix == ".safetensors" else _content(path))
-    if KINDS[kind].config is None:
+    config = KINDS[kind].config
+    if config is None:
         return tensors, None
     try:
-        return tensors, KINDS[kind].config(tensors)
+        return tensors, config(tensors)
     except (KeyError, IndexError, ValueError) as problem:
         raise ValueError(f"{path} is not of kind {kind!r}: {problem}") from problem
 

@@ -203,14 +203,15 @@ def fetch(entry: Entry, accept_change: bool = False) -> Files:
     """
     if entry.repo is None:
         raise ValueError(f"{entry.name}: nobody has published these weights. {how_to_make(entry)}")
+    repo = entry.repo
     if accept_change:
         entry = replace(entry, bytes=None, about=None, sha256=None)
     with one_at_a_time(entry.key):
         known = None if accept_change else recorded(entry)
         revision = known["commit"] if known else entry.revision or "main"
-        with explained(entry.name, entry.repo, revision, known):
+        with explained(entry.name, repo, revision, known):
             names = list(known["files"]) if known else _names(entry, revision)
-            found = Files({name: take(entry.repo, name, revision, entry.name, _expected(entry, known, name))
+            found = Files({name: take(repo, name, revision, entry.name, _expected(entry, known, name))
                            for name in names})  # fmt: skip
         if len({file.revision for file in found.files.values()}) > 1:
             raise ValueError(f"{entry.name} changed while it was downloaded; try again")
@@ -222,7 +223,7 @@ def fetch(entry: Entry, accept_change: bool = False) -> Files:
 def cached(entry: Entry) -> Files | None:
     """The entry's files as they were recorded, if all are in the cache; not hashed, no network."""
     known = recorded(entry) if entry.repo else None
-    if known is None:
+    if known is None or entry.repo is None:
         return None
     files = {}
     for name, about in known["files"].items():
@@ -306,6 +307,7 @@ def _expected(entry: Entry, known: dict | None, name: str) -> Expected:
 def _names(entry: Entry, revision: str) -> list[str]:
     if "*" not in entry.file:
         return [entry.file]
+    assert entry.repo is not None  # `pull` has seen to it
     everything = HfApi().list_repo_files(entry.repo, revision=revision)
     names = sorted(fnmatch.filter(everything, entry.file))
     if not names:
@@ -351,6 +353,7 @@ def moved(entry: Entry) -> str | None:
     if known is None or COMMIT.fullmatch(entry.revision or ""):
         return None
     revision, api = entry.revision or "main", HfApi()
+    assert entry.repo is not None  # what was recorded was published
     try:
         for name, about in known["files"].items():
             url = hf_hub_url(entry.repo, name, revision=revision, endpoint=api.endpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Generator, Tensor
@@ -20,7 +21,8 @@ from companion.diffusion.solvers import SOLVERS
 from companion.files import project_root
 from companion.models.architectures import inner_denoiser, network_of
 from companion.models.checkpoint import describe, load, load_denoiser
-from companion.models.latent import load_prior
+from companion.models.latent import load_autoencoder, load_prior
+from companion.networks.autoencoder import VQModel
 from companion.parameters import param
 
 MODES = ("retrospective", "warm", "cold", "first stage", "noised start")
@@ -89,10 +91,13 @@ class SequencePrior:
         if codec is None:
             D, space = load_denoiser(weights, device, autocast, EMBEDDED), None
         elif "latent" in about:
-            prior = load_prior(weights, load(codec), device, autocast)
+            prior = load_prior(weights, load_autoencoder(codec), device, autocast)
             D, space = prior.D, prior.space
         else:  # the published cine prior does not say what its latents are
-            D, space = load_denoiser(weights, device, autocast), cine_space(load(codec)).to(device).eval()
+            D, space = (
+                load_denoiser(weights, device, autocast),
+                cine_space(cast(VQModel, load(codec))).to(device).eval(),
+            )
         if not hasattr(network_of(D), "seq_len"):
             raise ValueError(
                 f"{weights} holds a {about['network']['name']}, which knows no sequences; give weights "

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Codec(nn.Module):
     """
 
     regulariser_weight = 1.0
+    encoder_path: Any  # of each subclass
+    decoder_path: Any
 
     def __init__(self, dims: int, in_channels: int, latent_channels: int, factor: int, use_checkpoint: bool = False):
         super().__init__()

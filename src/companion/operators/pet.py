@@ -527,7 +527,7 @@ def emission_model(
     return A
 
 
-def attenuation_factors(projector: Projector, mu_per_mm: Tensor) -> Tensor:
+def attenuation_factors(projector: LinearOperator, mu_per_mm: Tensor) -> Tensor:
     """exp(-line integrals of mu), the share of photon pairs that escape, in the shape of a sinogram.
 
     mu_per_mm `(..., 1, [z,] y, x)`: water is 0.0096 / mm, skull 0.0151 / mm at 511 keV.
@@ -575,7 +575,7 @@ def background(expected: Tensor, randoms: float = 0.0, scatter: float = 0.0, sca
     return randoms * total / axes + scatter * scattered
 
 
-def sensitivity(A: LinearOperator, dtype: torch.dtype = torch.float32, device="cpu") -> Tensor:
+def sensitivity(A: LinearOperator, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """A^T 1, the counts that a unit of activity in each pixel gives, `(*A.batch_shape, *A.domain_shape)`."""
     return A.H(torch.ones(*A.batch_shape, *A.range_shape, dtype=dtype, device=device))
 

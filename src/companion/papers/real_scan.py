@@ -11,10 +11,9 @@ from torch import Tensor
 
 from companion.acquisition.measurement import Measurement, prepare_scan, reference_image
 from companion.acquisition.redundancy import with_real_noise
-from companion.acquisition.slices import centred_affine, head, simulated
+from companion.acquisition.slices import centred_affine, scan_of, simulated
 from companion.data import anatomy
 from companion.data.dicom.write import write_dicom
-from companion.data.intake.look import look
 from companion.data.nifti import save_nifti
 from companion.data.raw.scan import RawScan
 from companion.data.virtual import slices
@@ -78,7 +77,13 @@ def prepare(p: RealScan) -> Case:
     Raises FileNotFoundError or Unreadable for a source that cannot be read, ValueError for several scans, a slice that
     is not there, a 3D scan, and data without a fully sampled centre.
     """
-    name, scan, i = prepare_raw(p)
+    if p.source == VIRTUAL:
+        pixel = anatomy.FIELD_OF_VIEW_MM / p.image_size
+        scan = simulated(slices("test", 1, p.image_size), p.coils, p.noise_std, (pixel,) * 3, p.seed)
+        name, i = "a virtual head", 0
+    else:
+        path = (project_root() / Path(p.source).expanduser()).resolve()
+        name, scan, i = scan_of(path, p.axes, p.slice, p.coils, p.noise_std, p.seed)
     if scan.ndim != 2:
         raise ValueError(
             f"{name} is a 3D scan, {tuple(scan.kspace.shape)}, and one slice is asked for: transform it along its "
@@ -94,37 +99,6 @@ def prepare(p: RealScan) -> Case:
     m = with_real_noise(prepare_scan(scan, slice(i, i + 1), mask=kept.float()).to(p.device))
     reference = reference_image(scan.kspace[i].to(p.device), m) if full and m.y.shape[2:] == kept.shape else None
     return Case(name, scan, kept, m, reference, centred_affine(scan.voxel_mm, m.y.shape[2:]))
-
-
-def prepare_raw(p: RealScan) -> tuple[str, RawScan, int]:
-    """A name, raw k-space and the index of the slice in it: of the only scan of a file or folder, or simulated."""
-    if p.source == VIRTUAL:
-        pixel = anatomy.FIELD_OF_VIEW_MM / p.image_size
-        return (
-            "a virtual head",
-            simulated(slices("test", 1, p.image_size), p.coils, p.noise_std, (pixel,) * 3, p.seed),
-            0,
-        )
-    path = (project_root() / Path(p.source).expanduser()).resolve()
-    found = look(path)
-    if len(found.items) != 1:
-        names = ", ".join(item.name for item in found.items[:8]) or "; ".join(found.left.values())
-        raise ValueError(f"{path} holds {len(found.items)} scans: {names}. Name one of them as source")
-    (item,) = found.items
-    if item.what.kind == "k-space":
-        scan = item.read(**({} if p.axes is None else {"axes": p.axes}))
-        i = len(scan.kspace) // 2 if p.slice is None else p.slice
-        return f"{item.name}, slice {i}", scan, i
-    volume = item.read(**({"frame": 0} if item.what.axes[0] == "t" else {}))
-    x = head(volume)
-    i = len(x) // 2 if p.slice is None else p.slice
-    if not i < len(x):
-        raise ValueError(f"slice={i}: {item.name} has axial slices 0 to {len(x) - 1}")
-    return (
-        f"{item.name}, axial slice {i}, scanned here",
-        simulated(x[i : i + 1], p.coils, p.noise_std, volume.voxel_mm, p.seed),
-        0,
-    )
 
 
 def prior(weights: str, device: str = "cpu", autocast: str | None = None) -> tuple[Denoiser, Mapping[str, ErrorModel]]:

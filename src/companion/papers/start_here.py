@@ -104,7 +104,7 @@ def posterior(
     for i in tqdm(range(len(scan.y)), desc="posterior draws, slice", disable=not progress):
         G = posterior_mean(scan.one(i).A, scan.y[i : i + 1], scan.noise_std, C)
         seeds = range(seed + i * draws, seed + (i + 1) * draws)
-        results.append(annealed_gibbs(D, G, levels, seeds=seeds, dtype=scan.x.dtype, device=scan.x.device))
+        results.append(annealed_gibbs(D, G, levels, seeds=seeds, dtype=scan.truth.dtype, device=scan.truth.device))
     seconds = sum(r.bill.seconds for r in results) / len(results)
     return torch.stack([r.x for r in results], 1), replace(results[0].bill, seconds=seconds)
 
@@ -114,10 +114,10 @@ def score(x: Tensor, scan: Scan, tv: Tensor) -> dict[str, tuple[float, float]]:
 
     Magnitudes of whole images, peak = the largest value of each true slice.
     """
-    psnr = metrics.psnr(x, scan.x)
+    psnr = metrics.psnr(x, scan.truth)
     return {
         "PSNR (dB)": metrics.mean_and_error(psnr),
-        "gain over TV (dB)": metrics.mean_and_error(psnr, paired_with=metrics.psnr(tv, scan.x)),
-        "SSIM": metrics.mean_and_error(metrics.ssim(x, scan.x)),
-        "NRMSE": metrics.mean_and_error(metrics.nrmse(x, scan.x)),
+        "gain over TV (dB)": metrics.mean_and_error(psnr, paired_with=metrics.psnr(tv, scan.truth)),
+        "SSIM": metrics.mean_and_error(metrics.ssim(x, scan.truth)),
+        "NRMSE": metrics.mean_and_error(metrics.nrmse(x, scan.truth)),
     }

@@ -37,15 +37,35 @@ from companion.models import checkpoint
 from companion.models.architectures import network_of
 from companion.parameters import param
 from companion.randomness import randn
+from companion.reconstruction import trust_counts
 from companion.reconstruction.condition import BLIND_SIGMA, condition
 from companion.reconstruction.pet import METHODS, oracle_stop, tune
 
 ORACLE, GUESS, ANCHORED = "MLEM, oracle stop", "network", "network + likelihood"
 
 
+def trusted(
+    priors: Mapping[str, Prior], scan: Scan, strength: float, sampler: Sampler, seed: int = 0
+) -> trust_counts.Trusted:
+    """Each scan as its own counts ask: by one of the priors, or by MAP of a strength.
+
+    The trial sees two thirds of the counts, in few and short draws; see `reconstruction.trust_counts`.
+    """
+
+    def drawer(prior: Prior, sampler: Sampler) -> trust_counts.Draw:
+        return lambda part, scale: posterior(prior.times(scale), part, sampler, seed)
+
+    def by_map(part: Scan) -> Tensor:
+        return METHODS["MAP"](part.y, part.A, part.background, strength)
+
+    short = Sampler(min(3, sampler.draws), min(12, sampler.evaluations), sampler.last_noise)
+    trusts = trust_counts.assess(scan, {n: drawer(one, short) for n, one in priors.items()}, by_map, seed=seed)
+    return trust_counts.reconstruct(scan, trusts, {n: drawer(one, sampler) for n, one in priors.items()}, by_map)
+
+
 def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The images of all methods without a network by name, and the setting that each was tuned to."""
-    tuned = {name: tune(name, validation.y, validation.A, validation.background, validation.x) for name in METHODS}
+    tuned = {name: tune(name, validation.y, validation.A, validation.background, validation.truth) for name in METHODS}
     images = {name: METHODS[name](scan.y, scan.A, scan.background, setting) for name, setting in tuned.items()}
     if scan.x is not None:
         images[ORACLE] = oracle_stop(scan.y, scan.A, scan.background, scan.x)
@@ -55,8 +75,8 @@ def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str
 def enhanced(network: Network, scan: Scan, validation: Scan, seed: int = 0) -> tuple[dict[str, Tensor], float, Tensor]:
     """What a conditional network makes of a scan, alone and with the likelihood; the trust tuned; its variance."""
     guess, other = network.guess(scan, seed), network.guess(validation, seed)
-    errors = {t: metrics.nrmse(with_likelihood(other, validation, t), validation.x).mean().item() for t in TRUSTS}
-    trust = min(errors, key=errors.get)
+    errors = {t: metrics.nrmse(with_likelihood(other, validation, t), validation.truth).mean().item() for t in TRUSTS}
+    trust = min(errors, key=lambda t: errors[t])
     return {GUESS: guess[0], ANCHORED: with_likelihood(guess, scan, trust)}, trust, guess[1]
 
 
@@ -191,7 +211,7 @@ class Network:
         One evaluation: in noise of BLIND_SIGMA nothing is seen but the condition. A network that states no variance, as
         the published one, has one number for all pixels.
         """
-        device, scale = next(self.D.parameters()).device, self.data["scale_kbq"]
+        device, scale = next(network_of(self.D).parameters()).device, self.data["scale_kbq"]
         cond = condition(scan, self.data["iterations"], scale)
         cond = cond if self.data.get("dose_channel", True) else cond[:, :-1]
         shape = len(scan.y), *scan.A.domain_shape

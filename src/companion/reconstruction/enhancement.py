@@ -13,7 +13,7 @@ from companion.data.draws import SEED_STEP, Draws
 from companion.data.pet import PEOPLE, cohort_slices, held_out
 from companion.data.store import Prepared, open_dataset
 from companion.diffusion.class_guidance import ClassGuidance
-from companion.diffusion.denoisers import Denoiser, EDMDenoiser
+from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Bill, find_solver, sample
 from companion.diffusion.solvers import SOLVERS, HeunChurn, Solver
@@ -59,7 +59,7 @@ class Schedule:
 class Model:
     """A denoiser of activity, the "data" of its config, and the name of its weights."""
 
-    D: EDMDenoiser
+    D: Denoiser
     data: Mapping
     weights: str
     device: str = "cpu"

@@ -150,8 +150,33 @@ def without_some(scan: Scan, share: float = HELD, seed: int = 0) -> tuple[Scan, 
     return replace(scan, y=torch.where(held, 0, scan.y), mask=mask), held
 
 
+@torch.no_grad()
+def held_out_errors(
+    prior: LatentPrior,
+    errors: Errors,
+    scan: Scan,
+    method: str,
+    sampler: Sampler,
+    classical: Classical,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Mean squared error at readouts that were held out, less the noise, of total variation and of the latent prior.
+
+    Told without a truth, by one draw of a method and one more classical image.
+    """
+    seen, held = without_some(scan, seed=seed)
+    drawn, _ = posterior(prior, errors, seen, method, sampler, [seed])
+    images = {"latent prior": drawn[f"{method} + data"].mean(0, keepdim=True)}
+    if classical.variation is not None:
+        images["total variation"] = replace(classical, wavelets=None).images(seen)["total variation"]
+    return {
+        name: (scan.A(x) - scan.y)[..., held].abs().square().mean().item() - 2 * scan.noise_std**2
+        for name, x in images.items()
+    }
+
+
 def advice(found: dict[str, float]) -> str:
-    """In words and numbers which image to believe, by what `missed` found."""
+    """In words and numbers which image to believe, by what `held_out_errors` found."""
     told = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
     if "total variation" not in found or found["latent prior"] <= found["total variation"]:
         return f"held-out readouts speak for the latent prior (mean squared error: {told})"
@@ -163,7 +188,7 @@ def advice(found: dict[str, float]) -> str:
 
 def score(reconstructions: Sequence[Reconstruction], scans: Sequence[Scan]) -> list[dict[str, object]]:
     """PSNR and SSIM of every method, mean and standard error over people; peak 1, and inside the brain."""
-    rows, truth = [], torch.cat([scan.x for scan in scans])
+    rows, truth = [], torch.cat([scan.truth for scan in scans])
     for name in reconstructions[0].images:
         x = torch.cat([r.images[name] for r in reconstructions])
         values = {

@@ -242,6 +242,7 @@ def region_levels(
     known = torch.zeros_like(counts) if background is None else background.flatten(1).double()
     level = ((counts - known).sum(1) / columns.sum((1, 2)).clamp(min=1e-30)).clamp(min=0)
     levels = level[:, None].expand(columns.shape[:2])
+    covariance = level.new_zeros(*columns.shape[:2], columns.shape[1])
     for _ in range(iterations):
         expected = torch.einsum("nrb,nr->nb", columns, levels) + known
         weight = 1 / torch.maximum(expected, 0.05 * expected.mean(1, keepdim=True).clamp(min=1e-30))
@@ -257,9 +258,9 @@ def region_levels(
 Method = Callable[[Tensor, LinearOperator, Tensor | None, float], Tensor]  # of y, A, background and a setting
 
 METHODS: dict[str, Method] = {
-    "MLEM": lambda y, A, b, iterations: mlem(y, A, b, iterations=iterations).x,
+    "MLEM": lambda y, A, b, iterations: mlem(y, A, b, iterations=int(iterations)).x,
     "filtered MLEM": lambda y, A, b, fwhm: filtered(mlem(y, A, b, iterations=50).x, fwhm),
-    "OSEM": lambda y, A, b, iterations: osem(y, A, b, iterations=iterations, subsets=8).x,
+    "OSEM": lambda y, A, b, iterations: osem(y, A, b, iterations=int(iterations), subsets=8).x,
     "MAP": lambda y, A, b, strength: map_rdp(y, A, b, strength=strength).x,
 }
 GRIDS = {  # iterations; FWHM in pixels; iterations; strength of the relative difference prior

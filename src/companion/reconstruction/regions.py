@@ -27,7 +27,7 @@ def regional(
     shares (slice, tissue, 1, y, x): of each tissue in each pixel, from a segmented MR scan. Lesions are in no such
     scan: they are what stands out of the tissues in the reconstruction x. `region_levels` has the sources.
     """
-    hot = torch.zeros_like(x)[:, None]
+    image, hot = x, torch.zeros_like(x)[:, None]
     for _ in range(rounds):
         shapes = torch.cat([shares, hot], 1)
         levels = region_levels(y, A, shapes, background)[0].float()[..., None, None, None]

@@ -154,7 +154,7 @@ def _gradient(x: Tensor, axes: Shape) -> Tensor:
 
 def _divergence(u: Tensor, axes: Shape) -> Tensor:
     """The adjoint of `_gradient`."""
-    total = 0
+    total = torch.zeros_like(u[0])
     for part, a in zip(u, axes, strict=True):
         inner = part.narrow(a, 0, part.shape[a] - 1)
         zero = torch.zeros_like(part.narrow(a, 0, 1))

@@ -199,8 +199,8 @@ def unfold(prior: Prior, scan: Scan, frame: int, sampler: Sampler, seed: int) ->
     Keys "before", "truth", "zero-filled" (1, y, x) and "with", "without" context, draws (draw, 1, y, x) each.
     """
     scan = scan.to(prior.device)
-    A, y, before = scan.operator(frame), scan.y[frame : frame + 1], scan.x[frame - 1 : frame]
-    result = {"before": before[0], "truth": scan.x[frame], "zero-filled": A.H(y)[0]}
+    A, y, before = scan.operator(frame), scan.y[frame : frame + 1], scan.truth[frame - 1 : frame]
+    result = {"before": before[0], "truth": scan.truth[frame], "zero-filled": A.H(y)[0]}
     for name, context, error in (("with", before[None], prior.given), ("without", None, prior.alone)):
         result[name] = reconstruct_sequence(
             prior.D,
@@ -239,13 +239,13 @@ def score(x: Tensor, scan: Scan, skip_first: bool) -> dict[str, float]:
     One scale and one peak for the volume; SSIM is the mean over slices.
     """
     first = int(skip_first)
-    x, truth = x[first:].abs().double().cpu(), scan.x[first:].abs().double().cpu()
+    x, truth = x[first:].abs().double().cpu(), scan.truth[first:].abs().double().cpu()
     x = x * ((x * truth).sum() / x.square().sum().clamp_min(1e-30))
-    whole = [v.movedim(0, 1)[None] for v in (x, truth)]
+    volume, true = (v.movedim(0, 1)[None] for v in (x, truth))
     return {
-        "PSNR": metrics.psnr(*whole).item(),
+        "PSNR": metrics.psnr(volume, true).item(),
         "SSIM": metrics.ssim(x, truth, data_range=truth.max()).mean().item(),
-        "NRMSE": metrics.nrmse(*whole).item(),
+        "NRMSE": metrics.nrmse(volume, true).item(),
     }
 
 

@@ -27,14 +27,15 @@ def dose_ladder(
 
 def stopping_table(ladder: dict[float, tuple[Scan, Tensor]], iterations: Sequence[int]) -> list[dict[str, object]]:
     """The NRMSE of each MLEM iterate at each number of counts, mean and standard error over slices."""
-    return [
+    table: list[dict[str, object]] = [
         {"counts": f"{total:.3g}"}
         | {
-            f"{k} iterations": metrics.mean_and_error(metrics.nrmse(images[:, i : i + 1], scan.x))
+            f"{k} iterations": metrics.mean_and_error(metrics.nrmse(images[:, i : i + 1], scan.truth))
             for i, k in enumerate(iterations)
         }
         for total, (scan, images) in ladder.items()
     ]
+    return table
 
 
 def maximum_table(ladder: dict[float, tuple[Scan, Tensor]]) -> list[dict[str, object]]:
@@ -45,7 +46,7 @@ def maximum_table(ladder: dict[float, tuple[Scan, Tensor]]) -> list[dict[str, ob
     """
     rows = []
     for total, (scan, images) in ladder.items():
-        x, truth = images[:, -1:], scan.x
+        x, truth = images[:, -1:], scan.truth
         head = truth > 1
         level = torch.stack([a[m].mean() / b[m].mean() for a, b, m in zip(x, truth, head, strict=True)])
         peaks = truth.flatten(1).amax(1) / x.flatten(1).amax(1)
@@ -61,7 +62,7 @@ def maximum_table(ladder: dict[float, tuple[Scan, Tensor]]) -> list[dict[str, ob
 
 def thinning_table(scan: Scan, fractions: Sequence[float], repeats: int = 50) -> list[dict[str, object]]:
     """Mean and variance of thinned counts over their expectation, over bins and repeats: 1 and 1 if Poisson."""
-    expected, rows = scan.A(scan.x), []
+    expected, rows = scan.A(scan.truth), []
     full = [poisson_counts(expected, [repeat * 1000 + i for i in range(len(expected))]) for repeat in range(repeats)]
     for fraction in fractions:
         y = torch.stack(

@@ -167,7 +167,7 @@ class Attracted:
     weight: float
     spread: float = 0.35  # standard deviation of images
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         """X0_hat, the shape of x."""
         x0_hat = self.D(x, sigma)
         with torch.enable_grad():
@@ -238,9 +238,11 @@ def translate(
 def informed(prior: Translator, source: Tensor, setting: Setting) -> Denoiser:
     """The denoiser that has seen sources (image, 1 or 3, y, x), for images of any size."""
     side = prepare_source(source, prior.conditioning)
-    G = Informed(prior.denoiser, side, prior.conditioning, setting.keep, setting.guidance)
+    G: Denoiser = Informed(prior.denoiser, side, prior.conditioning, setting.keep, setting.guidance)
     G = Attracted(G, side, setting.attraction) if setting.attraction else G
-    return (lambda x, sigma, cond=None: G(x, sigma).clamp(0, 1)) if setting.cut else G
+    if not setting.cut:
+        return G
+    return lambda x, sigma, cond=None: G(x, sigma).clamp(0, 1)
 
 
 def begin(

@@ -19,7 +19,7 @@ from companion.acquisition.pet import acquire, scanner
 from companion.data.scan_geometry import Geometry
 from companion.data.thorax import Thorax, away_from_edges
 from companion.evaluation import metrics
-from companion.operators.counts import expected_deviance, poisson_deviance
+from companion.operators.counts import expected_deviance, poisson_counts, poisson_deviance
 from companion.operators.linear import Diagonal, LinearOperator, check_finite
 from companion.operators.pet import ParallelBeam, attenuation_factors, sensitivity
 from companion.operators.solve import conjugate_gradient
@@ -27,6 +27,7 @@ from companion.randomness import randn
 from companion.reconstruction.fbp import fbp, transmission_integrals
 from companion.reconstruction.pet import Reconstruction, _data, _like, _norm, mlem, relative_difference
 
+TOGETHER = 32  # draws that are solved for in one batch; each alone comes out the same, to rounding
 SHORT = 1e-2  # line integrals below this have the curvature of 0, which is its limit
 
 
@@ -165,7 +166,7 @@ def laplace_draws(
             out[there] -= pull
         return out
 
-    draws = []
+    rights = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(int(seed))
         right = A.H(information.sqrt() * randn(y.shape, torch.float32, generator).to(y))
@@ -173,8 +174,11 @@ def laplace_draws(
             push = (weight * curvature).sqrt() * randn(curvature.shape, torch.float32, generator).to(y)
             right[here] += push
             right[there] -= push
-        draws.append(mu + conjugate_gradient(precision, right, iterations=iterations, tol=1e-3))
-    return torch.cat(draws)
+        rights.append(right)
+    draws = [
+        conjugate_gradient(precision, b, iterations=iterations, tol=1e-3) for b in torch.cat(rights).split(TOGETHER)
+    ]
+    return mu + torch.cat(draws)
 
 
 def _pairs(x: Tensor, gamma: float) -> list[tuple]:
@@ -231,6 +235,21 @@ class TransmissionScan:
         """The deviance of the counts from what mu lets through, over what counting noise alone gives: 1 is right."""
         expected = expected_transmission(self.P, mu, self.blank, self.background)
         return (poisson_deviance(self.y, expected) / expected_deviance(expected)).mean().item()
+
+
+def simulated_transmission(
+    beam: ParallelBeam, truth: Thorax, blank_counts: float, background: float = 0.0, seed: int = 0
+) -> TransmissionScan:
+    """A scan of a virtual thorax: detectors of uneven efficiency without it (blank), and the counts behind it.
+
+    blank_counts, background: mean counts of a bin without the body, and those of photons that went another way.
+    """
+    P = scanner(beam.shape, beam.pixel_mm, beam=beam)
+    uneven = torch.rand(beam.bins, generator=torch.Generator().manual_seed(seed))
+    blank = blank_counts * (0.7 + 0.6 * uneven).expand(1, 1, len(beam.angles), beam.bins)
+    known = torch.full_like(blank, background) if background else None
+    y = poisson_counts(expected_transmission(P, truth.mu, blank, known), [seed])
+    return TransmissionScan(y, blank, known, P, beam, truth)
 
 
 def water_of(mu: Tensor, pixel_mm: float) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def centre_of(measured: Tensor, acs: int) -> tuple[slice, ...]:
 def radii(measured: Tensor) -> Tensor:
     """The distance (*space) of samples from the middle of k-space, as a share of its width."""
     grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in measured.shape], indexing="ij")
-    return sum(g.square() for g in grids).sqrt().to(measured.device)
+    return reduce(torch.add, [g.square() for g in grids]).sqrt().to(measured.device)
 
 
 def bands(radius: Tensor, count: int = BANDS) -> Tensor:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +74,7 @@ def edge_error(x_hat: Tensor, x: Tensor) -> Tensor:
     It costs blur what a mean absolute error forgives it: a soft edge is wrong by little everywhere.
     """
     e = x_hat - x
-    return sum(e.diff(dim=axis).abs().flatten(1).mean(1) for axis in range(2, e.ndim))
+    return reduce(torch.add, [e.diff(dim=axis).abs().flatten(1).mean(1) for axis in range(2, e.ndim)])
 
 
 def perceptual_distance(
@@ -91,7 +93,7 @@ def perceptual_distance(
             n = a.shape[axis]
             some = torch.randperm(n, generator=generator)[: max(1, round(fraction * n))].to(a.device)
             pairs.append([features(v.index_select(axis, some).movedim(axis, 1).flatten(0, 1)) for v in (a, b)])
-    total = 0.0
+    total = a.new_zeros(len(a))
     for maps_a, maps_b in pairs:
         for f, g in zip(maps_a, maps_b, strict=True):
             difference = (F.normalize(f, dim=1) - F.normalize(g, dim=1)).square().sum(1)
@@ -167,11 +169,11 @@ class Autoencoder:
 
 
 def autoencoder_loss(
-    model: nn.Module, x: Tensor, generator: Generator, *, mirror: bool, adversary: float, **terms: float | None
+    model: Any, x: Tensor, generator: Generator, *, mirror: bool, adversary: float, **terms: Any
 ) -> Tensor:
     """The loss (batch,) of volumes x (batch, 1, z, y, x): reconstruction, edges, regulariser, adversary.
 
-    terms: background, edges, regulariser, see `codec_loss`.
+    model: a Codec, or with an adversary an AdversarialCodec. terms: background, edges, regulariser, see `codec_loss`.
     """
     x = x.float()
     if mirror:
@@ -184,4 +186,4 @@ def autoencoder_loss(
 
 def codec_of(result: TrainResult) -> Codec:
     """The averaged autoencoder of a training, without the discriminator beside it."""
-    return getattr(result.ema, "codec", result.ema)
+    return cast(Codec, getattr(result.ema, "codec", result.ema))

@@ -101,7 +101,7 @@ def condition(values: Tensor, covariates: Sequence[Mapping], cells: tuple[int, .
 
 @torch.no_grad()
 def encode_sequences(
-    codec: nn.Module, intensity: tuple[float, float], prepared: Prepared, progress: bool = True
+    codec: Codec, intensity: tuple[float, float], prepared: Prepared, progress: bool = True
 ) -> tuple[Prepared, LatentSpace]:
     """The latents (sequence, frame, channel, y, x) of prepared sequences and their space, beside the images' file.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -40,7 +41,7 @@ class SequenceModel(UNetSize):
     sigma_data: float = param(0.34, "standard deviation of the data's real components (edm)", minimum=1e-3)
 
 
-def start(network: nn.Module, given: nn.Module) -> None:
+def start(network: Any, given: nn.Module) -> None:
     """Begin with the weights of a trained network; those of a single-image one become a sequence's main branch."""
     if hasattr(network, "x0_blocks") and not hasattr(given, "x0_blocks"):
         network.start_from_main(given.state_dict())

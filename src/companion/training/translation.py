@@ -58,7 +58,9 @@ def translator_config(m: Model, prepared: Prepared, target: str) -> dict:
     sigma_data = m.sigma_data
     if sigma_data is None:
         shown = range(0, len(images), max(1, len(images) // 200))
-        sigma_data = round(sum(images[i].square().mean().item() for i in shown) ** 0.5 / len(shown) ** 0.5, 3)
+        sigma_data = round(
+            sum(torch.as_tensor(images[i]).square().mean().item() for i in shown) ** 0.5 / len(shown) ** 0.5, 3
+        )
     network = m.unet(
         name=m.network,
         in_channels=shape[2] + m.conditioning.channels,

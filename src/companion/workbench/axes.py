@@ -50,8 +50,8 @@ def read_axis(name: str, said: Any, signature: Signature, root: Path) -> Axis:
         raise ValueError(f"the axis {name!r} must be named by letters, digits and _ . - only")
     if isinstance(said, Mapping) and "people" in said:
         unknown_names(said, ("people", "table", *CHOICES), f"axis {name}")
-        points, missing = people(said, root)
-        return Axis(name, {who: _checked(name, {name: path}, signature) for who, path in points.items()}, missing)
+        files, missing = people(said, root)
+        return Axis(name, {who: _checked(name, {name: path}, signature) for who, path in files.items()}, missing)
     if isinstance(said, Mapping):
         if wrong := [k for k, v in said.items() if not isinstance(v, Mapping)]:
             raise ValueError(f"the axis {name}: {wrong[0]} must say parameters, as in {wrong[0]}: {{draws: 4}}")

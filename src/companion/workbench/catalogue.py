@@ -126,7 +126,8 @@ def conditions(text: str) -> list[tuple[str, str, str]]:
     """
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, sign, value = (piece.strip() for piece in re.match(r"([^<>=!]*)(>=|<=|!=|==|=|>|<|)(.*)", part).groups())
+        ((name, sign, value),) = re.findall(r"^([^<>=!]*)(>=|<=|!=|==|=|>|<|)(.*)", part)
+        name, sign, value = name.strip(), sign.strip(), value.strip()
         if sign and not (name and value):
             raise ValueError(f"'{part}' needs a name and a value, as in acceleration >= 8")
         found.append((name, "=" if sign == "==" else sign, value))

@@ -222,7 +222,7 @@ def make_plan(grid: Grid, root: Path, any_code: bool = False) -> Plan:
     any_code: results of other versions of the code count as done.
     """
     common = [source_hash(grid.notebook), _contents(grid.inputs)]
-    fingerprints = {c.name: _hash([*common, dict(grid.fixed) | c.values]) for c in grid.cells}
+    fingerprints = {c.name: _hash([*common, dict(grid.fixed) | dict(c.values)]) for c in grid.cells}
     if grid.gather:
         notebook, values = gathering(grid)
         fingerprints["gather"] = _hash([source_hash(notebook), values, sorted(fingerprints.values())])

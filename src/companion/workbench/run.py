@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import companion
 from companion.files import atomic_write, code_version, project_root, sha256
@@ -220,7 +220,7 @@ class Run:
 
     def bill(self, label: str, bill=None, **numbers: float) -> None:
         """Record what a step cost: a `Bill` (or mapping), or numbers by name, under `label`."""
-        given = dataclasses.asdict(bill) if dataclasses.is_dataclass(bill) else dict(bill or {})
+        given = dataclasses.asdict(cast(Any, bill)) if dataclasses.is_dataclass(bill) else dict(bill or {})
         self._record["bill"][label] = _plain(given | numbers)
 
     def finish(self) -> Path:
@@ -298,7 +298,7 @@ def package_versions() -> dict[str, str]:
     for requirement in importlib.metadata.requires("companion") or []:
         if "extra ==" in requirement:
             continue
-        name = re.match(r"[\w.-]+", requirement)[0]
+        name = re.split(r"[^\w.-]", requirement)[0]
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -107,9 +107,10 @@ def _assignments(source: str, notebook: Path) -> dict[str, Any]:
     try:
         for line in ast.parse(source).body:
             target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
-            if not isinstance(target, ast.Name) or line.value is None:
+            value = getattr(line, "value", None)
+            if not isinstance(target, ast.Name) or value is None:
                 raise ValueError("it holds more than 'name = value' lines")
-            values[target.id] = ast.literal_eval(line.value)
+            values[target.id] = ast.literal_eval(value)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"the parameters cell of {notebook} cannot be read: {error}") from None
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from companion.data.store import open_dataset
 from companion.files import project_root
@@ -52,14 +53,14 @@ class TrainLatent(
             raise ValueError(
                 "stage prior needs the name or folder of its autoencoder: autoencoder = latent3d/autoencoder"
             )
-        return self.autoencoder if self.stage == "prior" else f"{self.out}/autoencoder/checkpoint"
+        return str(self.autoencoder) if self.stage == "prior" else f"{self.out}/autoencoder/checkpoint"
 
 
 def train_autoencoder(p: TrainLatent, progress: bool = True) -> tuple[TrainResult, dict]:
     """The trained autoencoder, which continues what <out>/autoencoder holds, and its config."""
     prepared = open_dataset(project_root() / p.data, require=["image"])
     config = {"network": p.network(len(prepared.shapes["image"]) - 2), "data": data_config(prepared)}
-    codec = begin(config, p.seed)
+    codec: Any = begin(config, p.seed)
     if p.architecture == "kl":  # begin almost without noise on the latents, or nothing is learned for long
         codec.quant_conv.bias.data[p.latent_channels :] = -4.0
     if p.autoencoder:

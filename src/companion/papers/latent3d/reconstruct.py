@@ -12,9 +12,7 @@ from the fully sampled centre of the very k-space that is reconstructed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from companion.acquisition.mri import Scan
 from companion.acquisition.volume import VolumeProtocol
@@ -22,7 +20,7 @@ from companion.diffusion.latent_guidance import Errors
 from companion.evaluation.known_people import unseen
 from companion.models.latent import PRIOR, LatentPrior
 from companion.parameters import Parameters, param
-from companion.reconstruction.latent import Classical, Reconstruction, Sampler, posterior, without_some
+from companion.reconstruction.latent import Classical, Reconstruction, Sampler, posterior
 
 
 @dataclass(frozen=True)
@@ -61,21 +59,3 @@ def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], erro
             images |= {label: x.mean(0, keepdim=True) for label, x in found.items()}
         made.append(Reconstruction(images, draws, bills))
     return made
-
-
-@torch.no_grad()
-def study_held_out(p: ReconstructVolumes, prior: LatentPrior, errors: Errors, scan: Scan) -> dict[str, float]:
-    """Mean squared error at readouts that were held out, less the noise, of total variation and of the latent prior.
-
-    Told without a truth, by one draw of the first method and one more classical image.
-    """
-    seen, held = without_some(scan, seed=p.seed)
-    method = p.methods[0]
-    drawn, _ = posterior(prior, errors, seen, method, p, [p.seed])
-    images = {"latent prior": drawn[f"{method} + data"].mean(0, keepdim=True)}
-    if p.variation is not None:
-        images["total variation"] = replace(p, wavelets=None).images(seen)["total variation"]
-    return {
-        name: (scan.A(x) - scan.y)[..., held].abs().square().mean().item() - 2 * scan.noise_std**2
-        for name, x in images.items()
-    }

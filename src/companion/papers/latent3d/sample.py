@@ -61,10 +61,10 @@ def study(p: SampleVolumes, prior: LatentPrior, synthetic: Tensor) -> Study:
     trained = TrainingSet.of(prior, p.data, p.training)
     groups = {"people": held_out, "people, reconstructed": every, "synthetic": synthetic}
     memory, near = population.memory_table(groups, trained.batches(), trained.count)
-    closest = near["synthetic"].distance.argmin().item()
+    closest = int(near["synthetic"].distance.argmin())
     neighbours = {
         "sample": synthetic[closest],
-        "nearest training volume": trained[near["synthetic"].index[closest].item()],
+        "nearest training volume": trained[int(near["synthetic"].index[closest])],
     }
     tissue_ml, tissue = {}, []
     if p.segmenter:

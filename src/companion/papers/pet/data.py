@@ -67,7 +67,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
         if p.source == "cohort":
             people = virtual_people(p.subjects, p.slices_per_subject, p.image_size, p.lesions, p.lesion_share)
         else:
-            table = p.people and project_root() / p.people
+            table = project_root() / p.people if p.people else None
             people = read_people(
                 path, p.subjects, p.slices_per_subject, p.image_size, table, skipped, p.units, p.kbq_per_suv
             )

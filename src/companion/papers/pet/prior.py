@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.utils.data import default_collate
 
 from companion.acquisition.pet import SCALE_KBQ, as_condition
@@ -101,8 +101,8 @@ def train(p: TrainModel, progress: bool = True) -> tuple[TrainResult, dict]:
     config = model_config(p, prepared)
     D = begin(config, p.seed, p.start_from, p.autocast, p.device)
 
-    def validate(ema: EDMDenoiser) -> dict[str, float]:
-        return logged_errors(validation_errors(ema, config["data"], p.validation_people, p.seed))
+    def validate(ema: nn.Module) -> dict[str, float]:
+        return logged_errors(validation_errors(cast(EDMDenoiser, ema), config["data"], p.validation_people, p.seed))
 
     result = fit(
         D,

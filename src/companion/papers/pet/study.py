@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from companion.acquisition.doses import Doses, Level, ladder
 from companion.acquisition.own_pet import OwnScan, Placing, check_pixels
-from companion.acquisition.pet import Physics, Scan
+from companion.acquisition.pet import Physics
 from companion.data.pet import FIELD_MM, Slices, held_out
 from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
@@ -34,8 +34,8 @@ from companion.reconstruction.activity import (
     classical,
     enhanced,
     posterior,
+    trusted,
 )
-from companion.reconstruction.pet import METHODS
 from companion.reconstruction.regions import region_rows
 
 
@@ -153,7 +153,9 @@ def study(
             images[f"{name}, mean"], spread[f"{name}, mean"] = guided.mean, guided.x
             found.bills[name] = guided.bill
         if people is None and p.general:
-            done = study_trusted(p, prior, level.scan, tuned["MAP"])
+            kinds = load_errors(p.general).items()
+            others = {f"{p.general} ({kind})": Prior.known(p.general, e, p.device, p.autocast) for kind, e in kinds}
+            done = trusted(others | {p.prior: prior}, level.scan, tuned["MAP"], p, p.seed)
             images[TRUSTED], found.draws[level.name], found.trusts[level.name] = done.image, done.x, done.trusts
         found.tuned[level.name], found.images[level.name] = tuned, images
         if people is not None:
@@ -164,23 +166,3 @@ def study(
                 about | {n: metrics.pooled_calibration(x, people.image) for n, x in spread.items()} | stated
             )
     return found
-
-
-def study_trusted(p: Enhance, prior: Prior, scan: Scan, strength: float) -> trust_counts.Trusted:
-    """Each scan as its own counts ask: by `prior`, by that of any head with either of its errors, or by MAP.
-
-    The trial sees two thirds of the counts, in few and short draws; see `reconstruction.trust_counts`.
-    """
-    errors = load_errors(p.general)
-    priors = {f"{p.general} ({kind})": Prior.known(p.general, e, p.device, p.autocast) for kind, e in errors.items()}
-    priors[p.prior] = prior
-
-    def drawer(one: Prior, sampler: Sampler) -> trust_counts.Draw:
-        return lambda part, scale: posterior(one.times(scale), part, sampler, p.seed)
-
-    def by_map(part: Scan) -> Tensor:
-        return METHODS["MAP"](part.y, part.A, part.background, strength)
-
-    short = Sampler(min(3, p.draws), min(12, p.evaluations), p.last_noise)
-    trusts = trust_counts.assess(scan, {n: drawer(one, short) for n, one in priors.items()}, by_map, seed=p.seed)
-    return trust_counts.reconstruct(scan, trusts, {n: drawer(one, p) for n, one in priors.items()}, by_map)

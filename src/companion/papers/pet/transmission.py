@@ -13,13 +13,11 @@ import torch
 from companion.acquisition.own_pet import Lines, placing
 from companion.acquisition.pet import scanner
 from companion.data.sinograms import read_sinograms
-from companion.data.thorax import Thorax, thorax
+from companion.data.thorax import thorax
 from companion.files import project_root
-from companion.operators.counts import poisson_counts
-from companion.operators.pet import ParallelBeam
 from companion.parameters import Parameters, param
 from companion.reconstruction.fbp import FILTERS
-from companion.reconstruction.transmission import ECAT, TransmissionScan, expected_transmission
+from companion.reconstruction.transmission import ECAT, TransmissionScan, simulated_transmission
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def prepare(p: Transmission) -> TransmissionScan:
     pixel_mm = 540 / p.image_size if p.pixel_mm is None else p.pixel_mm
     if p.scan is None:
         beam = ECAT.changed(p.placed).beam(p.image_size, pixel_mm)
-        return prepare_simulated(p, beam, thorax(p.image_size, pixel_mm))
+        return simulated_transmission(beam, thorax(p.image_size, pixel_mm), p.blank_counts, p.background, p.seed)
     file = read_sinograms(project_root() / p.scan, p.geometry and project_root() / p.geometry)
     beam = placing(file, p.image_size, pixel_mm, p.placed).beam(p.image_size, pixel_mm)
     P = scanner(beam.shape, beam.pixel_mm, beam=beam)
@@ -57,13 +55,3 @@ def prepare(p: Transmission) -> TransmissionScan:
     if p.background:
         background = torch.full_like(y, p.background) if background is None else background + p.background
     return TransmissionScan(y, blank, background, P, beam)
-
-
-def prepare_simulated(p: Transmission, beam: ParallelBeam, truth: Thorax) -> TransmissionScan:
-    """A scan of the virtual thorax: detectors of uneven efficiency without it (blank), and the counts behind it."""
-    P = scanner(beam.shape, beam.pixel_mm, beam=beam)
-    uneven = torch.rand(beam.bins, generator=torch.Generator().manual_seed(p.seed))
-    blank = p.blank_counts * (0.7 + 0.6 * uneven).expand(1, 1, len(beam.angles), beam.bins)
-    background = torch.full_like(blank, p.background) if p.background else None
-    y = poisson_counts(expected_transmission(P, truth.mu, blank, background), [p.seed])
-    return TransmissionScan(y, blank, background, P, beam, truth)
