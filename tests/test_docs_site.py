@@ -57,7 +57,8 @@ def test_every_page_is_in_the_contents(stage):
         text = (stage.folder / f"{page}.md").read_text() if (stage.folder / f"{page}.md").exists() else ""
         for block in re.findall(r"```\{toctree\}\n(.*?)```", text, re.DOTALL):
             entries = [line for line in block.splitlines() if line and not line.startswith(":")]
-            names = {docs.os.path.normpath(f"{page}/../{entry}") for entry in entries}
+            targets = [re.sub(r".*<(.*)>", r"\1", entry) for entry in entries]
+            names = {docs.os.path.normpath(f"{page}/../{target}") for target in targets}
             waiting += sorted(names - reached)
     written = {p.relative_to(stage.folder).with_suffix("").as_posix() for p in stage.folder.rglob("*.md")}
     written |= {p.relative_to(stage.folder).with_suffix("").as_posix() for p in stage.folder.rglob("*.ipynb")}

@@ -34,7 +34,13 @@ ROOT_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "data/README.md": "data.md",
 }
-FIGURES = {"pet": "pet-images", "pet/5_transmission": "pet-transmission", "pet/1_data": "pet", "general": "heads"}
+FIGURES = {"pet": "pet-images", "pet/5_transmission": "pet-transmission", "pet/1_data": "pet", "tables": "pet"}
+FIGURES |= {
+    "general": "heads",
+    "train_prior": "heads",
+    "pet/2_train_heads": "heads",
+    "lmi/4_translate": "lmi_directions",
+}
 LINK = re.compile(r"(!?)\[((?:[^\[\]`]|`[^`\n]*`|\[[^\]]*\])*)\]\(([^()\s]+)\)|`[^`\n]+`")  # or code in a line
 NAMED = re.compile(r"\{py:(?:obj|mod)\}`(?:[^`<]*<)?([\w.]+)>?`")
 CITATION = re.compile(r"\[([a-z]+\d{4}[a-z]*(?:, [a-z]+\d{4}[a-z]*)*)\](?!\()")
