@@ -12,7 +12,9 @@ Scans: --slices axial slices, 224 mm across, 64 or 128 pixels, 10^6 true counts 
 from pixels of 0.875 mm with strips, detectors of 4 mm, 20 % scatter and 10 % randoms; reconstructed with lines, pixels
 of the image, a blur of the image of 4 mm, and a scatter estimate that is broader and 10 % off
 (`companion.acquisition.simulated`). The settings of the classical methods come from pet_heads_tuned.json, made on
-validation heads; the folder is never tuned on. "MLEM, oracle stop" stops where each slice is best.
+validation heads; the folder is never tuned on. "MLEM, oracle stop" stops where each slice is best. "MR:" has the
+person's T1-weighted image too, from which the activity was made: as good as an MR can be, but for the lesion, which it
+does not show.
 
 Columns: NRMSE against the activity; calibration, the variance of the draws over the squared error of their mean (1 is
 right); inside 80 %, how often the mean over a region (squares of 28 mm inside the brain, and the lesion; cut along no
@@ -34,6 +36,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pet_projector import write
 from torch import Tensor
 
@@ -51,12 +54,17 @@ from companion.models.checkpoint import describe_source
 from companion.models.errors import load_errors
 from companion.reconstruction import trust_counts
 from companion.reconstruction.activity import Prior, Sampler, posterior
-from companion.reconstruction.pet import METHODS, oracle_stop, tune
+from companion.reconstruction.mr_guided import kernel_em, map_bowsher
+from companion.reconstruction.pet import GRIDS, METHODS, oracle_stop, tune
 from companion.show import figures
 
 TUNED = Path(__file__).with_name("pet_heads_tuned.json")
 FULL = 1e6  # true counts of a slice at full dose
 CLASSICAL = ("MLEM", "filtered MLEM", "MAP")
+GUIDED = {  # with the MR of the same person, and the settings that are tried
+    "MR: Bowsher MAP": (lambda s, mr, v: map_bowsher(s.y, s.A, mr, s.background, strength=v).x, GRIDS["MAP"]),
+    "MR: kernel EM": (lambda s, mr, v: kernel_slices(s, mr, v), (20, 40, 80, 160)),
+}
 ORACLE, TRUSTED = "MLEM, oracle stop", "trusted"
 TRIAL = {"draws": 3, "evaluations": 12}
 
@@ -64,14 +72,15 @@ TRIAL = {"draws": 3, "evaluations": 12}
 # ----------------------------------------------------------------------------------------------------------- heads
 
 
-def fine_slices(array: np.ndarray, affine: np.ndarray, activity: bool, args) -> Slices:
-    """Slices of `phantoms.FINE` pixels of a volume (z, y, x): its own activity, or that of its tissues."""
+def fine_slices(array: np.ndarray, affine: np.ndarray, activity: bool, args) -> tuple[Slices, Tensor | None]:
+    """Slices of `phantoms.FINE` pixels of a volume (z, y, x) and, of tissues, their MR: its activity, or theirs."""
     image = nibabel.as_closest_canonical(nibabel.Nifti1Image(np.abs(array).astype(np.float32).T, affine))
     head = prepare_head("head", np.asarray(image.dataobj), image.header.get_zooms()[:3])
     if activity:
-        return own_activity(head, float(np.percentile(array[array > 0.1 * array.max()], 99)), args.slices)
-    active = phantoms.flattened(active_head(head))
-    return phantoms.fdg_slices(active, args.slices, args.ratio, not args.bare)
+        return own_activity(head, float(np.percentile(array[array > 0.1 * array.max()], 99)), args.slices), None
+    active = active_head(head)
+    flat = phantoms.flattened(active)
+    return phantoms.fdg_slices(flat, args.slices, args.ratio, not args.bare), phantoms.mr_slices(active, args.slices)
 
 
 def own_activity(head, bright: float, count: int) -> Slices:
@@ -95,7 +104,7 @@ def heads_of(folder: str, args) -> tuple[dict, dict[str, str]]:
     """Functions that give the fine slices of each head by name, and the reasons for what is left out."""
     if folder == "virtual":
         split = "validation" if args.tune else "test"
-        return {f"virtual {split}": lambda: held_out(split, args.slices, phantoms.FINE, lesions=1)}, {}
+        return {f"virtual {split}": lambda: (held_out(split, args.slices, phantoms.FINE, lesions=1), None)}, {}
     found = find(Path(folder))
     heads, left = {}, dict(found.left)
     for item in found.items:
@@ -111,6 +120,17 @@ def heads_of(folder: str, args) -> tuple[dict, dict[str, str]]:
 
         heads[item.name] = load
     return heads, left
+
+
+def on_grid(mr: Tensor | None, size: int) -> Tensor | None:
+    """The MR on the pixels of the scan."""
+    return None if mr is None else F.avg_pool2d(mr, mr.shape[-1] // size)
+
+
+def kernel_slices(scan: Scan, mr: Tensor, iterations: int) -> Tensor:
+    """The kernel method, slice by slice, as each has its own kernel."""
+    slices = [(scan.some([i]), mr[i : i + 1]) for i in range(len(mr))]
+    return torch.cat([kernel_em(s.y, s.A, m, s.background, iterations=iterations).x for s, m in slices])
 
 
 def scan_of(fine: Slices, size: int, dose: float, seed: int) -> tuple[Scan, Slices]:
@@ -153,12 +173,13 @@ def row_of(name: str, x: Tensor, people: Slices, draws: Tensor | None = None, **
 
 
 def study(
-    scan: Scan, people: Slices, priors: dict[str, dict[str, Prior]], tuned: dict, args
+    scan: Scan, people: Slices, mr: Tensor | None, priors: dict[str, dict[str, Prior]], tuned: dict, args
 ) -> tuple[list[dict], dict]:
     """Rows of all methods of one head at one size and dose, and the middle slice of each."""
     images, rows, seed = {}, [], 77
     for name in CLASSICAL:
         images[name] = METHODS[name](scan.y, scan.A, scan.background, tuned[name])
+    images |= {name: method(scan, mr, tuned[name]) for name, (method, _) in GUIDED.items() if mr is not None}
     images[ORACLE] = oracle_stop(scan.y, scan.A, scan.background, scan.x)
     rows += [row_of(name, x, people) for name, x in images.items()]
     whole, short = Sampler(args.draws, args.evaluations), Sampler(**TRIAL)
@@ -226,11 +247,14 @@ def tuned_settings(heads: dict, args) -> dict:
     found = {}
     for size in args.sizes:
         for dose in args.doses:
-            scans = [scan_of(load(), size, dose, 1000 * k)[0] for k, load in enumerate(heads.values())]
-            if len(scans) > 1:
+            if len(heads) > 1:
                 raise SystemExit("tune on one head of many slices: scans of several heads have several models")
-            scan = scans[0]
-            found[f"{size} {dose:g}"] = {n: tune(n, scan.y, scan.A, scan.background, scan.x) for n in CLASSICAL}
+            fine, mr = next(iter(heads.values()))()
+            scan, mr = scan_of(fine, size, dose, 0)[0], on_grid(mr, size)
+            best = {n: tune(n, scan.y, scan.A, scan.background, scan.x) for n in CLASSICAL}
+            for name, (method, grid) in GUIDED.items() if mr is not None else ():
+                best[name] = min(grid, key=lambda v: metrics.nrmse(method(scan, mr, v), scan.x).mean().item())
+            found[f"{size} {dose:g}"] = best
             print(size, dose, found[f"{size} {dose:g}"], flush=True)
     return found
 
@@ -288,11 +312,12 @@ def finished(name, load, size, dose, priors, tuned, asked, args) -> tuple[list[d
     if not done.exists():
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "big")  # the same in any folder
         try:
-            scan, people = scan_of(load(), size, dose, seed)
+            fine, mr = load()
+            scan, people = scan_of(fine, size, dose, seed)
         except (ValueError, OSError) as error:
             warnings.warn(f"{name} left out: {error}", stacklevel=1)
             return None
-        rows, sheet = study(scan, people, priors, tuned, args)
+        rows, sheet = study(scan, people, on_grid(mr, size), priors, tuned, args)
         rows = [{"head": name, "size": size, "dose": f"{100 * dose:g} %", **row} for row in rows]
         for row in rows:
             print(", ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)

@@ -59,6 +59,11 @@ def fdg_slices(
     return Slices(image.float(), labels, found, mu.float(), torch.arange(count), where, FIELD_MM / FINE)
 
 
+def mr_slices(active: ActiveHead, count: int = 4) -> Tensor:
+    """Return the T1-weighted signal (slice, 1, y, x) where `fdg_slices` makes activity: what a PET/MR scan brings."""
+    return torch.stack([active.head.at(plane(active, height)) for height in heights(active, count)])[:, None]
+
+
 def flattened(active: ActiveHead) -> ActiveHead:
     """Return a head whose signal is divided by its own smooth trend inside the brain, so that levels hold everywhere.
 

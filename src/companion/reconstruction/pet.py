@@ -8,7 +8,7 @@ on the others in its batch. Counts of zero, empty slices and any number of itera
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -144,6 +144,7 @@ def map_rdp(
     *,
     strength: float = 0.1,
     gamma: float = 2.0,
+    alike: Tensor | None = None,
     iterations: int = 100,
     x0: Tensor | None = None,
     tol: float = 1e-4,
@@ -154,6 +155,7 @@ def map_rdp(
 
     The prior (`relative_difference`) smooths small relative differences of neighbours and lets edges be. Scaled by
     the sensitivity, `strength` has no units and means the same at every dose and calibration; tune it at each dose.
+    alike: which neighbours are smoothed with which, of another image of the person (`mr_guided.bowsher_weights`).
     Projected gradient steps, preconditioned by EM and the curvature of the prior, each item with a line search of its
     own, so the objective never falls. An item stops once |change of x| <= tol |x|. The start is 10 MLEM iterations.
     [nuyts2002]; Mumcuoglu et al. 1994 for the projected preconditioned gradient.
@@ -174,7 +176,7 @@ def map_rdp(
     floor = 1e-6 * _mean(x) + 1e-30
 
     def objective(x, expected):
-        prior, slope, curvature = relative_difference(x, gamma, ndim)
+        prior, slope, curvature = relative_difference(x, gamma, ndim, alike)
         fit = (torch.xlogy(y, expected) - expected).double().flatten(1).sum(1)
         return fit - weight.double().flatten() * prior, slope, curvature
 
@@ -307,22 +309,31 @@ def oracle_stop(y: Tensor, A: LinearOperator, background: Tensor | None, truth: 
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
-def relative_difference(x: Tensor, gamma: float = 2.0, ndim: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def pairs(shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple, tuple]]:
+    """The offset of each kind of neighbour, each pair once, and where both stand in images (..., *shape)."""
+    for offset in product((-1, 0, 1), repeat=len(shape)):
+        if offset > (0,) * len(shape):
+            here = (..., *(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, shape, strict=True)))
+            there = (..., *(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, shape, strict=True)))
+            yield offset, here, there
+
+
+def relative_difference(
+    x: Tensor, gamma: float = 2.0, ndim: int = 2, alike: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The relative difference prior of x (batch, 1, *space), >= 0: value (batch,), gradient and curvature like x.
 
     Sum over pairs of neighbours (8 in a plane, 26 in a stack), weighted by 1 / distance in pixels, of
-    (a - b)^2 / (a + b + gamma |a - b|); it scales with x. The curvature is the diagonal of the Hessian.
+    (a - b)^2 / (a + b + gamma |a - b|); it scales with x. The curvature is the diagonal of the Hessian. alike (pair,
+    batch or 1, 1, *space): further weights of the pairs of each kind, in the order of `pairs`, kept at the first one.
     [nuyts2002].
     """
     value = x.new_zeros(len(x), dtype=torch.float64)
     gradient, curvature = torch.zeros_like(x), torch.zeros_like(x)
     tiny = 1e-6 * _mean(x) + 1e-30
-    for offset in product((-1, 0, 1), repeat=ndim):
-        if offset <= (0,) * ndim:  # each pair once
-            continue
-        here = (..., *(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, x.shape[-ndim:], strict=True)))
-        there = (..., *(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, x.shape[-ndim:], strict=True)))
+    for kind, (offset, here, there) in enumerate(pairs(x.shape[-ndim:])):
         a, b, weight = x[here], x[there], sum(o * o for o in offset) ** -0.5
+        weight = weight if alike is None else weight * alike[kind][here].to(x)
         difference = a - b
         scale = a + b + gamma * difference.abs() + tiny
         slope = weight * difference / scale**2

@@ -1,0 +1,96 @@
+"""PET guided by MR: what counts as alike, and that it helps where the MR is right and tells where it cannot be used."""
+
+import pytest
+import torch
+
+from companion.evaluation import metrics
+from companion.operators.pet import ParallelBeam, emission_model
+from companion.reconstruction.mr_guided import bowsher_weights, kernel, kernel_em, map_bowsher
+from companion.reconstruction.pet import map_rdp, mlem, pairs, relative_difference
+
+SIZE = 32
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def scan():
+    """Rings of grey and white matter: their activity, a T1-like image of them in another unit, and counts."""
+    line = torch.linspace(-1, 1, SIZE)
+    radius = (line[:, None] ** 2 + line**2).sqrt()[None, None]
+    label = (radius < 0.85).int() + (radius < 0.6).int() + (radius < 0.3).int()
+    activity = torch.tensor([0.0, 20.0, 5.0, 20.0])[label]
+    mr = torch.tensor([0.0, 300.0, 500.0, 300.0])[label]
+    A = 0.3 * emission_model(ParallelBeam((SIZE, SIZE), pixel_mm=7.0))
+    return activity, mr, A, torch.poisson(A(activity), generator=generator())
+
+
+@pytest.mark.parametrize("space", [(9, 8), (4, 5, 6)])
+def test_pixels_choose_the_neighbours_that_look_like_them(space):
+    mr = torch.zeros(1, 1, *space)
+    mr[..., : space[-1] // 2] = 7.0
+    weights = bowsher_weights(mr + 0.01 * torch.rand(mr.shape, generator=generator()))
+    assert weights.min() >= 0 and weights.max() == 1
+    inner = torch.zeros(mr.shape, dtype=torch.bool)  # where enough neighbours lie on either side
+    inner[(..., *[slice(1, -1)] * len(space))] = True
+    for kind, (offset, here, there) in enumerate(pairs(space)):
+        across = (mr[here] != mr[there]) & inner[here] & inner[there]
+        assert not weights[kind][here][across].any(), offset
+        assert weights[kind].sum() == weights[kind][here].sum(), "pairs that leave the image have no weight"
+    assert torch.equal(bowsher_weights(3 * mr + 2), bowsher_weights(mr)), "the unit does not matter"
+    everyone = bowsher_weights(mr, neighbours=2 * len(list(pairs(space))))
+    assert torch.equal(everyone, torch.stack([(w > 0).float() for w in everyone])), "all neighbours: the plain prior"
+
+
+def test_the_guided_prior_has_the_stated_gradient():
+    x = 1 + torch.rand(1, 1, 6, 7, generator=generator(), dtype=torch.float64)
+    alike = bowsher_weights(torch.rand(x.shape, generator=generator(1)))
+    gradient = relative_difference(x, alike=alike)[1]
+    for at in ((0, 0, 0, 0), (0, 0, 2, 3), (0, 0, 5, 6)):
+        step = torch.zeros_like(x)
+        step[at] = 1e-6
+        rise = relative_difference(x + step, alike=alike)[0] - relative_difference(x - step, alike=alike)[0]
+        assert rise.item() / 2e-6 == pytest.approx(gradient[at].item(), rel=1e-5)
+    plain = relative_difference(x)
+    ones = relative_difference(x, alike=torch.ones_like(alike))
+    assert all(torch.allclose(a, b) for a, b in zip(plain, ones, strict=True))
+
+
+@pytest.mark.parametrize("space", [(7, 9), (4, 5, 3)])
+def test_the_kernel_mixes_alike_pixels_and_has_an_adjoint(space):
+    mr = torch.rand(1, 1, *space, generator=generator())
+    K = kernel(mr, near=6, reach=2)
+    x, y = torch.rand(2, 1, 2, *space, generator=generator(1)).movedim(2, 1)
+    assert torch.allclose((K(x[:, :1]) * y[:, :1]).sum(), (x[:, :1] * K.H(y[:, :1])).sum(), rtol=1e-5)
+    assert torch.allclose(K(torch.ones_like(mr)), torch.ones_like(mr)), "rows sum to one"
+    halves = (torch.arange(space[-1]) < space[-1] // 2).float().expand(1, 1, *space).clone()
+    mixed = kernel(halves, near=6, reach=2, width=0.05)(torch.rand(1, 1, *space, generator=generator(2)) * halves)
+    assert (mixed[halves == 0] < 0.01).all(), "nothing leaks over an edge of the MR"
+
+
+def test_a_right_mr_makes_both_methods_better_than_any_without(scan):
+    truth, mr, A, y = scan
+    error = {
+        "MAP": min(metrics.nrmse(map_rdp(y, A, strength=s).x, truth).item() for s in (0.02, 0.1, 0.5, 2.0)),
+        "MLEM": min(metrics.nrmse(mlem(y, A, iterations=k).x, truth).item() for k in (5, 10, 20, 40)),
+        "Bowsher": min(metrics.nrmse(map_bowsher(y, A, mr, strength=s).x, truth).item() for s in (0.5, 2.0)),
+        "kernel": metrics.nrmse(kernel_em(y, A, mr, iterations=100).x, truth).item(),
+    }
+    assert error["Bowsher"] < 0.7 * min(error["MAP"], error["MLEM"]), error
+    assert error["kernel"] < 0.7 * min(error["MAP"], error["MLEM"]), error
+    both = map_bowsher(y.expand(2, *y.shape[1:]), A, mr, strength=0.5).x
+    assert torch.allclose(both[0], both[1])
+
+
+def test_an_mr_of_another_grid_or_without_numbers_is_refused(scan):
+    _, mr, A, y = scan
+    with pytest.raises(ValueError, match="the grid of the PET image; resample"):
+        map_bowsher(y, A, mr[..., :-1])
+    with pytest.raises(ValueError, match="the grid of the PET image; resample"):
+        kernel_em(y, A, mr.expand(2, 1, SIZE, SIZE))
+    with pytest.raises(ValueError, match="the MR image"):
+        map_bowsher(y, A, mr.where(mr > 0, torch.nan))
+    with pytest.raises(ValueError, match="give 1 to 8"):
+        bowsher_weights(mr, 9)
