@@ -11,6 +11,7 @@ from companion.diffusion.exact import GaussianDenoiser
 from companion.diffusion.gibbs import annealed_gibbs, split_gibbs
 from companion.diffusion.guidance import posterior_mean
 from companion.diffusion.noise import karras, log_uniform
+from companion.evaluation import known_posterior
 from companion.operators.linear import Identity
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
@@ -27,10 +28,10 @@ def test_the_likelihood_draw_has_the_right_mean_and_covariance():
     G = posterior_mean(A, y, s, iterations=30, tol=0.0)
     zero = torch.zeros(4000, 1, 4, 4, dtype=y.dtype)
     x = G.draw(zero, Factor.diagonal(torch.tensor(rho**2)), generators(range(4000)))
-    M, measured = bench.matrix(A)
+    M, measured = known_posterior.matrix(A)
     prior_mean = torch.zeros(16, dtype=torch.complex128)
     prior = rho**2 * torch.eye(16, dtype=torch.complex128)
-    mean, C, _ = bench.condition(prior_mean, prior, M, y.flatten()[measured].to(torch.complex128), s)
+    mean, C, _ = known_posterior.condition(prior_mean, prior, M, y.flatten()[measured].to(torch.complex128), s)
     x = x.flatten(1).to(torch.complex128)
     assert (x.mean(0) - mean).abs().max() < 5 * rho * (2 / 4000) ** 0.5
     x = x - x.mean(0)
@@ -51,20 +52,20 @@ def test_split_gibbs_is_exact_in_the_limit():
 
 
 def test_split_gibbs_approaches_the_sense_posterior():
-    problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
+    problem = known_posterior.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
     rhos = log_uniform(60, 0.025, 0.5)[:-1]
     draws = split_gibbs(problem.prior, problem.A, problem.y, 0.05, rhos, steps=6, seeds=range(150))
-    scores = bench.score(draws.x, problem)
+    scores = known_posterior.score(draws.x, problem)
     assert scores["mean_error"] < 0.3 and abs(scores["variance_ratio"] - 1) < 0.2
 
 
 @pytest.mark.parametrize("refresh, calls", [(None, 20), (10.0, 20), (10.0, 150), (0.0, 60)])
 def test_annealed_gibbs_samples_the_sense_posterior_with_few_calls_and_many(refresh, calls):
-    problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
+    problem = known_posterior.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
     covariance = Measured.fit(problem.prior, problem.images(64), bench.LEVELS)
     G = posterior_mean(problem.A, problem.y, 0.05, covariance, iterations=40)
     draws = annealed_gibbs(problem.prior, G, karras(calls, 0.025, 5.0), seeds=range(400), refresh=refresh)
-    scores = bench.score(draws.x, problem)
+    scores = known_posterior.score(draws.x, problem)
     assert draws.bill.denoiser_calls == calls
     assert scores["mean_error"] < 0.15 and abs(scores["variance_ratio"] - 1) < 0.08
     with pytest.raises(TypeError, match="Jacobian"):
@@ -94,14 +95,14 @@ def test_couplings_are_checked(rhos):
 
 def test_conditional_means_average_to_the_posterior_mean_with_less_noise_and_leave_the_draws_alone():
     """For a Gaussian prior E[x0 | x, y] at the last level is unbiased, and a draw is one of its neighbours."""
-    problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
+    problem = known_posterior.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
     covariance = Measured.fit(problem.prior, problem.images(64), bench.LEVELS)
     G = posterior_mean(problem.A, problem.y, 0.05, covariance, iterations=40)
     levels = karras(12, 0.25, 5.0)
     result = annealed_gibbs(problem.prior, G, levels, seeds=range(300), batch_size=128)
     assert result.mean.shape == result.x.shape
     assert result.bill.denoiser_calls == 12 and result.bill.operator_calls == 13 * G.operator_calls
-    draws, means = (bench.score(result.x, problem, m) for m in (None, result.mean))
+    draws, means = (known_posterior.score(result.x, problem, m) for m in (None, result.mean))
     assert means["mean_error"] < 0.15 and means["mean_mc"] < 0.8 * draws["mean_mc"]
     alone = annealed_gibbs(problem.prior, G, levels, seeds=7).mean
     assert torch.allclose(alone[0], result.mean[7], atol=1e-4)
@@ -116,12 +117,12 @@ def test_without_noise_to_add_the_mean_is_the_exact_one():
 
 
 def test_a_chain_that_starts_at_an_image_needs_fewer_sweeps_and_is_no_less_exact():
-    problem = bench.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
+    problem = known_posterior.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=500)
     covariance = Measured.fit(problem.prior, problem.images(64), bench.LEVELS)
     G = posterior_mean(problem.A, problem.y, 0.05, covariance, iterations=40)
     start = problem.mean[None].to(torch.complex64)
     warm = annealed_gibbs(problem.prior, G, karras(5, 0.25, 0.6), seeds=range(300), start=start)
-    scores = bench.score(warm.x, problem, warm.mean)
+    scores = known_posterior.score(warm.x, problem, warm.mean)
     assert scores["mean_error"] < 0.15 and abs(scores["variance_ratio"] - 1) < 0.08
     zero = annealed_gibbs(problem.prior, G, [0.6, 0.25], seeds=[1], start=torch.zeros_like(start))
     assert torch.equal(zero.x, annealed_gibbs(problem.prior, G, [0.6, 0.25], seeds=[1]).x)

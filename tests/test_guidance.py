@@ -13,6 +13,7 @@ from companion.diffusion.exact import GaussianDenoiser
 from companion.diffusion.guidance import ddnm, dds, diffpir, dps, landweber, pigdm, posterior_mean
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
+from companion.evaluation import known_posterior
 from companion.operators.linear import Identity
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
@@ -27,7 +28,7 @@ NOISE_STD = 0.05
 
 @pytest.fixture(scope="module")
 def problem():
-    return bench.make_problem("gaussian", size=8, R=2, noise_std=NOISE_STD, draws=500)
+    return known_posterior.make_problem("gaussian", size=8, R=2, noise_std=NOISE_STD, draws=500)
 
 
 def normal(shape, seed=0, dtype=torch.complex64):
@@ -36,7 +37,7 @@ def normal(shape, seed=0, dtype=torch.complex64):
 
 def dense_solution(problem, x, sigma, C):
     """D + C A^H (A C A^H + s^2)^-1 (y - A D) with matrices; C (n, n) complex128."""
-    M, measured = bench.matrix(problem.A)
+    M, measured = known_posterior.matrix(problem.A)
     x0_hat = problem.prior(x, sigma)[0].flatten().to(torch.complex128)
     y = problem.y.flatten()[measured].to(torch.complex128)
     S = M @ C @ M.mH + problem.noise_std**2 * torch.eye(len(M))
@@ -48,7 +49,7 @@ def dense_solution(problem, x, sigma, C):
 def test_posterior_mean_solves_its_equation(problem, kind, sigma):
     sigma = torch.tensor([sigma])
     x = problem.images(1) + sigma * normal((1, *problem.shape))
-    prior_covariance = bench.brain_like(8)[1]
+    prior_covariance = known_posterior.brain_like(8)[1]
     true = sigma.item() ** 2 * prior_covariance @ torch.linalg.inv(prior_covariance + sigma.item() ** 2 * torch.eye(64))
     C, model = {
         "isotropic": (Isotropic(0.3).variance(sigma).double() * torch.eye(64), Isotropic(0.3)),
@@ -62,10 +63,10 @@ def test_posterior_mean_solves_its_equation(problem, kind, sigma):
 
 def test_jacobian_covariance_is_exact_for_a_gaussian_prior(problem):
     """D_y must be the denoiser of the posterior, which is itself a Gaussian."""
-    M, measured = bench.matrix(problem.A)
-    mean, covariance = bench.brain_like(8)
+    M, measured = known_posterior.matrix(problem.A)
+    mean, covariance = known_posterior.brain_like(8)
     y = problem.y.flatten()[measured].to(torch.complex128)
-    m, C, _ = bench.condition(mean.flatten(), covariance, M, y, NOISE_STD)
+    m, C, _ = known_posterior.condition(mean.flatten(), covariance, M, y, NOISE_STD)
     exact = GaussianDenoiser(m.reshape(mean.shape), (C + C.mH) / 2)
     D_y = posterior_mean(problem.A, problem.y, NOISE_STD, Jacobian(), iterations=80, tol=1e-6)(problem.prior)
     for level in (0.05, 0.5, 5.0):
@@ -85,7 +86,7 @@ def test_exact_guidance_samples_the_true_posterior(problem, solver):
         solver=solver,
         dtype=torch.complex64,
     )
-    scores = bench.score(xs.x, problem)
+    scores = known_posterior.score(xs.x, problem)
     assert scores["mean_error"] < 0.1
     assert abs(scores["variance_ratio"] - 1) < 0.05 + 2 * scores["variance_mc"]
     assert abs(scores["coverage"] - 0.9) < 0.02
@@ -108,7 +109,7 @@ def test_measured_covariance_is_nearly_exact_at_one_call_a_step(problem):
             dtype=torch.complex64,
         )
         assert draws.bill.denoiser_calls == 25
-        errors[name] = bench.score(draws.x, problem)
+        errors[name] = known_posterior.score(draws.x, problem)
     assert errors["measured"]["mean_error"] < 0.15
     assert abs(errors["measured"]["variance_ratio"] - 1) < 0.1
     assert errors["measured"]["mean_error"] < errors["per pixel"]["mean_error"] < errors["isotropic"]["mean_error"]

@@ -62,6 +62,25 @@ def look(
 
 
 @app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(help="Python files that define sample or guidance; they are run")],
+    out: Annotated[Path, typer.Option(help="folder of bench.md, bench.png and bench.json")] = Path("runs/bench"),
+    calls: Annotated[int, typer.Option(help="evaluations of the prior a draw")] = 25,
+    people: Annotated[int, typer.Option(help="virtual people to test on")] = 8,
+    calibration: Annotated[int, typer.Option(help="others, for conformal intervals")] = 10,
+    heads: Annotated[str | None, typer.Option(help="folder of real heads, of any format")] = None,
+):
+    """Enter posterior samplers or guidances of your own: one row each, against what is known."""
+    from companion.reconstruction.bench import Settings, read_entry, run
+    from companion.show.bench import markdown, write
+
+    settings = Settings(calls=calls, people=people, calibration=calibration, heads=heads)
+    entries = [read_entry(file) for file in files]
+    rows = [run(entry, settings, lambda text: print(text, file=sys.stderr)) for entry in entries]
+    print(markdown(rows, settings), write(rows, settings, out), sep="\n")
+
+
+@app.command()
 def init(folder: Annotated[Path, typer.Argument(help="new folder for notebooks, data and runs")]):
     """Lay down the notebooks, their parameters and the workflow in FOLDER."""
     from companion.workbench.project import lay_down
@@ -180,10 +199,10 @@ def cell(plan: Path, name: str, attempt: Annotated[int, typer.Option()] = 1):
 
 @weights.command("list")
 def list_weights():
-    """Show all weights and sample data by name, and whether they are here."""
-    from companion.workbench.doctor import slots, weights_table
+    """Show all weights and sample data by name, whether they are here, and their licences."""
+    from companion.workbench.doctor import slots, terms, weights_table
 
-    print(weights_table(), slots(), sep="\n\n")
+    print(weights_table(), slots(), f"Licences and terms\n{terms()}", sep="\n\n")
 
 
 @weights.command()
@@ -217,8 +236,12 @@ def verify():
 
 @weights.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="a published file: .pt, .pth, .ckpt, .pkl or .safetensors")],
-    kind: Annotated[str, typer.Option(help="aid, taming, lmi, monai, pet, or a name of `companion weights list`")],
+    file: Annotated[
+        Path, typer.Argument(help="a published file (.pt, .pth, .ckpt, .pkl, .safetensors), or a folder of diffusers")
+    ],
+    kind: Annotated[
+        str, typer.Option(help="aid, taming, lmi, monai, edm, diffusers, pet, or a name of `companion weights list`")
+    ],
     out: Annotated[Path, typer.Option(help="folder of the checkpoint")],
     config: Annotated[Path | None, typer.Option(help="JSON or YAML with network, denoiser, data")] = None,
     golden: Annotated[Path | None, typer.Option(help="safetensors with inputs and output to be repeated")] = None,

@@ -14,8 +14,10 @@ from companion.diffusion.noise import DiscreteSchedule
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
 from companion.networks.ddim_unet import DDIMUNet
+from companion.networks.diffusers_unet import DiffusersUNet
 from companion.networks.diffusion_unet import DiffusionUNet
 from companion.networks.edm_unet import EDMUNet
+from companion.networks.song_unet import SongUNet
 from companion.networks.unet import UNet
 from companion.networks.vqvae import VQVAE, PlainVQVAE
 from companion.parameters import autocast_dtype
@@ -27,6 +29,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "DDIMUNet": DDIMUNet,
     "EDMUNet": EDMUNet,
     "DiffusionUNet": DiffusionUNet,
+    "DiffusersUNet": DiffusersUNet,
+    "SongUNet": SongUNet,
     "AutoencoderKL": AutoencoderKL,  # autoencoders: no "denoiser" in the config
     "VQModel": VQModel,
     "VQVAE": VQVAE,

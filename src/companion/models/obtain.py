@@ -92,6 +92,7 @@ def convert(
     entry = about or (None if kind in conversion.KINDS else registry.find(kind))
     if entry and entry.kind != "data":
         kind, config = entry.kind, config or entry.config or None
+    file = conversion.weights_file(file, kind)
     tensors, told = conversion.read_kind(file, kind)
     if told:
         network = dict(told["network"]) | dict((config or {}).get("network") or {})

@@ -30,7 +30,8 @@ class Refused(Exception):
 NETWORK_CLASSES = {
     *(
         f"training.networks.{name}"
-        for name in "EDMPrecond DhariwalUNet UNetBlock Conv2d Linear GroupNorm PositionalEmbedding".split()
+        for name in "EDMPrecond DhariwalUNet SongUNet UNetBlock Conv2d Linear GroupNorm PositionalEmbedding "
+        "FourierEmbedding".split()
     ),
     "torch.nn.modules.container.ModuleDict",
 }
@@ -128,6 +129,8 @@ class Reader:
             "numpy._core.multiarray.scalar": self.float64,
             "numpy.core.multiarray.scalar": self.float64,
             "_codecs.encode": self.encode,
+            "torch_utils.persistence._reconstruct_persistent_obj": self.persistent_object,
+            "dnnlib.util.EasyDict": self.ordered_dict,
         }
 
     # --- the machine
@@ -256,6 +259,12 @@ class Reader:
             raise Refused(f"its {kind} are larger than the file")
 
     # --- what published pickles call
+
+    def persistent_object(self, meta) -> Module:
+        """A module that EDM pickled with the source text of its class, which is neither read nor run."""
+        if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
+            raise Refused("it makes a persistent object of something else")
+        return Module(f"training.networks.{meta.get('class_name')}", meta["state"])
 
     def ordered_dict(self, items=()) -> dict:
         made: dict = {}

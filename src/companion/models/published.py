@@ -22,6 +22,7 @@ The tensors of large files are not copied: they are views of the file, mapped in
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from companion.files import sha256
 from companion.models.pickles import MAX_BYTES, Module, Refused, _read_pickle, _read_zip
-from companion.networks import autoencoder, ddim_unet, diffusion_unet
+from companion.networks import autoencoder, ddim_unet, diffusers_unet, diffusion_unet, song_unet
 from companion.networks.edm_unet import EDMUNet
 
 HEAD_CHANNELS = 64  # of the published attention
@@ -324,6 +325,51 @@ def _lmi_config(tensors: Mapping[str, Tensor]) -> dict:
     return {"network": ddim_unet.describe(tensors), "denoiser": denoiser}
 
 
+def _edm(content) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Tensors and attributes of a network: averaged weights ("ema") where a file has them, else raw ones ("net")."""
+    if isinstance(content, dict):
+        content = next((content[key] for key in ("ema", "net") if content.get(key) is not None), content)
+    if isinstance(content, Module):
+        if not content.name.endswith("EDMPrecond"):
+            raise Refused(f"its network is a {content.name.rpartition('.')[2]}; this kind knows EDMPrecond")
+        parameters, buffers, attributes = content.collect()
+        return parameters | buffers, attributes
+    return {re.sub(r"^(module\.|net\.)+", "", name): x for name, x in state_dict(content).items()}, {}
+
+
+def edm_config(tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> dict:
+    """Network and denoiser of an EDM checkpoint; sigma_data is 0.5 where the file does not say it, as in EDM."""
+    song = song_unet.is_song(tensors)
+    network = song_unet.describe(tensors) if song else describe(tensors, attributes)
+    return {
+        "network": network,
+        "denoiser": {"name": "EDMDenoiser", "sigma_data": float(attributes.get("sigma_data", 0.5))},
+    }
+
+
+def weights_file(path: str | os.PathLike, kind: str) -> Path:
+    """The file of weights of a published folder (diffusers), or the path itself."""
+    path = Path(path)
+    if kind != "diffusers" or not path.is_dir():
+        return path
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    found = [at / name for at in (path, path / "unet") for name in names if (at / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path} holds neither {names[0]} nor {names[1]}, nor does a folder unet in it")
+    return found[0]
+
+
+def _diffusers_config(path: Path) -> dict:
+    model = path.with_name("config.json")
+    if not model.is_file():
+        raise FileNotFoundError(
+            f"{model} is not there; diffusers describes a network in it, keep it beside its weights"
+        )
+    places = [path.with_name("scheduler_config.json"), path.parents[1] / "scheduler" / "scheduler_config.json"]
+    scheduler = next((json.loads(place.read_text()) for place in places if place.is_file()), None)
+    return diffusers_unet.describe(json.loads(model.read_text()), scheduler)
+
+
 def _from_monai(tensors: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
     if isinstance(network, autoencoder.AutoencoderKL):
         return autoencoder.from_monai(network, tensors)
@@ -347,6 +393,16 @@ KINDS = {
         {"num_heads": 1, "use_new_attention_order": False},
     ),
     "monai": Kind("latent3d: MONAI's VQVAE, AutoencoderKL or DiffusionModelUNet (.pt)", state_dict, _from_monai),
+    "edm": Kind(
+        "EDM and InverseBench: SongUNet or DhariwalUNet with EDM's preconditioning (.pkl, .pt, .safetensors)",
+        lambda content: _edm(content)[0],
+        lambda tensors, _: song_unet.translate(tensors) if song_unet.is_song(tensors) else translate(tensors),
+    ),
+    "diffusers": Kind(
+        "diffusers: UNet2DModel, the folder or its file of weights (config.json beside it)",
+        state_dict,
+        lambda tensors, network: diffusers_unet.translate(network, tensors),
+    ),
     "pet": Kind("PET: network-snapshot-*.pkl, training-state-*.pt", lambda content: content, lambda t, _: translate(t)),
 }
 
@@ -366,7 +422,12 @@ def read_kind(path: str | os.PathLike, kind: str) -> tuple[Mapping[str, Tensor],
         published = read(path)
         return published.tensors, published.config
     with _refusals(path):
-        tensors = KINDS[kind].unpack(_safetensors(path) if path.suffix == ".safetensors" else _content(path))
+        content = _safetensors(path) if path.suffix == ".safetensors" else _content(path)
+        tensors = KINDS[kind].unpack(content)
+        if kind == "edm":
+            return tensors, edm_config(tensors, _edm(content)[1])
+    if kind == "diffusers":
+        return tensors, _diffusers_config(path)
     config = KINDS[kind].config
     if config is None:
         return tensors, None

@@ -63,6 +63,7 @@ class Entry:
     sha256: str | None = None
     kind: str = "data"  # how companion.models.published reads it
     config: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""  # where a file without `repo` is to be had by hand
     licence: str = "not stated"
     citation: str = ""
     training: str = "not stated"
@@ -202,7 +203,8 @@ def fetch(entry: Entry, accept_change: bool = False) -> Files:
     PermissionError for a gated one, OSError for a full disk or a broken connection.
     """
     if entry.repo is None:
-        raise ValueError(f"{entry.name}: nobody has published these weights. {how_to_make(entry)}")
+        known = "these weights are on no hub" if entry.source else "nobody has published these weights"
+        raise ValueError(f"{entry.name}: {known}. {how_to_make(entry)}")
     repo = entry.repo
     if accept_change:
         entry = replace(entry, bytes=None, about=None, sha256=None)
@@ -371,7 +373,10 @@ def moved(entry: Entry) -> str | None:
 
 
 def how_to_make(entry: Entry) -> str:
-    """What to do about weights that nobody has published."""
+    """What to do about weights that are on no hub: get them by hand, or make them."""
+    if entry.source:
+        convert = f"companion weights convert FILE --kind {entry.name} --out FOLDER"
+        return f"get {entry.file} from {entry.source}, then: {convert}"
     paper = entry.name.partition("/")[0]
     return (
         f"Train them (companion run notebooks/{paper}/2_train.ipynb), or convert a file of your own (companion weights "

@@ -206,10 +206,17 @@ class AttentionBlock(nn.Module):
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Stage(nn.Sequential):
-    """Runs its layers in order and hands the time embedding to those that take it."""
+class Attends(nn.Module):
+    """A layer that attends to a context: (x, context) -> the shape of x."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+
+class Stage(nn.Sequential):
+    """Runs its layers in order and hands the time embedding and a context, if there is one, to those that take it."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            else:
+                x = layer(x, context) if isinstance(layer, Attends) else layer(x)
         return x

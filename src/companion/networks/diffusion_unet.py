@@ -10,9 +10,10 @@ from fractions import Fraction
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.networks.blocks import GroupNorm32
+from companion.networks.transformer import SpatialTransformer
 from companion.networks.unet import UNet
 
 
@@ -27,6 +28,7 @@ class DiffusionUNet(UNet):
     attention: whether the blocks of each level are followed by attention, whose cost grows with the square of
         the number of voxels: leave it to levels of a few thousand. The bottom block has one in any case.
     num_head_channels: channels of a head, one number or one a level.
+    context_width: every attention also attends to a context of tokens of this width (transformer_layers blocks each).
     num_classes, resblock_updown, use_checkpoint, dropout: as in UNet.
     """
 
@@ -44,9 +46,12 @@ class DiffusionUNet(UNet):
         resblock_updown: bool = False,
         dropout: float = 0.0,
         use_checkpoint: bool = False,
+        context_width: int | None = None,
+        transformer_layers: int = 1,
     ):
         if len(channels) != len(attention):
             raise ValueError(f"attention has {len(attention)} entries for {len(channels)} levels; give one each")
+        self.context_width, self.transformer_layers = context_width, transformer_layers
         self.norm = partial(GroupNorm32, groups=norm_groups, eps=1e-6)  # before the layers are made with it
         super().__init__(
             in_channels,
@@ -64,6 +69,32 @@ class DiffusionUNet(UNet):
             use_new_attention_order=True,
         )
 
+    def attention(self, width: int, num_heads: int, num_head_channels: int, new_order: bool) -> nn.Module:
+        if self.context_width is None:
+            return super().attention(width, num_heads, num_head_channels, new_order)
+        head = num_head_channels if num_head_channels > 0 else width // num_heads
+        return SpatialTransformer(width, head, self.context_width, self.dims, self.norm(width), self.transformer_layers)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """Returns (batch, out_channels, *space) for images x (batch, channel, *space) at times t (batch,).
+
+        cond: condition images (batch or 1, channel, *space), concatenated to x; with context_width instead tokens
+        (batch or 1, token, context_width), or numbers (batch or 1, context_width), which are one token and, where
+        in_channels leaves room, constant channels as well. Raises ValueError for shapes that do not fit.
+        """
+        if self.context_width is None:
+            return super().forward(x, t, cond, y)
+        if cond is None or cond.ndim not in (2, 3) or cond.shape[-1] != self.context_width:
+            given = None if cond is None else tuple(cond.shape)
+            raise ValueError(
+                f"cond has shape {given}; this network attends to tokens (batch, token, {self.context_width}) or to "
+                f"numbers (batch, {self.context_width})"
+            )
+        if cond.ndim == 2 and x.shape[1] < self.in_channels:
+            x = torch.cat([x, cond[(...,) + (None,) * self.dims].to(x.dtype).expand(len(x), -1, *x.shape[2:])], 1)
+        self.check(x, t)
+        return self.run(x, self.embed(t.expand(x.shape[0]), y), context=cond[:, None] if cond.ndim == 2 else cond)
+
 
 _BLOCK = {
     "norm1.": "in_layers.0.",
@@ -75,25 +106,35 @@ _BLOCK = {
     "op.conv.": "op.",
     "postconv.conv.": "conv.",
     "attn.out_proj.": "proj_out.",
+    "proj_in.conv.": "proj_in.",
+    "proj_out.conv.": "proj_out.",
 }
 _TOP = {"conv_in.conv.": "input_blocks.0.0.", "out.2.conv.": "out.2.", "class_embedding.": "label_emb."}
 
 
 def from_monai(model: DiffusionUNet, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict for `model` from that of MONAI's DiffusionModelUNet, without cross-attention.
+    """The state_dict for `model` from that of MONAI's DiffusionModelUNet, also of monai-generative.
 
     The matrices of q, k and v become one, otherwise tensors keep their values. load_state_dict says what does
     not fit.
     """
-    renamed = {}
+    renamed, tensors = {}, {_modern(name): x for name, x in tensors.items()}
     for name, x in tensors.items():
-        if name.endswith((".to_k.weight", ".to_k.bias", ".to_v.weight", ".to_v.bias")):
+        if ".attn.to_k." in name or ".attn.to_v." in name:
             continue
         if ".attn.to_q." in name:
             x = torch.cat([tensors[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")])
         new = _renamed(name, model)
-        renamed[new] = x[:, :, None] if new.endswith(("qkv.weight", "proj_out.weight")) else x
+        linear = new.endswith(("qkv.weight", "proj_out.weight")) and x.ndim == 2
+        renamed[new] = x[:, :, None] if linear else x
     return renamed
+
+
+def _modern(name: str) -> str:
+    """The name of today of a tensor of monai-generative."""
+    name = re.sub(r"(attentions\.\d+|attention)\.to_([qkv])\.", r"\1.attn.to_\2.", name)
+    name = re.sub(r"(attentions\.\d+|attention)\.proj_attn\.", r"\1.attn.out_proj.", name)
+    return name.replace(".to_out.0.", ".out_proj.").replace("upsampler.conv.conv.", "upsampler.postconv.conv.")
 
 
 def _renamed(name: str, model: DiffusionUNet) -> str:

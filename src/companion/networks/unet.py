@@ -115,7 +115,7 @@ class UNet(nn.Module):
 
         def attention(width: int, level: int, heads: int = num_heads) -> list[nn.Module]:
             options = self.heads(width, heads, head_channels[level])
-            return [AttentionBlock(width, *options, use_new_attention_order, norm)] if options else []
+            return [self.attention(width, *options, use_new_attention_order)] if options else []
 
         def resampler(kind: type, width: int) -> nn.Module:
             if resblock_updown:
@@ -166,6 +166,10 @@ class UNet(nn.Module):
         """Returns (num_heads, num_head_channels) of attention over `width` channels; None: no attention."""
         return (num_heads, num_head_channels) if num_heads else None
 
+    def attention(self, width: int, num_heads: int, num_head_channels: int, new_order: bool) -> nn.Module:
+        """Returns the layer of attention over `width` channels."""
+        return AttentionBlock(width, num_heads, num_head_channels, new_order, self.norm)
+
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Returns (batch, out_channels, *space) for images x (batch, channel, *space) at times t (batch,).
 
@@ -187,18 +191,28 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype))
         return emb if y is None else emb + self.label_emb(y)
 
-    def run(self, x: Tensor, emb: Tensor, join: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
-        """Returns the output for images x and embeddings; join(level, h) replaces h where a level starts."""
+    def run(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        join: Callable[[int, Tensor], Tensor] | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the output for images x and embeddings; join(level, h) replaces h where a level starts.
+
+        context: what layers that attend to one are given.
+        """
+        emb = (emb,) if context is None else (emb, context)
         h = pixel_unshuffle(x, self.patch)
         skips = []
         for i, stage in enumerate(self.input_blocks):
             if join is not None and i in self.level_entries:
                 h = join(self.level_entries[i], h)
-            h = self.call(stage, h, emb)
+            h = self.call(stage, h, *emb)
             skips.append(h)
-        h = self.call(self.middle_block, h, emb)
+        h = self.call(self.middle_block, h, *emb)
         for stage in self.output_blocks:
-            h = self.call(stage, torch.cat([h, skips.pop()], dim=1), emb)
+            h = self.call(stage, torch.cat([h, skips.pop()], dim=1), *emb)
         return pixel_shuffle(self.out(h), self.patch)
 
     def call(self, stage: nn.Module, *args):

@@ -49,14 +49,22 @@ def weights_table() -> str:
 
 
 def slots() -> str:
-    """How to come by the weights that nobody has published."""
+    """How to come by the weights that are on no hub."""
     return "\n".join(f"{e.name}: {registry.how_to_make(e)}" for e in registry.entries().values() if not e.repo)
 
 
+def terms() -> str:
+    """The licences and terms of all entries, each with the names that it holds for."""
+    names: dict[str, list[str]] = {}
+    for entry in registry.entries().values():
+        names.setdefault(entry.licence, []).append(entry.name)
+    return "\n".join(f"{', '.join(held)}: {licence}" for licence, held in names.items())
+
+
 def state(entry: Entry) -> str:
-    """Whether an entry is here: "here", "not here", or "unpublished". Nothing is hashed."""
+    """Whether an entry is here: "here", "not here", "by hand" or "unpublished". Nothing is hashed."""
     if entry.repo is None:
-        return "unpublished"
+        return "by hand" if entry.source else "unpublished"
     there = registry.cached(entry) if entry.kind == "data" else weights.converted(entry)
     return "here" if there else "not here"
 
