@@ -122,7 +122,7 @@ def test_intervals_of_people_cover_and_a_row_becomes_table_figure_and_json(tmp_p
     s = replace(QUICK, cases=20, priors=("gaussian",))
     quality = bench._quality(people(30, 0), people(30, 1))
     assert quality["coverage"] == pytest.approx(0.9, abs=0.02)
-    assert quality["conformal_coverage"] == pytest.approx(0.9, abs=0.02)
+    assert quality["conformal_coverage"] == pytest.approx(0.93, abs=0.02)  # 0.9 + 0.9 / 30: few slices cost width
     assert quality["psnr_coverage"] > 0.75 and quality["psnr_draw"] < quality["psnr"]
     row = {"name": "exact", "sha256": "", "exact": {"gaussian": exact(truth(), s, "gaussian")}, "people": quality}
     folder = write([row], s, tmp_path)

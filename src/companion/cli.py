@@ -66,8 +66,8 @@ def bench(
     files: Annotated[list[Path], typer.Argument(help="Python files that define sample or guidance; they are run")],
     out: Annotated[Path, typer.Option(help="folder of bench.md, bench.png and bench.json")] = Path("runs/bench"),
     calls: Annotated[int, typer.Option(help="evaluations of the prior a draw")] = 25,
-    people: Annotated[int, typer.Option(help="virtual people to test on")] = 8,
-    calibration: Annotated[int, typer.Option(help="others, for conformal intervals")] = 10,
+    people: Annotated[int, typer.Option(help="virtual people to test on")] = 6,
+    calibration: Annotated[int, typer.Option(help="others, for conformal intervals")] = 15,
     heads: Annotated[str | None, typer.Option(help="folder of real heads, of any format")] = None,
 ):
     """Enter posterior samplers or guidances of your own: one row each, against what is known."""

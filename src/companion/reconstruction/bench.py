@@ -68,9 +68,9 @@ class Settings:
     cases: int = 50
     rank_draws: int = 9
     weights: str = "brain/t1w"
-    people: int = 8
+    people: int = 6
     people_draws: int = 4
-    calibration: int = 10
+    calibration: int = 15
     image_size: int = 64
     acceleration: float = 4
     noise_std: float = 0.01
