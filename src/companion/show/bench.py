@@ -62,11 +62,11 @@ def figure(rows: Sequence[dict], s: Settings) -> Figure:
             known.plot(x, y, "os^D"[j], color=f"C{i}", label=label)
             share = torch.bincount(torch.tensor(e["ranks"]), minlength=bins).double() * bins / len(e["ranks"])
             at = torch.arange(bins) + width * (i * len(priors) + j - (len(rows) * len(priors) - 1) / 2)
-            flat.bar(at, share, width, color=f"C{i}", alpha=1 - 0.5 * j)
+            flat.bar(at.tolist(), share.tolist(), width, color=f"C{i}", alpha=1 - 0.5 * j)
         for side, key in ((-0.12, "coverages"), (0.12, "conformal_coverages")):
             values = row["people"][key]
             spread = torch.linspace(-0.06, 0.06, len(values)) + i + side
-            people.plot(spread, values, "o" if side > 0 else "x", color=f"C{i}", ms=4, alpha=0.7)
+            people.plot(spread.tolist(), values, "o" if side > 0 else "x", color=f"C{i}", ms=4, alpha=0.7)
     known.set(xscale="log", yscale="log", xlabel="error of the mean (posterior std)", ylabel="variance / true variance")
     known.set_title("exact posterior")
     known.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
