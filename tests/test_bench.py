@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from companion.data.nifti import save_nifti
 from companion.evaluation.known_posterior import condition, make_problem, matrix
 from companion.reconstruction import bench
 from companion.reconstruction.bench import Counted, Entry, Settings, Slices, draw, exact, read_entry
@@ -109,6 +110,30 @@ def test_what_is_no_entry_is_refused_with_the_reason(tmp_path, code, said):
 def test_settings_that_cannot_answer_are_refused():
     with pytest.raises(ValueError, match="calibration=8"):
         Settings(calibration=8)
+
+
+class Flat(torch.nn.Module):
+    total_stride = (1, 1)
+
+    def forward(self, x, sigma, cond=None):
+        return 0.5 * x
+
+
+def test_real_heads_of_a_folder_are_one_more_part_of_the_row(tmp_path, monkeypatch):
+    z, y, x = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in (44, 52, 40)), indexing="ij")
+    ball = ((z**2 + y**2 + x**2).sqrt() < 0.9) * (1 + 0.3 * x)
+    save_nifti(tmp_path / "head.nii.gz", ball, voxel_mm=4.0)
+    monkeypatch.setattr(bench, "load_denoiser", lambda name: Flat())
+
+    def sample(D, A, y, seeds):
+        noise = [torch.randn(A.domain_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return A.H(y) + 0.1 * torch.stack(noise)
+
+    row = bench.heads(Entry("adjoint", sample), replace(QUICK, heads=str(tmp_path), people_draws=3))
+    assert row["heads"] == 1 and row["slices"] == 2 and 5 < row["psnr"] < 40 and row["denoiser_calls"] == 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="nothing to use there"):
+        bench.heads(Entry("adjoint", sample), replace(QUICK, heads=str(tmp_path / "empty")))
 
 
 def people(cases, seed):

@@ -271,8 +271,9 @@ def heads(entry: Entry, s: Settings) -> dict:
     D = AnySize(D, network_of(D).total_stride)
     images = []
     for item in found:
-        volume, affine = item.read()
-        images.append(head_slices(volume, affine, "64", s.head_slices))
+        frame = {"frame": 0} if item.what.axes[0] == "t" else {}
+        volume = item.reader.read((*item.files, *item.what.parts), **frame)
+        images.append(head_slices(volume.array, volume.affine, "64", s.head_slices))
     x = anatomy.random_phase(torch.cat(images), torch.Generator().manual_seed(s.seed))
     A = sense(birdcage_maps((64, 64), 8), cartesian_mask(64, s.acceleration, acs=4).mask)
     return _quality(_slices(entry, D, A, x, x[:0], s, 0)) | {"heads": len(found)}
