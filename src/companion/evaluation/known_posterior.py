@@ -67,7 +67,7 @@ def overfit(truth: GaussianDenoiser, count: int = 150) -> GaussianDenoiser:
     return GaussianDenoiser(images.mean(0).reshape(truth.mean.shape), (covariance + covariance.mH) / 2)
 
 
-def matrix(A: LinearOperator) -> Tensor:
+def matrix(A: LinearOperator) -> tuple[Tensor, Tensor]:
     """A as a dense matrix (samples, pixels), without the samples that are always 0."""
     pixels = torch.eye(math.prod(A.domain_shape), dtype=torch.complex128).reshape(-1, *A.domain_shape)
     rows = A(pixels).flatten(1).T
@@ -99,16 +99,17 @@ def make_problem(name: str, size=16, coils=4, R=4, noise_std=0.02, seed=3, draws
         means = [mean.flatten() + 1.6 * loose @ randn((6,), torch.complex128, generator) for _ in range(6)]
     parts = [GaussianDenoiser(m.reshape(mean.shape), c) for m, c in zip(means, covariances, strict=True)]
     prior = parts[0] if len(parts) == 1 else GaussianMixtureDenoiser(torch.ones(len(parts)), parts)
-    D = overfit(prior) if name == "overfit" else prior
+    D = overfit(parts[0]) if name == "overfit" else prior
     y = A(prior.draw(1, generator, torch.complex128))
     y = y + noise_std * randn(y.shape, y.dtype, generator)
 
     seen = [condition(m, c, M, y.flatten()[measured], noise_std) for m, c in zip(means, covariances, strict=True)]
     share = torch.softmax(torch.stack([evidence for *_, evidence in seen]), 0)
-    centre = sum(w * m for w, (m, _, _) in zip(share, seen, strict=True))
-    variance = sum(
+    centre = torch.stack([w * m for w, (m, _, _) in zip(share, seen, strict=True)]).sum(0)
+    parts_of_variance = [
         w * (C.diagonal().real + (m - centre).abs() ** 2 / 2) for w, (m, C, _) in zip(share, seen, strict=True)
-    )
+    ]
+    variance = torch.stack(parts_of_variance).sum(0)
     exact = [GaussianDenoiser(m.reshape(mean.shape), (C + C.mH) / 2).draw(draws, generator) for m, C, _ in seen]
     chosen = torch.multinomial(share, draws, replacement=True, generator=generator)
     exact = torch.stack([exact[k][i] for i, k in enumerate(chosen.tolist())])

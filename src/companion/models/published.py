@@ -40,6 +40,7 @@ from companion.files import sha256
 from companion.models.pickles import MAX_BYTES, Module, Refused, _read_pickle, _read_zip
 from companion.networks import autoencoder, ddim_unet, diffusers_unet, diffusion_unet, song_unet
 from companion.networks.edm_unet import EDMUNet
+from companion.networks.unet import UNet
 
 HEAD_CHANNELS = 64  # of the published attention
 
@@ -370,6 +371,10 @@ def _diffusers_config(path: Path) -> dict:
     return diffusers_unet.describe(json.loads(model.read_text()), scheduler)
 
 
+def _from_diffusers(tensors: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    return diffusers_unet.translate(network, tensors) if isinstance(network, UNet) else tensors
+
+
 def _from_monai(tensors: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
     if isinstance(network, autoencoder.AutoencoderKL):
         return autoencoder.from_monai(network, tensors)
@@ -401,7 +406,7 @@ KINDS = {
     "diffusers": Kind(
         "diffusers: UNet2DModel, the folder or its file of weights (config.json beside it)",
         state_dict,
-        lambda tensors, network: diffusers_unet.translate(network, tensors),
+        _from_diffusers,
     ),
     "pet": Kind("PET: network-snapshot-*.pkl, training-state-*.pt", lambda content: content, lambda t, _: translate(t)),
 }
