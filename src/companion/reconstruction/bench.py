@@ -246,7 +246,12 @@ def _ranks(entry: Entry, s: Settings, problem: Problem, images: Tensor) -> dict:
     x = draw(entry, problem.prior, problem.A, y, problem.noise_std, seeds, s.calls, images).x
     x = x.unflatten(0, (s.cases, s.rank_draws)).transpose(0, 1)
     directions = ranks.projections(problem.shape, 3, torch.complex64, s.seed)
-    found = ranks.rank(ranks.along(truth, directions), ranks.along(x, directions))
+
+    def numbers(images: Tensor) -> Tensor:  # the misfit sees what projections do not: data that were not used up
+        misfit = (problem.A(images) - y[:: s.rank_draws]).abs().square().flatten(-len(problem.A.range_shape)).sum(-1)
+        return torch.cat([ranks.along(images, directions), misfit[..., None]], -1)
+
+    found = ranks.rank(numbers(truth), numbers(x))
     return {"ranks_p": ranks.all_uniform(found, s.rank_draws), "ranks": found.flatten().tolist()}
 
 

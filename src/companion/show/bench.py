@@ -70,13 +70,14 @@ def figure(rows: Sequence[dict], s: Settings) -> Figure:
     known.set(xscale="log", yscale="log", xlabel="error of the mean (posterior std)", ylabel="variance / true variance")
     known.set_title("exact posterior")
     known.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    known.minorticks_off()
+    known.set_xticks([0.02, 0.1, 0.5, 1, 2], ["0.02", "0.1", "0.5", "1", "2"])
+    known.set(xlim=(0.018, 4), ylim=(0.15, 6))
     known.legend(fontsize=7, frameon=False)
     flat.axhline(1, color="k", lw=0.8)
     flat.set(title="ranks of simulated truths", xlabel=f"rank among {s.rank_draws} draws", ylabel="share / uniform")
     people.axhline(0.9, color="k", lw=0.8)
-    people.set(
-        title="virtual slices, 90 % intervals (x raw, o conformal)", ylabel="share of pixels inside", ylim=(0, 1.02)
-    )
+    people.set(title="virtual slices: raw x, conformal o", ylabel="pixels inside 90 % intervals", ylim=(0.4, 1.02))
     people.set_xticks(range(len(rows)), [row["name"] for row in rows], rotation=20, ha="right", fontsize=8)
     return fig
 
