@@ -165,6 +165,27 @@ def test_two_processes_match_one(tmp_path):
         torch.testing.assert_close(two[f"ema.{name}"], value, rtol=1e-4, atol=1e-6)
 
 
+def test_four_processes_one_of_them_killed_match_one(tmp_path):
+    """A rank is killed after the checkpoint of step 6; torchrun starts all again, and the losses are those of one."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "--max-restarts=1"]
+    start(*launcher, tiny.__file__, "killed", tmp_path / "four")
+    one = run(tmp_path / "one", dataclasses.replace(tiny.CONFIG, **tiny.FOUR))
+    assert len(losses(tmp_path / "four")) == 12
+    np.testing.assert_allclose(losses(tmp_path / "four"), losses(one.folder), rtol=1e-6)
+
+
+def test_shards_match_one_process(tmp_path):
+    """FSDP of a small 3D network over two processes, stopped and continued, against one process without shards."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start(*launcher, tiny.__file__, "sharded", tmp_path / "two")
+    tiny.sharded(tmp_path / "one", shard=False)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
+    two, one = (load_file(tmp_path / name / "state.safetensors") for name in ("two", "one"))
+    assert two.keys() == one.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_pieces_that_cannot_be_shared_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

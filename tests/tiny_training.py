@@ -1,10 +1,13 @@
 """A training of a second, for test_training.py and the processes that it starts.
 
 tiny_training.py plain FOLDER    the training of CONFIG (under torchrun: in several processes)
+tiny_training.py killed FOLDER   four processes, one of which is killed at step 7 of the first attempt
+tiny_training.py sharded FOLDER  a network of blocks in shards
 tiny_training.py kills FOLDER    FOLDER/quiet undisturbed, FOLDER/killed with ten kill -9 at random moments
 """
 
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -30,6 +33,7 @@ CONFIG = TrainConfig(
     log_every=1,
     device="cpu",
 )
+FOUR = {"grad_accumulation": 4, "checkpoint_every": 3}  # for four processes
 
 
 def new_model() -> nn.Module:
@@ -48,6 +52,60 @@ def augment(x, generator):
 
 def plain(folder: Path, config: TrainConfig = CONFIG) -> None:
     train(new_model(), loss, DATA, config, folder, augment=augment, progress=False)
+
+
+def killed(folder: Path) -> None:
+    seen = []
+
+    def fragile(model, x, generator):
+        seen.append(1)
+        if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(seen) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss(model, x, generator)
+
+    config = TrainConfig(**vars(CONFIG) | FOUR)
+    train(new_model(), fragile, DATA, config, folder, augment=augment, progress=False)
+
+
+class Blocks(nn.Module):
+    """A small network for volumes, with a list of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.stem, self.head = nn.Conv3d(1, 6, 3, padding=1), nn.Conv3d(6, 1, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Conv3d(6, 6, 3, padding=1)) for _ in range(2))
+
+    def forward(self, x):
+        h = self.stem(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(h)
+
+
+class Denoiser(nn.Module):
+    """Its own weight lies outside of the network, as a denoiser's may; losses call the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.scale = Blocks(), nn.Parameter(torch.ones(()))
+
+    def raw(self, x):
+        return self.scale * self.network(x)
+
+
+def volumes_loss(model, x, generator):
+    return ((model.raw(x + torch.randn(x.shape, generator=generator)) - x) ** 2).flatten(1).mean(1)
+
+
+def sharded(folder: Path, shard: bool = True) -> None:
+    volumes = torch.randn(13, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    config = TrainConfig(**vars(CONFIG) | {"shard": shard, "clip_norm": 0.5})
+    half = TrainConfig(**vars(config) | {"seconds": 1e-9, "schedule": "cosine"})
+    result = train(Denoiser(), volumes_loss, volumes, half, folder, progress=False)  # one step
+    assert result.step == 1
+    result = train(Denoiser(), volumes_loss, volumes, config, folder, progress=False)
+    assert result.finished and not any(hasattr(p, "to_local") for p in result.ema.parameters())
 
 
 def kills(folder: Path) -> None:
@@ -79,4 +137,4 @@ def lines(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    {"plain": plain, "kills": kills}[sys.argv[1]](Path(sys.argv[2]))
+    {"plain": plain, "kills": kills, "killed": killed, "sharded": sharded}[sys.argv[1]](Path(sys.argv[2]))

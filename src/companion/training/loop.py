@@ -15,6 +15,7 @@ Start it with `python` for one process and with `torchrun --nproc_per_node=4` fo
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import math
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +71,8 @@ class TrainConfig:
     seconds: float | None = None  # stop with a checkpoint after this much training, resumes included
     checkpoint_every: int = 500  # steps; also at the end
     log_every: int = 10  # steps per line of stats.jsonl
+    shard: bool = False  # weights, gradients and moments in shards, one a process (FSDP), where one GPU cannot hold all
+    patience: float = 600.0  # seconds that processes wait for one another before all give up
 
     def __post_init__(self):
         for name, value in check(type(self), asdict(self)).items():
@@ -80,6 +84,7 @@ class TrainConfig:
             "learning_rate",
             "checkpoint_every",
             "log_every",
+            "patience",
         ]
         for name in positive:
             if not getattr(self, name) > 0:
@@ -132,8 +137,8 @@ class TrainConfig:
 _OPTIMISERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 # What may differ between a checkpoint and the run that continues it: none of these changes the losses
-# (another device changes them by rounding).
-_FREE = {"seconds", "checkpoint_every", "log_every", "workers", "device"}
+# (another device, or shards, change them by rounding).
+_FREE = {"seconds", "checkpoint_every", "log_every", "workers", "device", "shard", "patience"}
 
 
 @dataclass(frozen=True)
@@ -199,13 +204,14 @@ def train(
     if len(dataset) == 0:
         raise ValueError("the training data are empty")
     folder, path = Path(folder), Path(folder) / "state.safetensors"
-    with _processes(config.device) as here, torch.random.fork_rng([here.device] if here.cuda else []):
+    here = _processes(config.device, config.patience)
+    with torch.random.fork_rng([here.device] if here.cuda else []):
         if config.grad_accumulation % here.world:
             raise ValueError(
                 f"grad_accumulation {config.grad_accumulation} pieces cannot be shared by {here.world} "
                 f"processes; set it to a multiple of {here.world}"
             )
-        state = _State(model, config, here)
+        state = _state_of(config, here)(model, config, here)
         signature = _signature(config, model, dataset, about)
         if path.exists():
             state.load(path, signature)
@@ -220,14 +226,14 @@ def train(
         try:
             while not state.done(config):
                 loss = _loss_and_gradient(state, loss_fn, pieces, config, here)
-                norm = state.gradient.norm().item()
+                norm = state.norm(here)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise FloatingPointError(
                         f"step {state.step}: the loss is {loss} and the gradient norm {norm}. Weights and "
                         "checkpoint are untouched; lower learning_rate, lengthen warmup, or look at the data."
                     )
                 if config.clip_norm is not None and norm > config.clip_norm:
-                    state.gradient.mul_(config.clip_norm / norm)
+                    state.scale(config.clip_norm / norm)
                 state.update(config)
                 state.count(loss, here.agree(before + time.monotonic() - start))
 
@@ -235,6 +241,7 @@ def train(
                 if here.first and (state.step % config.log_every == 0 or last):
                     log.progress(state, config, norm, here)
                 if state.step % config.checkpoint_every == 0 or last:
+                    state.gather()
                     if here.first:
                         if validate is not None:
                             with torch.no_grad():
@@ -250,8 +257,8 @@ def train(
 
 
 def _loss_and_gradient(state: _State, loss_fn, pieces: Iterator, config: TrainConfig, here: _Here) -> float:
-    """The mean loss of the next batch, its gradient left in state.gradient; each process does its pieces."""
-    state.gradient.zero_()
+    """The mean loss of the next batch, its gradient left in the state; each process does its pieces."""
+    state.zero()
     total = torch.zeros((), dtype=torch.float64, device=here.device)
     dtype = autocast_dtype(config.autocast, here.device)
     autocast = nullcontext() if dtype is None else torch.autocast(here.device.type, dtype)
@@ -268,7 +275,8 @@ def _loss_and_gradient(state: _State, loss_fn, pieces: Iterator, config: TrainCo
         loss = losses.sum() / config.batch_size
         loss.backward()
         total += loss.detach()
-    here.add(state.gradient, total)
+    state.collect(here)
+    here.add(total)
     return total.item()
 
 
@@ -297,6 +305,25 @@ class _State:
         )
         # loss_sum: of the `count` steps since the last line of the log; loss: their mean in that line
         self.record = {"step": 0, "seconds": 0.0, "loss_sum": 0.0, "count": 0, "loss": math.nan}
+
+    def zero(self) -> None:
+        """Begin a new gradient."""
+        self.gradient.zero_()
+
+    def collect(self, here: _Here) -> None:
+        """Sum the gradient over the processes."""
+        here.add(self.gradient)
+
+    def norm(self, here: _Here) -> float:
+        """The length of the gradient."""
+        return self.gradient.norm().item()
+
+    def scale(self, factor: float) -> None:
+        """Multiply the gradient."""
+        self.gradient.mul_(factor)
+
+    def gather(self) -> None:
+        """Put together what lies in shards, for a checkpoint: here nothing does."""
 
     step = property(lambda self: self.record["step"])
     seconds = property(lambda self: self.record["seconds"])
@@ -333,12 +360,16 @@ class _State:
         self.release()
         return TrainResult(self.model, self.ema, folder, self.step, config.steps, self.seconds, self.record["loss"])
 
-    def save(self, path: Path, signature: dict) -> None:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds, by name."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": torch.as_tensor(v) for k, v in moments.items()}
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        return tensors
+
+    def save(self, path: Path, signature: dict) -> None:
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.tensors().items()}
         record = json.dumps(self.record | {"signature": signature})
         with _writing(path), atomic_write(path) as aside:
             save_file(tensors, aside, metadata={"record": record})
@@ -357,15 +388,25 @@ class _State:
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.model.load_state_dict(part("model."))
-        self.ema.load_state_dict(part("ema."))
         moments: dict[int, dict] = {}
         for name, value in part("optimiser.").items():
             i, quantity = name.split(".", 1)
-            p = self.parameters[int(i)]
-            if value.shape == p.shape:  # lies in memory as its parameter does, for the same rounding
-                value = torch.empty_like(p, dtype=value.dtype).copy_(value)
             moments.setdefault(int(i), {})[quantity] = value
+        self.restore(part("model."), part("ema."), moments)
+
+    def restore(self, model: dict, ema: dict, moments: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Go on from the weights, averages and moments of a checkpoint."""
+        self.model.load_state_dict(model)
+        self.ema.load_state_dict(ema)
+        for i, quantities in moments.items():
+            p = self.parameters[i]
+            for quantity, value in quantities.items():
+                if value.shape == p.shape:  # lies in memory as its parameter does, for the same rounding
+                    quantities[quantity] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        self.resume(moments)
+
+    def resume(self, moments: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Give the optimiser its moments."""
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
@@ -380,6 +421,14 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} could not be written ({error}); the last checkpoint is untouched. "
             "Free some space and start the same training again: it resumes."
         ) from error
+
+
+def _state_of(config: TrainConfig, here: _Here) -> type[_State]:
+    if not config.shard or here.world == 1:
+        return _State
+    from companion.training.sharding import ShardedState  # here: it needs this module
+
+    return ShardedState
 
 
 def _flat_gradient(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -417,9 +466,14 @@ def _channels_last(model: torch.nn.Module) -> None:
 
 def _compile(model: torch.nn.Module) -> None:
     """Compiles, in place, the network inside a denoiser: losses call it, and not the denoiser's forward."""
+    _inner(model).compile()
+
+
+def _inner(model: torch.nn.Module) -> torch.nn.Module:
+    """The network inside a denoiser, the model itself where it is none."""
     while (inner := getattr(model, "D", getattr(model, "network", None))) is not None:
         model = inner
-    model.compile()
+    return model
 
 
 def _signature(config: TrainConfig, model: torch.nn.Module, dataset, about: dict | None) -> dict:
@@ -552,9 +606,8 @@ class _Here(NamedTuple):
             dist.barrier()
 
 
-@contextmanager
-def _processes(device: str) -> Iterator[_Here]:
-    """This process; joins the others when torchrun started several."""
+def _processes(device: str, patience: float) -> _Here:
+    """This process; joins the others when torchrun started several, and gives a silent one up after `patience` s."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -563,14 +616,27 @@ def _processes(device: str) -> Iterator[_Here]:
     here = _Here(rank, world, torch.device(device))
     if here.cuda:
         torch.cuda.set_device(here.device)
-    joins = world > 1 and not dist.is_initialized()
-    if joins:
-        dist.init_process_group("nccl" if here.cuda else "gloo")
-    try:
-        yield here
-    finally:
-        if joins:
-            dist.destroy_process_group()
+    if world > 1 and not dist.is_initialized():  # once a process, however many trainings
+        _join("nccl" if here.cuda else "gloo", rank, world, timedelta(seconds=patience))
+        atexit.register(dist.destroy_process_group)
+    return here
+
+
+def _join(backend: str, rank: int, world: int, patience: timedelta) -> None:
+    """Meet the other processes, each attempt of torchrun apart.
+
+    torchrun keeps one store over its restarts, in which the addresses of the killed processes still are: those who
+    read them would wait for the dead.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=patience)
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, world, is_master=False, timeout=patience)
+    attempt = f"companion/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world, timeout=patience
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
