@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from companion.acquisition.pet import Scan
 from companion.evaluation import metrics
 from companion.operators.pet import ParallelBeam, emission_model
+from companion.reconstruction.activity import leaning
 from companion.reconstruction.mr_guided import bowsher_weights, kernel, kernel_em, map_bowsher
-from companion.reconstruction.pet import map_rdp, mlem, pairs, relative_difference
+from companion.reconstruction.pet import GRIDS, map_rdp, mlem, pairs, relative_difference
 
 SIZE = 32
 
@@ -82,6 +84,17 @@ def test_a_right_mr_makes_both_methods_better_than_any_without(scan):
     assert error["kernel"] < 0.7 * min(error["MAP"], error["MLEM"]), error
     both = map_bowsher(y.expand(2, *y.shape[1:]), A, mr, strength=0.5).x
     assert torch.allclose(both[0], both[1])
+
+
+def test_the_counts_themselves_say_how_strongly_to_smooth(scan):
+    truth, mr, A, y = scan
+    one = Scan(truth, y, A)
+    by_map, strength = leaning(one, mr, 0.1)
+    assert GRIDS["MAP"][0] < strength, "a right MR is worth following"
+    error = metrics.nrmse(by_map(one), truth).item()
+    assert error < 0.5 * min(metrics.nrmse(map_rdp(y, A, strength=s).x, truth).item() for s in (0.02, 0.1, 0.5, 2.0))
+    plain, kept = leaning(one, None, 0.1)
+    assert kept == 0.1 and torch.equal(plain(one), map_rdp(y, A, strength=0.1).x)
 
 
 def test_an_mr_of_another_grid_or_without_numbers_is_refused(scan):

@@ -8,6 +8,7 @@ from companion.data.pet import held_out
 from companion.models.checkpoint import describe
 from companion.models.errors import load_errors
 from companion.reconstruction.activity import HEADS, PRIOR, Prior, Sampler, posterior, trusted
+from companion.reconstruction.pet import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_the_prior_of_any_head_is_of_any_size(scan):
 def test_a_scan_of_ones_own_is_told_what_its_counts_say(scan):
     priors = {f"{HEADS} ({kind})": Prior.known(HEADS, error) for kind, error in load_errors(HEADS).items()}
     priors[PRIOR] = Prior.known(PRIOR, load_errors(PRIOR)["virtual people"])
-    done = trusted(priors, scan, 0.1, Sampler(2, 3))
+    done = trusted(priors, scan, lambda s: METHODS["MAP"](s.y, s.A, s.background, 0.1), Sampler(2, 3))
     assert done.image.shape == (2, 1, 32, 32) and done.x.shape == (2, 2, 1, 32, 32)
     tried = {c.name for t in done.trusts for c in t.tried}
     assert tried == {"pet/heads (heads)", "pet/heads (dead leaves)", "pet/prior"}

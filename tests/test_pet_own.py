@@ -196,6 +196,25 @@ def test_the_command_writes_an_example_that_look_knows(tmp_path, monkeypatch):
     assert "24 angles over 180 degrees from 0, 30 bins of 9 mm" in apart.output
 
 
+def test_an_mr_of_the_same_person_comes_to_the_grid_of_the_scan(tmp_path, monkeypatch):
+    monkeypatch.setattr("companion.acquisition.own_pet.cohort_slices", lambda *_, pixel_mm, **__: Discs(pixel_mm))
+    own = OwnScan.read(write_example(tmp_path / "scan.npz", Geometry(24, 30, 9.0), image_size=16), 16)
+    fine = np.random.default_rng(0).random((2, 16, 16)).astype(np.float32)
+    save_nifti(tmp_path / "mr.nii.gz", fine, affine=own.affine)
+    found = own.mr(tmp_path / "mr.nii.gz")
+    assert found.shape == (2, 1, 16, 16) and np.allclose(found[:, 0], fine, atol=1e-5)
+    turned = np.diag([-1.0, 1.0, 1.0, 1.0]) @ own.affine  # stored from the other side: the same image, mirrored
+    save_nifti(tmp_path / "other.nii.gz", fine, affine=turned)
+    assert np.allclose(own.mr(tmp_path / "other.nii.gz")[:, 0], fine[..., ::-1], atol=1e-5)
+    away = own.affine.copy()
+    away[0, 3] += 500
+    save_nifti(tmp_path / "away.nii.gz", fine, affine=away)
+    with pytest.raises(ValueError, match="does not lie where the scan does.*register it"):
+        own.mr(tmp_path / "away.nii.gz")
+    with pytest.raises(FileNotFoundError):
+        own.mr(tmp_path / "none.nii.gz")
+
+
 class Discs:
     """Two slices of a disc of activity in a disc of water."""
 

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from companion.acquisition.pet import Scan, acquire, scanner
+from companion.data.alignment import resample
 from companion.data.dicom.write import write_dicom
-from companion.data.nifti import centred_affine, save_nifti
+from companion.data.intake.look import find
+from companion.data.nifti import Volume, centred_affine, save_nifti
 from companion.data.pet import FIELD_MM, cohort_slices
 from companion.data.scan_geometry import BY_DOSE, UNITS, Dosage, Geometry
 from companion.data.sinograms import Sinograms, read_sinograms, write_sinograms
@@ -101,6 +104,26 @@ class OwnScan:
         shape = (len(self.scan.y), *self.beam.slice_shape)
         affine = centred_affine(shape, (self.file.slice_mm or self.beam.pixel_mm, *[self.beam.pixel_mm] * 2))
         return np.diag([1.0, -1.0, 1.0, 1.0]) @ affine
+
+    def mr(self, path: str | os.PathLike) -> Tensor:
+        """An MR image of the same person (NIfTI, a DICOM series, ...) on the grid of this scan, (slice, 1, y, x).
+
+        It must be registered to the activity that `write` writes: worlds are taken to be the same, nothing is moved.
+        Raises FileNotFoundError, or ValueError where there is not one volume, or it lies beside the scan.
+        """
+        items = find(path).items
+        if len(items) != 1:
+            raise ValueError(f"{path} holds {len(items)} images; name the file or series of the MR")
+        volume = items[0].read()
+        grid = Volume(np.empty((len(self.scan.y), *self.beam.slice_shape), bool), self.affine)
+        try:
+            found = resample(Volume(np.abs(volume.array), volume.affine), grid)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} does not lie where the scan does ({error}); reconstruct without it first, and register it to "
+                "the NIfTI that comes out"
+            ) from None
+        return torch.from_numpy(found.array)[:, None].float()
 
     def write(self, folder: str | os.PathLike, name: str, x: Tensor, units: str = "kBq/mL") -> list[Path]:
         """The paths of activity x (slice, 1, y, x), kBq/mL, written as NIfTI and as a DICOM series of PET.

@@ -39,15 +39,17 @@ from companion.parameters import param
 from companion.randomness import randn
 from companion.reconstruction import trust_counts
 from companion.reconstruction.condition import BLIND_SIGMA, condition
-from companion.reconstruction.pet import METHODS, oracle_stop, tune
+from companion.reconstruction.mr_guided import map_bowsher
+from companion.reconstruction.pet import GRIDS, METHODS, oracle_stop, tune
 
 ORACLE, GUESS, ANCHORED = "MLEM, oracle stop", "network", "network + likelihood"
+WITH_MR = "MR-guided MAP"
 
 
 def trusted(
-    priors: Mapping[str, Prior], scan: Scan, strength: float, sampler: Sampler, seed: int = 0
+    priors: Mapping[str, Prior], scan: Scan, by_map: trust_counts.Classical, sampler: Sampler, seed: int = 0
 ) -> trust_counts.Trusted:
-    """Each scan as its own counts ask: by one of the priors, or by MAP of a strength.
+    """Each scan as its own counts ask: by one of the priors, or by a classical method.
 
     The trial sees two thirds of the counts, in few and short draws; see `reconstruction.trust_counts`.
     """
@@ -55,12 +57,24 @@ def trusted(
     def drawer(prior: Prior, sampler: Sampler) -> trust_counts.Draw:
         return lambda part, scale: posterior(prior.times(scale), part, sampler, seed)
 
-    def by_map(part: Scan) -> Tensor:
-        return METHODS["MAP"](part.y, part.A, part.background, strength)
-
     short = Sampler(min(3, sampler.draws), min(12, sampler.evaluations), sampler.last_noise)
     trusts = trust_counts.assess(scan, {n: drawer(one, short) for n, one in priors.items()}, by_map, seed=seed)
     return trust_counts.reconstruct(scan, trusts, {n: drawer(one, sampler) for n, one in priors.items()}, by_map)
+
+
+def leaning(scan: Scan, mr: Tensor | None, strength: float, seed: int = 0) -> tuple[trust_counts.Classical, float]:
+    """The MAP that the result of one's own scan may lean on, and its strength.
+
+    mr (slice, 1, y, x): guides it (Bowsher), as strongly as the counts themselves ask for; none: `strength`.
+    """
+    if mr is None:
+        return lambda part: METHODS["MAP"](part.y, part.A, part.background, strength), strength
+
+    def guided(part: Scan, strength: float) -> Tensor:
+        return map_bowsher(part.y, part.A, mr, part.background, strength=strength).x
+
+    best = trust_counts.best_setting(scan, guided, GRIDS["MAP"], seed)
+    return lambda part: guided(part, best), best
 
 
 def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -28,11 +28,13 @@ from companion.reconstruction.activity import (
     HEADS,
     NETWORK,
     PRIOR,
+    WITH_MR,
     Network,
     Prior,
     Sampler,
     classical,
     enhanced,
+    leaning,
     posterior,
     trusted,
 )
@@ -45,6 +47,9 @@ class Enhance(Doses, Physics, Sampler, Placing, Parameters):
 
     scan: str | None = param(
         None, "your own counts: .npz, .json or .hs, see `data.sinograms`; none: held-out people, simulated"
+    )
+    mr: str | None = param(
+        None, "of your own scan: an MR of the same person, registered to the result; none: do without"
     )
     prior: str = param(PRIOR, "checkpoint of the unconditional prior: an embedded name or a folder")
     general: str | None = param(
@@ -67,13 +72,14 @@ class Cases:
     """What is reconstructed: scans at each dose, and whose they are.
 
     people: None of your own scan, which `own` is then. validation: people that every method is tuned on, all virtual,
-    one slice each with a lesion in it. beam: the lines of all scans.
+    one slice each with a lesion in it. beam: the lines of all scans. mr: the MR (slice, 1, y, x) of your own scan.
     """
 
     levels: list[Level]
     people: Slices | None
     validation: Slices
     own: OwnScan | None = None
+    mr: Tensor | None = None
 
     @property
     def beam(self) -> ParallelBeam | None:
@@ -100,7 +106,8 @@ def prepare(p: Enhance) -> Cases:
         )
     if p.result_units == "SUV":
         own.kbq_per_suv()
-    return Cases([Level(path.stem, own.scan.y.sum().item() / len(own.scan.y), own.scan)], None, validation, own)
+    mr = own.mr(project_root() / p.mr) if p.mr else None
+    return Cases([Level(path.stem, own.scan.y.sum().item() / len(own.scan.y), own.scan)], None, validation, own, mr)
 
 
 @dataclass(eq=False)
@@ -129,10 +136,12 @@ def study(
     network: Network | None,
     progress: bool = True,
     beam: ParallelBeam | None = None,
+    mr: Tensor | None = None,
 ) -> Study:
     """Every method's images at every level, scored where the truth is known (`people` not None).
 
-    beam: the lines of the scans, in which validation people are scanned too; by default those of `scanner`.
+    beam: the lines of the scans, in which validation people are scanned too; by default those of `scanner`. mr: of
+    your own scan; MAP guided by it is as strong as the counts themselves ask for, and what the result may lean on.
     """
     found = Study()
     for level in tqdm(levels, desc="doses", disable=not progress):
@@ -152,10 +161,14 @@ def study(
             guided = posterior(prior, level.scan, p, p.seed, name)
             images[f"{name}, mean"], spread[f"{name}, mean"] = guided.mean, guided.x
             found.bills[name] = guided.bill
+        if people is None:
+            by_map, strength = leaning(level.scan, mr, tuned["MAP"], p.seed)
+            if mr is not None:
+                images[WITH_MR], tuned[WITH_MR] = by_map(level.scan), strength
         if people is None and p.general:
             kinds = load_errors(p.general).items()
             others = {f"{p.general} ({kind})": Prior.known(p.general, e, p.device, p.autocast) for kind, e in kinds}
-            done = trusted(others | {p.prior: prior}, level.scan, tuned["MAP"], p, p.seed)
+            done = trusted(others | {p.prior: prior}, level.scan, by_map, p, p.seed)
             images[TRUSTED], found.draws[level.name], found.trusts[level.name] = done.image, done.x, done.trusts
         found.tuned[level.name], found.images[level.name] = tuned, images
         if people is not None:
