@@ -10,7 +10,10 @@ of the coils. Classical methods are tuned, and the error of the prior is measure
 on virtual people), seen by the coils and mask of the scan; never on the scan. The posterior mean averages the
 conditional means of the last level, and leans on TV as far as held-out samples of the scan ask.
 
-Rows: file, mask, R, method. PSNR (peak: largest magnitude of the reference), SSIM, NRMSE of magnitudes; calibration
+Rows: file, mask, R, method. PSNR (peak: largest magnitude of the reference), SSIM, NRMSE of magnitudes. The reference
+has the noise of the scan, the same as in the measured samples, so an image that keeps that noise comes closer to it
+than one without. "unmeasured" has no such favourite: error over signal of the samples that no method has seen, root
+mean squares with the expected noise taken off (coil by coil, with the maps of the undersampled data). Calibration
 (variance of draws / squared error of their mean) and coverage of the 90 % interval, of magnitudes inside the object;
 chi-square a held-out sample under the error model that the scan chose, and the verdict (`reconstruction.trust`);
 seconds; peak memory of the process so far. Writes table.md, results.json and sheet.png into --out.
@@ -42,6 +45,7 @@ from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import load_errors
 from companion.operators.masks import cartesian_mask
+from companion.operators.mri import fft
 from companion.randomness import randn
 from companion.reconstruction import regularised, trust
 from companion.reconstruction.regularised import bart_pics, cg, tv, wavelet
@@ -54,13 +58,23 @@ FIT_SIGMAS = torch.logspace(-2, 1.3, 12)
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One slice, undersampled: its measurement, and the reference image (1, 1, y, x) in the same units."""
+    """One slice, undersampled: its measurement, and of all data the reference image (1, 1, y, x) and the samples
+    (1, coil, y, x), in the same units."""
 
     name: str
     kind: str
     acceleration: float
     m: Measurement
     reference: Tensor
+    full: Tensor
+
+    def unmeasured(self, x: Tensor) -> float:
+        """The error of images (image, set, y, x) at samples that were left out, over the signal there, less noise."""
+        hidden = (self.full != 0) & (self.m.y == 0)
+        predicted = fft((self.m.maps * x[:, :, None]).sum(1)).mean(0, keepdim=True)
+        noise = 2 * self.m.scale**2  # of a complex sample: data are white
+        error, signal = ((v[hidden].abs().square().mean().item() - noise) for v in (predicted - self.full, self.full))
+        return (max(error, 0.0) / signal) ** 0.5
 
     @property
     def inside(self) -> Tensor:
@@ -93,7 +107,8 @@ def cases(path: Path, args) -> Iterator[Case]:
                 found = redundancy(m)
                 print(f"{path.name}, slice {i}, {kind}, R = {R}\n{m.found}\nredundancy  {found}", flush=True)
                 m = m.with_noise(found.noise_std)
-                yield Case(f"{path.stem} {i}", kind, R, m, reference_image(scan.kspace[i], m))
+                full = m.raw_to_data(scan.kspace[i])[None]
+                yield Case(f"{path.stem} {i}", kind, R, m, reference_image(scan.kspace[i], m), full)
 
 
 # -------------------------------------------------------------------------------------------------- validation images
@@ -177,6 +192,7 @@ def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None
         "PSNR (dB)": metrics.psnr(found, truth).item(),
         "SSIM": metrics.ssim(found, truth).item(),
         "NRMSE": metrics.nrmse(found, truth).item(),
+        "unmeasured": case.unmeasured(x),
         "calibration": None,
         "coverage": None,
         "chi-square": None,
@@ -226,9 +242,13 @@ def evaluate(
         classical=lambda A, y: tv(A, y, weights.get("TV", m.noise_std**1.5)),
     )
     seconds = time.perf_counter() - began
-    images["one draw"], images["posterior mean"] = samples.x[:1], samples.mean
+    leaning = tv(m.A, m.y, weights.get("TV", m.noise_std**1.5))
+    images["one draw"], images["trusted"] = samples.x[:1], samples.mean
     rows.append(row(case, "one draw", images["one draw"], seconds / args.draws))
-    rows.append(row(case, "posterior mean", images["posterior mean"], seconds, samples.x))
+    if found.share > 0:  # what the image leans on, taken off again
+        images["posterior mean"] = leaning + (samples.mean - leaning) / found.share
+        rows.append(row(case, "posterior mean", images["posterior mean"], seconds))
+    rows.append(row(case, "trusted", images["trusted"], seconds, samples.x))
     rows[-1] |= {"chi-square": found.chosen.score.chi2, "verdict": found.verdict}
     return rows, images
 
@@ -286,7 +306,7 @@ def write(args, rows: list[dict], sheets: list[tuple[Case, dict[str, Tensor]]]) 
 
 def sheet(sheets):
     """A figure: a row for each case and one for its errors, five times brighter; a column for each method."""
-    some = ("reference", "zero-filled", "L1-wavelet", "TV", "BART TV", "one draw", "posterior mean")
+    some = ("reference", "zero-filled", "L1-wavelet", "TV", "BART TV", "one draw", "posterior mean", "trusted")
     shown = [one for one in some if one in sheets[0][1]]
     grid, notes = {}, {}
     for case, pictures in sheets:

@@ -165,11 +165,11 @@ def study(
             by_map, strength = leaning(level.scan, mr, tuned["MAP"], p.seed)
             if mr is not None:
                 images[WITH_MR], tuned[WITH_MR] = by_map(level.scan), strength
-        if people is None and p.general:
-            kinds = load_errors(p.general).items()
-            others = {f"{p.general} ({kind})": Prior.known(p.general, e, p.device, p.autocast) for kind, e in kinds}
-            done = trusted(others | {p.prior: prior}, level.scan, by_map, p, p.seed)
-            images[TRUSTED], found.draws[level.name], found.trusts[level.name] = done.image, done.x, done.trusts
+            if p.general:
+                kinds = load_errors(p.general).items()
+                others = {f"{p.general} ({kind})": Prior.known(p.general, e, p.device, p.autocast) for kind, e in kinds}
+                done = trusted(others | {p.prior: prior}, level.scan, by_map, p, p.seed)
+                images[TRUSTED], found.draws[level.name], found.trusts[level.name] = done.image, done.x, done.trusts
         found.tuned[level.name], found.images[level.name] = tuned, images
         if people is not None:
             about = {"level": level.name, "counts": round(level.counts)}
