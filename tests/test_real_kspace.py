@@ -57,7 +57,7 @@ def test_from_a_file_to_its_table(benchmark, raw, tmp_path):
     best = {r["method"]: r for r in rows if r["mask"] == "lines"}
     assert best["CG-SENSE"]["PSNR (dB)"] > best["zero-filled"]["PSNR (dB)"] + 3
     assert best["trusted"]["PSNR (dB)"] > best["one draw"]["PSNR (dB)"]
-    assert best["zero-filled"]["unmeasured"] > 3 * best["CG-SENSE"]["unmeasured"] > 0
+    assert best["zero-filled"]["unmeasured"] > 2 * best["CG-SENSE"]["unmeasured"] > 0
     means = [r for r in rows if r["method"] == "trusted"]
     assert all(r["chi-square"] > 0 and "the prior" in r["verdict"] for r in means)
     assert all(0 < r["coverage"] <= 1 and r["calibration"] > 0 and r["memory (GiB)"] > 0 for r in means)
