@@ -10,6 +10,17 @@ import pytest
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+LONGEST = (
+    "test_notebooks.py",
+    "test_workflow.py",
+    "test_browser.py",
+)  # begun first, so that no worker waits at the end
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 PARAMETERS = """\
 seed = 0
 device = "cpu"

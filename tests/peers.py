@@ -15,4 +15,4 @@ def deepinv():
             for name in ("nms", "qnms"):
                 library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             deepinv.library = library  # the definition lives as long as this does
-    return pytest.importorskip("deepinv", reason="deepinv is not installed: pip install 'companion[bridges]'")
+    return pytest.importorskip("deepinv", reason="deepinv is not installed: docs/bridges.md says how")

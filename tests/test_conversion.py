@@ -166,7 +166,7 @@ def refused(path, message="refused and nothing in it was run"):
     began = time.process_time()
     with pytest.raises(ValueError, match=message):
         conversion.read(path)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 20
 
 
 def write(path, content, protocol=4):

@@ -55,7 +55,7 @@ def test_the_page(project):
     assert "published, not here: fastmri-320-cplx, normal-fastmri-320-cplx" in page
     assert "lmi: LMI-guided translation\n  no notebooks" in page
     assert "data/a.h5" in page
-    assert max(map(len, page.splitlines())) < 250 and len(page.splitlines()) < 80
+    assert max(map(len, page.splitlines())) < 250 and len(page.splitlines()) < 90
 
 
 def test_embedded_checkpoints_are_verified(project):
@@ -68,4 +68,4 @@ def test_commands_in_the_page_exist():
     (group,) = (group for group in app.registered_groups if group.name == "weights")
     inner = {command.name or command.callback.__name__ for command in group.typer_instance.registered_commands}
     assert {"run", "doctor", "init", "batch"} <= commands
-    assert {"list", "pull", "verify", "convert", "push", "where"} == inner
+    assert {"list", "pull", "verify", "convert", "export", "push", "where"} == inner

@@ -1,4 +1,4 @@
-"""Our denoisers and operators as deepinv's, and deepinv's denoisers as ours (extra `bridges`).
+"""Our denoisers and operators as deepinv's, and deepinv's denoisers as ours, for those who have deepinv.
 
     D = to_deepinv(load("general/2d"))                  # a deepinv Denoiser: D(x, sigma), x (batch, 2, y, x)
     physics = to_physics(A, noise_std=0.02)             # a deepinv LinearPhysics: A, A_adjoint, prox_l2, ...
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from companion.diffusion.complexify import to_channels, to_complex
 from companion.diffusion.denoisers import ComplexDenoiser, Denoiser
-from companion.extras import extra
 from companion.operators.linear import LinearOperator
 
 
@@ -26,8 +25,7 @@ def to_deepinv(D: Denoiser, device: str | torch.device = "cpu") -> nn.Module:
 
     D: a denoiser (x, sigma) -> x0_hat; a `ComplexDenoiser` sees complex images, any other the channels themselves.
     """
-    with extra("bridges"):
-        from deepinv.models.base import Denoiser as Base
+    from deepinv.models.base import Denoiser as Base
 
     class Companion(Base):
         def __init__(self):
@@ -70,8 +68,8 @@ def to_physics(A: LinearOperator, noise_std: float = 0.0, seed: int = 0, **optio
     Its adjoint is ours, the true one of these real numbers. seed: of the noise that physics(x) adds. **options
     go to LinearPhysics. Raises ValueError for an operator with a batch of its own.
     """
-    with extra("bridges"):
-        from deepinv.physics import GaussianNoise, LinearPhysics, ZeroNoise
+    from deepinv.physics import GaussianNoise, LinearPhysics, ZeroNoise
+
     if A.batch_shape:
         raise ValueError(f"the operator has a batch of its own, {A.batch_shape}; give that of one item")
     images, data = A.domain_dtype.is_complex, A.range_dtype.is_complex

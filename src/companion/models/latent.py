@@ -46,9 +46,8 @@ class LatentPrior:
         return self.space.mean.device
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.config["data"]["shape"]
-        return z, y, x
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.config["data"]["shape"])
 
     @property
     def voxel_mm(self) -> tuple[float, float, float]:

@@ -134,6 +134,7 @@ class TrainConfig:
         return 0.5 ** (self.batch_size / max(halflife, 1e-8))
 
 
+LEFT_BY_A_KILL = (".state.*.safetensors", ".stats.*.jsonl", ".tmp??????")  # the last: safetensors' own
 _OPTIMISERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 # What may differ between a checkpoint and the run that continues it: none of these changes the losses
@@ -648,7 +649,7 @@ class _Log:
 
     def __init__(self, folder: Path, state: _State, config: TrainConfig, progress: bool):
         folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_kill in [*folder.glob(".state.*.safetensors"), *folder.glob(".stats.*.jsonl")]:
+        for left_by_a_kill in (path for kind in LEFT_BY_A_KILL for path in folder.glob(kind)):
             left_by_a_kill.unlink()
         self.path = folder / "stats.jsonl"
         kept = [line for line in _read_stats(self.path) if line["step"] <= state.step]
