@@ -69,11 +69,20 @@ class Case:
     full: Tensor
 
     def unmeasured(self, x: Tensor) -> float:
-        """The error of images (image, set, y, x) at samples that were left out, over the signal there, less noise."""
+        """The error of an image (1, set, y, x) at samples that were left out, over the signal there, less noise.
+
+        The noise is that of the outermost 3 % of all samples. A phase of the whole image, which magnitudes do not show
+        (BART's may have another sign), is that of the measured samples.
+        """
+        acquired = (self.full != 0).any(1)[0]
+        radius = torch.where(acquired, trust.radii(acquired), -1.0)
+        edge = radius > torch.quantile(radius[acquired], 0.97)
+        noise = self.full[:, :, edge].abs().square().mean().item()
         hidden = (self.full != 0) & (self.m.y == 0)
-        predicted = fft((self.m.maps * x[:, :, None]).sum(1)).mean(0, keepdim=True)
-        noise = 2 * self.m.scale**2  # of a complex sample: data are white
-        error, signal = ((v[hidden].abs().square().mean().item() - noise) for v in (predicted - self.full, self.full))
+        predicted = fft((self.m.maps * x[:, :, None]).sum(1))
+        seen = torch.vdot(predicted[~hidden], self.full[~hidden])
+        apart = predicted * seen / seen.abs() - self.full
+        error, signal = (v[hidden].abs().square().mean().item() - noise for v in (apart, self.full))
         return (max(error, 0.0) / signal) ** 0.5
 
     @property
