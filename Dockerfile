@@ -1,6 +1,6 @@
 # docker build -t companion .        (TORCH=auto for the build of your driver; CPU by default)
-# docker run --rm -v "$PWD/work:/work" companion init /work/heads
-# docker run --rm -v "$PWD/work:/work" -w /work/heads companion grid workflow/grids/lmi_directions.yaml
+# docker run --rm -v "$PWD/labs:/labs" companion init /labs/heads
+# docker run --rm -v "$PWD/labs:/labs" -w /labs/heads companion grid workflow/grids/lmi_directions.yaml
 # The versions are those of constraints.txt, the lock that `make setup` and the Apptainer recipe use too.
 FROM python:3.11-slim-bookworm
 ARG TORCH=cpu
@@ -15,6 +15,6 @@ COPY checkpoints checkpoints
 RUN pip install --no-cache-dir uv \
  && uv pip install --system --no-cache --torch-backend=${TORCH} -c constraints.txt ".[${EXTRAS}]"
 # Containers are often run as a user without a home; companion then finds itself a place (see companion doctor).
-WORKDIR /work
+WORKDIR /labs
 ENTRYPOINT ["companion"]
 CMD ["doctor"]

@@ -58,7 +58,7 @@ def map_bowsher(
 ) -> Reconstruction:
     """`map_rdp` that smooths each pixel with its neighbours of like MR value alone; mr (batch or 1, 1, *space).
 
-    Raises ValueError for an MR image on another grid: resample it first (`data.registration`).
+    Raises ValueError for an MR image on another grid: resample it first (`data.alignment.resample`).
     """
     _check_grid(mr, y, A)
     return map_rdp(y, A, background, strength=strength, alike=bowsher_weights(mr, neighbours), **options)
