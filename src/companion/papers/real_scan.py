@@ -50,7 +50,7 @@ class RealScan(Parameters, out="runs/general/real_scan/notebook"):
     image_size: int = param(256, "pixels along y and x of a virtual head", minimum=64)
     weights: str = param("general/2d", "checkpoint of complex images of any size")
     draws: int = param(4, "posterior draws", minimum=2)
-    evaluations: int = param(30, "network evaluations a draw", minimum=4)
+    evaluations: int = param(30, "network evaluations a draw", minimum=8)
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 

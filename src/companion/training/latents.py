@@ -18,7 +18,7 @@ from companion.data.store import Prepared, open_dataset, write_dataset
 from companion.diffusion.denoisers import Denoiser, DiscreteDenoiser, FlowDenoiser
 from companion.diffusion.latent import LatentSpace, check_terminal_signal, statistics
 from companion.diffusion.losses import discrete_loss, edm_loss, flow_loss
-from companion.files import sha256
+from companion.files import alone, sha256
 from companion.models.architectures import SCHEDULES
 from companion.networks.codec import Codec
 from companion.parameters import autocast_dtype, param
@@ -40,34 +40,40 @@ def cache_latents(
     another autoencoder or of other volumes.
     """
     path, made_of = Path(path), sha256(prepared.path)
-    if not path.exists():
-        raw, items, z = LatentSpace(codec), prepared.sequences("image", "train", 1), []
-        number_format = autocast_dtype(autocast, device)
-        for i in tqdm(range(len(items)), desc="latents", disable=not progress):
-            x = items[i][None].float().to(device)
-            both = torch.cat([x, x.flip(-1)]) if mirror else x
-            with torch.autocast(torch.device(device).type, number_format, number_format is not None):
-                z.append(raw.encode(both).float().cpu().half())
-        z = torch.stack(z).float()
-        space = LatentSpace(codec, *statistics(z.flatten(0, 1).split(64)))
-        z = (z - space._column(space.mean.cpu())) / space._column(space.std.cpu())
-        people = [prepared.subjects[row] for row in prepared.rows("train")]
-        write_dataset(
-            path,
-            {"z": z.half().numpy()},
-            units={"z": "1"},
-            seed=prepared.seed,
-            subjects=people,
-            scale={"z": "mean 0 and standard deviation 1 in each channel; see attrs"},
-            source=prepared.source,
-            split={"train": people},
-            attrs={"latent": space.describe(), "volumes": made_of},
-        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone(path.with_name(f".{path.stem}.lock")):  # of torchrun's processes one does it, the others wait
+        if not path.exists():
+            _write_latents(path, codec, prepared, made_of, mirror, device, autocast, progress)
     cached = open_dataset(path, require=["z"])
     space = LatentSpace.described(codec, cached.attrs["latent"]).to(device)
     if cached.attrs["volumes"] != made_of:
         raise ValueError(f"{path} holds latents of other volumes than those of {prepared.path}; delete it")
     return space, cached
+
+
+def _write_latents(path, codec, prepared, made_of, mirror, device, autocast, progress) -> None:
+    raw, items, z = LatentSpace(codec), prepared.sequences("image", "train", 1), []
+    number_format = autocast_dtype(autocast, device)
+    for i in tqdm(range(len(items)), desc="latents", disable=not progress):
+        x = items[i][None].float().to(device)
+        both = torch.cat([x, x.flip(-1)]) if mirror else x
+        with torch.autocast(torch.device(device).type, number_format, number_format is not None):
+            z.append(raw.encode(both).float().cpu().half())
+    z = torch.stack(z).float()
+    space = LatentSpace(codec, *statistics(z.flatten(0, 1).split(64)))
+    z = (z - space._column(space.mean.cpu())) / space._column(space.std.cpu())
+    people = [prepared.subjects[row] for row in prepared.rows("train")]
+    write_dataset(
+        path,
+        {"z": z.half().numpy()},
+        units={"z": "1"},
+        seed=prepared.seed,
+        subjects=people,
+        scale={"z": "mean 0 and standard deviation 1 in each channel; see attrs"},
+        source=prepared.source,
+        split={"train": people},
+        attrs={"latent": space.describe(), "volumes": made_of},
+    )
 
 
 class LatentItems(Dataset):

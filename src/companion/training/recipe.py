@@ -10,6 +10,7 @@ save(result, p, config, validation=errors)                  # <out>/checkpoint
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -36,6 +37,7 @@ class Training(Parameters):
     steps: int = param(2000, "optimiser steps", minimum=1)
     batch_size: int = param(16, "items a step", minimum=1)
     grad_accumulation: int = param(1, "pieces a batch is cut into; processes share them", minimum=1)
+    shard: bool = param(False, "weights and moments in shards, one a process (FSDP), where a GPU cannot hold all")
     learning_rate: float = param(5e-4, "highest learning rate", minimum=0)
     warmup: int = param(100, "steps of linear warm-up", minimum=0)
     ema_decay: float = param(0.998, "decay of the averaged weights", minimum=0, maximum=1)
@@ -154,4 +156,6 @@ def main(form: type[Form], train: Callable[[Form], object]) -> None:
     """Train with the parameters of a YAML file: torchrun --nproc_per_node=4 -m companion.papers.X.prior FILE."""
     if len(sys.argv) != 2:
         raise SystemExit(f"give one file of parameters (those of {form.__name__}), got {sys.argv[1:]}")
+    if torch.cuda.is_available():  # also for what a training does before it begins, say to encode its data
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     train(form(**read_yaml(sys.argv[1])))

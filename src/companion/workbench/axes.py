@@ -92,7 +92,7 @@ def people(said: Mapping[str, Any], root: Path) -> tuple[dict[str, str], dict[st
     scans = defaultdict(list)
     for item in found.items:
         scans[item.person] += [item] if _suits(item, wanted) else []
-    points, missing = {}, {label(name): why for name, why in found.left.items()}
+    points, missing = {}, _unreadable(found.left)
     for person, items in scans.items():
         told = " ".join(wanted.values())
         if len(items) != 1:
@@ -107,6 +107,14 @@ def people(said: Mapping[str, Any], root: Path) -> tuple[dict[str, str], dict[st
         else:
             points[label(person)] = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
     return points, missing
+
+
+def _unreadable(left: Mapping[str, str]) -> dict[str, str]:
+    """The reasons why files cannot be read; files that differ in their suffix alone are parts of one scan."""
+    scans = defaultdict(list)
+    for name in left:
+        scans[name.removesuffix(Path(name).suffix)].append(name)
+    return {label(scan if len(names) > 1 else names[0]): left[names[0]] for scan, names in scans.items()}
 
 
 def _suits(item: Item, wanted: Mapping[str, str]) -> bool:

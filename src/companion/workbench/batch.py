@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from companion.extras import extra
-from companion.files import find_project, project_root, shipped
+from companion.files import alone, find_project, project_root, shipped
 from companion.workbench.cell import gpus
 from companion.workbench.run import MANIFEST, read_run
 
@@ -61,8 +62,29 @@ def snakemake(
         command += ["--resources", f"mem_mb={memory_mb()}", f"gpu={len(gpus())}"]
     if any((folder / ".snakemake" / "locks").glob("*")):  # ours to open: no driver is alive
         subprocess.run([*command, "--unlock", "--quiet"], check=True, capture_output=True)
+    _withdraw(folder)
     # Snakemake keeps the lock even when this process is killed.
     return subprocess.run([*command, *options], cwd=folder, pass_fds=[lock]).returncode
+
+
+def _withdraw(folder: Path) -> None:
+    """Take back what dead drivers left in Slurm's queue for this folder: else each start would queue it once more.
+
+    What has begun goes on; a new job for the same cell waits for it and takes its result.
+    """
+    if not shutil.which("squeue"):
+        return
+    asked = ["squeue", "--me", "--noheader", "--states=PENDING", "--format=%i|%j|%Z|%k"]
+    said = subprocess.run(asked, capture_output=True, text=True).stdout
+    jobs = [line.split("|", 3) for line in said.splitlines() if line.count("|") >= 3]
+    left = [job for job, name, where, about in jobs if Path(where) == folder and _ours(name, about)]
+    if left and subprocess.run(["scancel", "--state=PENDING", *left]).returncode == 0:
+        print(f"{len(left)} jobs that a killed driver left in the queue are withdrawn", flush=True)
+
+
+def _ours(name: str, comment: str) -> bool:
+    """Whether Snakemake's executor made a job: its name is a UUID, its comment the rule."""
+    return bool(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", name)) and comment.startswith("rule_")
 
 
 def workflow_folder() -> Path:
@@ -93,13 +115,9 @@ def _written(path: Path) -> int | None:
 def only_driver(folder: Path) -> Iterator[int]:
     """Wait until no other driver works in `folder`; yields the descriptor that holds the lock."""
     (folder / ".snakemake").mkdir(parents=True, exist_ok=True)
-    with open(folder / ".snakemake" / "driver.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("the workflow is already running here; waiting for it to end", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+    lock = folder / ".snakemake" / "driver.lock"
+    with alone(lock, "the workflow is already running here; waiting for it to end") as file:
+        yield file.fileno()
 
 
 def _forget_corrupt(folder: Path, config: Path) -> None:

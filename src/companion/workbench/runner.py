@@ -6,7 +6,6 @@ papermill's metadata cannot be trusted as proof of success: after a killed kerne
 from __future__ import annotations
 
 import ast
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -18,15 +17,14 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import companion
 from companion.extras import extra
-from companion.files import project_root, shipped
+from companion.files import alone, project_root, shipped
 from companion.parameters import Parameters, check, coerce, read_yaml, unknown_names
 from companion.workbench import attempts
 from companion.workbench.run import EXECUTION, MANIFEST, NOTEBOOK, ORIGIN, VERSION, clear, read_run
@@ -165,7 +163,8 @@ def run_notebook(
     folder.mkdir(parents=True, exist_ok=True)
     whence = {"notebook": _named(Path(notebook), root), "notebook_sha256": source_hash(notebook), "code": code_hash()}
     whence |= origin or {}
-    with _alone_in(folder):
+    busy = f"another run is writing to {folder}; waiting for it to end"  # say an orphan of a killed workflow
+    with alone(folder / attempts.LOCK, busy):
         if origin and (there := read_run(folder)).state == "done" and there.record.get("origin") == whence:
             return folder  # by an orphan of a killed workflow
         clear(folder)
@@ -195,18 +194,6 @@ def _named(notebook: Path, root: Path) -> str:
         if notebook.resolve().is_relative_to(base):
             return notebook.resolve().relative_to(base).as_posix()
     return notebook.name
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other runner, say an orphan of a killed workflow, writes to `folder`."""
-    with open(folder / attempts.LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another run is writing to {folder}; waiting for it to end", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path, marks: Mapping[str, str]) -> None:

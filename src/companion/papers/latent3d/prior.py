@@ -1,4 +1,7 @@
-"""Training of the latent prior."""
+"""Training of the latent prior. On several GPUs or nodes, with the parameters of a notebook whose stage is prior:
+
+torchrun --nproc_per_node=4 -m companion.papers.latent3d.prior FILE
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from companion.training.latents import (
     prior_loss,
 )
 from companion.training.loop import TrainResult
-from companion.training.recipe import begin, fit
+from companion.training.recipe import begin, fit, main
 
 
 def train_prior(p: TrainLatent, progress: bool = True) -> tuple[TrainResult, LatentSpace, dict]:
@@ -46,3 +49,7 @@ def train_prior(p: TrainLatent, progress: bool = True) -> tuple[TrainResult, Lat
     data, options = LatentItems(cached, cond), p.pick("P_mean", "P_std")
     result = fit(D, loss, data, p, about, options, folder=out / "prior", progress=progress, schedule=p.rate)
     return result, space, config
+
+
+if __name__ == "__main__":
+    main(TrainLatent, train_prior)
