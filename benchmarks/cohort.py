@@ -1,4 +1,4 @@
-"""A cohort of virtual people through `companion grid`: one k-space file a person, some damaged, all others reconstructed.
+"""A cohort of virtual people through `companion grid`: a k-space file each, some damaged, all others reconstructed.
 
     python benchmarks/cohort.py FOLDER [--people 40] [--damaged 3] [--cores 2] [--size 64]
 
