@@ -428,5 +428,18 @@ def test_numbers_offered_are_those_of_the_runs_shown(examples):
     assert gallery.metric.options == ("-",)
 
 
+def test_every_number_of_a_table_has_a_name_of_its_own():
+    rows = [{"sigma": s, "blank": [s, 0.1], "error": 2 * s} for s in (0.5, 1.0)]
+    assert [(name, value) for name, value, _ in flatten({"errors": rows})] == [
+        ("errors, sigma 0.5: blank", 0.5),
+        ("errors, sigma 0.5: error", 1.0),
+        ("errors, sigma 1: blank", 1.0),
+        ("errors, sigma 1: error", 2.0),
+    ]
+    assert [name for name, *_ in flatten({"t": [{"a": 1.0}, {"a": 1.0}]})] == ["t, row 1: a", "t, row 2: a"]
+    told = [{"R": 4, "method": "TV", "PSNR": [27.8, 0.2]}, {"R": 8, "method": "TV", "PSNR": [25.0, 0.2]}]
+    assert [name for name, *_ in flatten({"t": told})] == ["R 4, TV: PSNR", "R 8, TV: PSNR"]
+
+
 def test_the_catalogue_lists_what_the_viewer_opens():
     assert {name for name in catalogue.ARRAYS if name != ".nii.gz"} == READERS.keys()

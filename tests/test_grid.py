@@ -71,9 +71,21 @@ def test_an_axis_may_set_several_parameters(here):
         ({"axis": {}}, "unknown parameter axis: grid.yaml"),
         ({"axes": {"scael": [1]}}, "unknown parameter scael: tiny.ipynb .* did you mean scale?"),
         ({"axes": {"scale": [1, "many"]}}, "scale must be a number, got 'many'"),
-        ({"axes": {"scale": []}}, "the grid has no cell"),
+        ({"axes": {"scale": []}}, "axis scale: it has no value"),
         ({"axes": {"scale": [1, 1]}}, "has 1 twice"),
+        ({"axes": {"scale": [1, 1.0]}}, "has 1.0 twice"),
         ({"axes": {"scale": 3}}, "give a list of values"),
+        ({"axes": ["scale"]}, "axes must be names and values, .* got \\['scale'\\]"),
+        ({"axes": {"scale": {"people": "."}}}, "holds no scan; `companion look .` says"),
+        ({"axes": {"scale": {"poeple": "."}}}, "say {people: FOLDER}"),
+        ({"seeds": 0}, "seeds is 0; say how many"),
+        ({"exclude": {"scale": 1}}, "exclude must be a list"),
+        ({"exclude": [{"scale": [1, 2]}]}, "no cell: all are excluded"),
+        ({"resources": {"minutes": "1h"}}, "minutes of grid.yaml, resources, must be a whole number"),
+        ({"figure": {"x": "scael"}}, "x is 'scael'; choose one of quantity, scale, shift, seed"),
+        ({"inputs": "checkpoints/*"}, "inputs must be a list"),
+        ({"gather": {"notebook": "tiny.ipynb"}}, "gather does not say out"),
+        ({"notebook": "tinny.ipynb"}, "did you mean tiny.ipynb?"),
         ({"axes": {"out": ["a"]}}, "sets out"),
         ({"fixed": {"scale": 2}}, "scale is set by fixed and by the axis scale"),
         ({"fixed": {"weit": 2}}, "fixed parameters: unknown parameter weit"),
@@ -134,7 +146,7 @@ def test_the_grids_that_come_with_the_package_are_right(file, tmp_path, monkeypa
     monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
     if "people:" in file.read_text():
         (tmp_path / "data/cohort").mkdir(parents=True)  # empty: nothing to run, and that is said
-        with pytest.raises(ValueError, match="no cell"):
+        with pytest.raises(ValueError, match="holds no scan"):
             read_grid(file, tmp_path)
         return
     grid = read_grid(file, tmp_path)

@@ -53,6 +53,11 @@ class RealScan(Parameters, out="runs/general/real_scan/notebook"):
     evaluations: int = param(30, "network evaluations a draw", minimum=8)
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
+    def before_start(self) -> None:
+        """Raise for a source that is not there."""
+        if self.source != VIRTUAL and not (project_root() / Path(self.source).expanduser()).exists():
+            raise FileNotFoundError(f"there is no source {self.source}; name a file or folder, or {VIRTUAL}")
+
 
 @dataclass(frozen=True, eq=False)
 class Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -47,24 +48,34 @@ def read_axis(name: str, said: Any, signature: Signature, root: Path) -> Axis:
     Raises ValueError or TypeError with the name at fault.
     """
     if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"the axis {name!r} must be named by letters, digits and _ . - only")
+        raise ValueError("its name may have letters, digits and _ . - only")
     if isinstance(said, Mapping) and "people" in said:
-        unknown_names(said, ("people", "table", *CHOICES), f"axis {name}")
+        unknown_names(said, ("people", "table", *CHOICES), "it")
         files, missing = people(said, root)
-        return Axis(name, {who: _checked(name, {name: path}, signature) for who, path in files.items()}, missing)
+        if not files and not missing:
+            raise ValueError(f"{said['people']} holds no scan; `companion look {said['people']}` says what is there")
+        return Axis(name, {who: _checked({name: path}, signature) for who, path in files.items()}, missing)
     if isinstance(said, Mapping):
         if wrong := [k for k, v in said.items() if not isinstance(v, Mapping)]:
-            raise ValueError(f"the axis {name}: {wrong[0]} must say parameters, as in {wrong[0]}: {{draws: 4}}")
+            hint = "; for every person of a folder say {people: FOLDER}" if isinstance(said[wrong[0]], str) else ""
+            raise ValueError(f"{wrong[0]} must say parameters, as in {wrong[0]}: {{draws: 4}}{hint}")
         given = [(label(key), dict(values)) for key, values in said.items()]
     elif isinstance(said, list):
         given = [(label(value), {name: value}) for value in said]
     else:
-        raise ValueError(f"the axis {name} is {said!r}; give a list of values, or {{name: {{parameter: value}}}}")
+        raise ValueError(f"it is {said!r}; give a list of values, or {{name: {{parameter: value}}}}")
+    if not given:
+        raise ValueError("it has no value; give one, or leave the axis out")
     points: dict[str, Mapping[str, Any]] = {}
+    seen = set()
     for key, values in given:
+        checked = _checked(values, signature)
+        if (same := json.dumps(checked, sort_keys=True)) in seen:
+            raise ValueError(f"it has {key} twice; leave one out")
         if key in points:
-            raise ValueError(f"the axis {name} has {key} twice; name the values: {name}: {{a: {{{name}: ...}}}}")
-        points[key] = _checked(name, values, signature)
+            raise ValueError(f"two values are {key} as a folder's name; name them: {name}: {{a: {{{name}: ...}}, ...}}")
+        points[key] = checked
+        seen.add(same)
     return Axis(name, points)
 
 
@@ -133,8 +144,8 @@ def _path(item: Item, found: Found) -> Path | None:
     return folder if alone else None
 
 
-def _checked(axis: str, values: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
     if "out" in values:
-        raise ValueError(f"the axis {axis} sets out, which the grid does; leave it out")
+        raise ValueError("it sets out, which the grid does; leave it out")
     checked = signature.check(values)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in checked.items()}

@@ -96,7 +96,8 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, float, float | No
     """(name, number, error) of every single number in metrics: nested mappings, tables of rows, means with errors.
 
     A row of a table is named by its words and whole numbers: {"R": 4, "method": "TV", "PSNR": (27.8, 0.2)} gives
-    "R 4, TV: PSNR", 27.8, 0.2. Other lists are curves, not numbers, and left out.
+    "R 4, TV: PSNR", 27.8, 0.2. Where these do not tell rows apart, the first number that does is in the name too, as
+    in "errors, sigma 0.5: blank", else their place, as in "errors, row 2: blank". Other lists are curves, and left out.
     """
     if isinstance(value, bool) or value is None:
         return
@@ -107,16 +108,31 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, float, float | No
             yield from flatten(inner, f"{name}: {key}" if name else str(key))
     elif isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
         within = name.split(": ")[1:]  # tables lie at the top, or one for each of several cases
-        for row in value:
-            keys = [
-                str(v) if isinstance(v, str) else f"{k} {v}"
-                for k, v in row.items()
-                if isinstance(v, (str, int)) and not isinstance(v, bool) and v not in ("", "-")
-            ]
-            rest = {k: v for k, v in row.items() if not isinstance(v, (str, int))}
-            yield from flatten(rest, ", ".join(within + keys) or name)
+        labels = [_label(row) for row in value]
+        alike = len(set(labels)) < len(labels)
+        apart = _apart(value) if alike else None
+        for place, (row, keys) in enumerate(zip(value, labels, strict=True), 1):
+            rest = {k: v for k, v in row.items() if not isinstance(v, (str, int)) and k != apart}
+            number = [f"{apart} {row[apart]:g}" if apart else f"row {place}"] if alike else []
+            title = within if keys else within or [name]
+            yield from flatten(rest, ", ".join(filter(None, [*title, *keys, *number])))
     elif isinstance(value, list) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
         yield name, float(value[0]), float(value[1])
+
+
+def _label(row: Mapping) -> tuple[str, ...]:
+    """The words and whole numbers of a table's row."""
+    words = {k: v for k, v in row.items() if isinstance(v, (str, int)) and not isinstance(v, bool)}
+    return tuple(str(v) if isinstance(v, str) else f"{k} {v}" for k, v in words.items() if v not in ("", "-"))
+
+
+def _apart(rows: list[Mapping]) -> str | None:
+    """The first column of numbers that differs in all rows."""
+    for name in rows[0]:
+        column = [row.get(name) for row in rows]
+        if all(isinstance(value, float) for value in column) and len(set(column)) == len(rows):
+            return name
+    return None
 
 
 def conditions(text: str) -> list[tuple[str, str, str]]:

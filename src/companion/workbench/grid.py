@@ -32,14 +32,12 @@ from typing import Any
 from companion.files import find_project, sha256, shipped
 from companion.parameters import read_yaml, unknown_names
 from companion.workbench.axes import Axis, read_axis
+from companion.workbench.declared import check_figure, like, read_declaration
 from companion.workbench.run import RunState, read_run
 from companion.workbench.runner import Signature, read_signature, source_hash
 from companion.workbench.sources import code_hash, located
 
 PLAN = "grid.json"
-KEYS = ("name", "notebook", "params", "fixed", "axes", "seeds", "exclude", "out", "resources", "inputs", "gather",
-        "quantities", "figure")  # fmt: skip
-RESOURCES = {"threads": 1, "mem_mb": 4000, "minutes": 60, "gpu": 0}
 LONGEST = 200  # letters of a folder's name
 
 
@@ -78,19 +76,15 @@ def read_grid(file: str | Path, root: Path) -> Grid:
     the names at fault: of the file's keys, of axes, exclusions and folders, and of the cells that the form refuses.
     """
     file = Path(file)
-    given = read_yaml(file)
-    unknown_names(given, KEYS, file.name)
-    if lacks := [key for key in ("notebook", "axes", "out") if not given.get(key)]:
-        raise ValueError(f"{file} does not say {', '.join(lacks)}; a grid needs notebook, axes and out")
+    given = read_declaration(file)
     notebook = _found(given["notebook"], file)
     signature = read_signature(notebook)
     fixed = _fixed(given, signature, file)
-    axes = {name: read_axis(name, said, signature, root) for name, said in _said(given, file).items()}
+    axes = {name: _axis(name, said, signature, root, file) for name, said in _said(given, file).items()}
     _apart(axes, given.get("fixed") or {}, file)
     cells, excluded = _cells(axes, given.get("exclude") or [], file)
     _check(signature, fixed, cells, file)
-    resources = dict(given.get("resources") or {})
-    unknown_names(resources, (*RESOURCES, "gres"), f"{file.name}, resources")
+    check_figure(given.get("figure", {}), axes, file.name)
     return Grid(
         name=str(given.get("name") or file.stem),
         notebook=notebook,
@@ -99,7 +93,7 @@ def read_grid(file: str | Path, root: Path) -> Grid:
         cells=cells,
         excluded=excluded,
         out=str(given["out"]),
-        resources=RESOURCES | resources,
+        resources=given["resources"],
         inputs=tuple(given.get("inputs") or ()),
         gather=given.get("gather"),
         missing={person: why for axis in axes.values() for person, why in axis.missing.items()},
@@ -112,7 +106,10 @@ def _found(name: str, file: Path) -> Path:
     """A file that a grid names: from here, from the project, or as it comes with the package."""
     path = Path(located(name, find_project() or Path.cwd())[0])
     if not path.is_file():
-        raise FileNotFoundError(f"{file} names {name}, which is neither here nor in the project nor in the package")
+        hint = like(name, (Path(), find_project() or Path.cwd(), shipped("notebooks").parent))
+        raise FileNotFoundError(
+            f"{file} names {name}, which is neither here nor in the project nor in the package{hint}"
+        )
     return path
 
 
@@ -128,11 +125,18 @@ def _fixed(given: Mapping, signature: Signature, file: Path) -> dict[str, Any]:
 def _said(given: Mapping, file: Path) -> dict[str, Any]:
     """The axes as the file says them, seeds among them."""
     axes = dict(given["axes"])
-    if (seeds := given.get("seeds")) is not None:
+    if "seeds" in given:
         if "seed" in axes:
             raise ValueError(f"{file} gives seeds twice: as seeds and as the axis seed; leave one out")
-        axes["seed"] = list(range(seeds)) if isinstance(seeds, int) else seeds
+        axes["seed"] = given["seeds"]
     return axes
+
+
+def _axis(name: str, said: Any, signature: Signature, root: Path, file: Path) -> Axis:
+    try:
+        return read_axis(name, said, signature, root)
+    except (ValueError, TypeError, OSError) as error:
+        raise type(error)(f"{file.name}, axis {name}: {error}") from None
 
 
 def _apart(axes: Mapping[str, Axis], fixed: Mapping, file: Path) -> None:
@@ -163,8 +167,11 @@ def _cells(axes: Mapping[str, Axis], exclude: Sequence[Mapping], file: Path) -> 
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{file}: two cells would share the folder {twice}; name the values: axis: {{name: {{...}}}}")
-    if not cells and not any(axis.missing for axis in axes.values()):
-        raise ValueError(f"{file}: the grid has no cell; every axis needs a value, and not all may be excluded")
+    if not cells:
+        why = "; ".join(f"{who}: {why}" for axis in axes.values() for who, why in list(axis.missing.items())[:5])
+        raise ValueError(
+            f"{file}: the grid has no cell{f', as nobody can be used: {why}' if why else ': all are excluded'}"
+        )
     return tuple(cells), excluded
 
 
