@@ -11,6 +11,7 @@ from torch import nn
 
 from companion.diffusion.denoisers import ComplexDenoiser, Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
 from companion.diffusion.noise import DiscreteSchedule
+from companion.models.unrolled import Unrolled
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
 from companion.networks.ddim_unet import DDIMUNet
@@ -35,6 +36,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "VQModel": VQModel,
     "VQVAE": VQVAE,
     "PlainVQVAE": PlainVQVAE,
+    "Unrolled": Unrolled,  # a reconstruction: no "denoiser" either
 }
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "EDMDenoiser": EDMDenoiser,
