@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import peers
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from companion.reconstruction.bench import Counted, Entry, Settings, Slices, dra
 from companion.show.bench import figure, markdown, write
 
 EXAMPLE = Path(__file__).parents[1] / "benchmarks" / "entries" / "example.py"
+ENTRIES = sorted(p for p in EXAMPLE.parent.glob("*.py") if p.stem not in ("example", "between_0_and_1"))
 QUICK = Settings(size=8, draws=64, cases=100, calls=4)
 
 
@@ -70,6 +72,20 @@ def test_the_example_is_twenty_lines_and_its_evaluations_are_counted():
     torch.testing.assert_close(found.x[1:2], again.x, rtol=1e-4, atol=1e-5)  # a draw depends on its own seed alone
 
 
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
+def test_entries_keep_to_their_budget_and_draws_to_their_seeds(path):
+    if path.stem.startswith("deepinv"):
+        peers.deepinv()
+    entry, problem = read_entry(path), make_problem("gaussian", 8, draws=10)
+    entry = replace(entry, options={name: values[0] for name, values in entry.grid.items()})
+    given = (problem.prior, problem.A, problem.y, 0.02)
+    images = problem.images(4)
+    both, one = (draw(entry, *given, seeds, 10, images) for seeds in ((0, 1), (1,)))
+    assert 5 <= both.denoiser_calls <= 10
+    torch.testing.assert_close(both.x[1:], one.x, rtol=1e-3, atol=1e-4)
+    assert (both.x[0] - both.x[1]).norm() > 0.01
+
+
 def test_a_gradient_counts_as_another_evaluation_and_moments_exist_only_where_D_has_them():
     D = Counted(lambda x, sigma, cond=None: x / 2)
     x = torch.ones(3, requires_grad=True)
@@ -105,6 +121,20 @@ def test_what_is_no_entry_is_refused_with_the_reason(tmp_path, code, said):
     problem = make_problem("gaussian", 8, draws=10)
     with pytest.raises(ValueError, match=said):
         draw(read_entry(path), problem.prior, problem.A, problem.y, 0.02, range(2), 5, None)
+
+
+def test_the_option_of_the_grid_that_draws_from_the_posterior_is_found():
+    """Too narrow draws have the better mean, too wide ones the better coverage: the score takes neither."""
+    inner, problem = truth().draw, make_problem("gaussian", 8, draws=10)
+
+    def sample(width, **given):
+        return truth(width).draw(**given)
+
+    entry = Entry("exact", sample, grid={"width": (0.3, 1.0, 3.0)})
+    found = bench.tuned(entry, problem.prior, problem.A, 0.02, problem.images(8), 4)
+    assert found.options == {"width": 1.0} and bench.tuned(Entry("", inner), None, None, 0, None, 4).options == {}
+    x = torch.tensor([[0.0], [2.0]])
+    assert bench.energy_score(x, torch.tensor([1.0])) == pytest.approx(0.0)  # mean distance 1, half the pairs' 2
 
 
 def test_settings_that_cannot_answer_are_refused():
@@ -155,4 +185,6 @@ def test_intervals_of_people_cover_and_a_row_becomes_table_figure_and_json(tmp_p
     assert record["rows"][0]["people"]["slices"] == 30 and record["settings"]["calls"] == 4
     table = markdown([row | {"heads": quality}], s)
     assert table.count("|\n") == 3 and "heads: PSNR" in table
-    assert len(figure([row], s).axes) == 3 and (folder / "bench.png").stat().st_size > 10_000
+    alone = {k: v for k, v in row.items() if k != "people"}
+    assert "people" not in markdown([alone], s) and len(figure([alone], s).axes) == 3
+    assert len(figure([row], s).axes) == 4 and (folder / "bench.png").stat().st_size > 10_000

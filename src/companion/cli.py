@@ -66,7 +66,7 @@ def bench(
     files: Annotated[list[Path], typer.Argument(help="Python files that define sample or guidance; they are run")],
     out: Annotated[Path, typer.Option(help="folder of bench.md, bench.png and bench.json")] = Path("runs/bench"),
     calls: Annotated[int, typer.Option(help="evaluations of the prior a draw")] = 25,
-    people: Annotated[int, typer.Option(help="virtual people to test on")] = 6,
+    people: Annotated[int, typer.Option(help="virtual people to test on; 0: exact posteriors alone")] = 6,
     calibration: Annotated[int, typer.Option(help="others, for conformal intervals")] = 15,
     heads: Annotated[str | None, typer.Option(help="folder of real heads, of any format")] = None,
 ):
@@ -76,8 +76,11 @@ def bench(
 
     settings = Settings(calls=calls, people=people, calibration=calibration, heads=heads)
     entries = [read_entry(file) for file in files]
-    rows = [run(entry, settings, lambda text: print(text, file=sys.stderr)) for entry in entries]
-    print(markdown(rows, settings), write(rows, settings, out), sep="\n")
+    rows: list[dict] = []
+    for entry in entries:
+        rows.append(run(entry, settings, lambda text: print(text, file=sys.stderr)))
+        write(rows, settings, out)  # after each, so that what took long is not lost
+    print(markdown(rows, settings), out, sep="\n")
 
 
 @app.command()

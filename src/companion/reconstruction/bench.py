@@ -14,18 +14,19 @@ noise_std: of each real component. seeds: ints; a draw's noise must depend on it
 draw. images: validation images (image, 1, y, x), never those that are tested on; none for real heads. NAME, a text, is
 the name of the row.
 
-Every entry has the same priors, operators, data, seeds and budget, and evaluations are counted. The bench tunes
-nothing; who tunes does so on `images`.
+Every entry has the same priors, operators, data, seeds and budget, and evaluations are counted. Where the file has a
+GRID, {"step_size": (0.3, 1, 3)}, of further arguments of its function, each prior's best are taken: those of the lowest
+energy score, which only the posterior itself makes least [gneiting2007], on scans of a few of `images`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Samples, sample
 from companion.evaluation import conformal, metrics, ranks
+from companion.evaluation.intervals import Drawn, intervals
 from companion.evaluation.known_posterior import Problem, make_problem, score
 from companion.files import sha256
 from companion.models.architectures import network_of
@@ -49,6 +51,7 @@ from companion.operators.mri import birdcage_maps, sense
 from companion.randomness import randn
 
 FIRST_SIGMA = 5.0  # an image is invisible in it
+TUNED_ON, TUNING_DRAWS = 3, 4  # validation images, and draws of each
 FRACTION = 0.08  # of the peak: above it a pixel counts as of the person
 
 
@@ -57,7 +60,7 @@ class Settings:
     """What an entry is asked; the defaults take a few minutes on one core.
 
     priors: exact ones, of known_posterior.PRIORS. size: of their images. draws: for mean and variance. cases: scans
-    simulated for the ranks, of rank_draws draws each. people: virtual ones to test on, people_draws draws each;
+    simulated for the ranks, of rank_draws draws each. people: virtual ones to test on, people_draws draws each, or 0;
     calibration: others, for conformal intervals, at least 9. heads: a folder of real heads, and slices of each.
     """
 
@@ -80,7 +83,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        least = {"calls": 2, "size": 8, "draws": 16, "cases": 20, "rank_draws": 4, "people": 1, "calibration": 9}
+        least = {"calls": 2, "size": 8, "draws": 16, "cases": 20, "rank_draws": 4, "people": 0, "calibration": 9}
         low = [
             f"{name}={getattr(self, name)}"
             for name, n in (least | {"people_draws": 3}).items()
@@ -92,11 +95,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Entry:
-    """A sampler by name: draw(**what the head of this module lists) -> draws (draw, *A.domain_shape)."""
+    """A sampler by name: draw(**what the head of this module lists) -> draws (draw, *A.domain_shape).
+
+    grid: values to try of further arguments; options: those chosen.
+    """
 
     name: str
     draw: Callable[..., Tensor | Samples]
     sha256: str = ""
+    grid: Mapping[str, Sequence] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def read_entry(path: str | Path) -> Entry:
@@ -118,7 +126,7 @@ def read_entry(path: str | Path) -> Entry:
         )
     ((kind, function),) = found.items()
     draw = function if kind == "sample" else guided(function, getattr(module, "SOLVER", "dpmpp_2m"))
-    return Entry(getattr(module, "NAME", path.stem), draw, sha256(path))
+    return Entry(getattr(module, "NAME", path.stem), draw, sha256(path), getattr(module, "GRID", {}))
 
 
 def _own(module, name: str) -> bool:
@@ -129,8 +137,8 @@ def _own(module, name: str) -> bool:
 def guided(guidance: Callable, solver="dpmpp_2m") -> Callable[..., Samples]:
     """The entry of a guidance: `calls` evaluations between FIRST_SIGMA and half the noise, with a solver."""
 
-    def draw(D, A, y, noise_std, seeds, calls, images) -> Samples:
-        D_y = _call(guidance, A=A, y=y, noise_std=noise_std, D=D, images=images)(D)
+    def draw(D, A, y, noise_std, seeds, calls, images, **options) -> Samples:
+        D_y = _call(guidance, A=A, y=y, noise_std=noise_std, D=D, images=images, **options)(D)
         steps = max(2, round(calls / D_y.guidance.denoiser_calls))
         sigmas = karras(steps, noise_std / 2, FIRST_SIGMA)
         return sample(D_y, sigmas, shape=A.domain_shape, seeds=seeds, solver=solver, dtype=torch.complex64)
@@ -196,7 +204,7 @@ def draw(entry: Entry, D: Denoiser, A, y: Tensor, noise_std: float, seeds: Itera
     """The entry's draws, checked and counted. Raises ValueError for another shape or number, or NaN."""
     counted, seeds, began = Counted(D), list(seeds), time.perf_counter()
     found = _call(
-        entry.draw, D=counted, A=A, y=y, noise_std=noise_std, seeds=seeds, calls=calls, images=images
+        entry.draw, D=counted, A=A, y=y, noise_std=noise_std, seeds=seeds, calls=calls, images=images, **entry.options
     )  # fmt: skip
     x = found.x if isinstance(found, Samples) else found
     if (
@@ -210,17 +218,47 @@ def draw(entry: Entry, D: Denoiser, A, y: Tensor, noise_std: float, seeds: Itera
 
 
 # ----------------------------------------------------------------------------------------------------
+# What is tuned
+
+
+def tuned(entry: Entry, D: Denoiser, A: LinearOperator, noise_std: float, images: Tensor, calls: int) -> Entry:
+    """The entry with the options of its grid that have the lowest mean energy score on scans of validation images."""
+    if not entry.grid:
+        return entry
+    truth, generator = images[:TUNED_ON], torch.Generator().manual_seed(4242)
+    y = A(truth) + noise_std * randn((len(truth), *A.range_shape), truth.dtype, generator)
+    scores = {}
+    for values in product(*entry.grid.values()):
+        one = replace(entry, options=dict(zip(entry.grid, values, strict=True)))
+        scores[values] = 0.0
+        for i, x in enumerate(truth):
+            seeds = range(90_000 + TUNING_DRAWS * i, 90_000 + TUNING_DRAWS * (i + 1))
+            found = draw(one, D, A, y[i : i + 1], noise_std, seeds, calls, images)
+            scores[values] += energy_score(found.x, x) / len(truth)
+    best = min(scores, key=lambda values: scores[values])
+    return replace(entry, options=dict(zip(entry.grid, best, strict=True)))
+
+
+def energy_score(draws: Tensor, truth: Tensor) -> float:
+    """mean |x_i - truth| - mean |x_i - x_j| / 2 of draws (draw, ...), over pairs: the lower, the better."""
+    n, flat = len(draws), draws.flatten(1)
+    apart = (flat[:, None] - flat[None]).abs().square().sum(-1).sqrt().sum().item()
+    return (flat - truth.flatten()).abs().square().sum(-1).sqrt().mean().item() - apart / (2 * n * (n - 1))
+
+
+# ----------------------------------------------------------------------------------------------------
 # What is asked
 
 
 def run(entry: Entry, s: Settings, say: Callable[[str], None] = lambda text: None) -> dict:
-    """One row: {"name", "sha256", "exact": {prior: ...}, "people": ..., "heads": ... if given}, plain numbers."""
+    """One row: {"name", "sha256", "exact": {prior: ...}, "people": ..., "heads": ...} as asked, plain numbers."""
     row: dict = {"name": entry.name, "sha256": entry.sha256, "exact": {}}
     for name in s.priors:
         row["exact"][name] = exact(entry, s, name)
         say(f"{entry.name}, exact posterior, {name}: done")
-    row["people"] = people(entry, s)
-    say(f"{entry.name}, virtual people: done")
+    if s.people:
+        row["people"] = people(entry, s)
+        say(f"{entry.name}, virtual people: done")
     if s.heads:
         row["heads"] = heads(entry, s)
         say(f"{entry.name}, real heads: done")
@@ -231,9 +269,10 @@ def exact(entry: Entry, s: Settings, name: str) -> dict:
     """Mean, variance, coverage and cost against a posterior in closed form, and the ranks of simulated truths."""
     problem = make_problem(name, s.size, draws=1000)
     images = problem.images(32)
+    entry = tuned(entry, problem.prior, problem.A, problem.noise_std, images, s.calls)
     found = draw(entry, problem.prior, problem.A, problem.y, problem.noise_std, range(s.draws), s.calls, images)
     cost = {"denoiser_calls": found.denoiser_calls, "milliseconds": 1000 * found.seconds}
-    return score(found.x, problem) | cost | _ranks(entry, s, problem, images)
+    return score(found.x, problem) | cost | _ranks(entry, s, problem, images) | {"options": dict(entry.options)}
 
 
 def _ranks(entry: Entry, s: Settings, problem: Problem, images: Tensor) -> dict:
@@ -261,8 +300,9 @@ def people(entry: Entry, s: Settings) -> dict:
     x = slices("test", s.people, s.image_size)
     others = slices("validation", s.calibration, s.image_size)
     A = sense(birdcage_maps((s.image_size,) * 2, 8), cartesian_mask(s.image_size, s.acceleration, acs=4).mask)
+    entry = tuned(entry, D, A, s.noise_std, others, s.calls)
     tested, calibrated = (_slices(entry, D, A, images, others, s, seed) for images, seed in ((x, 0), (others, 5000)))
-    return _quality(tested, calibrated)
+    return _quality(tested, calibrated) | {"options": dict(entry.options)}
 
 
 def heads(entry: Entry, s: Settings) -> dict:
@@ -292,6 +332,11 @@ class Slices:
     draws: Tensor
     cost: dict = field(default_factory=dict)
 
+    def drawn(self) -> Drawn:
+        """The same, with where the person is."""
+        size = self.truth.abs()
+        return Drawn(self.truth, self.draws, size > FRACTION * size.amax((-1, -2), keepdim=True))
+
 
 def _slices(entry: Entry, D, A: LinearOperator, x: Tensor, images: Tensor, s: Settings, seed: int) -> Slices:
     n, generator = s.people_draws, torch.Generator().manual_seed(s.seed + seed + 1)
@@ -309,9 +354,9 @@ def _slices(entry: Entry, D, A: LinearOperator, x: Tensor, images: Tensor, s: Se
 
 def _quality(tested: Slices, calibrated: Slices | None = None) -> dict:
     """PSNR of the mean and of a draw, calibration, coverage of 90 % intervals inside the person."""
-    mean, std, mask = _moments(tested)
-    psnr = metrics.psnr(mean, tested.truth)
-    raw = conformal.pixel_coverage(mean, std, tested.truth, _student(len(tested.draws)), mask)
+    drawn = tested.drawn()
+    psnr = metrics.psnr(drawn.draws.mean(0), tested.truth)
+    raw = conformal.pixel_coverage(*drawn.numbers("pixel")[:3], drawn.student("pixel"), drawn.mask)
     row = {
         "slices": len(psnr),
         "psnr": psnr.mean().item(),
@@ -323,32 +368,9 @@ def _quality(tested: Slices, calibrated: Slices | None = None) -> dict:
     }
     if calibrated is None:
         return row
-    other_mean, other_std, other_mask = _moments(calibrated)
-    k = conformal.pixel_factor(other_mean, other_std, calibrated.truth, other_mask)
-    after = conformal.pixel_coverage(mean, std, tested.truth, k, mask)
-    said, spread = conformal.predicted_psnr(tested.draws, tested.truth.abs().flatten(1).amax(1))
-    other_said, other_spread = conformal.predicted_psnr(calibrated.draws, calibrated.truth.abs().flatten(1).amax(1))
-    m = conformal.number_factor(other_said, other_spread, metrics.psnr(other_mean, calibrated.truth))
-    return row | {
-        "conformal_factor": k,
-        "conformal_coverage": after.mean().item(),
-        "conformal_coverages": after.tolist(),
-        "conformal_width": (2 * k * std[mask].mean()).item(),
-        "psnr_factor": m,
-        "psnr_coverage": conformal.number_coverage(said, spread, psnr, m),
-        "psnr_width": (2 * m * spread.mean()).item(),
-    }
-
-
-def _moments(s: Slices) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, standard deviation per real component, and where the person is, (slice, 1, y, x)."""
-    mean, n = s.draws.mean(0), len(s.draws)
-    std = ((s.draws - mean).abs().square().sum(0) / (2 * (n - 1))).sqrt().clamp_min(1e-6)
-    return mean, std, s.truth.abs() > FRACTION * s.truth.abs().amax((-1, -2), keepdim=True)
-
-
-def _student(draws: int) -> float:
-    """Factor of mean +- k std for 90 % of a truth that is one more draw: Student's t of the complex spread."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(2 * (draws - 1), 0.95)) * math.sqrt(1 + 1 / draws)
+    held = intervals(calibrated.drawn(), drawn)
+    row |= {"conformal_factor": held["pixel"].factor, "conformal_coverage": held["pixel"].coverage}
+    row |= {"conformal_coverages": list(held["pixel"].each), "conformal_width": held["pixel"].width}
+    for name, kind in (("region", "region"), ("psnr", "PSNR")):
+        row |= {f"{name}_{part}": getattr(held[kind], part) for part in ("raw", "factor", "coverage", "width")}
+    return row

@@ -1,0 +1,123 @@
+"""Intervals of pixels, regions and PSNR from posterior draws: how many truths they hold, as drawn and made conformal.
+
+    found = intervals(calibrated, tested)       # Drawn slices of other people, and of new ones
+    found["region"].coverage, found["region"].raw, found["region"].factor
+
+Regions are squares of an eighth of the field of view inside the person, cut along no tissue. `over_splits` says what
+the coverage is on average over ways to part slices into calibration and test: what the guarantee is about.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from companion.evaluation import conformal, metrics
+
+KINDS = ("pixel", "region", "PSNR")
+SQUARES, SIDE = 8, 4  # along a side of the field of view; pixels along a side of a square, at least
+LEAST = 6  # pixels of a region that counts
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Slices and what was drawn of them: truth (slice, 1, y, x), draws (draw, slice, 1, y, x), mask of the person."""
+
+    truth: Tensor
+    draws: Tensor
+    mask: Tensor
+
+    def some(self, index: Tensor) -> Drawn:
+        """The slices `index` (n,)."""
+        return Drawn(self.truth[index], self.draws[:, index], self.mask[index])
+
+    def numbers(self, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Mean and standard deviation that draws give, the truth, and which count, of each number (slice, ...)."""
+        if kind == "PSNR":
+            peak = self.truth.abs().flatten(1).amax(1)
+            return *conformal.predicted_psnr(self.draws, peak), metrics.psnr(self.draws.mean(0), self.truth), None
+        if kind == "pixel":
+            mean, n = self.draws.mean(0), len(self.draws)
+            parts = 2 if mean.is_complex() else 1
+            std = ((self.draws - mean).abs().square().sum(0) / (parts * (n - 1))).sqrt().clamp_min(1e-6)
+            return mean, std, self.truth, self.mask
+        (true, known), draws = self.regions(self.truth), self.regions(self.draws)[0]
+        return draws.mean(0), draws.std(0).clamp_min(1e-6), true, known
+
+    def regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of |x| (..., slice, region) in squares of the person, and which squares have enough pixels."""
+        x = x.abs() if x.is_complex() else x
+        squares = max(1, min(SQUARES, min(x.shape[-2:]) // SIDE))
+        at = [torch.arange(n) * squares // n for n in x.shape[-2:]]
+        index = (squares * at[0][:, None] + at[1]).flatten()
+        inside = self.mask.flatten(1).to(x.dtype)
+
+        def sums(v: Tensor) -> Tensor:
+            return v.new_zeros(*v.shape[:-1], squares**2).index_add_(-1, index, v)
+
+        count = sums(inside)
+        return sums(x.flatten(-3) * inside) / count.clamp_min(1), count >= LEAST
+
+    def student(self, kind: str) -> float:
+        """The factor of the standard deviation for 90 % of truths that are one more draw."""
+        if kind == "PSNR":
+            return 1.645
+        n = len(self.draws)
+        freedom = (n - 1) * (2 if kind == "pixel" and self.draws.is_complex() else 1)
+        return float(stdtrit(freedom, 0.95)) * math.sqrt(1 + 1 / n)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Shares of truths inside 90 % intervals: as drawn, and of the conformal factor; the mean width of those.
+
+    each: the conformal share of each slice; of PSNR, 0 or 1.
+    """
+
+    raw: float
+    factor: float
+    coverage: float
+    width: float
+    each: tuple[float, ...]
+
+
+def intervals(calibrated: Drawn, tested: Drawn) -> dict[str, Held]:
+    """What 90 % intervals hold of the tested slices, by KINDS; conformal by the calibrated ones, nine or more."""
+    found = {}
+    for kind in KINDS:
+        factor = _factor(*calibrated.numbers(kind))
+        mean, std, truth, mask = tested.numbers(kind)
+        raw = _shares(mean, std, truth, mask, tested.student(kind))
+        each = _shares(mean, std, truth, mask, factor)
+        spread = std if mask is None else std[mask]
+        width = 2 * factor * spread.mean().item()
+        found[kind] = Held(raw.mean().item(), factor, each.mean().item(), width, tuple(each.tolist()))
+    return found
+
+
+def over_splits(drawn: Drawn, calibration: int, repeats: int = 100, seed: int = 0) -> dict[str, float]:
+    """The conformal coverage, by KINDS, averaged over random ways to take `calibration` of the slices to calibrate."""
+    total, generator = dict.fromkeys(KINDS, 0.0), torch.Generator().manual_seed(seed)
+    numbers = {kind: drawn.numbers(kind) for kind in KINDS}
+    for _ in range(repeats):
+        order = torch.randperm(len(drawn.truth), generator=generator)
+        for kind, values in numbers.items():
+            own, new = ([None if v is None else v[part] for v in values] for part in
+                        (order[:calibration], order[calibration:]))  # fmt: skip
+            total[kind] += _shares(*new, _factor(*own)).mean().item() / repeats
+    return total
+
+
+def _factor(mean: Tensor, std: Tensor, truth: Tensor, mask: Tensor | None) -> float:
+    return conformal.number_factor(mean, std, truth) if mask is None else conformal.pixel_factor(mean, std, truth, mask)
+
+
+def _shares(mean: Tensor, std: Tensor, truth: Tensor, mask: Tensor | None, factor: float) -> Tensor:
+    """The share (slice,) of each slice's numbers inside mean +- factor std."""
+    if mask is None:
+        return ((truth - mean).abs() <= factor * std).double()
+    return conformal.pixel_coverage(mean, std, truth, factor, mask)

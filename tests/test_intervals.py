@@ -1,0 +1,46 @@
+"""Intervals of pixels, regions and PSNR: what draws promise, what conformal ones hold."""
+
+import pytest
+import torch
+
+from companion.evaluation.intervals import KINDS, Drawn, intervals, over_splits
+
+
+def drawn(cases, seed, width=1.0, dtype=torch.complex64):
+    """Truths that are one more draw, of pixels that err alone and all together; draws `width` times as far apart."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (5, cases, 1, 16, 16)
+    together = torch.randn(*shape[:3], 1, 1, dtype=dtype, generator=g)
+    x = 2 + 0.1 * torch.randn(shape, dtype=dtype, generator=g) + 0.03 * together
+    middle = x[1:].mean(0)
+    mask = torch.ones(shape[1:], dtype=torch.bool)
+    mask[..., :4] = False
+    return Drawn(x[0], middle + width * (x[1:] - middle), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float32])
+def test_right_draws_hold_what_they_promise_and_narrow_ones_after_calibration(dtype):
+    right = intervals(drawn(60, 0, dtype=dtype), drawn(200, 1, dtype=dtype))
+    narrow = intervals(drawn(60, 0, 0.4, dtype), drawn(200, 1, 0.4, dtype))
+    for kind in KINDS:
+        assert right[kind].coverage == pytest.approx(0.91, abs=0.05) == pytest.approx(narrow[kind].coverage, abs=0.05)
+        assert len(right[kind].each) == 200
+    for kind in ("pixel", "region"):
+        assert right[kind].raw == pytest.approx(0.9, abs=0.02) and narrow[kind].raw < 0.75
+        assert narrow[kind].factor == pytest.approx(right[kind].factor / 0.4, rel=0.02)
+        assert narrow[kind].width == pytest.approx(right[kind].width, rel=0.02)
+
+
+def test_over_ways_to_part_the_slices_the_mean_coverage_is_the_promised_one():
+    people = drawn(120, 3, 0.5)
+    found = over_splits(people, 40, repeats=20)
+    assert all(found[kind] == pytest.approx(0.91, abs=0.02) for kind in KINDS)
+    assert over_splits(people, 40, repeats=1) == over_splits(people, 40, repeats=1)
+
+
+def test_regions_are_means_of_magnitudes_inside_the_person():
+    one = drawn(2, 0)
+    means, known = one.regions(one.truth)
+    assert means.shape == known.shape == (2, 16)
+    assert not known.reshape(2, 4, 4)[:, :, 0].any() and known.reshape(2, 4, 4)[:, :, 1:].all()
+    assert means[1, 6] == pytest.approx(one.truth[1, 0, 4:8, 8:12].abs().mean().item(), rel=1e-5)
