@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import chaos
@@ -12,7 +14,7 @@ import yaml
 
 from companion.files import shipped
 from companion.show.grid_page import write_grid
-from companion.workbench import again, attempts, cell, estimate, grid_run, progress
+from companion.workbench import again, attempts, batch, cell, estimate, grid_run, progress
 from companion.workbench.export import CRATE, export
 from companion.workbench.grid import make_plan, read_grid
 from companion.workbench.run import Run
@@ -237,6 +239,22 @@ def test_a_gpu_has_one_job_at_a_time(monkeypatch, tmp_path):
         pass
 
 
+def test_what_a_dead_driver_left_in_the_queue_is_withdrawn_and_nothing_else(tmp_path, monkeypatch):
+    uuid = "2564a0e8-5e87-44ea-aff7-56f95bd5e8c2"
+    jobs = [
+        (1, uuid, tmp_path, "rule_cell_wildcards_shift=1"),
+        (2, uuid, tmp_path / "other", "rule_cell_wildcards_a=1"),
+    ]
+    jobs += [(3, "train", tmp_path, ""), (4, uuid, tmp_path, "mine"), (5, uuid, tmp_path, "rule_gather")]
+    said = "\n".join("|".join(map(str, job)) for job in jobs)
+    for name, body in (("squeue", f"cat <<'E'\n{said}\nE"), ("scancel", f'echo "$@" > {tmp_path}/cancelled')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    batch._withdraw(tmp_path)
+    assert (tmp_path / "cancelled").read_text().split() == ["--state=PENDING", "1", "5"]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # What comes out
 
@@ -342,6 +360,20 @@ def test_an_exported_run_describes_itself(here):
     linked = [action["instrument"], action["agent"], *action["object"], *action["result"], *entities["./"]["hasPart"]]
     assert all(link["@id"] in entities for link in linked)
     assert action["result"] == [{"@id": "metrics.json"}] and entities["metrics.json"]["sha256"]
+    # What RO-Crate 1.1 and Process Run Crate 0.5 say MUST be
+    head, root = entities[CRATE], entities["./"]
+    assert head["@type"] == "CreativeWork" and head["conformsTo"] == {"@id": "https://w3id.org/ro/crate/1.1"}
+    assert root["@type"] == "Dataset" and root["name"] and root["description"]
+    assert datetime.fromisoformat(root["datePublished"]) and root["license"]["@id"] in entities
+    assert root["conformsTo"]["@id"] in entities and root["mentions"] == {"@id": action["@id"]}
+    assert action["@type"] == "CreateAction" and datetime.fromisoformat(action["endTime"])
+    kinds = entities[action["instrument"]["@id"]]["@type"]
+    assert kinds == "SoftwareApplication" or "SoftwareSourceCode" in kinds
+    for name, entity in entities.items():  # flat, each with a type and an identifier that is a URI
+        assert entity["@type"] and not re.search(r"[\s<>]|^/|\.\.", name)
+        values = [v for value in entity.values() for v in (value if isinstance(value, list) else [value])]
+        assert all(set(v) == {"@id"} for v in values if isinstance(v, dict))
+        assert "File" not in entity["@type"] or name in parts
     with pytest.raises(ValueError, match="cannot be exported"):
         export(here)
 

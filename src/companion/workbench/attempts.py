@@ -23,7 +23,8 @@ class Attempt:
     """The last attempt in a folder.
 
     reason: of a failure, in one line; "killed" where the runner left none. again: whether the same could succeed, as
-    after a kill or on a full disk, but not after an error of the notebook. job: Slurm's number, "" elsewhere.
+    after a kill or on a full disk, but not after an error of the notebook. job: Slurm's number, "" elsewhere. seconds:
+    of an attempt that ended, with the start of its processes and their imports, which run.json does not count.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Attempt:
     outcome: str  # done | failed | killed | running
     reason: str = ""
     again: bool = True
+    seconds: float | None = None
 
 
 def begin(folder: Path) -> None:
@@ -59,8 +61,9 @@ def last(folder: str | os.PathLike) -> Attempt | None:
             return Attempt(**known, outcome="running")
         return Attempt(**known, outcome="killed", reason="killed: the runner left no reason")
     ended = after[-1]
+    took = (datetime.fromisoformat(ended["end"]) - datetime.fromisoformat(begun["start"])).total_seconds()
     return Attempt(**known, outcome="failed" if ended.get("reason") else "done",
-                   reason=ended.get("reason", ""), again=ended.get("again", True))  # fmt: skip
+                   reason=ended.get("reason", ""), again=ended.get("again", True), seconds=took)  # fmt: skip
 
 
 def locked(folder: str | os.PathLike) -> bool:

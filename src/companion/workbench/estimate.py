@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from companion.workbench import attempts
 from companion.workbench.grid import Plan
 from companion.workbench.index import duration
 from companion.workbench.run import MANIFEST
 
 FREE = {"out", "seed", "device"}  # parameters that cost nothing
-START = 6.0  # seconds: processes, imports and a kernel, before a notebook's first line
+START = 6.0  # seconds: processes, imports and a kernel, before a run begins, where nobody noted them
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,19 @@ def cost_of(plan: Plan, runs: Sequence[Path]) -> Cost:
     unlike = min(groups, key=len)
     alike = groups[unlike]
     return Cost(
-        seconds=statistics.median(record["seconds"] for record in alike),
+        seconds=statistics.median(record["took"] for record in alike),
         memory=max(record.get("memory_bytes", 0) for record in alike),
         disk=int(statistics.median(sum(r["bytes"] for r in record["results"].values()) for record in alike)),
         runs=len(alike),
         unlike=unlike,
     )
+
+
+def took(folder: Path, record: Mapping[str, Any]) -> float | None:
+    """Seconds of a done run with all that it needs before it begins; None where its record does not say."""
+    if (last := attempts.last(folder)) and last.outcome == "done" and last.seconds is not None:
+        return last.seconds
+    return None if record.get("seconds") is None else record["seconds"] + START
 
 
 def forecast(plan: Plan, cost: Cost, cores: int) -> str:
@@ -69,7 +77,7 @@ def forecast(plan: Plan, cost: Cost, cores: int) -> str:
     if not cost.runs:
         return "\n".join([*lines, "no run of this notebook is recorded: `--limit 1` does one cell, then time is known"])
     at_once = max(1, min(cores // int(grid.resources["threads"]), todo))
-    work = todo * (cost.seconds + START)
+    work = todo * cost.seconds
     by = f"{cost.runs} recorded runs" + (f" that differ in {', '.join(cost.unlike[:5])}" if cost.unlike else "")
     free = shutil.disk_usage(_there(plan.folder)).free
     lines.append(f"time    {duration(work)} of work, {duration(work / at_once)} with {at_once} at once; by {by}")
@@ -112,7 +120,7 @@ def _records(notebook: Path, runs: Sequence[Path]) -> Iterator[Mapping[str, Any]
                 known = (record.get("origin") or {}).get("notebook", "")
                 mine = Path(known).name == notebook.name if known else record.get("stage") == notebook.stem
                 if mine and record["seconds"] >= 0 and isinstance(record["results"], dict):
-                    yield record
+                    yield record | {"took": took(path, record)}
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 continue
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from companion.workbench import attempts
-from companion.workbench.estimate import START
+from companion.workbench.estimate import took
 from companion.workbench.grid import PLAN
 from companion.workbench.index import duration
 from companion.workbench.run import MANIFEST, NOTEBOOK, read_run
@@ -58,7 +58,7 @@ def _status(run: Path, folder: Path) -> Status:
     name, state, last = run.relative_to(folder).as_posix(), read_run(run, hashes=False), attempts.last(run)
     tries = last.number if last else 0
     if state.state == "done":
-        return Status(name, "done", tries=tries, seconds=state.record.get("seconds"))
+        return Status(name, "done", tries=tries, seconds=took(run, state.record))
     if last is not None and last.outcome == "running":
         began = (datetime.now(UTC) - datetime.fromisoformat(last.start)).total_seconds()
         where = last.host + (f", job {last.job}" if last.job else "")
@@ -73,10 +73,10 @@ def report(found: list[Status], most: int = 20) -> str:
     """What `companion status` prints: counts, when it will be over, what runs, what failed with the last error."""
     counts = {state: [s for s in found if s.state == state] for state in ORDER}
     lines = [", ".join(f"{len(runs)} {state}" for state, runs in counts.items() if runs) or "no runs"]
-    took = [s.seconds for s in counts["done"] if s.seconds is not None]
+    times = [s.seconds for s in counts["done"] if s.seconds is not None]
     left = counts["waiting"] + counts["running"]
-    if took and left and counts["running"]:
-        one = statistics.median(took) + START
+    if times and left and counts["running"]:
+        one = statistics.median(times)
         begun = sum(min(s.seconds or 0, one) for s in counts["running"])
         lines.append(f"about {duration(max(0.0, (one * len(left) - begun) / len(counts['running'])))} to go, "
                      f"as one took {duration(one)} and {len(counts['running'])} are at work")  # fmt: skip
