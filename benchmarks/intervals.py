@@ -6,7 +6,7 @@ One slice each of 50 validation people to calibrate on and of 100 test people to
 own cohort, the recommended sampler, few short draws. MRI: 4 coils, R = 4, noise .01, `brain/t1w`. PET: a quarter of the
 published dose, one lesion a slice, `pet/prior`. The error of a prior is measured on 16 further validation people.
 Intervals of pixels, of the means of squares an eighth of the field wide, and of the PSNR of the mean of the draws.
-Writes intervals.json and table.md; a finished part is kept in <out>/<part>.pt and not redone.
+Writes intervals.json and table.md; finished draws are kept in <out> and not redone.
 """
 
 from __future__ import annotations
@@ -80,12 +80,7 @@ def main(argv=None) -> dict:
     results, lines = {"code": code_version(), "settings": {k: v for k, v in vars(args).items() if k != "out"}}, []
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.parts:
-        kept = args.out / f"{name}.pt"
-        if not kept.exists():
-            drawn = [asdict_of(PARTS[name](split, args)) for split in args.count]
-            with atomic_write(kept) as path:
-                torch.save(drawn, path)
-        calibrated, tested = (Drawn(**part) for part in torch.load(kept, weights_only=True))
+        calibrated, tested = (drawn(name, split, args) for split in args.count)
         held = intervals(calibrated, tested)
         both = Drawn(*(torch.cat([getattr(d, f) for d in (calibrated, tested)], int(f == "draws")) for f in FIELDS))
         mean = over_splits(both, len(calibrated.truth))
@@ -107,9 +102,14 @@ def main(argv=None) -> dict:
 FIELDS = ("truth", "draws", "mask")
 
 
-def asdict_of(drawn: Drawn) -> dict:
-    """Its tensors by name."""
-    return {name: getattr(drawn, name) for name in FIELDS}
+def drawn(name: str, split: str, args) -> Drawn:
+    """The slices of a split, drawn now or before."""
+    kept = args.out / f"{name}-{split}-{args.count[split]}-{args.draws}x{args.evaluations}.pt"
+    if not kept.exists():
+        found = PARTS[name](split, args)
+        with atomic_write(kept) as path:
+            torch.save({field: getattr(found, field) for field in FIELDS}, path)
+    return Drawn(**torch.load(kept, weights_only=True))
 
 
 def line(name: str, kind: str, held, mean: float) -> str:

@@ -101,14 +101,16 @@ def intervals(calibrated: Drawn, tested: Drawn) -> dict[str, Held]:
 
 def over_splits(drawn: Drawn, calibration: int, repeats: int = 100, seed: int = 0) -> dict[str, float]:
     """The conformal coverage, by KINDS, averaged over random ways to take `calibration` of the slices to calibrate."""
-    total, generator = dict.fromkeys(KINDS, 0.0), torch.Generator().manual_seed(seed)
+    total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    generator = torch.Generator().manual_seed(seed)
     numbers = {kind: drawn.numbers(kind) for kind in KINDS}
     for _ in range(repeats):
         order = torch.randperm(len(drawn.truth), generator=generator)
-        for kind, values in numbers.items():
-            own, new = ([None if v is None else v[part] for v in values] for part in
-                        (order[:calibration], order[calibration:]))  # fmt: skip
-            total[kind] += _shares(*new, _factor(*own)).mean().item() / repeats
+        own, new = order[:calibration], order[calibration:]
+        for kind, (mean, std, truth, mask) in numbers.items():
+            inside, outside = (None, None) if mask is None else (mask[own], mask[new])
+            factor = _factor(mean[own], std[own], truth[own], inside)
+            total[kind] += _shares(mean[new], std[new], truth[new], outside, factor).mean().item() / repeats
     return total
 
 
