@@ -120,6 +120,16 @@ def test_published_layouts_name_by_name(layouts):
     assert [codec.factor for codec in layouts] == [4, 8]
 
 
+def test_blocks_are_counted_per_level_finest_first():
+    codec = small_kl(num_res_blocks=(2, 1))
+    assert [len(level.block) for level in codec.encoder.down] == [2, 1]
+    assert [len(level.block) for level in codec.decoder.up] == [3, 2]  # one more each, as published
+    assert codec(torch.zeros(1, codec.in_channels, 8, 8)).x_hat.shape == (1, codec.in_channels, 8, 8)
+    assert [len(level.block) for level in small_kl(num_res_blocks=2).encoder.down] == [2, 2]
+    with pytest.raises(ValueError, match="num_res_blocks has 3 entries for 2 levels"):
+        small_kl(num_res_blocks=(1, 2, 1))
+
+
 def test_the_size_of_the_published_file_fits(layouts):
     """vq_cardiac_d4.ckpt has 756,213,966 bytes: weights and two moments of Adam, and the loss networks."""
     autoencoder = sum(p.numel() for p in layouts[0].parameters())

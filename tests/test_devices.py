@@ -105,6 +105,7 @@ def test_denoisers_bring_noise_levels_to_their_images(name):
         assert mean.is_meta and variance.is_meta
 
 
+@pytest.mark.filterwarnings("ignore:S_churn = 40 over 3 steps")
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", ["edm", "epsilon", "complex"])
 def test_solvers_draw_where_the_denoiser_is(name, solver):

@@ -11,9 +11,9 @@ from companion.papers.general import (
     TrainGeneral,
     crop,
     denoising_errors,
+    prepare_bank,
     prior_config,
     train_general,
-    training_set,
     validation_slices,
 )
 
@@ -21,7 +21,7 @@ from companion.papers.general import (
 def test_network_has_no_attention_and_costs_at_most_15_gflop():
     from torch.utils.flop_counter import FlopCounterMode
 
-    D = build(prior_config(TrainGeneral()))
+    D = build(prior_config(**TrainGeneral().pick("model_channels", "channel_mult", "patch", "images")))
     assert not any(isinstance(m, AttentionBlock) for m in D.modules())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         D(torch.zeros(1, 1, 80, 80, dtype=torch.complex64), torch.ones(1))
@@ -72,7 +72,7 @@ def test_training_finishes_once(tmp_path):
 def test_bank_is_completed_and_the_same_again(tmp_path, monkeypatch):
     monkeypatch.setattr("companion.papers.general.PART", 2)
     p = TrainGeneral(heads=None, bank=str(tmp_path / "bank"), images=3)
-    first = training_set(p)
+    first = prepare_bank(p)
     assert first[2].shape == (1, 128, 128) and len(list((tmp_path / "bank").iterdir())) == 2
     (tmp_path / "bank" / "001.npy").unlink()
-    assert torch.equal(training_set(p)[2], first[2])
+    assert torch.equal(prepare_bank(p)[2], first[2])

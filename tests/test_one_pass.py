@@ -14,7 +14,7 @@ from companion.operators.linear import adjoint_error
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
 from companion.operators.soft_sense import soft_sense
-from companion.papers.one_pass import TrainOnePass, one_pass_config, train_one_pass
+from companion.papers.one_pass import SIZES, TrainOnePass, one_pass_config, train_one_pass
 from companion.reconstruction.mri import cg_sense, zero_filled
 from companion.reconstruction.one_pass import one_pass
 
@@ -27,7 +27,7 @@ def rng(seed=0):
 
 def network(seed=0):
     torch.manual_seed(seed)
-    R = build(one_pass_config(TrainOnePass(**SMALL)))
+    R = build(one_pass_config(**TrainOnePass(**SMALL).pick(*SIZES)))
     with torch.no_grad():  # the last layer begins at zero: then nothing would depend on the network
         for p in R.cnn.parameters():
             p.add_(0.02 * torch.randn(p.shape))
@@ -46,7 +46,7 @@ def test_it_learns_one_image_and_beats_what_knows_no_image():
     A = sense(birdcage_maps((24, 24), 2), cartesian_mask(24, 4, acs=4))
     y = A(x0) + 0.01 * A.mask(torch.randn(1, *A.range_shape, dtype=torch.complex64, generator=rng(1)))
     torch.manual_seed(0)
-    R = build(one_pass_config(TrainOnePass(**SMALL)))
+    R = build(one_pass_config(**TrainOnePass(**SMALL).pick(*SIZES)))
     optimiser = torch.optim.Adam(R.parameters(), 3e-3)
     for _ in range(40):
         optimiser.zero_grad()
@@ -111,7 +111,7 @@ def test_training_is_seeded_and_its_checkpoint_reconstructs(tmp_path):
     for a, b in zip(*(r.ema.parameters() for r in runs), strict=True):
         assert torch.equal(a, b)
     p = TrainOnePass(**SMALL, **options)
-    folder = save_checkpoint(tmp_path / "unrolled", runs[0].ema, one_pass_config(p), {"steps": 2})
+    folder = save_checkpoint(tmp_path / "unrolled", runs[0].ema, one_pass_config(**p.pick(*SIZES)), {"steps": 2})
     A, y = scan()
     image = one_pass(A, y, 0.01, str(folder))
     assert torch.equal(image, load(folder)(A, y, 0.01)) and not image.requires_grad

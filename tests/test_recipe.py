@@ -15,6 +15,7 @@ from companion.evaluation import metrics, tables
 from companion.evaluation.denoising import denoising_errors, expected_errors
 from companion.models.architectures import build, inner_denoiser, network_of, set_autocast
 from companion.models.checkpoint import load
+from companion.papers.latent3d.sample import SampleVolumes
 from companion.parameters import RENAMED, Parameters, check, param
 from companion.randomness import randn
 from companion.training import recipe
@@ -63,6 +64,8 @@ def test_a_renamed_parameter_is_told_its_new_name(monkeypatch):
         check(TrainSquares, {"pace": 1e-3})
     with pytest.raises(ValueError, match="unknown parameter pace"):  # a form without the new name never had the old
         check(Parameters, {"pace": 1e-3})
+    with pytest.raises(ValueError, match="parameter real of SampleVolumes was renamed to held_out"):
+        check(SampleVolumes, {"real": 4})
 
 
 def test_the_loop_gets_all_that_form_and_loop_have_in_common():

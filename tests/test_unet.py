@@ -158,6 +158,22 @@ def test_errors_say_what_to_do():
         small(dims=4)
 
 
+def test_channels_of_heads_and_blocks_are_those_of_their_level_finest_first():
+    net = small(num_head_channels=(16, 32), num_res_blocks=(1, 2), attention_resolutions=(1, 2))
+    heads = [
+        m.num_heads for blocks in (net.input_blocks, net.middle_block) for m in blocks.modules() if hasattr(m, "qkv")
+    ]
+    assert heads == [
+        32 // 16,
+        64 // 32,
+        64 // 32,
+        64 // 32,
+    ]  # one block of the fine level, two of the coarse, the middle
+    assert net(image(1, 2, 8, 8), torch.zeros(1)).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="num_head_channels has 3 entries for 2 levels"):
+        small(num_head_channels=(16, 16, 16))
+
+
 def test_published_multipliers():
     assert default_channel_mult(320)[0] == 0.5 and default_channel_mult(128) == (1, 1, 2, 3, 4)
     with pytest.raises(ValueError, match="pass channel_mult yourself"):

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -84,11 +85,10 @@ class Conditioning:
     @cached_property
     def comparisons(self) -> Sequence[BoxMI | LocalMI]:
         """What makes the channels of cross and self."""
+        given: dict[str, Any] = {} if self.bins is None else {"bins": self.bins}
         if self.mode == "centre":
-            bins = LocalMI(bins=self.bins).bins
-            assert bins is not None  # the default, where none were given
-            return [BoxMI(self.patches, bins)]
-        return [LocalMI(patch=p, bins=self.bins, mode=self.mode, normalise=self.normalise) for p in self.patches]
+            return [BoxMI(self.patches, LocalMI(**given).bins)]
+        return [LocalMI(patch=p, mode=self.mode, normalise=self.normalise, **given) for p in self.patches]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ import difflib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -78,7 +79,7 @@ def sample(
     Raises ValueError or TypeError for arguments that do not fit, FloatingPointError for NaN in the state.
     """
     solver, levels = find_solver(solver), check_sigmas(sigmas)
-    dtype = dtype or getattr(D, "state_dtype", torch.float32)
+    kind: torch.dtype = dtype or getattr(D, "state_dtype", torch.float32)
     draws = generators(seeds)
     count, shape = len(draws), tuple(shape)
     if count == 0:
@@ -87,8 +88,8 @@ def sample(
         raise ValueError("give start (clean images, noised here) or state (noisy images, used as they are), not both")
     cond = per_draw("cond", cond, count)
     first = per_draw("state" if start is None else "start", state if start is None else start, count, shape)
-    if first is not None and first.is_complex() and not dtype.is_complex:
-        raise TypeError(f"the first image is {first.dtype} but dtype={dtype}; give dtype=torch.complex64")
+    if first is not None and first.is_complex() and not kind.is_complex:
+        raise TypeError(f"the first image is {first.dtype} but dtype={kind}; give dtype=torch.complex64")
     solver.check(levels)
 
     batch_size = batch_size or count
@@ -100,10 +101,9 @@ def sample(
     ):
         for part in parts:
             bound = Bound(D, None if cond is None else cond[part].to(device))
-            x = None if first is None else first[part].to(device, dtype)
+            x = torch.zeros((), dtype=kind, device=device) if first is None else first[part].to(device, kind)
             if state is None:
-                noise = levels[0] * randn(shape, dtype, draws[part], device)
-                x = noise if start is None else x + noise
+                x = x + levels[0] * randn(shape, kind, draws[part], device)
             path, info = [], {}  # check_sigmas sees to it that there is a step
             for info in steps(bound, x, levels, solver, draws[part]):
                 bar.update()
@@ -172,9 +172,10 @@ def steps(D: Bound, x: Tensor, levels: list[float], solver: Solver, draws: list[
 @contextlib.contextmanager
 def evaluating(D: Denoiser) -> Iterator[None]:
     """Holds the networks inside D, also below wrappers that keep theirs as `.D`, in evaluation mode."""
-    while D is not None and not isinstance(D, nn.Module):
-        D = getattr(D, "D", None)
-    modes = {} if D is None else {module: module.training for module in D.modules()}
+    inner: Any = D
+    while inner is not None and not isinstance(inner, nn.Module):
+        inner = getattr(inner, "D", None)
+    modes = {} if inner is None else {module: module.training for module in inner.modules()}
     try:
         for module in modes:
             module.training = False

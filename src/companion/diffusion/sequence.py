@@ -17,6 +17,7 @@ frame; both are `draw_sequence`, the one loop, with a rule that draws one frame.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -99,7 +100,8 @@ def draw_sequence(
 
     past = [remembered(frame) for frame in (*given, *drawn)]
     blank = torch.zeros(1, 1, *shape, dtype=dtype, device=device) if start else None
-    bill, means = Bill(0.0, 0.0, 0.0), [None] * len(drawn)
+    bill = Bill(0.0, 0.0, 0.0)
+    means: list[Tensor | None] = [None] * len(drawn)
     with tqdm(initial=len(drawn), total=frames, desc="frames", disable=not progress) as bar:
         for n in range(len(drawn), frames):
             newest = past[-window:] if window else past
@@ -113,8 +115,9 @@ def draw_sequence(
             bar.update()
             if callback is not None:
                 callback(dict(frame=n, x=samples.x, cond=cond, bill=bill))
-    whole = not any(mean is None for mean in means)
-    return SequenceSamples(torch.stack(drawn, 1), bill, torch.stack(means, 1) if whole else None)
+    known = [mean for mean in means if mean is not None]
+    whole = len(known) == len(means)
+    return SequenceSamples(torch.stack(drawn, 1), bill, torch.stack(known, 1) if whole else None)
 
 
 def sample_sequence(
@@ -166,11 +169,15 @@ def reconstruct_sequence(
     that do not fit together or do not fit the solver.
     """
     shape, dtype = check_guidances(guidances, solver, sigma_start)
-    options = dict(dtype=dtype, device=device, batch_size=batch_size)
+    options: dict[str, Any] = dict(dtype=dtype, device=device, batch_size=batch_size)
+    draw_frame: DrawFrame
     if solver == "annealed_gibbs":
+        exact = cast("Sequence[posterior_mean]", guidances)  # as check_guidances saw to
 
-        def draw_frame(n: int, cond: Tensor | None, draws: list[Generator]) -> Samples:
-            return annealed_gibbs(D, guidances[n], sigmas, seeds=draws, refresh=refresh, cond=cond, **options)
+        def gibbs(n: int, cond: Tensor | None, draws: list[Generator]) -> Samples:
+            return annealed_gibbs(D, exact[n], sigmas, seeds=draws, refresh=refresh, cond=cond, **options)
+
+        draw_frame = gibbs
     else:
         options |= dict(solver=solver, shape=shape)
         draw_frame = diffusion(lambda n: guidances[n](D), sigmas, sigma_start, loop, options)
@@ -237,7 +244,7 @@ def diffusion(
     lower = [sigma_start, *(sigma for sigma in levels if sigma < sigma_start)]
 
     def draw_frame(n: int, cond: Tensor | None, draws: list[Generator]) -> Samples:
-        if n == 0 and loop.get("context") is None:
+        if cond is None or (n == 0 and loop.get("context") is None):
             return sample(denoiser(n), levels, seeds=draws, cond=cond, **options)
         return sample(denoiser(n), lower, seeds=draws, cond=cond, start=cond[:, -1], **options)
 
@@ -298,10 +305,10 @@ def add(one: Bill, other: Bill) -> Bill:
 
 
 def check_seeds(seeds: str | int | Iterable[int]) -> list[int]:
-    seeds = seeds if isinstance(seeds, str | int) else [seeds] if isinstance(seeds, Generator) else list(seeds)
-    if isinstance(seeds, list) and any(isinstance(seed, Generator) for seed in seeds):
+    several = seeds if isinstance(seeds, str | int) else [seeds] if isinstance(seeds, Generator) else list(seeds)
+    if isinstance(several, list) and any(isinstance(seed, Generator) for seed in several):
         raise TypeError("a sequence makes a generator for every frame from ints; give seeds instead of generators")
-    numbers = parse_seeds(seeds)
+    numbers = parse_seeds(cast("str | int | list[int]", several))
     if not numbers:
         raise ValueError("no seeds were given; one sequence is drawn per seed")
     return numbers

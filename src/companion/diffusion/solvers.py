@@ -257,4 +257,5 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 
 # the names that notebooks use: solver=ddim(eta=0.5)
-ddpm, ddim, aid_stochastic, euler, heun, heun_churn, dpmpp_2m, dpmpp_2m_sde = SOLVERS.values()
+ddpm, ddim, aid_stochastic, euler = DDPM, DDIM, AIDStochastic, Euler
+heun, heun_churn, dpmpp_2m, dpmpp_2m_sde = Heun, HeunChurn, DPMpp2M, DPMpp2MSDE

@@ -79,7 +79,7 @@ class TrainingSet:
     """
 
     count: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     stored: SequenceDataset | None
     own: bool = True
     what: str = ""

@@ -16,7 +16,9 @@ standard deviations, averaged over neighbours and draws, is large where source a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,7 +85,7 @@ def supported(source: Tensor, draws: Tensor, limit: float = LIMIT) -> Support:
     images = torch.stack([grey(d).double() for d in draws])
     mean, tissue = images.mean(0), head(given)
     flat, seen = level(given), [level(d) for d in images]
-    marked = torch.zeros_like(tissue)
+    marked, smooth = torch.zeros_like(tissue), given
     for _ in range(2):  # what is marked does not take part in the curve that it is judged by again
         trusted = tissue & (F.max_pool2d(marked.to(given), 3, 1, 1) == 0)
         left = torch.stack([residual(flat, d, tissue, trusted) for d in seen]).mean(0)
@@ -137,7 +139,7 @@ def fitted(y: Tensor, x: Tensor, inside: Tensor) -> Tensor:
     if not len(v):
         return torch.zeros_like(y)
     ridge = 1e-4 * len(v) * torch.eye(A.shape[1]).to(A)
-    weight = torch.ones_like(v)
+    weight, found = torch.ones_like(v), torch.zeros_like(A[0])
     for _ in range(ROUNDS):
         weighted = A.T * weight
         found = torch.linalg.solve(weighted @ A + ridge, weighted @ v)
@@ -164,7 +166,8 @@ def _regions(marked: Tensor) -> Tensor:
 
     kept = []
     for one in marked[:, 0].cpu().numpy():
-        names, count = label(one)
-        sizes = sum_labels(one, names, range(count + 1))
+        found: Any = label(one)  # scipy's type says that it may be a number
+        names, count = found
+        sizes = np.asarray(sum_labels(one, names, range(count + 1)))
         kept.append(torch.from_numpy((sizes >= LEAST)[names] & one))
     return torch.stack(kept)[:, None].to(marked.device)

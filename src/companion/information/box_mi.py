@@ -7,6 +7,7 @@ filter of the outer product of both images' kernels (the smooth view of Wang et 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,7 @@ class BoxMI:
         lmi._check(image, "image")
         levels = F.pad(grey_levels(image), [pad] * 4, mode="replicate")
         k = kernels(levels[:, 0], self.bins, lmi.width).movedim(-1, 1).flatten(2)  # (batch, bin, padded pixel)
-        boxes = [self.boxes(one, tuple(levels.shape[-2:])) for one in k]
+        boxes = [self.boxes(one, levels.shape[-2:]) for one in k]
         entropies = torch.stack([torch.stack([entropy_of_counts(c) for c in sizes]) for sizes in boxes])
         return BoxSource(self, image, k.unflatten(2, levels.shape[2:]), entropies, self.rectangles(levels))
 
@@ -71,9 +72,10 @@ class BoxMI:
     def one(self, source: BoxSource, i: int, target: BoxSource, j: int) -> Tensor:
         """The maps (patch, y, x) of image i of the source with image j of the target; 0 where the source is flat."""
         found = source.image.new_zeros(len(self.patches), *source.image.shape[2:])
-        if source.busy[i] is None:
+        busy = source.busy[i]
+        if busy is None:
             return found
-        rows, columns = source.busy[i]
+        rows, columns = busy
         (k1, mass1), (k2, mass2) = source.cut(i, rows, columns), target.cut(j, rows, columns)
         shape = k1.shape[1:]
         products, times = (k1[:, None] * k2[None]).flatten(0, 1), None
@@ -100,7 +102,7 @@ class BoxMI:
             found.append((slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows else None)
         return found
 
-    def boxes(self, f: Tensor, shape: tuple[int, int]) -> list[Tensor]:
+    def boxes(self, f: Tensor, shape: Sequence[int]) -> list[Tensor]:
         """Sums of f (channel, padded pixel) over the patch around each pixel, (channel, pixel) for each patch size.
 
         Shifts of the flattened image: along x by 1, along y by a row. What wraps around lies in the margin.

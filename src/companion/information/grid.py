@@ -20,7 +20,7 @@ from companion.information.pairs import (
 def pick(table: Tensor, at: Tensor, start: Tensor | None = None, size: int | None = None) -> Tensor:
     """Of a table (row, bins) the rows `at` (pixel, ...), whole, or `size` bins from `start` (pixel,) on."""
     bins = table.shape[1]
-    if size in (None, bins):
+    if start is None or size is None or size == bins:
         return table.index_select(0, at.flatten()).view(*at.shape, bins)
     start = start.view(-1, *[1] * (at.ndim - 1))
     pieces = table.as_strided((table.numel() - size + 1, size), (1, 1))
@@ -42,7 +42,8 @@ def by_size(pixels: Tensor, size1: Tensor, size2: Tensor) -> Iterator[tuple[Tens
     both, order = (size1 * radix + size2)[pixels].sort(stable=True)
     sizes, counts = both.unique_consecutive(return_counts=True)
     for size, part in zip(sizes.tolist(), pixels[order].split(counts.tolist()), strict=True):
-        yield part, *divmod(size, radix)
+        of1, of2 = divmod(size, radix)
+        yield part, of1, of2
 
 
 def extremes(levels: Tensor, side: int) -> tuple[Tensor, Tensor]:

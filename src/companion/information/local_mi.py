@@ -22,7 +22,9 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
+from operator import add
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +67,9 @@ def mutual_information(
 # ------------------------------------------------------------------------------------- of images, pixel by pixel
 
 
+unset: Any = None  # the default of a field that __post_init__ fills in
+
+
 @dataclass(frozen=True)
 class LocalMI:
     """The map lmi(source, target) -> (batch, 1, *space), for images in 1, 2 or 3 dimensions of any size.
@@ -88,12 +93,12 @@ class LocalMI:
     """
 
     patch: int = 3
-    bins: int | None = None
-    width: float | None = None
+    bins: int = unset
+    width: float = unset
     mode: str = "shifts"
     normalise: bool = True
-    clamp: bool | None = None
-    quantise: bool | None = None
+    clamp: bool = unset
+    quantise: bool = unset
     compiled: bool = False
 
     def __post_init__(self):
@@ -320,10 +325,10 @@ class Pairs:
         k1, k2 = (kernels(x.flatten(), lmi.bins, lmi.width) for x in (levels1, levels2))
         mass1, mass2 = (k.sum(-1, keepdim=True) for k in (k1, k2))
         at1, at2 = (grid.positions(x, len(levels2)) for x in (levels1, levels2))
-        maps = (here(x) for x in (grid.border, source.flat, source.entropy))
+        border, flat, h1 = (here(x) for x in (grid.border, source.flat, source.entropy))
         low, high = extremes(levels2.detach(), 2 * grid.pad + 1)
         range1, range2 = (here(source.low), here(source.high)), (low.flatten(), high.flatten())
-        return cls(lmi, grid, k1, k2, mass1, mass2, at1, at2, *maps, range1, range2)
+        return cls(lmi, grid, k1, k2, mass1, mass2, at1, at2, border, flat, h1, range1, range2)
 
     def search(self) -> tuple[Tensor, Tensor]:
         """Information (pixel,) with the best candidate, and which one that is; without gradient."""
@@ -427,7 +432,7 @@ def c_log_c(c: Tensor, out: Tensor) -> Tensor:
 
 def unrolled_joint_entropy(k1: Tensor, k2: Tensor) -> Tensor:
     """The joint entropy as a pointwise expression, which a compiler keeps in registers on its way into the sum."""
-    p = sum(k1[:, n, None, :, None] * k2[:, n, :, None, :] for n in range(k1.shape[1]))
+    p = reduce(add, (k1[:, n, None, :, None] * k2[:, n, :, None, :] for n in range(k1.shape[1])))
     return -(p * torch.log2(p + EPS)).sum((-2, -1))
 
 

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def export(name: str | os.PathLike | Checkpoint, path: str | os.PathLike, space:
 
 def real_channels(D: nn.Module) -> nn.Module:
     """The denoiser of real channels inside one of complex images; any other as it is."""
-    return D.D if isinstance(D, ComplexDenoiser) else D
+    return cast(nn.Module, D.D) if isinstance(D, ComplexDenoiser) else D
 
 
 def image_channels(D: nn.Module) -> tuple[int, int]:

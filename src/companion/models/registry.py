@@ -35,7 +35,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -243,7 +243,7 @@ def take(repo: str, file: str, revision: str, label: str, expected: Expected | N
     """
     expected, api = expected or Expected(), HfApi()
     plan = api.hf_hub_download(repo, file, revision=revision, dry_run=True)
-    if plan.will_download:
+    if plan.will_download and plan.file_size is not None:
         expected.check_size(label, plan.file_size)
         check_space(Path(constants.HF_HUB_CACHE), plan.file_size, label)
     for force in (False, True):
@@ -264,8 +264,8 @@ def take(repo: str, file: str, revision: str, label: str, expected: Expected | N
         )
     raise ValueError(
         f"{label}: {repo} now holds another {file} ({found.bytes:,} bytes, SHA-256 {found.sha256[:12]}...) than the "
-        f"one that {wrong} ({expected.sha256[:12]}...). It is refused: results would not be comparable, and someone "
-        f"may have tampered with it. If you know why it changed: companion weights pull {label} --accept-change"
+        f"one that {wrong} ({(expected.sha256 or '')[:12]}...). It is refused: results would not be comparable, and "
+        f"someone may have tampered with it. If you know why it changed: companion weights pull {label} --accept-change"
     )
 
 
@@ -363,7 +363,7 @@ def moved(entry: Entry) -> str | None:
             if now.etag != about["etag"]:
                 return (
                     f"{entry.name}: {entry.repo} has changed {name} since {known['date']} (now commit "
-                    f"{now.commit_hash[:12]}). The change is refused: the verified file of commit "
+                    f"{(now.commit_hash or '?')[:12]}). The change is refused: the verified file of commit "
                     f"{known['commit'][:12]} stays in use. To take the new one: companion weights pull {entry.name} "
                     "--accept-change"
                 )

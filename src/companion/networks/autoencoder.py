@@ -11,7 +11,8 @@ Parameter names are those of the original VQModel and AutoencoderKL; `published`
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,9 @@ class _Path(nn.Module):
         self.act_out = nn.SiLU() if activation else nn.Identity()
         self.conv_out = conv(dims, width, out_channels)
 
+    conv_in: nn.Module
+    mid: _Middle
+
     def in_order(self, *middle: nn.Module) -> list[nn.Module]:
         return [self.conv_in, *middle, self.norm_out, self.act_out, self.conv_out]
 
@@ -146,7 +150,7 @@ class Encoder(_Path):
         self.end(dims, widths[-1], out_channels, groups, final_activation)
 
     def layers(self) -> list[nn.Module]:
-        levels = [layer for level in self.down for layer in level.layers()]
+        levels = [layer for level in cast("Iterable[_Level]", self.down) for layer in level.layers()]
         return self.in_order(*levels, *self.middle())
 
 
@@ -165,7 +169,7 @@ class Decoder(_Path):
         self.end(dims, widths[0], out_channels, groups, final_activation)
 
     def layers(self) -> list[nn.Module]:
-        levels = [layer for level in reversed(self.up) for layer in level.layers()]
+        levels = [layer for level in reversed(cast("Sequence[_Level]", self.up)) for layer in level.layers()]
         return self.in_order(*self.middle(), *levels)
 
 
@@ -376,7 +380,7 @@ def published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names, old and new. Tensors keep their values; attention weights that diffusers keeps as matrices become
     1x1 convolutions.
     """
-    tensors = tensors.get("state_dict", tensors)
+    tensors = cast("Mapping[str, Tensor]", tensors.get("state_dict", tensors))
     prefix = "first_stage_model."
     if any(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -6,21 +6,26 @@ Layers keep the memory format and precision they are given: channels_last and au
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
-def conv(dims: int, in_channels: int, out_channels: int, kernel: int = 3, stride=1) -> nn.Module:
+def conv(
+    dims: int, in_channels: int, out_channels: int, kernel: int = 3, stride: int | tuple[int, ...] = 1
+) -> nn.Module:
     """Returns a convolution in `dims` dimensions that keeps the size of an image when `stride` is 1."""
-    return CONV[dims](in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
+    of: Any = CONV[dims]  # each wants a tuple of its own length
+    return of(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
 
 
-def zero(module: nn.Module) -> nn.Module:
+def zero(module: M) -> M:
     """Returns `module` with all parameters set to zero, so that its branch starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -64,6 +69,11 @@ def pixel_shuffle(x: Tensor, patch: int) -> Tensor:
     return x.reshape(batch, channels // patch**n, *(size * patch for size in space))
 
 
+def dtype_of(layers: nn.Module) -> torch.dtype:
+    """The number format of a module's first weights."""
+    return next(layers.parameters()).dtype
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation of x (batch, channel, *space) in 32 groups, in float32 for every precision of x."""
 
@@ -75,7 +85,8 @@ class GroupNorm32(nn.GroupNorm):
             )
         super().__init__(groups, channels, eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         # PyTorch's channels_last backward on CPUs crashes when the weight wants a gradient and x does not.
         if self.weight.requires_grad and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
@@ -97,8 +108,8 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, dims: int, stride: Sequence[int], learned: bool = True):
         super().__init__()
-        stride = tuple(stride)
-        self.op = conv(dims, channels, channels, 3, stride) if learned else AVERAGE_POOL[dims](stride, stride)
+        self.channels, self.learned, by = channels, learned, tuple(stride)
+        self.op = conv(dims, channels, channels, 3, by) if learned else AVERAGE_POOL[dims](by, by)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -210,8 +221,11 @@ class Attends(nn.Module):
     """A layer that attends to a context: (x, context) -> the shape of x."""
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Runs its layers in order and hands the time embedding and a context, if there is one, to those that take it."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(layers)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:

@@ -128,7 +128,7 @@ class FrameAttention(nn.Module):
         q, k, v = (self.split(h) for h in (queries, keys, values))
         # The scale is that of the full width, not of a head: the published weights were trained so.
         scale = x.shape[-1] ** -0.5
-        chunks = zip(*(h.split(PIXELS_AT_ONCE) for h in (q, k, v)), strict=True)
+        chunks = zip(q.split(PIXELS_AT_ONCE), k.split(PIXELS_AT_ONCE), v.split(PIXELS_AT_ONCE), strict=True)
         h = torch.cat([attend(*chunk, scale) for chunk in chunks])
         h = h.unflatten(0, (x.shape[0], -1)).permute(0, 3, 1, 2, 4).flatten(3)
         return self.fc_out(h)
@@ -198,7 +198,7 @@ class DiTBlock(nn.Module):
 
         newest_only: only the last frame is returned: (batch, 1, pixel, channel). The rest: as FrameAttention.
         """
-        if self.mlpe is not None:
+        if self.mlpe is not None and self.ada_pos_emb is not None:
             vectors = self.ada_pos_emb(positions).to(x.dtype)[:, :, None]  # (1, frame, 1, 3 * channel)
             shift, scale, gate = vectors.chunk(3, dim=-1)
             x = x + gate * self.mlpe(modulate(layer_norm(x), shift, scale))
@@ -227,7 +227,7 @@ class Connector(nn.Module):
 
     def forward(self, h: Tensor, feature: Tensor) -> Tensor:
         *attention, gate, shift, scale = self.modulation(feature).to(h.dtype).split(h.shape[1], dim=1)
-        if attention:
+        if self.norm1 is not None and self.attn is not None:
             a_gate, a_shift, a_scale = attention
             h = h + a_gate * self.attn(modulate(self.norm1(h), a_shift, a_scale))
         return h + gate * self.mlp(modulate(self.norm2(h), shift, scale))

@@ -108,6 +108,8 @@ class CausalUNet(UNet):
                 "one: cond = zeros (batch, 1, channel, *space)"
             )
         if x.ndim == self.dims + 3:
+            if not (cond is None or isinstance(cond, Tensor)):
+                raise ValueError("whole sequences are given their context as frames, not as features of one frame")
             return self.forward_sequence(x, t, cond, y)
         self.check(x, t)
         t = t.expand(x.shape[0])
@@ -263,7 +265,8 @@ class CausalUNet(UNet):
             )
         self.load_state_dict(state_dict, strict=False)
         for connector in self.connectors:
-            zero(connector.modulation[-1])
+            if isinstance(connector, Connector):
+                zero(connector.modulation[-1])
         return self
 
     def freeze_main(self, frozen: bool = True) -> "CausalUNet":

@@ -93,7 +93,7 @@ def _check_finite(x: Tensor, what: str) -> None:
         raise ValueError(f"the {what} holds NaN or infinity; find out where it comes from, or mask it out")
 
 
-def tiled(f: Callable, x: Tensor, factor: int, tile: int, overlap: int = 8, *, up: bool) -> Tensor:
+def tiled(f: Callable[[Tensor], Tensor], x: Tensor, factor: int, tile: int, overlap: int = 8, *, up: bool) -> Tensor:
     """f(x), computed in tiles and blended: memory for one tile at a time, besides x and the result.
 
     f maps (batch, channel, *cells) to (batch, channel', *cells * factor) if `up`, else back. A tile is
@@ -108,7 +108,7 @@ def tiled(f: Callable, x: Tensor, factor: int, tile: int, overlap: int = 8, *, u
     cells = [size // scale_in for size in x.shape[2:]]
     spans = [[(max(i - overlap, 0), min(i + tile + overlap, n)) for i in range(0, n, tile)] for n in cells]
     weights = [_tile_weights(n, tile, overlap, scale_out, x) for n in cells]
-    out = None
+    out: Tensor | None = None
     for index in itertools.product(*(range(len(axis)) for axis in spans)):
         here = [axis[i] for axis, i in zip(spans, index, strict=True)]
         piece = f(x[(..., *(slice(a * scale_in, b * scale_in) for a, b in here))])
@@ -119,6 +119,8 @@ def tiled(f: Callable, x: Tensor, factor: int, tile: int, overlap: int = 8, *, u
         if out is None:
             out = piece.new_zeros(*piece.shape[:2], *(n * scale_out for n in cells))
         out[(..., *place)] += piece
+    if out is None:
+        raise ValueError(f"x has shape {tuple(x.shape)}: nothing to compute")
     return out
 
 

@@ -75,7 +75,7 @@ class ConditionCache:
                 self.report.hits += 1
                 return list(entry.features)
 
-        memory = Memory() if not agreed else entry.memory.first(min(agreed, frames - 1), batch)
+        memory = entry.memory.first(min(agreed, frames - 1), batch) if entry is not None and agreed else Memory()
         self.report.extensions += memory.frames > 0
         self.report.misses += memory.frames == 0
         grows = net.context == "full" and not net.gated

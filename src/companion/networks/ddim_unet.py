@@ -16,12 +16,13 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from companion.networks.blocks import Downsample, GroupNorm32
+from companion.networks.blocks import Downsample, GroupNorm32, Stage, dtype_of
 from companion.networks.unet import UNet
 
 
@@ -36,16 +37,21 @@ class DDIMUNet(UNet):
         for module in self.modules():
             if isinstance(module, GroupNorm32):
                 module.eps = 1e-6
-        for stage in self.input_blocks:
-            if isinstance(stage[0], Downsample) and hasattr(stage[0].op, "weight"):
-                stage[0] = EndPaddedDownsample(stage[0].op.in_channels, self.dims, self.stride)
+        pad_at_the_end(self)
 
     def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Returns embeddings (batch, 4 * model_channels) of times t (batch,)."""
         if y is not None:
             raise ValueError("this network has no class labels; leave y out")
         features = ddim_timestep_embedding(t, self.model_channels)
-        return self.time_embed(features.to(self.time_embed[0].weight.dtype))
+        return self.time_embed(features.to(dtype_of(self.time_embed)))
+
+
+def pad_at_the_end(network: UNet) -> None:
+    """Put an `EndPaddedDownsample` in the place of every strided convolution of a network."""
+    for stage in network.input_blocks:
+        if isinstance(stage, Stage) and isinstance(first := stage[0], Downsample) and first.learned:
+            stage[0] = EndPaddedDownsample(first.channels, network.dims, network.stride)
 
 
 class EndPaddedDownsample(Downsample):
@@ -53,7 +59,8 @@ class EndPaddedDownsample(Downsample):
 
     def __init__(self, channels: int, dims: int, stride: tuple[int, ...]):
         super().__init__(channels, dims, stride)
-        self.op.padding = (0,) * dims
+        convolution: Any = self.op
+        convolution.padding = (0,) * dims
         # F.pad begins with the last axis. An axis that is not halved keeps its size by a zero at both ends.
         self.padding = [n for s in reversed(stride) for n in ((0, 1) if s == 2 else (1, 1))]
 

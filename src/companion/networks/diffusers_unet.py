@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion.networks.blocks import Downsample, GroupNorm32
-from companion.networks.ddim_unet import EndPaddedDownsample
+from companion.networks.blocks import GroupNorm32, dtype_of
+from companion.networks.ddim_unet import pad_at_the_end
 from companion.networks.unet import UNet
 
 
@@ -72,9 +72,8 @@ class DiffusersUNet(UNet):
         self.sine_first, self.freq_shift, self.centre = sine_first, freq_shift, centre
         if use_scale_shift_norm:  # diffusers then leaves the attention of the bottom block without a norm
             self.middle_block[1].norm = nn.Identity()
-        for stage in self.input_blocks:
-            if end_padding and isinstance(stage[0], Downsample):
-                stage[0] = EndPaddedDownsample(stage[0].op.in_channels, self.dims, self.stride)
+        if end_padding:
+            pad_at_the_end(self)
 
     def embed(self, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Embeddings (batch, 4 * channels[0]) of times t (batch,) and class labels y (batch,)."""
@@ -85,7 +84,7 @@ class DiffusersUNet(UNet):
         angles = t.float()[:, None] * torch.exp(-math.log(10_000) * k)
         parts = (angles.sin(), angles.cos()) if self.sine_first else (angles.cos(), angles.sin())
         features = F.pad(torch.cat(parts, 1), (0, self.model_channels % 2))
-        emb = self.time_embed(features.to(self.time_embed[0].weight.dtype))
+        emb = self.time_embed(features.to(dtype_of(self.time_embed)))
         return emb if y is None else emb + self.label_emb(y)
 
     def run(self, x: Tensor, emb: Tensor, join=None, context: Tensor | None = None) -> Tensor:
@@ -220,7 +219,7 @@ def _renamed(layer: str, model: UNet) -> str:
             inside = "op" if role == "downsamplers" else inside
         elif role == "upsamplers":
             block = first + per - 1
-            home = f"output_blocks.{block}.{len(model.output_blocks[block]) - 1}"
+            home = f"output_blocks.{block}.{len(list(model.output_blocks[block].children())) - 1}"
         else:
             home = f"output_blocks.{first + i}.{int(role == 'attentions')}"
     return f"{home}.{BLOCK.get(inside, inside)}"

@@ -151,7 +151,7 @@ def _renamed(name: str, model: DiffusionUNet) -> str:
         if way == "down":
             home = f"input_blocks.{1 + i}.{int(kind == 'attentions')}."
         else:
-            place = {"resnets": 0, "attentions": 1, "upsampler": len(model.output_blocks[i]) - 1}[kind]
+            place = {"resnets": 0, "attentions": 1, "upsampler": len(list(model.output_blocks[i].children())) - 1}[kind]
             home = f"output_blocks.{i}.{place}."
     else:
         return name

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from companion.networks.blocks import GroupNorm32, timestep_embedding, zero
+from companion.networks.blocks import GroupNorm32, dtype_of, timestep_embedding, zero
 from companion.networks.unet import UNet
 
 
@@ -108,7 +108,7 @@ class EDMUNet(UNet):
 
     def embed(self, t: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Returns embeddings (batch, emb_mult * model_channels) of times t (batch,) and of both labels."""
-        features = timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype)
+        features = timestep_embedding(t, self.model_channels).to(dtype_of(self.time_embed))
         if augment is not None:
             self.check_labels("augment", augment, len(t), self.augment_dim)
             features = features + self.map_augment(augment.to(features.dtype))

@@ -96,6 +96,8 @@ class SongUNet(nn.Module):
     taps: the resampling filter. num_classes, augment_dim: as of EDMUNet.
     """
 
+    freqs: Tensor  # (noise_width / 2,), of the Fourier embedding
+
     def __init__(
         self,
         in_channels: int,

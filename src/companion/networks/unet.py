@@ -1,6 +1,7 @@
 """The guided-diffusion U-Net (Dhariwal and Nichol 2021, arXiv 2105.05233) for 1D, 2D and 3D images."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from companion.networks.blocks import (
     Stage,
     Upsample,
     conv,
+    dtype_of,
     per_level,
     pixel_shuffle,
     pixel_unshuffle,
@@ -80,7 +82,7 @@ class UNet(nn.Module):
         out_channels: int,
         num_res_blocks: int | Sequence[int] = 2,
         attention_resolutions: Sequence[int] = (),
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        channel_mult: Sequence[float | Fraction] = (1, 2, 4, 8),
         dropout: float = 0.0,
         conv_resample: bool = True,
         dims: int = 2,
@@ -133,7 +135,7 @@ class UNet(nn.Module):
         for level, level_width in enumerate(self.widths):
             self.level_entries[len(self.input_blocks)] = level
             for i in range(self.blocks[level]):
-                layers = [res_block(width * (entry_width if i == 0 else 1), level_width)]
+                layers: list[nn.Module] = [res_block(width * (entry_width if i == 0 else 1), level_width)]
                 width = level_width
                 if 2**level in attention_resolutions:
                     layers += attention(width, level)
@@ -188,7 +190,7 @@ class UNet(nn.Module):
                 f"this network was built with num_classes={self.num_classes}; class labels y were "
                 f"{'not ' if y is None else ''}given"
             )
-        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(self.time_embed[0].weight.dtype))
+        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(dtype_of(self.time_embed)))
         return emb if y is None else emb + self.label_emb(y)
 
     def run(
@@ -202,17 +204,17 @@ class UNet(nn.Module):
 
         context: what layers that attend to one are given.
         """
-        emb = (emb,) if context is None else (emb, context)
+        given = (emb,) if context is None else (emb, context)
         h = pixel_unshuffle(x, self.patch)
         skips = []
         for i, stage in enumerate(self.input_blocks):
             if join is not None and i in self.level_entries:
                 h = join(self.level_entries[i], h)
-            h = self.call(stage, h, *emb)
+            h = self.call(stage, h, *given)
             skips.append(h)
-        h = self.call(self.middle_block, h, *emb)
+        h = self.call(self.middle_block, h, *given)
         for stage in self.output_blocks:
-            h = self.call(stage, torch.cat([h, skips.pop()], dim=1), *emb)
+            h = self.call(stage, torch.cat([h, skips.pop()], dim=1), *given)
         return pixel_shuffle(self.out(h), self.patch)
 
     def call(self, stage: nn.Module, *args):

@@ -12,7 +12,7 @@ state_dicts load strictly.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,8 @@ class Quantizer(nn.Module):
     training, a code whose use, averaged over about 1 / (1 - decay) batches, falls below so many vectors a batch
     is dead and moves to a random latent of the batch; 0 never.
     """
+
+    ema_cluster_size: Tensor  # (code,), where use is counted
 
     def __init__(
         self,
@@ -124,6 +126,8 @@ class EMAQuantizer(Quantizer):
     Oord et al. 2017, appendix A.1. The loss is commitment mean (sg q - z)^2 with the codes of before the update.
     """
 
+    ema_w: Tensor  # (code, channel)
+
     def __init__(
         self,
         num_embeddings: int,
@@ -180,6 +184,9 @@ def _over_processes(x: Tensor) -> Tensor:
 class VQCodec(Codec):
     """A Codec with `encoder`, `decoder` (whose `blocks` run in order) and a quantiser."""
 
+    encoder: "_Blocks"
+    decoder: "_Blocks"
+
     def __init__(self, dims: int, in_channels: int, quantizer: Quantizer, factor: int, use_checkpoint: bool):
         super().__init__(dims, in_channels, quantizer.embedding.embedding_dim, factor, use_checkpoint)
         self.quantizer = nn.ModuleDict({"quantizer": quantizer})  # two levels: the published name
@@ -190,9 +197,13 @@ class VQCodec(Codec):
     def decoder_path(self, z: Tensor) -> Tensor:
         return self.run(self.decoder.blocks, z)
 
+    @property
+    def codebook(self) -> Quantizer:
+        return cast(Quantizer, self.quantizer["quantizer"])
+
     def quantize(self, z: Tensor) -> Quantised:
         """The codes of latents z (batch, latent_channels, *space)."""
-        return self.quantizer["quantizer"](z)
+        return self.codebook(z)
 
     def indices(self, x: Tensor) -> Tensor:
         """Codes (batch, *space / factor), int64, of images x (batch, in_channels, *space)."""
@@ -200,7 +211,7 @@ class VQCodec(Codec):
 
     def decode_indices(self, indices: Tensor, tile: int | None = None, overlap: int = 8) -> Tensor:
         """Images of codes (batch, *space)."""
-        return self.decode(self.quantizer["quantizer"].lookup(indices), tile, overlap)
+        return self.decode(self.codebook.lookup(indices), tile, overlap)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Autoencoded:
         """Encodes, quantises and decodes images x; details: indices and perplexity. Nothing is random."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from scipy.sparse import coo_array
 from scipy.special import erf
 from torch import Tensor
 
-from companion.operators.linear import LinearOperator, Shape
+from companion.operators.linear import LinearOperator, Shape, derived, unset
 from companion.operators.pet import _from_scipy, _Linear
 
 VIEWS = 2**26  # numbers of resampled views that are held at a time
@@ -44,7 +45,7 @@ class Cylinder:
     rings: int
     ring_mm: float
     radius_mm: float
-    max_difference: int | None = None
+    max_difference: int = unset
     span: int = 1
     tof_bins: int = 1
     tof_bin_mm: float = 0.0
@@ -58,10 +59,10 @@ class Cylinder:
         for name, value in {"angles": tuple(map(float, angles)), "shape": tuple(self.shape)}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "max_difference", most)
-        sizes = (*self.shape, *self.voxel_mm, len(self.angles), self.bins, self.bin_mm, self.rings, self.ring_mm)
+        sizes = (*self.shape, *self.voxel_mm, len(self.theta), self.bins, self.bin_mm, self.rings, self.ring_mm)
         if len(self.shape) != 3 or min(sizes) <= 0 or not 0 <= most < self.rings or self.span % 2 != 1:
             raise ValueError(
-                f"volume {self.shape}, voxels of {self.voxel_mm} mm, {len(self.angles)} angles, {self.bins} bins, "
+                f"volume {self.shape}, voxels of {self.voxel_mm} mm, {len(self.theta)} angles, {self.bins} bins, "
                 f"{self.rings} rings, ring differences up to {most}, span {self.span}: need positive sizes, an odd "
                 "span, and differences below the number of rings"
             )
@@ -75,6 +76,11 @@ class Cylinder:
             raise ValueError(
                 f"{self.tof_bins} TOF bins of {self.tof_bin_mm} mm, resolution {self.tof_fwhm_mm} mm: give both, in mm"
             )
+
+    @property
+    def theta(self) -> tuple[float, ...]:
+        """The angles in radians."""
+        return cast("tuple[float, ...]", self.angles)
 
     @property
     def planes(self) -> list[list[tuple[int, int]]]:
@@ -98,7 +104,7 @@ class Cylinder:
     @property
     def sinogram_shape(self) -> Shape:
         tof = (self.tof_bins,) if self.tof_bins > 1 else ()
-        return (1, *tof, len(self.planes), len(self.angles), self.bins)
+        return (1, *tof, len(self.planes), len(self.theta), self.bins)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,8 +120,8 @@ class Projector3D(LinearOperator):
     scanner: Cylinder
     _tables: dict = field(default_factory=dict)
 
-    domain_shape = property(lambda self: self.scanner.volume_shape)
-    range_shape = property(lambda self: self.scanner.sinogram_shape)
+    domain_shape = derived(lambda self: self.scanner.volume_shape)
+    range_shape = derived(lambda self: self.scanner.sinogram_shape)
     domain_dtype = range_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ class Projector3D(LinearOperator):
 
     def some_angles(self, angles: slice) -> Projector3D:
         """The projector of some of the angles, which shares its tables."""
-        return Projector3D(replace(self.scanner, angles=self.scanner.angles[angles]), self._tables)
+        return Projector3D(replace(self.scanner, angles=self.scanner.theta[angles]), self._tables)
 
     def _project(self, x: Tensor) -> Tensor:
         c, lead = self.scanner, x.shape[: x.ndim - 4]
@@ -149,7 +155,7 @@ class Projector3D(LinearOperator):
     def _backproject(self, y: Tensor) -> Tensor:
         c = self.scanner
         lead = y.shape[: y.ndim - len(c.sinogram_shape)]
-        rows = y.reshape(math.prod(lead), -1, len(c.angles), c.bins).permute(3, 1, 2, 0)  # (bin, plane, view, item)
+        rows = y.reshape(math.prod(lead), -1, len(c.theta), c.bins).permute(3, 1, 2, 0)  # (bin, plane, view, item)
         items = rows.shape[-1]
         total = y.new_zeros(math.prod(c.shape[1:]), c.shape[0] * items)
         for some in self._view_blocks(items):
@@ -164,7 +170,7 @@ class Projector3D(LinearOperator):
 
     def _view_blocks(self, items: int) -> list[list[int]]:
         one = self.scanner.bins * self._steps * self.scanner.shape[0] * max(1, items)
-        size, count = max(1, VIEWS // one), len(self.scanner.angles)
+        size, count = max(1, VIEWS // one), len(self.scanner.theta)
         return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
 
     @property
@@ -182,7 +188,7 @@ class Projector3D(LinearOperator):
 
     def _view(self, v: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix (bin * step, pixel) of a view and its transpose: values of a slice along its lines, bilinear."""
-        angle = self.scanner.angles[v]
+        angle = self.scanner.theta[v]
         return self._keep(("view", angle), like, lambda: self._bilinear(angle))
 
     def _bilinear(self, angle: float) -> coo_array:
@@ -223,7 +229,7 @@ class Projector3D(LinearOperator):
                 rows.append(np.broadcast_to(k * len(planes) + plane, z.shape))
                 columns.append(step * depth + at)
         shape = (len(times) * len(planes), self._steps * depth)
-        return _sparse(*(np.stack(v) for v in (values, rows, columns)), shape)
+        return _sparse(np.stack(values), np.stack(rows), np.stack(columns), shape)
 
     def _tof(self, place: np.ndarray) -> np.ndarray:
         """The share of what happens at a place on the line, mm from its middle, in each TOF bin, first axis."""

@@ -13,14 +13,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Number
+from operator import add
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
+unset: Any = None  # the default of a field that __post_init__ fills in
+
+
+def derived(of: Callable[[Any], T]) -> T:
+    """A property that stands for a field: computed from the others, of the type that the field has."""
+    return cast(T, property(of))
 
 
 class LinearOperator:
@@ -96,7 +107,7 @@ class LinearOperator:
             return self
         return other if isinstance(self, Zero) else Sum(self, other)
 
-    def __mul__(self, scalar) -> LinearOperator:
+    def __mul__(self, scalar: complex | Tensor) -> LinearOperator:
         """The operator scaled by a number or a tensor with a single element."""
         if not isinstance(scalar, Number | Tensor):
             return NotImplemented
@@ -132,8 +143,9 @@ class LinearOperator:
                 return tuple(move(v) for v in value)
             return value.to(device) if isinstance(value, Tensor | LinearOperator) else value
 
-        fields = [f.name for f in dataclasses.fields(self) if f.init]
-        return dataclasses.replace(self, **{name: move(getattr(self, name)) for name in fields})
+        whole: Any = self  # every operator is a dataclass
+        fields = [f.name for f in dataclasses.fields(whole) if f.init]
+        return dataclasses.replace(whole, **{name: move(getattr(self, name)) for name in fields})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -142,11 +154,11 @@ class Adjoint(LinearOperator):
 
     operator: LinearOperator
 
-    domain_shape = property(lambda self: self.operator.range_shape)
-    range_shape = property(lambda self: self.operator.domain_shape)
-    domain_dtype = property(lambda self: self.operator.range_dtype)
-    range_dtype = property(lambda self: self.operator.domain_dtype)
-    batch_shape = property(lambda self: self.operator.batch_shape)
+    domain_shape = derived(lambda self: self.operator.range_shape)
+    range_shape = derived(lambda self: self.operator.domain_shape)
+    domain_dtype = derived(lambda self: self.operator.range_dtype)
+    range_dtype = derived(lambda self: self.operator.domain_dtype)
+    batch_shape = derived(lambda self: self.operator.batch_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operator.adjoint(x)
@@ -166,11 +178,11 @@ class Composition(LinearOperator):
     outer: LinearOperator
     inner: LinearOperator
 
-    domain_shape = property(lambda self: self.inner.domain_shape)
-    range_shape = property(lambda self: self.outer.range_shape)
-    domain_dtype = property(lambda self: self.inner.domain_dtype)
-    range_dtype = property(lambda self: self.outer.range_dtype)
-    batch_shape = property(lambda self: _join(self.outer, self.inner))
+    domain_shape = derived(lambda self: self.inner.domain_shape)
+    range_shape = derived(lambda self: self.outer.range_shape)
+    domain_dtype = derived(lambda self: self.inner.domain_dtype)
+    range_dtype = derived(lambda self: self.outer.range_dtype)
+    batch_shape = derived(lambda self: _join(self.outer, self.inner))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer.forward(self.inner.forward(x))
@@ -190,11 +202,11 @@ class Sum(LinearOperator):
     first: LinearOperator
     second: LinearOperator
 
-    domain_shape = property(lambda self: self.first.domain_shape)
-    range_shape = property(lambda self: self.first.range_shape)
-    domain_dtype = property(lambda self: self.first.domain_dtype)
-    range_dtype = property(lambda self: self.first.range_dtype)
-    batch_shape = property(lambda self: _join(self.first, self.second))
+    domain_shape = derived(lambda self: self.first.domain_shape)
+    range_shape = derived(lambda self: self.first.range_shape)
+    domain_dtype = derived(lambda self: self.first.domain_dtype)
+    range_dtype = derived(lambda self: self.first.range_dtype)
+    batch_shape = derived(lambda self: _join(self.first, self.second))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first.forward(x) + self.second.forward(x)
@@ -210,11 +222,11 @@ class Scaled(LinearOperator):
     scalar: complex | Tensor
     operator: LinearOperator
 
-    domain_shape = property(lambda self: self.operator.domain_shape)
-    range_shape = property(lambda self: self.operator.range_shape)
-    domain_dtype = property(lambda self: self.operator.domain_dtype)
-    range_dtype = property(lambda self: self.operator.range_dtype)
-    batch_shape = property(lambda self: self.operator.batch_shape)
+    domain_shape = derived(lambda self: self.operator.domain_shape)
+    range_shape = derived(lambda self: self.operator.range_shape)
+    domain_dtype = derived(lambda self: self.operator.domain_dtype)
+    range_dtype = derived(lambda self: self.operator.range_dtype)
+    batch_shape = derived(lambda self: self.operator.batch_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scalar * self.operator.forward(x)
@@ -234,13 +246,14 @@ class Identity(LinearOperator):
     domain_shape: Shape
     domain_dtype: torch.dtype = torch.complex64
 
-    range_shape = property(lambda self: self.domain_shape)
-    range_dtype = property(lambda self: self.domain_dtype)
+    range_shape = derived(lambda self: self.domain_shape)
+    range_dtype = derived(lambda self: self.domain_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
-    adjoint = forward
+    def adjoint(self, y: Tensor) -> Tensor:
+        return y
 
     @property
     def H(self) -> LinearOperator:
@@ -277,7 +290,7 @@ class Diagonal(LinearOperator):
 
     weights: Tensor
     domain_shape: Shape
-    domain_dtype: torch.dtype | None = None
+    domain_dtype: torch.dtype = unset
 
     def __post_init__(self):
         dtype = self.weights.dtype if self.domain_dtype is None else self.domain_dtype
@@ -287,9 +300,9 @@ class Diagonal(LinearOperator):
         check_finite(self.weights, "weights")
         _broadcasts(self.weights, self.domain_shape, "weights")
 
-    range_shape = property(lambda self: self.domain_shape)
-    range_dtype = property(lambda self: self.domain_dtype)
-    batch_shape = property(lambda self: tuple(self.weights.shape[: max(0, self.weights.ndim - len(self.domain_shape))]))
+    range_shape = derived(lambda self: self.domain_shape)
+    range_dtype = derived(lambda self: self.domain_dtype)
+    batch_shape = derived(lambda self: tuple(self.weights.shape[: max(0, self.weights.ndim - len(self.domain_shape))]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weights * x
@@ -322,24 +335,23 @@ class Stack(LinearOperator):
                     "and ranges in all axes but the first"
                 )
 
-    domain_shape = property(lambda self: self.operators[0].domain_shape)
-    domain_dtype = property(lambda self: self.operators[0].domain_dtype)
-    range_dtype = property(lambda self: self.operators[0].range_dtype)
-    batch_shape = property(lambda self: _join(*self.operators))
-
-    @property
-    def range_shape(self) -> Shape:
-        return (sum(op.range_shape[0] for op in self.operators), *self.operators[0].range_shape[1:])
+    domain_shape = derived(lambda self: self.operators[0].domain_shape)
+    domain_dtype = derived(lambda self: self.operators[0].domain_dtype)
+    range_dtype = derived(lambda self: self.operators[0].range_dtype)
+    range_shape = derived(
+        lambda self: (sum(op.range_shape[0] for op in self.operators), *self.operators[0].range_shape[1:])
+    )
+    batch_shape = derived(lambda self: _join(*self.operators))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([op.forward(x) for op in self.operators], dim=-len(self.range_shape))
 
     def adjoint(self, y: Tensor) -> Tensor:
         parts = y.split([op.range_shape[0] for op in self.operators], dim=-len(self.range_shape))
-        return sum(op.adjoint(part) for op, part in zip(self.operators, parts, strict=True))
+        return reduce(add, (op.adjoint(part) for op, part in zip(self.operators, parts, strict=True)))
 
     def normal(self, x: Tensor) -> Tensor:
-        return sum(op.normal(x) for op in self.operators)
+        return reduce(add, (op.normal(x) for op in self.operators))
 
 
 def adjoint_error(A: LinearOperator, seed: int = 0, batch: int = 2, device="cpu") -> float:

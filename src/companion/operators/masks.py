@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def cartesian_mask(
     shape: int | Shape,
     acceleration: float,
     kind: str = "equispaced",
-    acs: int | Shape = 0,
+    acs: int = 0,
     seed: int = 0,
 ) -> CartesianMask:
     """A mask of `shape`: (x,) or an int, (y, x), (z, y, x); undersampled along the last axis, x.
@@ -106,7 +107,8 @@ def _poisson_disc(shape: Shape, acceleration: float, acs: int, seed: int) -> np.
         return np.ones(shape[-2:], dtype=np.float32)
     try:
         tolerance = max(0.1, 0.05 * acceleration)
-        mask = poisson(shape[-2:], acceleration, calib=(acs, acs), dtype=np.float32, seed=seed, tol=tolerance)
+        single: Any = np.float32
+        mask = poisson(shape[-2:], acceleration, calib=(acs, acs), dtype=single, seed=seed, tol=tolerance)
     except ValueError as error:
         raise ValueError(
             f"no Poisson disc of shape {shape[-2:]} with acceleration {acceleration} and ACS {acs}; the "

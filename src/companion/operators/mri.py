@@ -10,12 +10,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from companion.operators.linear import LinearOperator, Shape, _broadcasts, _check, check_finite
+from companion.operators.linear import LinearOperator, Shape, _broadcasts, _check, check_finite, derived
 from companion.operators.masks import CartesianMask
 
 
@@ -42,8 +43,8 @@ class Fourier(_Complex):
 
     shape: Shape
 
-    domain_shape = property(lambda self: tuple(self.shape))
-    range_shape = property(lambda self: tuple(self.shape))
+    domain_shape = derived(lambda self: tuple(self.shape))
+    range_shape = derived(lambda self: tuple(self.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return fft(x, len(self.shape) - 1)
@@ -69,18 +70,26 @@ class Mask(_Complex):
     def __post_init__(self):
         object.__setattr__(self, "mask", _as_mask(self.mask, tuple(self.shape)))
 
-    domain_shape = property(lambda self: tuple(self.shape))
-    range_shape = property(lambda self: tuple(self.shape))
-    batch_shape = property(lambda self: tuple(self.mask.shape[: max(0, self.mask.ndim - len(self.shape))]))
+    domain_shape = derived(lambda self: tuple(self.shape))
+    range_shape = derived(lambda self: tuple(self.shape))
+    batch_shape = derived(lambda self: tuple(self.mask.shape[: max(0, self.mask.ndim - len(self.shape))]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mask * x
 
-    adjoint = forward
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.mask * y
+
+
+class CoilMaps(_Complex):
+    """Images to coil images by maps, `ndim` axes of space: `Coils`, or `soft_sense.CoilSets`."""
+
+    maps: Tensor
+    ndim: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Coils(_Complex):
+class Coils(CoilMaps):
     """S: image `(..., 1, *space)` to coil images `(..., coil, *space)` by maps `(coil, *space)` or `(batch,
     coil, *space)`.
 
@@ -93,9 +102,9 @@ class Coils(_Complex):
     def __post_init__(self):
         _check_maps(self.maps, self.ndim)
 
-    domain_shape = property(lambda self: (1, *self.maps.shape[-self.ndim :]))
-    range_shape = property(lambda self: tuple(self.maps.shape[-self.ndim - 1 :]))
-    batch_shape = property(lambda self: tuple(self.maps.shape[: -self.ndim - 1]))
+    domain_shape = derived(lambda self: (1, *self.maps.shape[-self.ndim :]))
+    range_shape = derived(lambda self: tuple(self.maps.shape[-self.ndim - 1 :]))
+    batch_shape = derived(lambda self: tuple(self.maps.shape[: -self.ndim - 1]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.maps * x
@@ -112,12 +121,12 @@ class Sense(_Complex):
     and only the axes along which the mask changes need a Fourier transform.
     """
 
-    coils: Coils
+    coils: CoilMaps
     mask: Mask
 
-    domain_shape = property(lambda self: self.coils.domain_shape)
-    range_shape = property(lambda self: self.coils.range_shape)
-    batch_shape = property(lambda self: np.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape))
+    domain_shape = derived(lambda self: self.coils.domain_shape)
+    range_shape = derived(lambda self: self.coils.range_shape)
+    batch_shape = derived(lambda self: np.broadcast_shapes(self.coils.batch_shape, self.mask.batch_shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mask.forward(fft(self.coils.forward(x), self.coils.ndim))
@@ -209,7 +218,7 @@ def estimate_maps(
     for item in flat:
         with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # 0 / 0 where there is no signal
-            one = EspiritCalib(
+            one: Any = EspiritCalib(
                 item, calib_width=acs, kernel_width=kernel, thresh=threshold, crop=crop, show_pbar=False
             ).run()
         one = np.nan_to_num(one)
@@ -256,7 +265,7 @@ def estimate_noise(kspace: Tensor) -> float:
     """
     check_finite(kspace, "kspace")
     grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in kspace.shape[-2:]], indexing="ij")
-    radius = sum(g.square() for g in grids).flatten()
+    radius = torch.stack([g.square() for g in grids]).sum(0).flatten()
     corner = kspace.flatten(-2)[..., (radius >= torch.quantile(radius, 0.9)).to(kspace.device)]
     values = torch.view_as_real(corner[corner != 0]).flatten()
     if values.numel() < 100:

@@ -18,7 +18,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from companion.extras import extra
-from companion.operators.linear import Composition, LinearOperator, Shape, _check, check_finite
+from companion.operators.linear import LinearOperator, Shape, _check, check_finite, derived
 from companion.operators.soft_sense import coils_of
 
 GOLDEN = math.pi * (math.sqrt(5) - 1) / 2  # angle between successive spokes, radians; Winkelmann et al. 2007
@@ -48,21 +48,21 @@ def _finufft(kind: int, trajectory: Tensor, space: Shape, data: Tensor, sign: in
     """Transforms (batch, ...) of type 1 (samples to grid) or 2 (grid to samples)."""
     with extra("mri-extra"):
         import finufft
-    data = data.contiguous().resolve_conj().numpy()
-    double = data.dtype == np.complex128
+    values = data.contiguous().resolve_conj().numpy()
+    double = values.dtype == np.complex128
     points = (2 * torch.pi * trajectory.detach().cpu().double() / torch.tensor(space)).numpy()
     points = [np.ascontiguousarray(p, dtype=np.float64 if double else np.float32) for p in points.T]
     plan = finufft.Plan(
         kind,
         tuple(space),
-        n_trans=len(data),
+        n_trans=len(values),
         eps=1e-10 if double else 1e-6,
         isign=sign,
-        dtype=data.dtype,
+        dtype=values.dtype.name,
         nthreads=torch.get_num_threads(),
     )
     plan.setpts(*points)
-    return torch.from_numpy(plan.execute(data))
+    return torch.from_numpy(plan.execute(values))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,8 +95,8 @@ class NUFFT(LinearOperator):
                 "use larger images, leave out the outer samples, or check the unit"
             )
 
-    domain_shape = property(lambda self: tuple(self.shape))
-    range_shape = property(lambda self: (self.shape[0], len(self.trajectory)))
+    domain_shape = derived(lambda self: tuple(self.shape))
+    range_shape = derived(lambda self: (self.shape[0], len(self.trajectory)))
 
     def forward(self, x: Tensor) -> Tensor:
         return nufft(x, self.trajectory)
@@ -108,7 +108,7 @@ class NUFFT(LinearOperator):
     def _spectrum(self) -> Tensor:
         """Eigenvalues of the circulant matrix around F^H F, real, on a grid of at least 2 n - 1 along each axis."""
         space = self.shape[1:]
-        grid = tuple(next_fast_len(2 * n - 1 + (n == 1)) for n in space)
+        grid: Shape = tuple(int(next_fast_len(2 * n - 1 + (n == 1)) or 0) for n in space)
         # nufft_adjoint scales positions by its own grid: give it cycles per field of view of that grid
         stretched = self.trajectory.double() * torch.tensor([m / n for m, n in zip(grid, space, strict=True)]).to(
             self.trajectory.device
@@ -140,7 +140,7 @@ class NUFFT(LinearOperator):
         return x
 
 
-def noncartesian_sense(maps: Tensor, trajectory: Tensor, ndim: int = 2) -> Composition:
+def noncartesian_sense(maps: Tensor, trajectory: Tensor, ndim: int = 2) -> LinearOperator:
     """A = F S from images `(..., set, *space)` to samples `(..., coil, sample)`; see `NUFFT`.
 
     maps: `(coil, *space)`, or `(set, coil, *space)` for fields of view that fold. trajectory: (sample, axis), cycles

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,7 +24,16 @@ from scipy.special import erf
 from torch import Tensor
 
 from companion.operators.counts import _per_item, check_counts
-from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled, Shape, check_finite
+from companion.operators.linear import (
+    Composition,
+    Diagonal,
+    LinearOperator,
+    Scaled,
+    Shape,
+    check_finite,
+    derived,
+    unset,
+)
 
 SAME_ANGLE = 1e-13  # radians: closer angles are one angle, when symmetries are looked for
 STORED_MIB = 1024  # `storage="auto"` keeps tables up to this size, and computes larger ones on the fly
@@ -46,9 +56,9 @@ class ParallelBeam:
 
     shape: Shape
     angles: int | Sequence[float] | None = None
-    bins: int | None = None
+    bins: int = unset
     pixel_mm: float = 1.0
-    bin_mm: float | None = None
+    bin_mm: float = unset
     bin_offset: float = 0.0
     radius_mm: float | None = None
 
@@ -76,6 +86,11 @@ class ParallelBeam:
                 f"bins up to {widest:.4g} mm from the centre, along a ring of radius {self.radius_mm} mm; half of its "
                 "circumference is the most: give radius_mm and bin_mm in mm, and bin_offset in bins"
             )
+
+    @property
+    def theta(self) -> tuple[float, ...]:
+        """The angles in radians."""
+        return cast("tuple[float, ...]", self.angles)
 
     @classmethod
     def published(cls, size: int) -> ParallelBeam:
@@ -106,11 +121,11 @@ class ParallelBeam:
     @property
     def sinogram_shape(self) -> Shape:
         """Axes of a sinogram: (1, angle, bin) or (1, z, angle, bin)."""
-        return (1, *self.shape[:-2], len(self.angles), self.bins)
+        return (1, *self.shape[:-2], len(self.theta), self.bins)
 
     @property
     def rays(self) -> int:
-        return len(self.angles) * self.bins
+        return len(self.theta) * self.bins
 
 
 def _chord(distance: Tensor, major: Tensor, minor: Tensor, pixel_mm: float) -> Tensor:
@@ -133,7 +148,7 @@ def _along_rays(beam: ParallelBeam, rays: Tensor) -> tuple[Tensor, Tensor]:
     A ray is followed along the image axis it is closer to; there it meets at most two pixels of each row (or column).
     """
     height, width = beam.slice_shape
-    angles = torch.tensor(beam.angles, dtype=torch.float64, device=rays.device)[rays // beam.bins]
+    angles = torch.tensor(beam.theta, dtype=torch.float64, device=rays.device)[rays // beam.bins]
     shift = torch.from_numpy(beam.shifts_mm / beam.pixel_mm).to(rays.device)[rays % beam.bins]
     cos, sin = angles.cos(), angles.sin()
     down = cos.abs() >= sin.abs()  # closer to the y axis: step through rows, cross over columns
@@ -155,7 +170,7 @@ def _along_rays(beam: ParallelBeam, rays: Tensor) -> tuple[Tensor, Tensor]:
 def _around_pixels(beam: ParallelBeam, pixels: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     """Chord lengths (pixel, angle, bin), float64, and the rays they are on, for the numbers `angles` of all angles."""
     height, width = beam.slice_shape
-    theta = torch.tensor(beam.angles, dtype=torch.float64, device=pixels.device)[angles]
+    theta = torch.tensor(beam.theta, dtype=torch.float64, device=pixels.device)[angles]
     cos, sin = theta.cos(), theta.sin()
     x, y = (pixels % width).double() - (width - 1) / 2, (height - 1) / 2 - (pixels // width).double()
     centre = (x[:, None] * cos + y[:, None] * sin) * beam.pixel_mm
@@ -217,8 +232,7 @@ class _Symmetries:
         return _Symmetries(self.kept, turned, back, source, self.order, width)
 
     def to(self, device) -> _Symmetries:
-        tables = (v.to(device) for v in (self.kept, self.turned, self.back, self.source))
-        return _Symmetries(*tables, self.order, self.width)
+        return replace(self, **{n: getattr(self, n).to(device) for n in ("kept", "turned", "back", "source")})
 
 
 def _elements(beam: ParallelBeam):
@@ -226,7 +240,7 @@ def _elements(beam: ParallelBeam):
     height, width = beam.slice_shape
     index = torch.arange(height * width).reshape(height, width)
     bins = np.arange(beam.bins)
-    angles = np.asarray(beam.angles)
+    angles = np.asarray(beam.theta)
     flips = {(): (1, 0), (0, 1): (1, 2), (1,): (-1, 2), (0,): (-1, 0)}  # theta becomes sign theta + quarters pi / 2
     for swap in (False, True) if height == width else (False,):
         for axes, (sign, quarters) in flips.items():
@@ -273,8 +287,8 @@ class _Linear(torch.autograd.Function):
         ctx.forward_map, ctx.adjoint_map = inputs[1:]
 
     @staticmethod
-    def backward(ctx, gradient):
-        return _Linear.apply(gradient, ctx.adjoint_map, ctx.forward_map), None, None
+    def backward(ctx, *grad_outputs):
+        return _Linear.apply(*grad_outputs, ctx.adjoint_map, ctx.forward_map), None, None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -296,8 +310,8 @@ class Projector(LinearOperator):
         if self.storage not in ("auto", "sparse", "matrix-free"):
             raise ValueError(f"storage {self.storage!r} is unknown; use 'auto', 'sparse' or 'matrix-free'")
 
-    domain_shape = property(lambda self: self.beam.image_shape)
-    range_shape = property(lambda self: self.beam.sinogram_shape)
+    domain_shape = derived(lambda self: self.beam.image_shape)
+    range_shape = derived(lambda self: self.beam.sinogram_shape)
     domain_dtype = range_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
@@ -332,12 +346,13 @@ class Projector(LinearOperator):
             length, pixel = (v.flatten(1) for v in _along_rays(self.beam, rays))
             hit = length > 0
             parts.append((rays[:, None].expand_as(pixel)[hit], pixel[hit], length[hit]))
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        ray, pixel, length = (torch.cat(column) for column in zip(*parts, strict=True))
+        return ray, pixel, length
 
     def _project(self, x: Tensor) -> Tensor:
         lead = x.shape[: x.ndim - 2]
         pixels = x.reshape(math.prod(lead), -1)
-        return self._in_groups(self._project_group, pixels).reshape(*lead, len(self.beam.angles), self.beam.bins)
+        return self._in_groups(self._project_group, pixels).reshape(*lead, *self.beam.sinogram_shape[-2:])
 
     def _backproject(self, y: Tensor) -> Tensor:
         lead = y.shape[: y.ndim - 2]
@@ -441,7 +456,11 @@ def _csr(values: Tensor, columns: Tensor, width: int, dtype: torch.dtype) -> Ten
 
 def _from_scipy(matrix: csr_array) -> Tensor:
     rows, columns = (torch.from_numpy(v.astype(np.int32)) for v in (matrix.indptr, matrix.indices))
-    return _sparse(rows, columns, torch.from_numpy(matrix.data), matrix.shape)
+    return _sparse(rows, columns, torch.from_numpy(matrix.data), _shape(matrix))
+
+
+def _shape(matrix: Any) -> Shape:
+    return tuple(map(int, matrix.shape))  # scipy's own type says that it may be None
 
 
 def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: Shape) -> Tensor:
@@ -479,9 +498,10 @@ class Blur(LinearOperator):
         voxel, fwhm = (np.broadcast_to(np.asarray(v, float), len(self.shape)) for v in (self.voxel_mm, self.fwhm_mm))
         if not (voxel > 0).all() or not (fwhm >= 0).all() or not np.isfinite(fwhm).all():
             raise ValueError(f"voxel_mm must be positive and fwhm_mm not negative, got {self.voxel_mm}, {self.fwhm_mm}")
-        object.__setattr__(self, "kernels", tuple(map(_gaussian, self.shape, voxel, fwhm)))
+        of = zip(self.shape, voxel, fwhm, strict=True)
+        object.__setattr__(self, "kernels", tuple(gaussian(n, v, f) if f else None for n, v, f in of))
 
-    domain_shape = range_shape = property(lambda self: (1, *self.shape))
+    domain_shape = range_shape = derived(lambda self: (1, *self.shape))
     domain_dtype = range_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
@@ -490,16 +510,15 @@ class Blur(LinearOperator):
                 x = torch.movedim(torch.movedim(x, axis, -1) @ kernel.to(x), -1, axis)
         return x
 
-    adjoint = forward
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.forward(y)
 
     def to(self, device) -> Blur:
         return self
 
 
-def _gaussian(n: int, voxel_mm: float, fwhm_mm: float) -> Tensor | None:
-    """The symmetric matrix (n, n) of a pixel's share of a Gaussian around each other pixel."""
-    if fwhm_mm == 0:
-        return None
+def gaussian(n: int, voxel_mm: float, fwhm_mm: float) -> Tensor:
+    """The symmetric matrix (n, n) of a pixel's share of a Gaussian, fwhm_mm > 0, around each other pixel."""
     scale = fwhm_mm / math.sqrt(8 * math.log(2)) * math.sqrt(2)
     edges = (np.arange(n + 1) - 0.5) * voxel_mm
     share = np.diff(erf(edges / scale)) / 2
@@ -568,8 +587,7 @@ def background(expected: Tensor, randoms: float = 0.0, scatter: float = 0.0, sca
     """
     if randoms < 0 or scatter < 0:
         raise ValueError(f"shares of randoms and scatter must not be negative, got {randoms}, {scatter}")
-    kernel = _gaussian(expected.shape[-1], 1.0, scatter_bins).to(expected)
-    smooth = expected @ kernel
+    smooth = expected @ gaussian(expected.shape[-1], 1.0, scatter_bins).to(expected)
     total, axes = expected.sum((-2, -1), keepdim=True), math.prod(expected.shape[-2:])
     scattered = smooth * (total / smooth.sum((-2, -1), keepdim=True).clamp(min=1e-30))
     return randoms * total / axes + scatter * scattered
@@ -599,13 +617,20 @@ def mean_activity(y: Tensor, A: LinearOperator, background: Tensor | None = None
     return (counts / _per_item(unit, A.range_shape).double().sum(-1)).to(torch.float32)
 
 
+@runtime_checkable
+class HasAngles(Protocol):
+    """A projector that is one of `operators.cylinder`, or behaves like it."""
+
+    def some_angles(self, angles: slice) -> LinearOperator: ...
+
+
 def subset(A: LinearOperator, angles: slice) -> LinearOperator:
     """A for some of the angles: `subset(A, slice(k, None, n))(x) == A(x)[..., k::n, :]`, without the others' work."""
     match A:
         case Projector():
-            beam = replace(A.beam, angles=A.beam.angles[angles])
-            return A._keep(("subset", beam.angles), lambda: Projector(beam, A.storage))
-        case LinearOperator() if hasattr(A, "some_angles"):  # of three dimensions
+            beam = replace(A.beam, angles=A.beam.theta[angles])
+            return A._keep(("subset", beam.theta), lambda: Projector(beam, A.storage))
+        case HasAngles():  # of three dimensions
             return A.some_angles(angles)
         case Diagonal():
             weights = A.weights
@@ -626,7 +651,7 @@ def _projects(A: LinearOperator) -> bool:
     match A:
         case Projector():
             return True
-        case LinearOperator() if hasattr(A, "some_angles"):
+        case HasAngles():
             return True
         case Composition():
             return _projects(A.outer) or _projects(A.inner)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from companion.operators.linear import LinearOperator, Shape
+from companion.operators.linear import LinearOperator, Shape, derived
 
 # --------------------------------------------------------------------------------------------------------------- scans
 
@@ -20,8 +20,8 @@ class RealImages(LinearOperator):
 
     domain_dtype = torch.float32
     range_dtype = torch.complex64
-    domain_shape = property(lambda self: tuple(self.shape))
-    range_shape = property(lambda self: tuple(self.shape))
+    domain_shape = derived(lambda self: tuple(self.shape))
+    range_shape = derived(lambda self: tuple(self.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return x.to(torch.complex64)

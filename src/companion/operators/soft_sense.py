@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from companion.operators.linear import LinearOperator
+from companion.operators.linear import derived
 from companion.operators.masks import CartesianMask
-from companion.operators.mri import Coils, Mask, Sense, _check_maps
+from companion.operators.mri import CoilMaps, Coils, Mask, Sense, _check_maps
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CoilSets(LinearOperator):
+class CoilSets(CoilMaps):
     """S: images `(..., set, *space)` to coil images `(..., coil, *space)`, sum_s S_s x_s, by maps `(set, coil, *space)`
     or `(batch, set, coil, *space)`.
 
@@ -24,17 +23,14 @@ class CoilSets(LinearOperator):
     maps: Tensor
     ndim: int = 2
 
-    domain_dtype = torch.complex64
-    range_dtype = torch.complex64
-
     def __post_init__(self):
         _check_maps(self.maps, self.ndim)
         if self.maps.ndim < self.ndim + 2:
             raise ValueError(f"maps have shape {tuple(self.maps.shape)}; expected (set, coil, *space)")
 
-    domain_shape = property(lambda self: (self.maps.shape[-self.ndim - 2], *self.maps.shape[-self.ndim :]))
-    range_shape = property(lambda self: tuple(self.maps.shape[-self.ndim - 1 :]))
-    batch_shape = property(lambda self: tuple(self.maps.shape[: -self.ndim - 2]))
+    domain_shape = derived(lambda self: (self.maps.shape[-self.ndim - 2], *self.maps.shape[-self.ndim :]))
+    range_shape = derived(lambda self: tuple(self.maps.shape[-self.ndim - 1 :]))
+    batch_shape = derived(lambda self: tuple(self.maps.shape[: -self.ndim - 2]))
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.maps * x.unsqueeze(-self.ndim - 1)).sum(-self.ndim - 2)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from companion.operators.pet import ParallelBeam, _gaussian
+from companion.operators.linear import Shape
+from companion.operators.pet import ParallelBeam, gaussian
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Strips:
             raise ValueError(f"shape {self.beam.shape}, fine {self.fine}: expected a slice (y, x) and fine >= 1")
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> Shape:
         """Axes of a fine image: (1, y, x)."""
         return (1, *(self.fine * n for n in self.beam.shape))
 
@@ -47,7 +48,7 @@ class Strips:
         values = x.flatten(1).T.double()
         filled = (values != 0).any(1)
         values, places = values[filled], self.places()[filled]
-        rows = [self.profile(angle, values, places) for angle in self.beam.angles]
+        rows = [self.profile(angle, values, places) for angle in self.beam.theta]
         sinogram = torch.stack(rows).movedim(2, 0)[:, None]  # (angle, bin, batch) -> (batch, 1, angle, bin)
         return self.detected(sinogram).to(x.dtype)
 
@@ -55,7 +56,7 @@ class Strips:
         """Return sinograms (batch, 1, angle, bin) after the response of the detectors."""
         if not self.fwhm_mm:
             return sinogram
-        return sinogram @ _gaussian(self.beam.bins, self.beam.bin_mm, self.fwhm_mm).to(sinogram)
+        return sinogram @ gaussian(self.beam.bins, self.beam.bin_mm, self.fwhm_mm).to(sinogram)
 
     def places(self) -> Tensor:
         """The centres (pixel, 2) of the fine pixels, x and y in mm."""

@@ -6,24 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from companion.data.heads import Head, dead_leaves, head_image
 from companion.data.heads_download import load_heads
 from companion.data.phase import add_phase
-from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.denoisers import Denoiser, moments_of
 from companion.diffusion.losses import edm_loss
-from companion.files import atomic_write, project_root
-from companion.parameters import param
+from companion.files import project_root
+from companion.papers.crops import Bank, TrainOnCrops, complete, train_on_crops, unet
 from companion.randomness import randn
 from companion.training.loop import TrainResult
-from companion.training.recipe import Training, begin, fit, main
+from companion.training.recipe import begin, main
 
 SIGMA_DATA = 0.32  # standard deviation of the real components of the training images
 SCALE = "1 is the 99th percentile of the magnitude inside the object"
@@ -35,40 +32,14 @@ LEAVES, BRAIN = 0.2, 0.07  # shares of the bank: dead leaves, and brains without
 
 
 @dataclass(frozen=True)
-class TrainGeneral(Training):
-    """Parameters of general_prior.ipynb."""
-
-    heads: str | None = param("data/heads", "folder of the real heads; none: dead leaves alone")
-    bank: str = param("data/heads_bank", "folder of the images to learn from; completed when too few")
-    images: int = param(15000, "images to learn from", minimum=1)
-    crop: int = param(96, "pixels along y and x that a step sees of an image", minimum=16)
-    model_channels: int = param(32, "width of the network", minimum=32)
-    channel_mult: tuple[float, ...] = param((1, 2, 3, 3), "relative width of each level, finest first")
-    patch: int = param(2, "side of the pixel-unshuffle stem", minimum=1)
-    variance_weight: float = param(0.3, "weight of the variance channel's likelihood in the loss", minimum=0)
-    P_mean: float = param(-2.2, "mean of ln sigma in training")
-    P_std: float = param(1.4, "standard deviation of ln sigma in training", minimum=0)
-    steps: int = param(20000, "optimiser steps", minimum=1)
-    batch_size: int = param(8, "images a step", minimum=1)
-    learning_rate: float = param(6e-4, "highest learning rate", minimum=0)
-    schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
-    ema_halflife: float = param(3000.0, "half-life of the averaged weights, images; short at first", minimum=0)
+class TrainGeneral(TrainOnCrops, bank="data/heads_bank", steps=20000):
+    """Parameters of general/train.ipynb."""
 
 
-def prior_config(p: TrainGeneral) -> dict:
+def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: int, images: int) -> dict:
     """Return what `build` makes the denoiser from: complex images of any size, one channel for the error's variance."""
     return {
-        "network": {
-            "name": "UNet",
-            "in_channels": 2,
-            "model_channels": p.model_channels,
-            "out_channels": 3,
-            "num_res_blocks": 1,
-            "channel_mult": list(p.channel_mult),
-            "num_heads": 0,
-            "use_scale_shift_norm": True,
-            "patch": p.patch,
-        },
+        "network": unet(2, model_channels, channel_mult, patch),
         "denoiser": {
             "name": "EDMDenoiser",
             "complex": True,
@@ -78,21 +49,17 @@ def prior_config(p: TrainGeneral) -> dict:
         },
         "data": {
             "source": "warped and recoloured real heads and dead leaves of companion.data.heads",
-            "images": p.images,
+            "images": images,
             "pixel_mm": "0.6 to 4",
             "scale": SCALE,
         },
     }
 
 
-def make_bank(heads: Sequence[Head], folder: Path, images: int, seed: int = 17) -> None:
-    """Complete a bank of images in a folder, in files of `PART`; image i depends on seed and i alone."""
-    for part in tqdm(range(-(-images // PART)), desc="images, files"):
-        path = folder / f"{part:03d}.npy"
-        if not path.exists():
-            made = [bank_image(heads, np.random.default_rng([seed, i])) for i in range(part * PART, (part + 1) * PART)]
-            with atomic_write(path) as aside:
-                np.save(aside, np.stack(made).astype(np.float16))
+def bank_part(heads: Sequence[Head], part: int, seed: int = 17) -> np.ndarray:
+    """Return the images (PART, BANK_SIZE, BANK_SIZE) float16 of one file; image i depends on seed and i alone."""
+    made = [bank_image(heads, np.random.default_rng([seed, i])) for i in range(part * PART, (part + 1) * PART)]
+    return np.stack(made).astype(np.float16)
 
 
 def bank_image(heads: Sequence[Head], rng: np.random.Generator) -> np.ndarray:
@@ -105,24 +72,6 @@ def bank_image(heads: Sequence[Head], rng: np.random.Generator) -> np.ndarray:
     if brains and kind < LEAVES + BRAIN:
         return head_image(brains[0], rng, BANK_SIZE)
     return head_image(whole[int(rng.integers(len(whole)))], rng, BANK_SIZE)
-
-
-class Bank(Dataset):
-    """Images (1, y, x) float32 of the files of a folder, each (n, y, x) float16, in the order of their names."""
-
-    def __init__(self, folder: Path, images: int):
-        self.parts, self.count = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("[0-9]*.npy"))], images
-        self.ends = np.cumsum([len(part) for part in self.parts])
-        if not self.parts or self.ends[-1] < images:
-            raise ValueError(f"{folder} holds {self.ends[-1] if self.parts else 0} images; expected {images}")
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> Tensor:
-        part = int(np.searchsorted(self.ends, i, side="right"))
-        first = self.ends[part - 1] if part else 0
-        return torch.from_numpy(self.parts[part][i - first].astype(np.float32))[None]
 
 
 def crop(image: Tensor, generator: Generator, size: int) -> Tensor:
@@ -160,30 +109,18 @@ def scanned(image: Tensor, generator: Generator) -> Tensor:
 
 def train_general(p: TrainGeneral, progress: bool = True) -> TrainResult:
     """Return the trained prior; continues what `p.out` holds. The same call serves torchrun's processes."""
-    config = prior_config(p)
-    return fit(
-        begin(config, p.seed, p.start_from, p.autocast, p.device),
-        prior_loss,
-        training_set(p),
-        p,
-        config | {"crop": p.crop},
-        p.pick("P_mean", "P_std", "variance_weight"),
-        augment=partial(crop, size=p.crop),
-        progress=progress,
-        schedule=p.schedule,
-        ema_halflife=p.ema_halflife,
-        channels_last=False,
-        log_every=20,
-    )
+    config = prior_config(**p.pick("model_channels", "channel_mult", "patch", "images"))
+    D = begin(config, p.seed, p.start_from, p.autocast, p.device)
+    return train_on_crops(D, prior_loss, prepare_bank(p), p, config | {"crop": p.crop}, crop, progress)
 
 
-def training_set(p: TrainGeneral) -> Bank:
+def prepare_bank(p: TrainGeneral) -> Bank:
     """Return the images to learn from; those that the bank lacks are made of the real heads first."""
-    folder = project_root() / p.bank
-    if len(list(folder.glob("[0-9]*.npy"))) * PART < p.images:
-        heads = load_heads(project_root() / p.heads, "train") if p.heads else []
-        make_bank(heads, folder, p.images)
-    return Bank(folder, p.images)
+
+    def source():
+        return partial(bank_part, load_heads(project_root() / p.heads, "train") if p.heads else [])
+
+    return complete(project_root() / p.bank, p.images, PART, source)
 
 
 def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: int = 1) -> Tensor:
@@ -217,7 +154,7 @@ def denoising_errors(D: Denoiser, x0: Tensor, sigmas: Sequence[float], seed: int
     noise = randn(x0.shape, x0.dtype, torch.Generator().manual_seed(seed)).to(x0.device)
     rows = []
     for sigma in sigmas:
-        mean, variance = D.moments(x0 + sigma * noise, torch.full((len(x0),), sigma, device=x0.device))
+        mean, variance = moments_of(D)(x0 + sigma * noise, torch.full((len(x0),), sigma, device=x0.device))
         error = ((mean - x0).abs().square().mean() / 2).sqrt().item()
         rows.append({"sigma": sigma, "error": round(error, 4), "stated": round(variance.mean().sqrt().item(), 4)})
     return rows

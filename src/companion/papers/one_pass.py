@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Generator, Tensor
 
 from companion.data.random_scans import random_scan
 from companion.models.unrolled import Unrolled
-from companion.papers.general import SCALE, TrainGeneral, crop, scanned, training_set
+from companion.papers.crops import train_on_crops
+from companion.papers.general import SCALE, TrainGeneral, crop, prepare_bank, scanned
 from companion.parameters import param
 from companion.training.loop import TrainResult
-from companion.training.recipe import begin, fit, main
+from companion.training.recipe import begin, main
 
+SIZES = ("model_channels", "channel_mult", "patch", "stages", "memory", "iterations", "images")  # of the network
 EARLIER = 0.1  # weight of the images before the last one in the loss
 
 
@@ -33,14 +34,23 @@ class TrainOnePass(TrainGeneral):
     ema_halflife: float = param(500.0, "half-life of the averaged weights, images; short at first", minimum=0)
 
 
-def one_pass_config(p: TrainOnePass) -> dict:
-    """Return what `build` makes the network from."""
-    cnn = {"model_channels": p.model_channels, "channel_mult": list(p.channel_mult), "patch": p.patch}
+def one_pass_config(
+    model_channels: int,
+    channel_mult: tuple[float, ...],
+    patch: int,
+    stages: int,
+    memory: int,
+    iterations: int,
+    images: int,
+) -> dict:
+    """Return what `build` makes the network from; the arguments are the form's `SIZES`."""
+    cnn = {"model_channels": model_channels, "channel_mult": list(channel_mult), "patch": patch}
+    unrolled = {"stages": stages, "memory": memory, "iterations": iterations}
     return {
-        "network": {"name": "Unrolled", **p.pick("stages", "memory", "iterations"), "cnn": cnn},
+        "network": {"name": "Unrolled", **unrolled, "cnn": cnn},
         "data": {
             "source": "warped and recoloured real heads and dead leaves of companion.data.heads, scanned at random",
-            "images": p.images,
+            "images": images,
             "pixel_mm": "0.6 to 4",
             "scale": SCALE,
         },
@@ -58,20 +68,10 @@ def one_pass_loss(R: Unrolled, image: Tensor, generator: Generator) -> Tensor:
 
 def train_one_pass(p: TrainOnePass, progress: bool = True) -> TrainResult:
     """Return the trained network; continues what `p.out` holds. The same call serves torchrun's processes."""
-    config = one_pass_config(p)
-    return fit(
-        begin(config, p.seed, p.start_from, p.autocast, p.device),
-        one_pass_loss,
-        training_set(p),
-        p,
-        config | {"crop": p.crop},
-        augment=partial(crop, size=p.crop),
-        progress=progress,
-        schedule=p.schedule,
-        ema_halflife=p.ema_halflife,
-        channels_last=False,
-        log_every=20,
-    )
+    config = one_pass_config(**p.pick(*SIZES))
+    R = begin(config, p.seed, p.start_from, p.autocast, p.device)
+    about = config | {"crop": p.crop}
+    return train_on_crops(R, one_pass_loss, prepare_bank(p), p, about, crop, progress, options=())
 
 
 if __name__ == "__main__":  # torchrun --nproc_per_node=4 -m companion.papers.one_pass params.yaml

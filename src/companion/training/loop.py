@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
@@ -239,11 +240,11 @@ def train(
                 state.count(loss, here.agree(before + time.monotonic() - start))
 
                 last = state.done(config)
-                if here.first and (state.step % config.log_every == 0 or last):
+                if log and (state.step % config.log_every == 0 or last):
                     log.progress(state, config, norm, here)
                 if state.step % config.checkpoint_every == 0 or last:
                     state.gather()
-                    if here.first:
+                    if log:
                         if validate is not None:
                             with torch.no_grad():
                                 log.write({"step": state.step} | validate(state.ema))
@@ -452,7 +453,9 @@ def _flat_gradient(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, model: torch.nn.Module, beta: float) -> None:
     """ema <- beta ema + (1 - beta) model for parameters; buffers are copied."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - beta)
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+        list(ema.parameters()), list(model.parameters()), 1 - beta
+    )
     for averaged, buffer in zip(ema.buffers(), model.buffers(), strict=True):
         averaged.copy_(buffer)
 
@@ -538,11 +541,11 @@ class _Stream(Dataset):
 def _pieces(stream: _Stream, config: TrainConfig, step: int, here: _Here) -> Iterator:
     """The pieces of the batches that belong to this process, from `step` on."""
 
-    def indices() -> Iterator[range]:
+    def indices() -> Iterator[list[int]]:
         for s in range(step, config.steps):
             for piece in range(here.rank, config.grad_accumulation, here.world):
                 first = s * config.batch_size + piece * config.piece_size
-                yield range(first, first + config.piece_size)
+                yield list(range(first, first + config.piece_size))
 
     own = torch.Generator()  # so that the loader leaves the global one alone
     return iter(
@@ -633,11 +636,9 @@ def _join(backend: str, rank: int, world: int, patience: timedelta) -> None:
         dist.init_process_group(backend, timeout=patience)
         return
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, world, is_master=False, timeout=patience)
+    store = TCPStore(host, port, world, is_master=False, timeout=patience)
     attempt = f"companion/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=world, timeout=patience
-    )
+    dist.init_process_group(backend, store=PrefixStore(attempt, store), rank=rank, world_size=world, timeout=patience)
 
 
 # ----------------------------------------------------------------------------------------------------------

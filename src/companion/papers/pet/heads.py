@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from tqdm.auto import tqdm
 
 from companion.data.head_activity import (
     SCALE_KBQ,
@@ -29,13 +28,13 @@ from companion.data.pet import held_out
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.losses import edm_loss
 from companion.evaluation.denoising import expected_errors
-from companion.files import atomic_write, project_root
-from companion.models.architectures import build
+from companion.files import project_root
+from companion.models.architectures import build, network_of
 from companion.models.checkpoint import load
-from companion.papers.general import Bank
+from companion.papers.crops import Bank, TrainOnCrops, complete, train_on_crops, unet
 from companion.parameters import param
 from companion.training.loop import TrainResult
-from companion.training.recipe import Training, begin, fit, main
+from companion.training.recipe import begin, main
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)  # noise at which a prior is looked at
 SIGMA_DATA = 0.35  # rms of the training images
@@ -46,41 +45,25 @@ LEAVES, PEOPLE = 0.12, 0.256  # shares of the bank: dead leaves, and virtual peo
 
 
 @dataclass(frozen=True)
-class TrainHeads(Training):
+class TrainHeads(
+    TrainOnCrops,
+    bank="data/pet_heads_bank",
+    images=4000,
+    crop=64,
+    variance_weight=0.2,
+    P_mean=-1.3,
+    steps=6000,
+    ema_halflife=2000.0,
+):
     """Parameters of pet/2_train_heads.ipynb."""
 
-    heads: str | None = param("data/heads", "folder of the real heads; none: virtual people and dead leaves alone")
-    bank: str = param("data/pet_heads_bank", "folder of the images to learn from; completed when too few")
-    images: int = param(4000, "images to learn from", minimum=1)
     general: str | None = param("general/2d", "prior of complex images whose weights to begin with; none: random")
-    crop: int = param(64, "pixels along y and x that a step sees of an image", minimum=16)
-    model_channels: int = param(32, "width of the network", minimum=32)
-    channel_mult: tuple[float, ...] = param((1, 2, 3, 3), "relative width of each level, finest first")
-    patch: int = param(2, "side of the pixel-unshuffle stem", minimum=1)
-    variance_weight: float = param(0.2, "weight of the variance channel's likelihood in the loss", minimum=0)
-    P_mean: float = param(-1.3, "mean of ln sigma in training")
-    P_std: float = param(1.4, "standard deviation of ln sigma in training", minimum=0)
-    steps: int = param(6000, "optimiser steps", minimum=1)
-    batch_size: int = param(8, "images a step", minimum=1)
-    learning_rate: float = param(6e-4, "highest learning rate", minimum=0)
-    schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
-    ema_halflife: float = param(2000.0, "half-life of the averaged weights, images; short at first", minimum=0)
 
 
 def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: int, images: int) -> dict:
     """Return what `build` makes the denoiser from: activity of any size, one channel for the error's variance."""
     return {
-        "network": {
-            "name": "UNet",
-            "in_channels": 1,
-            "model_channels": model_channels,
-            "out_channels": 2,
-            "num_res_blocks": 1,
-            "channel_mult": list(channel_mult),
-            "num_heads": 0,
-            "use_scale_shift_norm": True,
-            "patch": patch,
-        },
+        "network": unet(1, model_channels, channel_mult, patch),
         "denoiser": {"name": "EDMDenoiser", "sigma_data": SIGMA_DATA, "learned_variance": True},
         "data": {
             "source": "real heads with random uptake, dead leaves and virtual people of companion.data.head_activity",
@@ -101,7 +84,7 @@ def real_half(config: dict, name: str) -> nn.Module:
 
     Raises ValueError when the two networks differ in more than the channels of their images.
     """
-    D, general = build(config), load(name).D  # without the layer that makes channels of complex images
+    D, general = build(config), cast(nn.Module, load(name).D)  # without the layer that makes channels of complex images
     given, cut = general.state_dict(), {}
     for key, value in D.state_dict().items():
         other = given.get(key, torch.empty(0))
@@ -119,16 +102,7 @@ def real_half(config: dict, name: str) -> nn.Module:
     return D
 
 
-def make_bank(heads: Sequence[ActiveHead], folder: Path, images: int, seed: int = 23) -> None:
-    """Complete a bank of images in a folder, in files of `PART`; file i depends on the heads, seed and i alone."""
-    for part in tqdm(range(-(-images // PART)), desc="images, files"):
-        path = folder / f"{part:03d}.npy"
-        if not path.exists():
-            with atomic_write(path) as aside:
-                np.save(aside, bank_part(heads, part, seed))
-
-
-def bank_part(heads: Sequence[ActiveHead], part: int, seed: int) -> np.ndarray:
+def bank_part(heads: Sequence[ActiveHead], part: int, seed: int = 23) -> np.ndarray:
     """Return the images (PART, BANK_SIZE, BANK_SIZE) float16 of one file: virtual people, dead leaves, real heads."""
     persons, leaves = round(PART * PEOPLE / PERSON), round(PART * LEAVES)
     rngs = [np.random.default_rng([seed, part, i]) for i in range(PART)]
@@ -162,29 +136,19 @@ def train_heads(p: TrainHeads, progress: bool = True) -> TrainResult:
     """Return the trained prior; continues what `p.out` holds. The same call serves torchrun's processes."""
     config = prior_config(**p.pick("model_channels", "channel_mult", "patch", "images"))
     start = p.start_from or (real_half(config, p.general) if p.general else None)
-    return fit(
-        begin(config, p.seed, start, p.autocast, p.device),
-        prior_loss,
-        prepare_bank(p),
-        p,
-        config | {"crop": p.crop, "general": p.general},
-        p.pick("P_mean", "P_std", "variance_weight"),
-        augment=partial(crop, size=p.crop),
-        progress=progress,
-        schedule=p.schedule,
-        ema_halflife=p.ema_halflife,
-        channels_last=False,
-        log_every=20,
-    )
+    D = begin(config, p.seed, start, p.autocast, p.device)
+    about = config | {"crop": p.crop, "general": p.general}
+    return train_on_crops(D, prior_loss, prepare_bank(p), p, about, crop, progress)
 
 
 def prepare_bank(p: TrainHeads) -> Bank:
     """Return the images to learn from; those that the bank lacks are made first."""
-    folder = project_root() / p.bank
-    if len(list(folder.glob("[0-9]*.npy"))) * PART < p.images:
-        heads = [active_head(head) for head in load_heads(project_root() / p.heads, "train")] if p.heads else []
-        make_bank(heads, folder, p.images)
-    return Bank(folder, p.images)
+
+    def source():
+        heads = load_heads(project_root() / p.heads, "train") if p.heads else []
+        return partial(bank_part, [active_head(head) for head in heads])
+
+    return complete(project_root() / p.bank, p.images, PART, source)
 
 
 def validation_errors(D: Denoiser, heads: str | None, count: int = 6, size: int = 64) -> list[dict]:
@@ -199,7 +163,7 @@ def validation_errors(D: Denoiser, heads: str | None, count: int = 6, size: int 
     else:
         foreign = np.stack([leaves_image(np.random.default_rng([31, i]), size) for i in range(count)])
     people = held_out("validation", count, size, lesions=1).image / SCALE_KBQ
-    device, rows = next(D.parameters()).device, []
+    device, rows = next(network_of(D).parameters()).device, []
     for name, x0 in (("a head" if heads else "dead leaves", torch.from_numpy(foreign)[:, None]), ("virtual", people)):
         found = expected_errors(D, x0.to(device), SIGMAS, seed=0, digits=None)
         rows += [
