@@ -101,6 +101,7 @@ def slurm(tmp_path):
         CONF.unlink()
 
 
+@pytest.mark.timeout(600 + 120 * CELLS)
 def test_a_grid_through_slurm_survives_its_driver(slurm, tmp_path):
     project, peace, profile = tmp_path / "project", tmp_path / "peace", tmp_path / "profile"
     chaos.lay_out(project, AXES, 0.0)
