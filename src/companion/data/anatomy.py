@@ -16,7 +16,7 @@ Sources
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -53,14 +53,15 @@ PHASE_GRID = 4  # control points of the phase and bias fields along each axis of
 FIRST_SEED = {"train": 0, "validation": 1_000_000, "test": 2_000_000}  # whose people never overlap
 
 
-def signal(contrast: str, density: float, t1_ms: float, t2_ms: float) -> float:
+def signal(contrast: str | Mapping[str, float], density: float, t1_ms: float, t2_ms: float) -> float:
     """Return the signal of a spin echo, or of inversion recovery with spin-echo readout, relative to pure water.
 
     S = density |1 - 2 exp(-TI/T1) + exp(-TR/T1)| exp(-TE/T2), without the TI term for a plain spin echo.
+    contrast: one of `SEQUENCES`, or settings as they have them.
     """
-    if contrast not in SEQUENCES:
+    if isinstance(contrast, str) and contrast not in SEQUENCES:
         raise ValueError(f"unknown contrast {contrast!r}; expected one of {', '.join(SEQUENCES)}")
-    sequence = SEQUENCES[contrast]
+    sequence = SEQUENCES[contrast] if isinstance(contrast, str) else contrast
     recovery = math.exp(-sequence["repetition_ms"] / t1_ms)
     if "inversion_ms" in sequence:
         longitudinal = abs(1 - 2 * math.exp(-sequence["inversion_ms"] / t1_ms) + recovery)
@@ -126,17 +127,22 @@ def affine(shape: tuple[int, int, int], voxel_mm: float) -> np.ndarray:
     return matrix
 
 
+def template(voxel_mm: float) -> tuple[Tensor, Tensor]:
+    """Return the template's maps as `tissue_maps` samples them, (4, z, y, x), and the matrix from MNI mm to voxels."""
+    return _template(round(float(voxel_mm), 3))
+
+
 def tissue_maps(subject: Subject | None, points_mm: Tensor, voxel_mm: float) -> Tensor:
     """Return CSF, grey and white matter fractions and the template's texture at the points: (4, z, y, x).
 
     The maps are low-passed to the voxel size first (no aliasing). `subject=None` gives the template itself.
     """
-    template, to_voxel = _template(round(float(voxel_mm), 3))
+    maps, to_voxel = template(voxel_mm)
     points = points_mm if subject is None else warp(subject, points_mm)
     voxels = points @ to_voxel[:3, :3].T + to_voxel[:3, 3]
-    size = torch.tensor(template.shape[:0:-1], dtype=torch.float32)  # (x, y, z)
+    size = torch.tensor(maps.shape[:0:-1], dtype=torch.float32)  # (x, y, z)
     unit = 2 * voxels / (size - 1) - 1
-    return F.grid_sample(template[None], unit[None], align_corners=True)[0]
+    return F.grid_sample(maps[None], unit[None], align_corners=True)[0]
 
 
 def warp(subject: Subject, points_mm: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from companion.data.cohort import ANY, LAYOUTS, Cohort, find_contrasts, find_sub
 from companion.data.contrasts import CONTRASTS, SCALE, cohort_slices
 from companion.data.intake.persons import certain
 from companion.data.intake.splits import split_people, split_table
+from companion.data.patients import patients
 from companion.data.rows import Rows
 from companion.files import project_root
 from companion.parameters import param
@@ -60,15 +61,32 @@ def virtual_people(
 ) -> dict:
     """What `write_dataset` takes of so many people of each split of the embedded cohort."""
     contrasts = standards(contrasts)
-    parts = {
-        split: cohort_slices(split, n, per_subject, contrasts, image_size, progress) for split, n in counts.items()
-    }
-    arrays = {name: torch.cat([part[name] for part in parts.values()]).numpy() for name in (*contrasts, "labels")}
+    parts = [cohort_slices(split, n, per_subject, contrasts, image_size, progress) for split, n in counts.items()]
+    found = {name: torch.cat([part[name] for part in parts]) for name in (*contrasts, "labels")}
+    return rendered(found, counts, "virtual cohort of companion.data.anatomy (ICBM 152), axial slices")
+
+
+def virtual_patients(
+    heads: Path | None,
+    counts: Mapping[str, int],
+    per_subject: int,
+    contrasts: Sequence[str],
+    image_size: int,
+    progress: bool = False,
+) -> dict:
+    """What `write_dataset` takes of so many patients of each split (`data.patients`); of heads: a folder of them."""
+    found = patients(heads, counts, per_subject, standards(contrasts), image_size, progress)
+    of = "ICBM 152" if heads is None else "ICBM 152 and real heads"
+    return rendered(found, counts, f"virtual patients of companion.data.patients ({of}), axial slices")
+
+
+def rendered(found: Mapping[str, torch.Tensor], counts: Mapping[str, int], source: str) -> dict:
+    """What `write_dataset` takes of arrays (subject, ...) of virtual people, so many of each split in turn."""
     split = {name: [f"{name} {i}" for i in range(n)] for name, n in counts.items()}
     return {
-        "arrays": arrays,
-        "scale": dict.fromkeys(arrays, SCALE) | {"labels": "label values"},
-        "source": "virtual cohort of companion.data.anatomy (ICBM 152), axial slices",
+        "arrays": {name: x.numpy() for name, x in found.items()},
+        "scale": dict.fromkeys(found, SCALE) | {"labels": "label values", "lesion": "share of the pixel"},
+        "source": source,
         "subjects": [s for members in split.values() for s in members],
         "split": split,
     }

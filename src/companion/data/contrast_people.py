@@ -80,7 +80,7 @@ def stacks(people: str, split: str, subjects: int, contrasts: Sequence[str], ima
 
 def array_of(prepared: Prepared, contrast: str) -> str:
     """The name of the array of a contrast, however either is called; ValueError if there is none."""
-    images = [name for name in prepared.shapes if name != "labels"]
+    images = [name for name in prepared.shapes if name not in ("labels", "lesion")]
     if (found := called(images, contrast)) is None:
         raise ValueError(f"{prepared.path.name} has no {contrast}; it has {', '.join(images)}")
     return found

@@ -62,22 +62,37 @@ def draw_lesion(subject: anatomy.Subject, kind: str, size: str = "medium", seed:
 
     Raises ValueError for unknown kinds and sizes.
     """
-    if kind not in KINDS or size not in SIZES_MM:
-        raise ValueError(f"unknown lesion {kind!r}, {size!r}; use {', '.join(KINDS)} and {', '.join(SIZES_MM)}")
+    _check_kind(kind, size)
     generator = torch.Generator().manual_seed((subject.seed * 7919 + 31 * seed + len(kind)) % 2**63)
-
-    def between(low: float, high: float) -> float:
-        return low + (high - low) * torch.rand((), generator=generator).item()
-
-    radius = between(*SIZES_MM[size])
+    radius = _between(*SIZES_MM[size], generator)
     points = anatomy.grid_mm((14, 36, 36), 5.0, torch.linspace(-15, 45, 14))
     white = anatomy.tissue_maps(subject, points, 5.0)[2]
     off_middle = points[..., 0].abs() > min(12.0 + radius / 2, 28.0)  # the mirrored side is to be healthy
     at = ((white > 0.6) & off_middle).nonzero()
     z, y, x = at[int(torch.randint(len(at), (), generator=generator))].tolist()
-    parts = tuple((reach, *(between(*limits) for limits in ranges)) for reach, ranges in KINDS[kind])
-    stretch = tuple(math.exp(between(-0.25, 0.25)) for _ in range(3))
-    return Lesion(kind, size, tuple(points[z, y, x].tolist()), radius, stretch, parts, seed)
+    return _lesion(kind, size, tuple(points[z, y, x].tolist()), radius, generator, seed)
+
+
+def lesion_at(centre_mm: tuple[float, float, float], kind: str, size: str = "medium", seed: int = 0) -> Lesion:
+    """A lesion of a kind and size (`KINDS`, `SIZES_MM`) with its middle at a place (MNI mm). ValueError as above."""
+    _check_kind(kind, size)
+    generator = torch.Generator().manual_seed(seed)
+    return _lesion(kind, size, centre_mm, _between(*SIZES_MM[size], generator), generator, seed)
+
+
+def _check_kind(kind: str, size: str) -> None:
+    if kind not in KINDS or size not in SIZES_MM:
+        raise ValueError(f"unknown lesion {kind!r}, {size!r}; use {', '.join(KINDS)} and {', '.join(SIZES_MM)}")
+
+
+def _between(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * torch.rand((), generator=generator).item()
+
+
+def _lesion(kind: str, size: str, centre_mm, radius: float, generator: torch.Generator, seed: int) -> Lesion:
+    parts = tuple((reach, *(_between(*limits, generator) for limits in ranges)) for reach, ranges in KINDS[kind])
+    stretch = tuple(math.exp(_between(-0.25, 0.25, generator)) for _ in range(3))
+    return Lesion(kind, size, centre_mm, radius, stretch, parts, seed)
 
 
 def patient_slices(

@@ -14,14 +14,19 @@ KNOTS = (4, 7)  # fewest and most knots of a map of intensities
 WINDOW = 3  # side of the neighbourhood in which partial volumes are mixed linearly
 
 
-def remapped(x0: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
+APART = 0.7  # share of the images whose lesions have a map of their own
+
+
+def remapped(x0: Tensor, generator: Generator, share: float = 1.0, lesion: Tensor | None = None) -> Tensor:
     """Sources (batch, 1, y, x) in [0, 1] with the anatomy of x0 in contrasts that nobody has seen.
 
     A random map of intensities, continuous and seldom monotone, with 4 to 7 knots: air, the brightest value, and in
     between the means of clusters of values, so that every tissue may take any height, or else random levels. Its air
     stays dark nine times of ten, and the contrast among tissues is often low. More than half the images are first freed
     from a part of their own shading. Then a new shading, and in a part of the images blur and noise. share: of the
-    images that are remapped; the others stay. All draws come from `generator`; no other contrast is known here.
+    images that are remapped; the others stay. lesion: shares (batch, 1, y, x) of lesions, which have a map of their own
+    in most images: no curve leads from one contrast to another in healthy tissue and in lesions alike. All draws come
+    from `generator`; no other contrast is known here.
     """
 
     def rand(*shape: int) -> Tensor:
@@ -37,7 +42,11 @@ def remapped(x0: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
     heights = heights + (1 - heights) * 0.85 * rand(1) * (rand(1) < 0.5)  # lower contrast
     heights = _odd_ones(heights, rand(2), rand(2))
     heights[:, :1] *= rand(1) < 0.1  # air
-    y = _transfer(x, at, heights, mixed=rand(*one) < 0.7)
+    mixed = rand(*one) < 0.7
+    y = _transfer(x, at, heights, mixed)
+    if lesion is not None:
+        own = _transfer(x, at, rand(knots) * (0.3 + 0.9 * rand(1)), mixed)
+        y = torch.lerp(y, own, lesion.to(y) * (rand(*one) < APART))
     shading = F.interpolate(2 * rand(1, 4, 4) - 1, size=y.shape[2:], mode="bicubic", align_corners=True)
     y = y * (0.3 * rand(*one) ** 2 * shading).exp()
     y = torch.where(rand(*one) < 0.15, F.avg_pool2d(F.pad(y, [1] * 4, mode="replicate"), 3, 1), y)

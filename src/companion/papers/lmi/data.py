@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from companion.data import anatomy
 from companion.data.cohort import standards
-from companion.data.contrast_folder import Reading, cohort_of, layout_of, read_images, read_volumes, virtual_people
+from companion.data.contrast_folder import (
+    Reading,
+    cohort_of,
+    layout_of,
+    read_images,
+    read_volumes,
+    virtual_patients,
+    virtual_people,
+)
 from companion.data.store import Prepared, open_dataset, prepare_once
 from companion.files import project_root
 from companion.parameters import Parameters, param
@@ -18,10 +26,13 @@ class PrepareData(Reading, Parameters):
 
     source: str = param(
         "brain",
-        "brain: the embedded cohort; else a folder of NIfTI volumes, or one with a sub-folder "
-        "of slice images for each contrast",
+        "brain: the embedded cohort; patients: brains of several anatomies, most with lesions; else a folder of NIfTI "
+        "volumes, or one with a sub-folder of slice images for each contrast",
     )
     data: str = param("data/lmi_brain_64.h5", "where the prepared slices go; kept when it is there already")
+    heads: str | None = param(
+        None, "of patients: folder of real heads (companion data get heads); none: the template alone"
+    )
     validation_subjects: int = param(16, "virtual people to validate on", minimum=1)
     test_subjects: int = param(32, "virtual people to test on", minimum=1)
 
@@ -31,7 +42,7 @@ class PrepareData(Reading, Parameters):
         path = project_root() / self.data
         if path.exists():
             open_dataset(path)
-        elif self.source == "brain":
+        elif self.source in ("brain", "patients"):
             if unknown := [c for c in standards(self.contrasts) if c not in anatomy.SEQUENCES]:
                 raise ValueError(f"the cohort has no {', '.join(unknown)}; it has {', '.join(anatomy.SEQUENCES)}")
         elif layout_of(project_root() / self.source, self) is not None:
@@ -47,9 +58,12 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     path = project_root() / p.data
 
     def make() -> dict:
+        counts = {"train": p.subjects, "validation": p.validation_subjects, "test": p.test_subjects}
         if p.source == "brain":
-            counts = {"train": p.subjects, "validation": p.validation_subjects, "test": p.test_subjects}
             made = virtual_people(counts, p.slices_per_subject, p.contrasts, p.image_size, progress)
+        elif p.source == "patients":
+            heads = p.heads and project_root() / p.heads
+            made = virtual_patients(heads, counts, p.slices_per_subject, p.contrasts, p.image_size, progress)
         else:
             read = read_images if layout_of(project_root() / p.source, p) is None else read_volumes
             made = read(project_root() / p.source, path.parent, p, p.seed, progress)

@@ -65,7 +65,8 @@ def train(p: TrainTranslator, progress: bool = True) -> tuple[TrainResult, dict]
     D = begin(config, p.seed, p.start_from, p.autocast, p.device)
     options = p.pick("remapped_share", "dropout", "look_ahead", "P_mean", "P_std", "mirror")
     loss = partial(translation_loss, conditioning=p.conditioning)
-    images = prepared.slices(target, "train")  # no other contrast is opened
+    names = (target, "lesion") if "lesion" in prepared.shapes else (target,)
+    images = prepared.slices(names, "train")  # no other contrast is opened
     return fit(D, loss, images, p, config, options, progress=progress, schedule=p.schedule, log_every=20), config
 
 
