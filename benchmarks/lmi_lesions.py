@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sources", nargs="+", default=["T1w"])
     parser.add_argument("--target", default="T2w")
+    parser.add_argument("--weights", default="lmi/{target}", help="{target} is the contrast in small letters")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--patients", type=int, default=30)
     parser.add_argument("--evaluations", type=int, default=12)
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="a CSV file of all rows")
     asked = parser.parse_args()
-    prior = Translator.load(f"lmi/{asked.target.lower()}")
+    prior = Translator.load(asked.weights.format(target=asked.target.lower()))
     images, told = patients(asked.split, asked.patients, (*asked.sources, asked.target))
     everything = []
     for source in asked.sources:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from companion.data.cohort import called
-from companion.data.contrasts import cohort_slices
+from companion.data.contrasts import MAPS, cohort_slices
 from companion.data.shading import AIR
 from companion.data.store import Prepared, open_dataset
 from companion.files import project_root
@@ -80,7 +80,7 @@ def stacks(people: str, split: str, subjects: int, contrasts: Sequence[str], ima
 
 def array_of(prepared: Prepared, contrast: str) -> str:
     """The name of the array of a contrast, however either is called; ValueError if there is none."""
-    images = [name for name in prepared.shapes if name not in ("labels", "lesion")]
+    images = [name for name in prepared.shapes if name not in MAPS]
     if (found := called(images, contrast)) is None:
         raise ValueError(f"{prepared.path.name} has no {contrast}; it has {', '.join(images)}")
     return found

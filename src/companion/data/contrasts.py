@@ -12,6 +12,7 @@ from companion.data import anatomy
 from companion.data.intensity import scaled
 
 CONTRASTS = ("T1w", "T2w", "PDw")
+MAPS = ("labels", "lesion")  # arrays beside the contrasts, which are no images
 SCALE = (
     "percentiles 0.5 of all values and 99.5 of the foreground of a subject's slices are 0 and 1 "
     "(data.paired.percentile_scale); clipped"

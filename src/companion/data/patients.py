@@ -84,7 +84,7 @@ def anatomies(folder: str | Path | None, split: str, voxel_mm: float) -> list[An
 
 
 def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
-    """The brain of a T1-weighted head: tissues by its signal, at 1 mm in the template's space, then low-passed."""
+    """The brain of a T1-weighted head: tissues by its signal, in the template's space, low-passed for voxels of a size."""
     step = tuple(2 * v for v in head.voxel_mm)
     signal = head.signal[::2, ::2, ::2].numpy()
     brain = brain_mask(signal, step)
@@ -94,8 +94,9 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     affine = np.diag([*step, 1.0])
     affine[:3, 3] = -(np.array(signal.shape) - 1) / 2 * step
     place = torch.from_numpy(to_template(Volume((signal * brain).transpose(2, 1, 0), affine)).array).float()
-    shape = (180, 216, 180)
-    points = anatomy.grid_mm(shape, 1.0) @ place[:3, :3].T + place[:3, 3]
+    spacing = max(1.0, voxel_mm / 2.2)
+    shape = tuple(round(mm / spacing) for mm in (180, 216, 180))
+    points = anatomy.grid_mm(shape, spacing) @ place[:3, :3].T + place[:3, 3]
     there = Head(head.name, torch.from_numpy(signal), step, head.tissue, head.levels).at(points).numpy()
     share = Head("brain", torch.from_numpy(brain), step, head.tissue, head.levels).at(points).numpy()
 
@@ -106,9 +107,9 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     shares = share * np.stack([1 - above_csf, above_csf - above_grey, above_grey])
     expected = np.tensordot((csf, grey, white), shares, 1)
     texture = np.where(share > 0.5, np.clip(there / np.maximum(expected, 0.5 * csf), 0.8, 1.2), 1.0)
-    sigma = voxel_mm / 2.355 if voxel_mm > 1 else 0.0
+    sigma = voxel_mm / 2.355 / spacing if voxel_mm > 1 else 0.0
     maps = np.stack([gaussian_filter(m, sigma) if sigma else m for m in (*shares, texture)]).astype(np.float32)
-    to_voxel = np.linalg.inv(anatomy.affine(shape, 1.0))
+    to_voxel = np.linalg.inv(anatomy.affine(shape, spacing))
     return Anatomy(head.name, torch.from_numpy(maps), torch.from_numpy(to_voxel).float())
 
 
@@ -145,8 +146,10 @@ def patient(
     maps = _atrophied(source.at(at), rng)
     shares = [lesion.weights(points) * maps[:3].sum(0) for lesion in found]
     whole = torch.stack([s.sum(0) for s in shares]).amax(0) if shares else torch.zeros(shape)
-    tissue = {k: [v * f for v, f in zip(p, np.exp(rng.normal(0, (0.02, 0.08, 0.08))), strict=True)]
-              for k, p in anatomy.RELAXATION.items()}
+    tissue = {
+        k: [v * f for v, f in zip(p, np.exp(rng.normal(0, (0.02, 0.08, 0.08))), strict=True)]
+        for k, p in anatomy.RELAXATION.items()
+    }
     shading = (abs(rng.normal(0, 0.08)) * anatomy.smooth_field(points, subject.generator("bias"))).exp()
     images = {c: _contrast(c, maps, tissue, found, shares, rng) * shading for c in contrasts}
     images = {c: torch.from_numpy(scaled(_scanned(x, rng), name=c)[0])[:, None].float() for c, x in images.items()}

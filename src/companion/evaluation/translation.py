@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
+from companion.data.contrasts import MAPS
 from companion.data.remap import remapped
 from companion.data.shading import AIR
 from companion.diffusion.denoisers import Denoiser
@@ -113,7 +114,7 @@ def intensity_rules(stacks: dict[str, Tensor], bins: int = 128) -> list[dict]:
     map": the mean target value of each source value. The maps are fitted to the truth: limits, not methods.
     """
     table = []
-    for a, b in itertools.permutations([name for name in stacks if name != "labels"], 2):
+    for a, b in itertools.permutations([name for name in stacks if name not in MAPS], 2):
         x, y = grey(stacks[a]), grey(stacks[b])
         index = (x * (bins - 1)).round().long().flatten().numpy()
         counts = np.bincount(index, minlength=bins)
@@ -222,7 +223,7 @@ def source_errors(
     stacks: slices (slice, channel, y, x) of the target and of other contrasts. Sources are "nothing", "itself" (the
     clean target), "remapped", and every other contrast: looked at to measure, not to learn.
     """
-    images = {name: grey(x) for name, x in stacks.items() if name != "labels"}
+    images = {name: grey(x) for name, x in stacks.items() if name not in MAPS}
     if not images:
         return []
     generator = torch.Generator().manual_seed(seed)
