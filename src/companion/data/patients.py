@@ -1,10 +1,11 @@
 """Brains of many anatomies with and without lesions, as scanners and settings differ: what translators learn from.
 
-The virtual cohort (`companion.data.anatomy`) is one smooth template in one size, healthy, by one protocol. Here a person
-begins with the ICBM template or with the brain of a real head (`companion data get heads`: bias removed, brain and tissues
-found by classical steps, brought to the template), and is warped, made smaller or larger, with wider ventricles or sulci;
-half have lesions (`companion.data.lesions`) that push tissue aside. Tissue parameters, the protocol of every contrast,
-gamma, texture, shading and noise are drawn anew. Nothing leads from one contrast to another but the tissue.
+The virtual cohort (`companion.data.anatomy`) is one smooth template in one size, healthy, by one protocol. Here a
+person begins with the ICBM template or with the brain of a real head (`companion data get heads`: bias removed, brain
+and tissues found by classical steps, brought to the template), and is warped, made smaller or larger, with wider
+ventricles or sulci; two of three have lesions (`companion.data.lesions`) that push tissue aside. Tissue parameters, the
+protocol of every contrast, gamma, texture, shading and noise are drawn anew. Nothing leads from one contrast to another
+but the tissue.
 
     found = anatomies("data/heads", "train", voxel_mm=3.25)
     images = patient(found[1], anatomy.Subject(7), ("T1w", "T2w"), heights=torch.tensor([0.0, 20.0]))
@@ -72,8 +73,8 @@ class Anatomy:
 def anatomies(folder: str | Path | None, split: str, voxel_mm: float) -> list[Anatomy]:
     """The template and the whole heads of a folder that are for a split, low-passed for voxels of `voxel_mm`.
 
-    folder: as `companion data get heads` leaves it; none: the template alone. Raises as `load_heads` does, and ValueError
-    for a head without a brain.
+    folder: as `companion data get heads` leaves it; none: the template alone. Raises as `load_heads` does, and
+    ValueError for a head without a brain.
     """
     maps, to_voxel = anatomy.template(voxel_mm)
     found = [Anatomy("ICBM 152", maps, to_voxel)]
@@ -84,7 +85,7 @@ def anatomies(folder: str | Path | None, split: str, voxel_mm: float) -> list[An
 
 
 def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
-    """The brain of a T1-weighted head: tissues by its signal, in the template's space, low-passed for voxels of a size."""
+    """The brain of a T1-weighted head in the template's space: tissues by its signal, low-passed for `voxel_mm`."""
     step = tuple(2 * v for v in head.voxel_mm)
     signal = head.signal[::2, ::2, ::2].numpy()
     brain = brain_mask(signal, step)
