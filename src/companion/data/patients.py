@@ -43,7 +43,7 @@ PROTOCOLS = {
         {"repetition_ms": (1900, 2700), "echo_ms": (2, 5), "inversion_ms": (850, 1150)},
         {"repetition_ms": (400, 700), "echo_ms": (8, 15)},
     ),
-    "T2w": ({"repetition_ms": (3000, 9000), "echo_ms": (80, 130)},),
+    "T2w": ({"repetition_ms": (4500, 10000), "echo_ms": (105, 165)},),
     "PDw": ({"repetition_ms": (2000, 5000), "echo_ms": (8, 30)},),
     "FLAIR": ({"repetition_ms": (7000, 11000), "echo_ms": (90, 140), "inversion_ms": (2100, 2700)},),
 }
@@ -269,7 +269,7 @@ def _contrast(
 def _scanned(image: Tensor, rng: np.random.Generator) -> np.ndarray:
     """The magnitude with another gamma and noise, relative to its bright tissue."""
     image = image / image.flatten().quantile(0.995).clamp(min=1e-6)
-    image = image.clamp(min=0) ** math.exp(rng.normal(0, 0.12))
+    image = image.clamp(min=0) ** math.exp(rng.normal(0, 0.08))
     std = 0.03 * rng.random() ** 2
     noise = torch.from_numpy(rng.normal(0, std, (2, *image.shape)).astype(np.float32))
     noise = noise * (image > 0.02)  # stripped

@@ -17,6 +17,10 @@ from companion.reconstruction.translated_people import Direction, Drawing, trans
 from companion.reconstruction.translation import Translator
 
 WEIGHTS, SEGMENTERS = "lmi/{target}", "segmenter/{target}"  # what the name "embedded" stands for
+PATIENTS, KNOWN_PATIENTS = (
+    "lmi/patients/{target}",
+    ("T1w", "T2w", "FLAIR"),
+)  # and for scans of one's own, where there are
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,11 @@ class Translate(Drawing, Parameters):
     )
     targets: tuple[str, ...] = param(CONTRASTS, "contrasts to translate into")
     sources: tuple[str, ...] = param(CONTRASTS, "contrasts to translate from")
-    weights: str = param("lmi/{target}", "translators; {target} is the contrast in small letters")
+    weights: str = param(
+        "embedded",
+        "translators, {target} for the contrast; embedded: lmi/patients/{target} for scans of your own and for FLAIR, "
+        "lmi/{target} otherwise and for PDw",
+    )
     segmenters: str | None = param("segmenter/{target}", "segmenters that know only the target; none: no Dice")
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
     subjects: int = param(12, "held-out people; of one, scores have no error", minimum=1)
@@ -41,6 +49,12 @@ class Translate(Drawing, Parameters):
         super().__post_init__()
         for name in ("targets", "sources"):  # a file of T1, T2 and PD meets weights for T1w, T2w and PDw
             object.__setattr__(self, name, standards(getattr(self, name)))
+
+    def translator(self, target: str) -> str:
+        """The name of the translator into a contrast."""
+        own = self.people != "brain" or self.volume is not None
+        patients = target in KNOWN_PATIENTS and (own or target not in CONTRASTS)
+        return named(self.weights, target, PATIENTS if patients else WEIGHTS)
 
     def before_start(self) -> None:
         """Raise for people, weights or a volume that are not there, do not know a contrast, or are not of one."""
@@ -58,9 +72,9 @@ class Translate(Drawing, Parameters):
                 have = ", ".join(f"{len(who)} for {part}" for part, who in prepared.split.items())
                 raise ValueError(f"{self.people} has nobody for {self.split} ({have}); choose another split")
         for target in self.targets:
-            known = describe(named(self.weights, target)).get("data", {}).get("contrast", "")
+            known = describe(self.translator(target)).get("data", {}).get("contrast", "")
             if standard(known) != target:
-                raise ValueError(f"{named(self.weights, target)} makes {known or 'no contrast'}, not {target}")
+                raise ValueError(f"{self.translator(target)} makes {known or 'no contrast'}, not {target}")
             if self.segmenters and labelled:
                 describe(named(self.segmenters, target, SEGMENTERS))
         if self.volume is not None:
@@ -87,7 +101,7 @@ def study(p: Translate, people: People, progress: bool = True) -> list[Direction
     directions = []
     segmenters = p.segmenters if people.labels is not None else None
     for target in p.targets:
-        prior, segmenter = load_pair(p.weights, segmenters, target, p.device, p.autocast)
+        prior, segmenter = load_pair(p.translator(target), segmenters, target, p.device, p.autocast)
         directions += [
             translate_people(prior, segmenter, people, source, p.settings(), p.seed, progress, target)
             for source in p.sources
