@@ -196,7 +196,7 @@ def invariance(stacks: dict[str, Tensor], target: str, conditioning: Conditionin
     head, ours = (x0 > AIR)[:, 0], conditions(x, sigma, x0, conditioning)
     names = [f"{name} {patch}" for name in conditioning.maps if name != "source" for patch in conditioning.patches]
     table = []
-    for other in (name for name in stacks if name not in (target, "labels")):
+    for other in (name for name in stacks if name != target and name not in MAPS):
         row: dict[str, object] = {"source": other}
         theirs = conditions(x, sigma, grey(stacks[other]), conditioning)
         for i, name in enumerate(names + ["source"] * ("source" in conditioning.maps)):
