@@ -88,7 +88,7 @@ def translator_config(m: Model, prepared: Prepared, target: str) -> dict:
 
 def translation_loss(
     D: Denoiser,
-    x0: Tensor | Sequence[Tensor],
+    images: Tensor | Sequence[Tensor],
     generator: Generator,
     *,
     conditioning: Conditioning,
@@ -99,16 +99,18 @@ def translation_loss(
     P_std: float,
     mirror: bool,
 ) -> Tensor:
-    """The loss (batch,) of target images x0 (batch, channel, y, x), told of a source made from x0 itself.
+    """The loss (batch,) of target images (batch, channel, y, x), told of sources made from themselves.
 
-    x0: images, or images and the share of lesion in each pixel, which look their own way in the source.
+    images: or images and the share of lesion in each pixel, which look their own way in the source.
     """
-    x0, lesion = (x0, None) if isinstance(x0, Tensor) else x0
+    x0 = images if isinstance(images, Tensor) else images[0]
+    lesion = None if isinstance(images, Tensor) else images[1]
     options = {"generator": generator, "device": generator.device}
     c, batch = conditioning, len(x0)
     if mirror:
         turned = (torch.rand(batch, 1, 1, 1, **options) < 0.5).to(x0.device)
-        x0, lesion = (x if x is None else torch.where(turned, x.flip(-1), x) for x in (x0, lesion))
+        x0 = torch.where(turned, x0.flip(-1), x0)
+        lesion = None if lesion is None else torch.where(turned, lesion.flip(-1), lesion)
     source = remapped(x0, generator, remapped_share, lesion) if remapped_share else grey(x0)
     keep = told(batch, len(c.maps), dropout, generator)
     noise = randn(x0.shape, x0.dtype, generator, x0.device)

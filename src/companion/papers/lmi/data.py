@@ -62,7 +62,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
         if p.source == "brain":
             made = virtual_people(counts, p.slices_per_subject, p.contrasts, p.image_size, progress)
         elif p.source == "patients":
-            heads = p.heads and project_root() / p.heads
+            heads = None if p.heads is None else project_root() / p.heads
             made = virtual_patients(heads, counts, p.slices_per_subject, p.contrasts, p.image_size, progress)
         else:
             read = read_images if layout_of(project_root() / p.source, p) is None else read_volumes
