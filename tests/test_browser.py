@@ -109,7 +109,7 @@ def lab(tmp_path_factory):
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
         values = read_yaml(ROOT / "notebooks" / "params" / name / "smoke.yaml") | {"device": "cpu"}
         if name == "start_here":  # here its viewer counts, not its numbers
-            values |= {"image_size": 32, "subjects": 1, "evaluations": 2}
+            values |= {"image_size": 32, "subjects": 2, "evaluations": 2}
         at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
         notebook.cells.insert(at + 1, nb.new_code_cell("\n".join(f"{k} = {v!r}" for k, v in values.items())))
         nbformat.write(notebook, folder / f"{name}.ipynb")

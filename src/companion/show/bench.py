@@ -87,7 +87,7 @@ def _ranks(axes: Axes, rows: Sequence[dict], s: Settings) -> None:
         for prior, e in row["exact"].items():
             shares.append(torch.bincount(torch.tensor(e["ranks"]), minlength=bins).double() * bins / len(e["ranks"]))
             named.append(f"{i + 1} {row['name']}, {prior}: p = {e['ranks_p']:.1g}")
-    shown = axes.imshow(torch.stack(shares), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+    shown = axes.imshow(torch.stack(shares).numpy(), cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     axes.set(title="ranks of simulated truths", xlabel=f"rank among {s.rank_draws} draws")
     axes.set_yticks(range(len(named)), named, fontsize=7)
     axes.figure.colorbar(shown, ax=axes, label="share / uniform", shrink=0.8)

@@ -35,8 +35,8 @@ class Translate(Drawing, Parameters):
     sources: tuple[str, ...] = param(CONTRASTS, "contrasts to translate from")
     weights: str = param(
         "embedded",
-        "translators, {target} for the contrast; embedded: lmi/patients/{target} for scans of your own and for FLAIR, "
-        "lmi/{target} otherwise and for PDw",
+        "translators, {target} for the contrast; embedded: lmi/patients/flair, lmi/patients/t1w for scans of your own, "
+        "lmi/{target} otherwise",
     )
     segmenters: str | None = param("segmenter/{target}", "segmenters that know only the target; none: no Dice")
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
