@@ -35,8 +35,7 @@ class Translate(Drawing, Parameters):
     sources: tuple[str, ...] = param(CONTRASTS, "contrasts to translate from")
     weights: str = param(
         "embedded",
-        "translators, {target} for the contrast; embedded: lmi/patients/flair, lmi/patients/t1w for scans of your own, "
-        "lmi/{target} otherwise",
+        "translators, {target} for the contrast; embedded: lmi/patients/t1w for scans of your own, else lmi/{target}",
     )
     segmenters: str | None = param("segmenter/{target}", "segmenters that know only the target; none: no Dice")
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
@@ -53,8 +52,7 @@ class Translate(Drawing, Parameters):
     def translator(self, target: str) -> str:
         """The name of the translator into a contrast."""
         own = self.people != "brain" or self.volume is not None
-        patients = target in KNOWN_PATIENTS and (own or target not in CONTRASTS)
-        return named(self.weights, target, PATIENTS if patients else WEIGHTS)
+        return named(self.weights, target, PATIENTS if own and target in KNOWN_PATIENTS else WEIGHTS)
 
     def before_start(self) -> None:
         """Raise for people, weights or a volume that are not there, do not know a contrast, or are not of one."""
