@@ -17,10 +17,7 @@ from companion.reconstruction.translated_people import Direction, Drawing, trans
 from companion.reconstruction.translation import Translator
 
 WEIGHTS, SEGMENTERS = "lmi/{target}", "segmenter/{target}"  # what the name "embedded" stands for
-PATIENTS, KNOWN_PATIENTS = (
-    "lmi/patients/{target}",
-    ("T1w", "T2w", "FLAIR"),
-)  # and for scans of one's own, where there are
+PATIENTS, KNOWN_PATIENTS = "lmi/patients/{target}", ("T1w",)  # and for scans of one's own, where there is one
 
 
 @dataclass(frozen=True)
