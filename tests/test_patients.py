@@ -12,6 +12,7 @@ from companion.data.heads import prepare_head
 from companion.data.store import open_dataset, write_dataset
 from companion.diffusion.denoisers import EDMDenoiser
 from companion.diffusion.local_information import Conditioning
+from companion.papers.lmi.data import PrepareData, prepare
 from companion.training.translation import translation_loss
 
 HEIGHTS = torch.tensor([5.0, 25.0])
@@ -112,3 +113,18 @@ def test_a_training_sees_lesions_and_nobody_takes_them_for_a_contrast(tmp_path):
         x0 = (image[None].repeat(8, 1, 1, 1), some[None].repeat(8, 1, 1, 1))
         losses.append(translation_loss(D, x0, torch.Generator().manual_seed(0), conditioning=c, **options))
     assert losses[0].shape == (8,) and not torch.equal(*losses)
+
+
+def test_heads_that_are_not_there_are_named_before_the_start_and_concern_patients_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="missing; run: companion data get heads"):
+        PrepareData(source="patients", heads="data/heads", contrasts=("T1w",)).before_start()
+    asked = {
+        "contrasts": ("T1w",),
+        "slices_per_subject": 1,
+        "subjects": 1,
+        "validation_subjects": 1,
+        "test_subjects": 1,
+    }
+    made = [prepare(PrepareData(source=s, data=f"{s}.h5", **asked), progress=False) for s in ("brain", "patients")]
+    assert ["heads" in m.attrs["parameters"] for m in made] == [False, True], "files of before still fit"

@@ -138,8 +138,12 @@ def tissue_maps(subject: Subject | None, points_mm: Tensor, voxel_mm: float) -> 
     The maps are low-passed to the voxel size first (no aliasing). `subject=None` gives the template itself.
     """
     maps, to_voxel = template(voxel_mm)
-    points = points_mm if subject is None else warp(subject, points_mm)
-    voxels = points @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+    return sampled(maps, to_voxel, points_mm if subject is None else warp(subject, points_mm))
+
+
+def sampled(maps: Tensor, to_voxel: Tensor, points_mm: Tensor) -> Tensor:
+    """Return maps (map, z, y, x) at points (*space, 3) of MNI mm, (map, *space); 0 outside."""
+    voxels = points_mm @ to_voxel[:3, :3].T + to_voxel[:3, 3]
     size = torch.tensor(maps.shape[:0:-1], dtype=torch.float32)  # (x, y, z)
     unit = 2 * voxels / (size - 1) - 1
     return F.grid_sample(maps[None], unit[None], align_corners=True)[0]

@@ -24,7 +24,7 @@ from scipy.ndimage import gaussian_filter
 from companion.data import heads as mri
 from companion.data import pet as cohort
 from companion.data.anatomy import SLAB_MM, Subject
-from companion.data.head_tissues import brain_mask, tissue_levels
+from companion.data.head_tissues import brain_mask, fluid_level, tissue_levels
 from companion.data.heads import Head, draw_plane, rotation, smooth_noise, texture
 
 SCALE_KBQ = 25.0  # kBq/mL that are 1 here
@@ -49,7 +49,7 @@ def active_head(head: Head) -> ActiveHead:
     signal, voxel_mm = head.signal[::2, ::2, ::2].numpy(), tuple(2 * v for v in head.voxel_mm)
     mask = brain_mask(signal, voxel_mm)
     _, grey, white = tissue_levels(signal, mask)
-    csf = max(0.1 * grey, grey - 1.3 * (white - grey))
+    csf = fluid_level(grey, white)
     return ActiveHead(
         head, Head("brain", torch.from_numpy(mask), voxel_mm, head.tissue, head.levels), (csf, grey, white)
     )

@@ -81,3 +81,8 @@ def tissue_levels(signal: np.ndarray, brain: np.ndarray, iterations: int = 60) -
         spread = np.sqrt((weight * (values[:, None] - mean) ** 2).sum(0) / total).clip(0.02 * values.std())
     csf, grey, white = np.sort(mean)
     return float(csf), float(grey), float(white)
+
+
+def fluid_level(grey: float, white: float) -> float:
+    """Return the signal of CSF as those of grey and white matter tell it: few pixels of a brain are fluid alone."""
+    return max(0.1 * grey, grey - 1.3 * (white - grey))

@@ -206,17 +206,22 @@ def write_head(path: Path, content: bytes) -> None:
         aside.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
 
 
+def head_files(folder: str | Path, split: str) -> dict[str, Path]:
+    """Return name -> file of the heads of a split in a folder. Raises FileNotFoundError when one is missing."""
+    found = {source.name: Path(folder) / f"{source.name}.nii.gz" for source in SOURCES if source.split == split}
+    for path in found.values():
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing; run: companion data get heads")
+    return found
+
+
 def load_heads(folder: str | Path, split: str) -> list[Head]:
     """Return the heads of a split, "train" or "validation", that `get_heads` left in a folder.
 
     Raises FileNotFoundError when one is missing.
     """
     heads = []
-    for source in SOURCES:
-        if source.split == split:
-            path = Path(folder) / f"{source.name}.nii.gz"
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is missing; run: companion data get heads")
-            image = nib.load(path)
-            heads.append(prepare_head(source.name, np.asarray(image.dataobj), image.header.get_zooms()[:3]))
+    for name, path in head_files(folder, split).items():
+        image = nib.load(path)
+        heads.append(prepare_head(name, np.asarray(image.dataobj), image.header.get_zooms()[:3]))
     return heads

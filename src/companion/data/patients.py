@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from companion.data import anatomy
 from companion.data.anatomy import Subject
-from companion.data.head_tissues import brain_mask, tissue_levels
+from companion.data.head_tissues import brain_mask, fluid_level, tissue_levels
 from companion.data.heads import Head
 from companion.data.heads_download import load_heads
 from companion.data.intensity import scaled
@@ -37,7 +37,8 @@ from companion.data.registration import to_template
 from companion.extras import extra
 
 PLATEAU = 0.2  # of the way between two tissues' signals, at either end: noise there is no partial volume
-# Ranges of settings, milliseconds; round numbers of clinical protocols at 1.5 and 3 T.
+# Ranges of settings, milliseconds; round numbers of clinical protocols at 1.5 and 3 T, but for T2w's echo: longer, so
+# that tissue is as dark beside fluid as in real images, which turbo spin echoes and shorter T2 times make so.
 PROTOCOLS = {
     "T1w": (
         {"repetition_ms": (1900, 2700), "echo_ms": (2, 5), "inversion_ms": (850, 1150)},
@@ -64,10 +65,7 @@ class Anatomy:
 
     def at(self, points: Tensor) -> Tensor:
         """The maps (4, *space) at points (*space, 3) of MNI mm."""
-        voxels = points @ self.to_voxel[:3, :3].T + self.to_voxel[:3, 3]
-        size = torch.tensor(self.maps.shape[:0:-1], dtype=torch.float32)
-        unit = (2 * voxels / (size - 1) - 1)[None]
-        return F.grid_sample(self.maps[None], unit, align_corners=True)[0]
+        return anatomy.sampled(self.maps, self.to_voxel, points)
 
 
 def anatomies(folder: str | Path | None, split: str, voxel_mm: float) -> list[Anatomy]:
@@ -91,7 +89,7 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     brain = brain_mask(signal, step)
     signal = signal / _bias(signal, brain)
     _, grey, white = tissue_levels(signal, brain)
-    csf = max(0.1 * grey, grey - 1.3 * (white - grey))
+    csf = fluid_level(grey, white)
     affine = np.diag([*step, 1.0])
     affine[:3, 3] = -(np.array(signal.shape) - 1) / 2 * step
     place = torch.from_numpy(to_template(Volume((signal * brain).transpose(2, 1, 0), affine)).array).float()

@@ -15,6 +15,7 @@ from companion.data.contrast_folder import (
     virtual_patients,
     virtual_people,
 )
+from companion.data.heads_download import head_files
 from companion.data.store import Prepared, open_dataset, prepare_once
 from companion.files import project_root
 from companion.parameters import Parameters, param
@@ -43,6 +44,9 @@ class PrepareData(Reading, Parameters):
         if path.exists():
             open_dataset(path)
         elif self.source in ("brain", "patients"):
+            if self.source == "patients" and self.heads is not None:
+                for split in ("train", "validation"):
+                    head_files(project_root() / self.heads, split)
             if unknown := [c for c in standards(self.contrasts) if c not in anatomy.SEQUENCES]:
                 raise ValueError(f"the cohort has no {', '.join(unknown)}; it has {', '.join(anatomy.SEQUENCES)}")
         elif layout_of(project_root() / self.source, self) is not None:
@@ -69,5 +73,6 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
             made = read(project_root() / p.source, path.parent, p, p.seed, progress)
         return made | {"seed": p.seed, "units": dict.fromkeys(made["arrays"], "1")}
 
-    wanted = p.pick(*(name for name in PrepareData.__dataclass_fields__ if name not in ("device", "out", "data")))
+    without = {"device", "out", "data"} | (set() if p.source == "patients" else {"heads"})
+    wanted = p.pick(*(name for name in PrepareData.__dataclass_fields__ if name not in without))
     return prepare_once(path, wanted, make)
