@@ -123,6 +123,12 @@ def test_what_is_no_entry_is_refused_with_the_reason(tmp_path, code, said):
         draw(read_entry(path), problem.prior, problem.A, problem.y, 0.02, range(2), 5, None)
 
 
+def test_a_file_of_another_kind_is_no_entry(tmp_path):
+    (tmp_path / "mine.txt").write_text("def sample(D): pass")
+    with pytest.raises(ValueError, match=r"must end in \.py"):
+        read_entry(tmp_path / "mine.txt")
+
+
 def test_the_option_of_the_grid_that_draws_from_the_posterior_is_found():
     """Too narrow draws have the better mean, too wide ones the better coverage: the score takes neither."""
     inner, problem = truth().draw, make_problem("gaussian", 8, draws=10)

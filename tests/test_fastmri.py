@@ -214,7 +214,8 @@ def test_reading_a_volume_takes_the_memory_of_the_result_and_a_slice(tmp_path):
         (FULL[:300], "damaged"),
         (FULL.replace("<x>90</x>", "<x>0</x>"), "is 0, 37, 1"),
         (FULL.replace("<x>90</x>", "<x>many</x>"), "damaged"),
-        (FULL.replace("matrixSize", "size"), "incomplete"),
+        (FULL.replace("matrixSize", "size"), "incomplete .no encodedSpace matrixSize"),
+        (FULL.replace("encoding>", "coding>"), "incomplete .no encoding"),
     ],
 )
 def test_headers_that_are_refused(text, words):

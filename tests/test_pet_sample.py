@@ -1,6 +1,7 @@
 """PET's sampling: one seed one image, whatever the batch; files that keep scale, truth and counts; honest tables."""
 
 import json
+from dataclasses import replace
 
 import h5py
 import nibabel
@@ -223,3 +224,6 @@ def test_enhancement_table_and_calibration(enhanced):
     assert set(show_activity.uncertainty(drawn)["2000000\n-10 mm"]) >= {"truth", "std of draws"}
     shown = show_activity.overview(drawn, noisy, most=5)["2000001\n30 mm"]
     assert list(shown) == ["truth", "MLEM", "seed 0", "seed 1", "mean"]
+    for of_people in (enhancement.enhancement_table, show_activity.uncertainty):
+        with pytest.raises(ValueError, match="unconditional"):
+            of_people(replace(drawn, cases=None))

@@ -105,9 +105,12 @@ def test_bart_solves_the_same_problem(kind):
     assert found.shape == x.shape and ((found - ours).norm() / ours.norm()).item() < 0.1
 
 
-def test_bart_missing_is_told(monkeypatch):
-    monkeypatch.setattr(regularised.shutil, "which", lambda name: None)
+def test_bart_missing_is_told_and_what_it_cannot_solve(monkeypatch):
     A, y, _ = problem()
+    monkeypatch.setattr(regularised.shutil, "which", lambda name: name)
+    with pytest.raises(ValueError, match="got Mask"):
+        bart_pics(A.mask, y, A.coils.maps[None])
+    monkeypatch.setattr(regularised.shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="install BART"):
         bart_pics(A, y, A.coils.maps[None])
 

@@ -37,6 +37,8 @@ def test_nifti_cine_is_one_slice_over_time(tmp_path):
     s = load_series(nifti(tmp_path / "cine.nii", stored, (1.5, 1.5, 8.0)), position=1)
     assert s.frames.shape == (8, 1, 6, 4) and s.step_mm is None and s.pixel_mm == (1.5, 1.5)
     assert np.allclose(s.frames[5, 0] * s.scale, stored[:, :, 1, 5].T)
+    across = load_series(tmp_path / "cine.nii", position=1, axis=1, shape=(8, 8))  # frames (time, x): no size in mm
+    assert across.frames.shape == (6, 1, 8, 8) and across.step_mm == 1.5 and across.pixel_mm is None
     with pytest.raises(ValueError, match="4D"):
         load_series(tmp_path / "cine.nii")
     with pytest.raises(ValueError, match="position 3 of a series with 3"):

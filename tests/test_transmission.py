@@ -1,6 +1,7 @@
 """Filtered back projection and Poisson transmission: right, monotone and calibrated, on virtual and measured scans."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,8 @@ def test_the_virtual_scan_reconstructs_and_its_map_serves_an_emission_scan():
     lines = transmission.emission_table(scan, {"truth": scan.truth.mu, "MAP": found.x, "none": None}, 1e6)
     heart = {one["attenuation from"]: one["heart (%)"] for one in lines}
     assert abs(heart["truth"]) < 3 and abs(heart["MAP"]) < 10 and heart["none"] < -30
+    with pytest.raises(ValueError, match="virtual thorax"):
+        transmission.emission_table(replace(scan, truth=None), {"none": None}, 1e6)
 
 
 @pytest.mark.skipif(not MEASURED.is_dir(), reason="the measured ECAT scan is not beside this checkout")

@@ -117,9 +117,7 @@ def chosen_slices(name: str, a: Activity, per_subject: int, image_size: int) -> 
     side = max(a.image.shape[-2:])
     shares = _area_shares(side, image_size)
 
-    def resized(stack: Tensor | None) -> Tensor | None:
-        if stack is None:
-            return None
+    def resized(stack: Tensor) -> Tensor:
         x = stack[at][:, None]
         height, width = x.shape[-2:]
         low, left = (side - height) // 2, (side - width) // 2
@@ -127,7 +125,8 @@ def chosen_slices(name: str, a: Activity, per_subject: int, image_size: int) -> 
         return shares @ x @ shares.T
 
     place = at / max(1, len(a.image) - 1)
-    return Person(name, resized(a.image), resized(a.mu), place, a.pixel_mm * side / image_size)
+    mu = None if a.mu is None else resized(a.mu)
+    return Person(name, resized(a.image), mu, place, a.pixel_mm * side / image_size)
 
 
 def _area_shares(n: int, size: int) -> Tensor:

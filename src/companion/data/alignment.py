@@ -48,7 +48,7 @@ def resample(volume: Volume, reference: Volume, nearest: bool = False) -> Volume
     moved = affine_transform(
         array,
         to_voxel[:3, :3][::-1, ::-1],
-        to_voxel[:3, 3][::-1],
+        to_voxel[:3, 3][::-1].tolist(),
         output_shape=reference.array.shape,
         order=0 if nearest else 1,
         cval=float(array.min()),
@@ -98,7 +98,7 @@ def alignment(a: np.ndarray, b: np.ndarray, reach: int = 3, bins: int = 32) -> A
     a, b = (np.asarray(x) for x in (a, b))
     if a.shape != b.shape or a.ndim not in (2, 3):
         raise ValueError(f"pairs must have one shape, (y, x) or (z, y, x), got {a.shape} and {b.shape}")
-    values = [scaled(x, name=name)[0] for x, name in ((a, "the first image"), (b, "the second image"))]
+    values = scaled(a, name="the first image")[0], scaled(b, name="the second image")[0]
     reaches = tuple(min(reach, (n - 1) // 4) for n in a.shape)
     middle = [slice(r, n - r) for r, n in zip(reaches, a.shape, strict=True)]  # so that every shift counts as many
     shift, here, best = _best_shift(*values, middle, reaches, bins)

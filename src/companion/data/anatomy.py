@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,7 +193,7 @@ def _upsample(noise: Tensor, shape: tuple[int, ...], keep: slice = slice(None)) 
         weight = torch.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, (2 - distance).clamp(min=0) ** 3 / 6)
         weight = weight / weight.pow(2).sum(1, keepdim=True).sqrt()  # keeps unit variance everywhere
         weight = weight[keep] if axis == 2 else weight
-        noise = torch.movedim(torch.tensordot(weight, noise, dims=([1], [axis])), 0, axis)
+        noise = torch.movedim(torch.tensordot(weight, noise.movedim(axis, 0), 1), 0, axis)
     return noise
 
 
@@ -203,13 +204,13 @@ def _template(voxel_mm: float) -> tuple[Tensor, Tensor]:
         from nilearn import datasets
     from scipy.ndimage import binary_fill_holes, gaussian_filter
 
-    images = [
+    images: list[Any] = [
         load(resolution=1)
         for load in (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template)
     ]
     t1, grey, white = (np.asarray(image.dataobj, np.float32).transpose(2, 1, 0) for image in images)
     mask = t1 > 0.05
-    mask = np.stack([binary_fill_holes(slice_) for slice_ in mask]).astype(np.float32)
+    mask = np.stack([np.asarray(binary_fill_holes(slice_)) for slice_ in mask]).astype(np.float32)
     grey, white = grey * mask, white * mask
     excess = np.maximum(grey + white, 1)
     grey, white = grey / excess, white / excess

@@ -12,9 +12,10 @@ All channels of an image move together: stack an image and its condition before 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class AugmentPipe:
 
     def draw(self, n: int, generator: Generator) -> list[Tensor]:
         """Every random number for n images, in the published order: each move's values, then its gate."""
-        on = dict(generator=generator, device=generator.device)
+        on: dict[str, Any] = dict(generator=generator, device=generator.device)
         coin = partial(torch.randint, 2, (n,), **on)
         rand, randn = partial(torch.rand, n, **on), partial(torch.randn, n, **on)
         flips = [coin(), rand(), coin(), rand()]
@@ -148,7 +149,7 @@ class AugmentPipe:
         images[moved] = resample(images[moved], matrices)
         return images
 
-    def inverse(self, moves: Moves, size: tuple[int, int]) -> Tensor:
+    def inverse(self, moves: Moves, size: Sequence[int]) -> Tensor:
         """Matrices (n, 3, 3) from places (x, y, 1) in the new image to the old, in pixels from the centre."""
         scale, stretch = 2 ** (-self.scale_std * moves.scale), 2 ** (-self.stretch_std * moves.stretch)
         x, y = (self.shift_std * shift for shift in moves.shift)

@@ -98,7 +98,7 @@ def read_images(source: Path, beside: Path, r: Reading, seed: int, progress: boo
     See `paired.SlicePairs`. beside: a folder with room for the arrays while they are read.
     """
     pairs = paired.SlicePairs(
-        {c: source / c for c in r.contrasts}, channels=r.channels, size=(r.image_size,) * 2, refuse=False
+        {c: source / c for c in r.contrasts}, channels=r.channels, size=(r.image_size, r.image_size), refuse=False
     )
     names = standards(r.contrasts)
     arrays, used, left = {c: Rows(beside) for c in names}, [], dict(pairs.refused)
@@ -143,7 +143,7 @@ def layout_of(source: Path, r: Reading) -> str | None:
 def cohort_of(source: Path, r: Reading) -> Cohort:
     """Who has which contrasts, by their standard names; FileNotFoundError or ValueError as `find_contrasts`."""
     names, layout = standards(r.contrasts), layout_of(source, r)
-    if layout == ANY:
+    if layout is None or layout == ANY:
         return find_contrasts(source, names, r.people and project_root() / r.people)
     known = {standard(c): ends for c, ends in LAYOUTS[layout].items()}
     if lacking := [c for c in names if c not in known]:
@@ -169,7 +169,7 @@ def read_volumes(source: Path, beside: Path, r: Reading, seed: int, progress: bo
             per_subject=r.slices_per_subject,
             subjects=r.subjects,
             plane=r.plane,
-            size=(r.image_size,) * 2,
+            size=(r.image_size, r.image_size),
             reference=standard(r.reference) if r.reference else None,
             registered=r.unaligned == "register",
             template=r.grid == "template",

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -66,7 +67,8 @@ class Draws:
     def _npz(self, folder: Path) -> list[Path]:
         about = {"seeds": np.array(self.seeds), "name": np.array(self.names), "about": np.array(json.dumps(self.about))}
         with atomic_write(folder / "drawn.npz") as aside:
-            np.savez_compressed(aside, **self._arrays(), **about)
+            whole: dict[str, Any] = self._arrays() | about
+            np.savez_compressed(aside, **whole)
         return [folder / "drawn.npz"]
 
     def _hdf5(self, folder: Path) -> list[Path]:
@@ -75,9 +77,9 @@ class Draws:
             write_dataset(
                 folder / "drawn.h5",
                 arrays,
-                units={"drawn": self.about["units"]} | dict(self.units),
+                units={"drawn": str(self.about["units"])} | dict(self.units),
                 scale=dict.fromkeys(arrays, 1.0),
-                source=self.about["weights"],
+                source=str(self.about["weights"]),
                 seed=None,
                 subjects=self.names,
                 split={},

@@ -153,7 +153,7 @@ def open_volume(path: str | os.PathLike) -> Volume:
             raise ValueError(f"{path}: its k-space is zero everywhere, or everywhere that its mask says was measured")
         lines = (int(span[0]), int(span[-1]) + 1)
         undersampled = given is not None or len(span) < lines[1] - lines[0]
-        shape = (*(int(n) for n in shape[:3]), width)
+        shape = int(shape[0]), int(shape[1]), int(shape[2]), width
         recon = header.recon[1:] if header else tuple(reference[1:]) if reference else shape[2:]
         attrs = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
         attrs = {k: v for k, v in attrs.items() if isinstance(v, str | int | float)}
@@ -161,7 +161,7 @@ def open_volume(path: str | os.PathLike) -> Volume:
             path=path,
             name=path.stem,
             shape=shape,
-            recon_shape=tuple(int(n) for n in recon),
+            recon_shape=(int(recon[0]), int(recon[1])),
             crop_shape=_crop_shape(header, shape[2:], recon),
             voxel_mm=_voxel_mm(header, shape),
             lines=lines,
@@ -238,8 +238,10 @@ def _columns(header: Header | None, stored: int) -> tuple[int, tuple[int, int]]:
 def _crop_shape(header: Header | None, space: tuple[int, int], recon) -> tuple[int, int]:
     if header and header.encoded_mm and header.recon_mm:
         shares = [r / e for r, e in zip(header.recon_mm[1:], header.encoded_mm[1:], strict=True)]
-        return tuple(max(1, min(n, round(n * share))) for n, share in zip(space, shares, strict=True))
-    return tuple(min(n, int(m)) for n, m in zip(space, recon, strict=True))
+        rows, columns = (max(1, min(n, round(n * share))) for n, share in zip(space, shares, strict=True))
+    else:
+        rows, columns = (min(n, int(m)) for n, m in zip(space, recon, strict=True))
+    return rows, columns
 
 
 def _voxel_mm(header: Header | None, shape) -> tuple[float, float, float] | None:
@@ -279,7 +281,8 @@ def _probe(stored: h5py.Dataset, width: int, offset: int) -> tuple[tuple[int, in
             if one.any():
                 placed = np.zeros((*one.shape[:-1], width), np.complex64)
                 placed[..., offset : offset + one.shape[-1]] = one
-                return echo_offset(torch.from_numpy(placed)), (placed != 0).any((0, 1))
+                rows, columns = echo_offset(torch.from_numpy(placed))
+                return (rows, columns), (placed != 0).any((0, 1))
     return (0, 0), np.zeros(width, bool)
 
 

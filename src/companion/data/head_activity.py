@@ -46,7 +46,8 @@ class ActiveHead:
 
 def active_head(head: Head) -> ActiveHead:
     """Return a head with its brain found. Raises ValueError where there is none."""
-    signal, voxel_mm = head.signal[::2, ::2, ::2].numpy(), tuple(2 * v for v in head.voxel_mm)
+    x, y, z = head.voxel_mm
+    signal, voxel_mm = head.signal[::2, ::2, ::2].numpy(), (2 * x, 2 * y, 2 * z)
     mask = brain_mask(signal, voxel_mm)
     _, grey, white = tissue_levels(signal, mask)
     csf = fluid_level(grey, white)

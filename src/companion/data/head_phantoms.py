@@ -113,14 +113,14 @@ def one_slice(levels, signal, brain, rng, ratio: float, scalp: bool, lesions: bo
     outside = np.where(signal > 0.9 * white, SCALP["fat"], SCALP["soft"]) * sigmoid((signal - 0.5 * grey) / soft)
     image = brain * inside + (1 - brain) * (outside if scalp else 0)
     labels = np.where(brain > 0.5, 1 + shares.argmax(0), 0).astype(np.uint8)
-    body = binary_fill_holes((signal > AIR) | (brain > 0.5))
+    body = np.asarray(binary_fill_holes((signal > AIR) | (brain > 0.5)))
     found = np.zeros_like(labels)
     if lesions:
         image, found = with_lesion(image, brain > 0.5, rng)
     if body.sum() < STRIPPED * (brain > 0.5).sum():
         mu = _attenuation(torch.from_numpy(brain > 0.5)[None], FIELD_MM / FINE)[0].numpy()
     else:
-        away = distance_transform_edt(brain <= 0.5) * FIELD_MM / FINE
+        away = np.asarray(distance_transform_edt(brain <= 0.5)) * FIELD_MM / FINE
         bone = (away > 1) & (away < 12) & (signal < 0.5 * grey)
         mu = np.where(body, np.where(bone, MU_SKULL, MU_WATER), 0.0)
     return image.astype(np.float32), labels, found, mu.astype(np.float32)
@@ -130,7 +130,7 @@ def with_lesion(image: np.ndarray, brain: np.ndarray, rng) -> tuple[np.ndarray, 
     """The image with one hot disc deep in the brain, and its mask; unchanged where none fits."""
     pixel = FIELD_MM / FINE
     radius, contrast = rng.uniform(*LESION_RADIUS_MM), rng.uniform(*LESION_CONTRAST)
-    places = np.argwhere(distance_transform_edt(brain) * pixel > radius + 2)
+    places = np.argwhere(np.asarray(distance_transform_edt(brain)) * pixel > radius + 2)
     if not len(places):
         return image, np.zeros(brain.shape, np.uint8)
     y, x = places[int(rng.integers(len(places)))]

@@ -9,6 +9,8 @@ largest component, geodesic dilation), and a mixture of three Gaussians gives th
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 from scipy import ndimage
 
@@ -54,16 +56,21 @@ def brain_mask(signal: np.ndarray, voxel_mm) -> np.ndarray:
     return ndimage.map_coordinates(smooth, grid, order=1, mode="nearest").astype(np.float32)
 
 
+def _depth(inside: np.ndarray) -> np.ndarray:
+    """How far each voxel is from the outside, in voxels."""
+    return np.asarray(ndimage.distance_transform_edt(inside))
+
+
 def _core(tissue: np.ndarray, radius: int) -> np.ndarray | None:
     """The brain among tissue on the coarse grid: eroded, the largest component, grown back, closed, holes filled."""
-    ball = ndimage.distance_transform_edt(tissue) > radius
-    parts, count = ndimage.label(ball)
+    ball = _depth(tissue) > radius
+    parts, count = cast("tuple[np.ndarray, int]", ndimage.label(ball))
     if not count:
         return None
     largest = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    near = ndimage.distance_transform_edt(~largest) <= radius + 0.6
+    near = _depth(~largest) <= radius + 0.6
     grown = near & tissue
-    closed = ndimage.distance_transform_edt(ndimage.distance_transform_edt(~grown) <= CLOSING) > CLOSING
+    closed = _depth(_depth(~grown) <= CLOSING) > CLOSING
     return ndimage.binary_fill_holes(closed | grown)
 
 

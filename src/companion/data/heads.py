@@ -66,8 +66,9 @@ def prepare_head(name: str, signal: np.ndarray, voxel_mm) -> Head:
     levels = torch.from_numpy(signal[::3, ::3, ::3][signal[::3, ::3, ::3] > AIR])
     finer = torch.from_numpy(signal)
     for axis, n in enumerate(signal.shape):
-        finer = torch.movedim(torch.tensordot(spline_matrix(n, 2 * n - 1), finer, dims=([1], [axis])), 0, axis)
-    return Head(name, finer.clamp(0, 3).contiguous(), tuple(float(v) / 2 for v in voxel_mm), tissue, levels)
+        finer = torch.tensordot(spline_matrix(n, 2 * n - 1), finer.movedim(axis, 0), 1).movedim(0, axis)
+    x, y, z = (float(v) / 2 for v in voxel_mm)
+    return Head(name, finer.clamp(0, 3).contiguous(), (x, y, z), tissue, levels)
 
 
 @lru_cache(maxsize=64)
@@ -90,7 +91,9 @@ def head_image(head: Head, rng: np.random.Generator, size: int = 128, pixel_mm: 
     steps = min(3, max(1, round(thickness / 1.0)))
     offsets = [(i + 0.5) / steps - 0.5 for i in range(steps)]
     tone = draw_contrast(head.levels.numpy(), rng)
-    image = np.mean([tone(head.at(plane.shifted(thickness * o)).numpy()) for o in offsets], 0, dtype=np.float32)
+    image = np.asarray(
+        np.mean([tone(head.at(plane.shifted(thickness * o)).numpy()) for o in offsets], 0, dtype=np.float32)
+    )
     image = add_lesions(image, rng, pixel / fine)
     image = image * texture(n, rng) * bias_field(n, rng)
     return resolution(image, rng, size, fine)
@@ -126,14 +129,14 @@ def draw_plane(
 
     axes: rows (3, 3) as of `rotation`, which draws them by default.
     """
-    axes = rotation(rng) if axes is None else axes
+    turned = rotation(rng) if axes is None else axes
     size = np.exp(rng.normal(0, 0.08) + rng.normal(0, 0.05, 3))  # children to large heads, long and short ones
     centre = draw_centre(head, rng, n * spacing_mm)
     line = (torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * spacing_mm
     y, x = torch.meshgrid(line, line, indexing="ij")
-    axes = torch.from_numpy((axes / size).astype(np.float32))
-    points = centre + y[..., None] * axes[0] + x[..., None] * axes[1]
-    return Plane(points + bulges(points, rng) + waves(n, rng, n * spacing_mm), axes[2])
+    down, across, normal = torch.from_numpy((turned / size).astype(np.float32))
+    points = centre + y[..., None] * down + x[..., None] * across
+    return Plane(points + bulges(points, rng) + waves(n, rng, n * spacing_mm), normal)
 
 
 def rotation(rng: np.random.Generator) -> np.ndarray:

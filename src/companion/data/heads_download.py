@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -193,7 +194,8 @@ def member(archive: Path, end: str) -> bytes:
             stream = io.BytesIO(done.stdout)
         with stream, tarfile.open(fileobj=stream) as file:
             item = next((m for m in file if m.isfile() and m.name.endswith(end)), None)
-            content = file.extractfile(item).read() if item else None
+            found = file.extractfile(item) if item else None
+            content = found.read() if found else None
     if content is None:
         raise OSError(f"{archive.name} has no {end}")
     return content
@@ -222,6 +224,6 @@ def load_heads(folder: str | Path, split: str) -> list[Head]:
     """
     heads = []
     for name, path in head_files(folder, split).items():
-        image = nib.load(path)
+        image: Any = nib.load(path)
         heads.append(prepare_head(name, np.asarray(image.dataobj), image.header.get_zooms()[:3]))
     return heads

@@ -42,7 +42,9 @@ class Canvas:
         u, v = dx * turn.cos() - dy * turn.sin(), dx * turn.sin() + dy * turn.cos()
         return self.cover((1 - ((u / a).square() + (v / b).square()).sqrt()) * math.sqrt(a * b))
 
-    def field(self, generator: torch.Generator, spacing_mm: float, shift=(0.0, 0.0), scale=1.0) -> Tensor:
+    def field(
+        self, generator: torch.Generator, spacing_mm: float, shift=(0.0, 0.0), scale: float | Tensor = 1.0
+    ) -> Tensor:
         """Return a smooth random field (y, x) of unit variance, or (frame, y, x) for shifts or scales (frame, 1)."""
         count = math.ceil(420 / spacing_mm) + 3  # same draws for every matrix
         noise = torch.randn(count, count, generator=generator)

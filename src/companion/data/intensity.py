@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
-Array = np.ndarray | Tensor
+Array = TypeVar("Array", np.ndarray, Tensor)
 Size = tuple[int, int]
 FOREGROUND = 0.1  # scaled values above this are foreground when slices are chosen
 
@@ -80,7 +81,8 @@ def typical_scale(scales: Iterable[Scale]) -> Scale:
     scales = list(scales)
     if not scales:
         raise ValueError("no scales to take the median of")
-    return Scale(*(float(np.median([getattr(s, end) for s in scales])) for end in ("low", "high")), scales[0].units)
+    low, high = (float(np.median([getattr(s, end) for s in scales])) for end in ("low", "high"))
+    return Scale(low, high, scales[0].units)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

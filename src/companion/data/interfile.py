@@ -33,9 +33,9 @@ def sniff_interfile(path: str | os.PathLike) -> Description | None:
     _bytes(path, header, shape, data)
     if _is_image(header):
         affine = _affine(path, header, shape)
-        voxel = tuple(float(v) for v in np.linalg.norm(affine[:3, 2::-1], axis=0))
+        z, y, x = (float(v) for v in np.linalg.norm(affine[:3, 2::-1], axis=0))
         about = {"orientation": _orientation(header)}
-        return Description("image", "Interfile", ("z", "y", "x"), shape, voxel, str(_dtype(path, header)),
+        return Description("image", "Interfile", ("z", "y", "x"), shape, (z, y, x), str(_dtype(path, header)),
                            contrast="PET", parts=(data,), about=about)  # fmt: skip
     geometry = geometry_of(path, header)
     return Description("sinogram", "Interfile", ("slice", "angle", "bin"), _sorted_shape(path, header),
@@ -132,7 +132,8 @@ def _shape(path: Path, header: dict[str, str]) -> tuple[int, int, int]:
         raise Unreadable(path, "its matrix sizes are missing or no whole numbers; write it again")
     if int(_number(path, header, "number of time frames", 1)) > 1:
         raise Unreadable(path, "a dynamic series of several time frames; write one of them")
-    return tuple(int(s[0]) for s in sizes)
+    z, y, x = (int(s[0]) for s in sizes)
+    return z, y, x
 
 
 def _sorted_shape(path: Path, header: dict[str, str]) -> tuple[int, int, int]:

@@ -20,7 +20,8 @@ from companion.data.intensity import scaled
 
 # Kind -> its parts from outside in: how far each reaches in radii, and ranges of density, T1 and T2 (ms).
 OEDEMA = ((0.86, 0.95), (1500, 2300), (130, 230))
-KINDS = {
+Ranges = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+KINDS: dict[str, tuple[tuple[float, Ranges], ...]] = {
     "oedema": ((1.0, OEDEMA),),
     "tumour": ((1.5, OEDEMA), (1.0, ((0.82, 0.94), (1200, 2400), (90, 260)))),
     "cavity": ((1.0, ((0.94, 1.0), (2600, 4200), (500, 2000))),),
@@ -70,7 +71,8 @@ def draw_lesion(subject: anatomy.Subject, kind: str, size: str = "medium", seed:
     off_middle = points[..., 0].abs() > min(12.0 + radius / 2, 28.0)  # the mirrored side is to be healthy
     at = ((white > 0.6) & off_middle).nonzero()
     z, y, x = at[int(torch.randint(len(at), (), generator=generator))].tolist()
-    return _lesion(kind, size, tuple(points[z, y, x].tolist()), radius, generator, seed)
+    across, front, up = points[z, y, x].tolist()
+    return _lesion(kind, size, (across, front, up), radius, generator, seed)
 
 
 def lesion_at(centre_mm: tuple[float, float, float], kind: str, size: str = "medium", seed: int = 0) -> Lesion:
@@ -89,10 +91,20 @@ def _between(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
-def _lesion(kind: str, size: str, centre_mm, radius: float, generator: torch.Generator, seed: int) -> Lesion:
-    parts = tuple((reach, *(_between(*limits, generator) for limits in ranges)) for reach, ranges in KINDS[kind])
-    stretch = tuple(math.exp(_between(-0.25, 0.25, generator)) for _ in range(3))
-    return Lesion(kind, size, centre_mm, radius, stretch, parts, seed)
+def _lesion(
+    kind: str,
+    size: str,
+    centre_mm: tuple[float, float, float],
+    radius: float,
+    generator: torch.Generator,
+    seed: int,
+) -> Lesion:
+    parts = []
+    for reach, ranges in KINDS[kind]:
+        density, t1, t2 = (_between(*limits, generator) for limits in ranges)
+        parts.append((reach, density, t1, t2))
+    x, y, z = (math.exp(_between(-0.25, 0.25, generator)) for _ in range(3))
+    return Lesion(kind, size, centre_mm, radius, (x, y, z), tuple(parts), seed)
 
 
 def patient_slices(

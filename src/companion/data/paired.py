@@ -225,7 +225,7 @@ def _slices(
         stacks[name] = cut(name)
         fits[name] = alignment(first[:, 0], stacks[name][:, 0])
     filled = np.flatnonzero((first > FOREGROUND).mean((1, 2, 3)) >= 0.05)
-    if template and len(filled) < count:
+    if isinstance(slicing, OnTemplate) and len(filled) < count:
         low, high = slicing.heights[0], slicing.heights[-1]
         raise ValueError(
             f"{count - len(filled)} of {count} slices between {low:.0f} and {high:.0f} mm of MNI show nothing: the "
@@ -311,7 +311,7 @@ class SlicePairs(Dataset):
                 f"cannot tell the subject from the names {some(silent)}; give subject=r'...' with a "
                 f"group (?P<subject>...), so that nobody's slices are both trained on and tested"
             )
-        return [match["subject"] for match in matches.values()]
+        return [match["subject"] for match in matches.values() if match]
 
     def split(self, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0) -> dict[str, Subset]:
         """The images for "train", "validation" and "test", split by subject; see `split_people`."""

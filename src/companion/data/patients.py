@@ -84,7 +84,8 @@ def anatomies(folder: str | Path | None, split: str, voxel_mm: float) -> list[An
 
 def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     """The brain of a T1-weighted head in the template's space: tissues by its signal, low-passed for `voxel_mm`."""
-    step = tuple(2 * v for v in head.voxel_mm)
+    x, y, z = (2 * v for v in head.voxel_mm)
+    step = (x, y, z)
     signal = head.signal[::2, ::2, ::2].numpy()
     brain = brain_mask(signal, step)
     signal = signal / _bias(signal, brain)
@@ -94,7 +95,8 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     affine[:3, 3] = -(np.array(signal.shape) - 1) / 2 * step
     place = torch.from_numpy(to_template(Volume((signal * brain).transpose(2, 1, 0), affine)).array).float()
     spacing = max(1.0, voxel_mm / 2.2)
-    shape = tuple(round(mm / spacing) for mm in (180, 216, 180))
+    depth, height, width = (round(mm / spacing) for mm in (180, 216, 180))
+    shape = (depth, height, width)
     points = anatomy.grid_mm(shape, spacing) @ place[:3, :3].T + place[:3, 3]
     there = Head(head.name, torch.from_numpy(signal), step, head.tissue, head.levels).at(points).numpy()
     share = Head("brain", torch.from_numpy(brain), step, head.tissue, head.levels).at(points).numpy()

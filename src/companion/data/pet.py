@@ -127,7 +127,7 @@ def place_lesions(subject: Subject, count: int, slices_mm: Tensor | None = None)
     side = round(FIELD_OF_VIEW_MM / coarse)
     points = grid_mm((len(heights), side, side), coarse, heights)
     brain = anatomy.tissue_maps(subject, points, coarse)[:3].sum(0) > 0.9
-    depth = torch.from_numpy(np.stack([distance_transform_edt(plane, sampling=coarse) for plane in brain.numpy()]))
+    depth = torch.from_numpy(np.stack([_depth(plane, coarse) for plane in brain.numpy()]))
     lesions: list[Lesion] = []
     for _ in range(50 * count):
         if len(lesions) == count:
@@ -175,15 +175,15 @@ def render(
     return Activity(image, pixel_mm, anatomy.affine(shape, pixel_mm), anatomy.labels_from_tissue(tissue), numbers, mu)
 
 
+def _depth(inside: np.ndarray, pixel_mm: float) -> np.ndarray:
+    """How far each pixel is from the outside, mm."""
+    return np.asarray(distance_transform_edt(inside, sampling=pixel_mm))
+
+
 def _attenuation(brain: Tensor, pixel_mm: float) -> Tensor:
     """Brain and skin as water, and a skull around each slice of the brain."""
     away = torch.from_numpy(
-        np.stack(
-            [
-                distance_transform_edt(~plane, sampling=pixel_mm) if plane.any() else np.full(plane.shape, np.inf)
-                for plane in brain.numpy()
-            ]
-        )
+        np.stack([_depth(~plane, pixel_mm) if plane.any() else np.full(plane.shape, np.inf) for plane in brain.numpy()])
     ).to(torch.float32)
     skull = (away > SKULL_MM[0]) & (away <= SKULL_MM[1])
     return torch.where(skull, MU_SKULL, torch.where(away <= SKIN_MM, MU_WATER, 0.0))
@@ -361,12 +361,14 @@ def _kbq(name: str | os.PathLike, units: str, kbq_per_suv: float | None) -> floa
     if units not in ACTIVITY_UNITS:
         stated = f"units {units!r} are no activity" if units else "its units are not said, and are not guessed"
         raise ValueError(f"{name}: {stated}; give units, one of {', '.join(ACTIVITY_UNITS)}")
-    if units == "SUV" and not (kbq_per_suv and kbq_per_suv > 0):
+    if units != "SUV":
+        return ACTIVITY_UNITS[units]
+    if not (kbq_per_suv and kbq_per_suv > 0):
         raise ValueError(
             f"{name}: SUV become kBq/mL by the injected dose at the time of the scan over body weight; give it "
             "as kbq_per_suv, in MBq/kg"
         )
-    return kbq_per_suv if units == "SUV" else ACTIVITY_UNITS[units]
+    return kbq_per_suv
 
 
 def activity_from_volume(

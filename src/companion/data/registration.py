@@ -102,7 +102,7 @@ def register(
     origin = np.array(start.TransformPoint((0.0, 0.0, 0.0)))
     matrix[:3, :3] = np.stack([np.array(start.TransformPoint(tuple(e))) - origin for e in np.eye(3)], 1)
     matrix[:3, 3] = origin
-    return Registration(matrix, kind, (before, after), _shift(matrix, fixed))
+    return Registration(tuple(map(tuple, matrix.tolist())), kind, (before, after), _shift(matrix, fixed))
 
 
 def _start(sitk, search, target, source, kind: str, centred: bool):
@@ -140,11 +140,12 @@ def template() -> tuple[Volume, np.ndarray]:
     """The cohort's template as a T1w volume of `STEP_MM`, and the mask (z, y, x) of its brain and `REACH_MM` around."""
     from scipy.ndimage import distance_transform_edt
 
-    shape = tuple(round(mm / STEP_MM) for mm in (190.0, 220.0, 190.0))
+    z, y, x = (round(mm / STEP_MM) for mm in (190.0, 220.0, 190.0))
+    shape = z, y, x
     maps = anatomy.tissue_maps(None, anatomy.grid_mm(shape, STEP_MM), STEP_MM)
     values = {t: anatomy.signal("T1w", *anatomy.RELAXATION[t]) for t in anatomy.TISSUES}
     image = torch.tensordot(torch.tensor([values[t] for t in anatomy.TISSUES]), maps[:3], 1) * maps[3]
-    far = distance_transform_edt(maps[:3].sum(0).numpy() < 0.5, sampling=STEP_MM)
+    far = np.asarray(distance_transform_edt(maps[:3].sum(0).numpy() < 0.5, sampling=STEP_MM))
     return Volume(image.numpy(), anatomy.affine(shape, STEP_MM)), far <= REACH_MM
 
 

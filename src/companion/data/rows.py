@@ -22,7 +22,7 @@ class Rows:
         self._row: np.ndarray | None = None  # the last one
         self._count = 0
 
-    def append(self, row: np.ndarray) -> None:
+    def append(self, row: np.ndarray | np.generic) -> None:
         """Add a row; raises ValueError for NaN, infinity, or another shape or type than the first."""
         row = np.asarray(row, order="C")
         first = row if self._row is None else self._row
@@ -39,11 +39,12 @@ class Rows:
         return self._count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not -self._count <= index < self._count:
+        last = self._row
+        if last is None or not -self._count <= index < self._count:
             raise IndexError(f"row {index} of {self._count}")
-        size = self._row.nbytes
+        size = last.nbytes
         self._file.seek((index % self._count) * size)
-        row = np.frombuffer(self._file.read(size), self._row.dtype).reshape(self._row.shape)
+        row = np.frombuffer(self._file.read(size), last.dtype).reshape(last.shape)
         self._file.seek(0, os.SEEK_END)
         return row
 

@@ -111,7 +111,7 @@ class Dosage:
         """The kBq/mL that are an SUV of 1 (g/mL): decayed dose over body weight. ValueError where it is not known."""
         if self.weight_kg is None or self.dose_MBq is None or (self.uptake_min and self.half_life_min is None):
             raise ValueError(f"the SUV is not known: {BY_DOSE}")
-        left = 2 ** (-self.uptake_min / self.half_life_min) if self.uptake_min else 1.0
+        left = 2 ** (-self.uptake_min / self.half_life_min) if self.uptake_min and self.half_life_min else 1.0
         return self.dose_MBq * left / self.weight_kg  # MBq/kg is kBq/g, and tissue has 1 g/mL
 
     def kbq(self, units: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ def _fastmri(item: Item) -> tuple[int, Callable[[int], Tensor], tuple[float, flo
 
 def _raw(item: Item, reading: Reading) -> tuple[int, Callable[[int], Tensor], tuple[float, float, float] | None]:
     """As `_fastmri`, of any other k-space; that of a 3D scan is made slices along its second phase encoding."""
-    options = {"which": chosen_of(reading.which)} if reading.which else {}
+    options: dict[str, Any] = {"which": chosen_of(reading.which)} if reading.which else {}
     if reading.axes and item.reader.name in ("NumPy", "MATLAB", "BART"):
         options["axes"] = reading.axes
     scan = item.read(**options)

@@ -18,6 +18,8 @@ from companion.data.intake.records import Item, Unreadable, Volume
 from companion.data.slicing import turned
 from companion.operators.mri import normalise
 
+Sizes = tuple[float | None, float | None, float | None]  # mm between frames, rows and columns; None for time
+
 
 @dataclass(frozen=True, eq=False)
 class Series:
@@ -76,8 +78,7 @@ def load_series(
     magnitude  drop the phase, or the sign
     Raises FileNotFoundError, or ValueError for damaged or foreign files, NaN, or other than three axes.
     """
-    item = source if isinstance(source, Item) else None
-    path = item.path if item else Path(source)
+    item, path = (source, source.path) if isinstance(source, Item) else (None, Path(source))
     if not path.is_file() and path.suffix not in (".cfl", ".hdr"):
         raise FileNotFoundError(f"{path} does not exist; check the path")
     if is_image(path) or (item and item.reader.join):
@@ -98,7 +99,8 @@ def load_series(
     values = torch.from_numpy(np.ascontiguousarray(array, dtype=kind))
     values = values.abs() if magnitude else values
     values, scale = normalise(values[:, None])  # checks for NaN
-    step, pixel = (mm[0], mm[1:]) if mm else (None, None)
+    step, height, width = mm or (None, None, None)
+    pixel = None if height is None or width is None else (height, width)
     name = path.name.removesuffix(".gz").removesuffix(path.suffix if path.suffix != ".gz" else ".nii")
     series = Series(name, values, float(scale), pixel, step)
     return series if shape is None else series.resized(shape)
@@ -116,7 +118,7 @@ def windows(frames: int, length: int) -> tuple[list[slice], int]:
     return [slice(i * length, (i + 1) * length) for i in range(count)], frames - count * length
 
 
-def _image(source: Path | Item, position: int | None, plane: str | None):
+def _image(source: Path | Item, position: int | None, plane: str | None) -> tuple[np.ndarray, Sizes]:
     """The array (z, y, x), or (time, y, x) at one z of a 4D file, and the sizes of its voxels in mm (None for time).
 
     A 4D file of one slice is its frames in time; its slice stays as it is.
@@ -138,9 +140,11 @@ def _image(source: Path | Item, position: int | None, plane: str | None):
         raise Unreadable(path, f"position {position} of a series with {what.shape[1]} slices")
     if isinstance(source, Item):
         volumes = [read(frame=i) for i in range(what.shape[0])]
-        return np.stack([v.array[position] for v in volumes]), (None, *volumes[0].voxel_mm[1:])
+        _, height, width = volumes[0].voxel_mm
+        return np.stack([v.array[position] for v in volumes]), (None, height, width)
     frames, affine = read_frames(path)
-    return frames[:, position], (None, *Volume(frames[0], affine).voxel_mm[1:])
+    _, height, width = Volume(frames[0], affine).voxel_mm
+    return frames[:, position], (None, height, width)
 
 
 def _npy(path: Path) -> np.ndarray:
@@ -151,7 +155,7 @@ def _npy(path: Path) -> np.ndarray:
     return array[:, 0] if array.ndim == 4 and array.shape[1] == 1 else array
 
 
-def _frames_first(array: np.ndarray, axis: int, mm, path: Path):
+def _frames_first(array: np.ndarray, axis: int, mm: Sizes | None, path: Path) -> tuple[np.ndarray, Sizes | None]:
     if array.ndim != 3 or array.dtype.kind not in "fciub":
         raise ValueError(
             f"{path}: {array.dtype} {array.shape}; expected numbers with three axes, frames and two of space"
@@ -160,7 +164,8 @@ def _frames_first(array: np.ndarray, axis: int, mm, path: Path):
         raise ValueError(f"{path}: axis {axis} of an array with three; choose 0, 1 or 2")
     axis %= 3
     if mm is not None:
-        mm = (mm[axis], *(size for i, size in enumerate(mm) if i != axis))
+        height, width = (size for i, size in enumerate(mm) if i != axis)
+        mm = (mm[axis], height, width)
     return np.moveaxis(array, axis, 0), mm
 
 

@@ -80,7 +80,7 @@ def slope(image: Tensor, rank: Tensor, tissue: Tensor) -> Tensor:
     inside = tissue.flatten(1)
     flat = FLAT * inside.sum(1, keepdim=True).clamp(min=1) * torch.ones(2).to(M)
     prior = torch.cat([torch.full_like(M[:, 0, :KNOTS], 1e-6), flat], 1).diag_embed()
-    weight = inside.double()
+    weight, found = inside.double(), torch.zeros_like(M[:, 0, :, None])
     for _ in range(ROUNDS):
         weighted = (M * weight[..., None]).mT
         found = torch.linalg.solve(weighted @ M + prior, weighted @ v[..., None])

@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def read_sinograms(path: str | os.PathLike, about: str | os.PathLike | None = No
     try:
         person, geometry = Dosage(**dosage), Geometry.of(said["geometry"]) if said.get("geometry") else geometry
     except (ValueError, TypeError) as error:
-        raise Unreadable(about, str(error)) from error
+        raise Unreadable(about or path, str(error)) from error
     return Sinograms(path, arrays, geometry, said.get("units") or "", person, said.get("slice_mm"))
 
 
@@ -207,7 +208,8 @@ def write_sinograms(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as aside:
         whole = arrays["counts"].astype(np.int64)
-        np.savez_compressed(aside, counts=whole, **{n: v for n, v in arrays.items() if n != "counts"})
+        stored: dict[str, Any] = dict(arrays) | {"counts": whole}
+        np.savez_compressed(aside, **stored)
     with atomic_write(path.with_suffix(".json")) as aside:
         aside.write_text(json.dumps({k: v for k, v in about.items() if v is not None}, indent=2) + "\n")
     return path
@@ -343,12 +345,12 @@ def _counts(path: Path, value: np.ndarray, shape: tuple[int, ...], geometry: Geo
 
 
 def _expanded(path: Path, name: str, value: np.ndarray, y: Tensor) -> Tensor:
-    value = torch.from_numpy(value.astype(np.float32))
+    found = torch.from_numpy(value.astype(np.float32))
     try:
-        value = value[:, None] if value.ndim == 3 else value
-        return value.expand(y.shape)
+        found = found[:, None] if found.ndim == 3 else found
+        return found.expand(y.shape)
     except RuntimeError as error:
-        raise Unreadable(path, f"{name} of shape {tuple(value.shape)} must fit counts {tuple(y.shape)}") from error
+        raise Unreadable(path, f"{name} of shape {tuple(found.shape)} must fit counts {tuple(y.shape)}") from error
 
 
 def _check_model(path: Path, y: Tensor, A: LinearOperator, background: Tensor | None) -> None:

@@ -65,7 +65,7 @@ class Slicing:
             raise ValueError(f"unknown plane {plane!r}; use {', '.join(PLANES)}")
         if volume.array.ndim != 3:
             raise ValueError(f"expected a volume (z, y, x), got shape {volume.array.shape}")
-        whole = cls(volume.array.shape, volume.affine, plane, size, size)
+        whole = cls(volume.array.shape, volume.affine.tolist(), plane, size, size)
         step_mm = np.linalg.norm(whole._oriented_affine[:3, :3], axis=0)[[1, 0]]
         return replace(whole, inner=_inner(whole.oriented[1:], size, step_mm, pixel_mm))
 
@@ -176,7 +176,8 @@ def _inner(shape: Sequence[int], size: Size, step_mm: Sequence[float], pixel_mm:
         raise ValueError(f"pixel_mm must be positive, got {pixel_mm}")
     extent = [n * mm for n, mm in zip(shape, step_mm, strict=True)]
     pixel = max(e / n for e, n in zip(extent, size, strict=True)) if pixel_mm is None else pixel_mm
-    return tuple(max(1, round(e / pixel)) for e in extent)
+    height, width = (max(1, round(e / pixel)) for e in extent)
+    return height, width
 
 
 def _start(inner: int, side: int) -> int:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -96,7 +96,7 @@ _NOTHING = "nothing"
 def prepare_once(
     path: str | os.PathLike,
     parameters: Mapping[str, object],
-    make: Callable[[], Mapping[str, object]],
+    make: Callable[[], Mapping[str, Any]],
     require: Sequence[str] = (),
 ) -> Prepared:
     """The prepared file at `path`; `make()` gives the arguments of `write_dataset` when it is not there yet.
@@ -107,7 +107,8 @@ def prepare_once(
     path, wanted = Path(path), json.loads(json.dumps(dict(parameters)))
     if not path.exists():
         made = dict(make())
-        write_dataset(path, **made | {"attrs": dict(made.get("attrs") or {}) | {"parameters": wanted}})
+        made["attrs"] = dict(made.get("attrs") or {}) | {"parameters": wanted}
+        write_dataset(path, **made)
     prepared = open_dataset(path, require)
     found = prepared.attrs.get("parameters")
     if found != wanted:
@@ -183,9 +184,9 @@ def open_dataset(path: str | os.PathLike, require: Sequence[str] = ()) -> Prepar
                 f"{path}: not prepared by this package (format {found}, expected {FORMAT}); prepare it again"
             )
         try:
-            header = file[HEADER][()]
-            header = json.loads(header.tobytes() if isinstance(header, np.ndarray) else header)
-            stored = {name: file[name] for name in header["arrays"]}
+            text = cast(h5py.Dataset, file[HEADER])[()]
+            header = json.loads(text.tobytes() if isinstance(text, np.ndarray) else text)
+            stored = {name: cast(h5py.Dataset, file[name]) for name in header["arrays"]}
             shapes = {name: tuple(value.shape) for name, value in stored.items()}
             units = header.get("units") or {name: str(value.attrs["units"]) for name, value in stored.items()}
             scale = header.get("scale") or {name: _plain(value.attrs["scale"]) for name, value in stored.items()}
@@ -230,7 +231,7 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows) * self.depth
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"slice {index} of {len(self)}")
         row, position = divmod(index % len(self), self.depth)
@@ -251,7 +252,7 @@ class SliceDataset(Dataset):
     def _handle(self) -> h5py.File:
         if self._owner != os.getpid():  # HDF5 handles must not cross a fork
             self._file, self._owner = _open(self.prepared.path), os.getpid()
-        return self._file
+        return cast(h5py.File, self._file)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": None, "_owner": None}
@@ -307,7 +308,7 @@ def _open(path: Path) -> h5py.File:
 
 def _read(file: h5py.File, path: Path, name: str, key) -> np.ndarray:
     try:
-        value = np.asarray(file[name][key])
+        value = np.asarray(cast(h5py.Dataset, file[name])[key])
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path}: array {name!r} is damaged ({error}); prepare or download it again") from error
     return _finite(value, f"{path}: array {name!r}")
@@ -320,7 +321,7 @@ def _finite(value: np.ndarray, name: str) -> np.ndarray:
     return value
 
 
-def _check_arrays(arrays: Mapping[str, np.ndarray], units: Mapping, scale: Mapping) -> None:
+def _check_arrays(arrays: Mapping[str, np.ndarray | Rows], units: Mapping, scale: Mapping) -> None:
     if not arrays:
         raise ValueError("there are no arrays to write")
     if HEADER in arrays:

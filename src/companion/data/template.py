@@ -70,7 +70,7 @@ class OnTemplate:
             step = step_mm or pixel_mm / 2
             count = max(1, int((high - low) / step) + 1)
             heights = tuple((low + high) / 2 + step * (i - (count - 1) / 2) for i in range(count))
-        made = cls(volume.array.shape, volume.affine, found, size, pixel_mm, heights)
+        made = cls(volume.array.shape, volume.affine.tolist(), found, size, pixel_mm, heights)
         return cls(made.shape, made.affine, found, size, pixel_mm, heights, made.outside(volume.array) > WHOLE)
 
     def cut(self, array: np.ndarray, nearest: bool = False) -> Tensor:

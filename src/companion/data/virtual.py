@@ -60,10 +60,11 @@ def volume(
     beyond: so many frames more, as the sequence would go on: slices further up, or the next heart beat.
     """
     shape = (image_size, image_size)
-    subject = cohorts(source).cohort(split, index + 1)[index]
     if source == "heart":
         cycles = (frames + beyond) / frames
-        return heart.render(subject, frames + beyond, shape, HEART_VIEW_MM / image_size, cycles=cycles).image[:, None]
+        patient = heart.cohort(split, index + 1)[index]
+        return heart.render(patient, frames + beyond, shape, HEART_VIEW_MM / image_size, cycles=cycles).image[:, None]
+    subject = anatomy.cohort(split, index + 1)[index]
     heights = volume_heights(subject, frames, spacing_mm)
     heights = torch.cat([heights, heights[-1] + spacing_mm * torch.arange(1, beyond + 1)])
     return anatomy.render(subject, CONTRAST, (len(heights), *shape), slices_mm=heights).image[:, None]

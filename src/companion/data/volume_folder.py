@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,13 +43,13 @@ class Reading:
 def virtual_people(subjects: int, shape: tuple[int, ...], progress: bool = False) -> dict:
     """What `write_dataset` takes of virtual people, all for training: others are drawn when needed."""
     image, tissue = np.empty((subjects, 1, *shape), np.float16), np.empty((subjects, 3), np.float32)
-    people = anatomy.cohort("train", subjects)
+    people, affine = anatomy.cohort("train", subjects), np.empty((subjects, 4, 4))
     for i, subject in enumerate(tqdm(people, desc="people", disable=not progress)):
         person = volumes.virtual(subject, shape)
-        image[i, 0], tissue[i], affine = person.image, person.tissue_ml, person.affine
+        image[i, 0], tissue[i], affine[i] = person.image, person.tissue_ml, person.affine
     seeds = [str(subject.seed) for subject in people]
     return {
-        "arrays": {"image": image, "tissue_ml": tissue, "affine": np.repeat(affine[None], subjects, 0)},
+        "arrays": {"image": image, "tissue_ml": tissue, "affine": affine},
         "subjects": seeds,
         "split": {"train": seeds},
         "source": COHORT,
@@ -103,7 +104,8 @@ def digits(subjects: int) -> dict:
     with extra("notebooks"):
         from sklearn.datasets import load_digits  # comes with nilearn
 
-    images = torch.from_numpy(load_digits().images / 16).float()[:, None]
+    found: Any = load_digits()
+    images = torch.from_numpy(found.images / 16).float()[:, None]
     images = F.interpolate(images, scale_factor=2.0, mode="bilinear").clamp(0, 1).numpy().astype(np.float16)
     names = [str(i) for i in range(len(images))]
     return {

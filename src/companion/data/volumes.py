@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def resample(volume: Volume, affine: np.ndarray, shape: Sequence[int], order: in
     array = np.asarray(volume.array, np.float32)
     if order and (step > 1).any():  # widths add in squares: a voxel of the new grid is one of the old, blurred
         array = gaussian_filter(array, (np.sqrt(np.maximum(step**2 - 1, 0)) / 2.355)[::-1])
-    matrix, offset = to_old[:3, :3][::-1, ::-1], to_old[:3, 3][::-1]  # SciPy wants the order (z, y, x)
+    matrix, offset = to_old[:3, :3][::-1, ::-1], to_old[:3, 3][::-1].tolist()  # SciPy wants the order (z, y, x)
     return affine_transform(array, matrix, offset, tuple(shape), order=order)
 
 
@@ -127,13 +127,14 @@ def find_scans(folder: str | os.PathLike, contrast: str | None = None, table: st
     images, versions = one_each(images)
     mask = {item.name: mask_of(item, masks) for item in images}
     images, copies = without_copies(images, mask)
-    used = {mask[i.name].name for i in images if mask[i.name]}
+    used = {found_mask.name for i in images if (found_mask := mask[i.name])}
     left = dict(found.left) | left | versions | copies
     left |= {m.name: "a mask of no image that is used" for m in masks if m.name not in used}
     if not images:
         raise Unreadable(folder, "no image volumes there or below; check the path")
     scans = Scans(
-        Scan(i.person, i.path, mask[i.name] and mask[i.name].path, _cc359(i.path.name), i.name, i) for i in images
+        Scan(i.person, i.path, own.path if (own := mask[i.name]) else None, _cc359(i.path.name), i.name, i)
+        for i in images
     )
     scans.left, scans.split = left, dict(found.split)
     return scans
@@ -211,7 +212,7 @@ def check_affine(volume: Volume, name: str | os.PathLike) -> None:
         )
 
 
-def _mm(values: Sequence[float]) -> str:
+def _mm(values: Iterable[float]) -> str:
     return " x ".join(f"{v:.4g}" for v in values)
 
 
@@ -221,8 +222,9 @@ def _mm(values: Sequence[float]) -> str:
 
 def spacing(shape: Sequence[int]) -> tuple[float, float, float]:
     """Return the voxel size in mm (z, y, x) of a grid for the embedded cohort; see SPACING."""
-    shape = tuple(shape)
-    return SPACING.get(shape) or (round(166.4 / shape[0], 4), *2 * (round(192 / min(shape[1:]), 4),))
+    depth, height, width = shape
+    pixel_mm = round(192 / min(height, width), 4)
+    return SPACING.get((depth, height, width)) or (round(166.4 / depth, 4), pixel_mm, pixel_mm)
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ def virtual(subject: anatomy.Subject, shape: Sequence[int] = (64, 64, 64), contr
     """
     voxel_mm = spacing(shape)
     heights = anatomy.CENTRE_MM[2] + voxel_mm[0] * (torch.arange(shape[0]) - (shape[0] - 1) / 2)
-    drawn = anatomy.render(subject, contrast, tuple(shape), voxel_mm[1], heights)
+    depth, height, width = shape
+    drawn = anatomy.render(subject, contrast, (depth, height, width), voxel_mm[1], heights)
     brain = drawn.tissue.sum(0) > 0.05  # voxels that the brain fills in part belong to it
     image, _ = normalise_percentile(drawn.image.abs().numpy(), brain.numpy(), f"subject {subject.seed}")
     tissue = drawn.tissue.sum((1, 2, 3)) * float(np.prod(voxel_mm)) / 1000

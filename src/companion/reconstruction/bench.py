@@ -36,7 +36,7 @@ from companion.data import anatomy
 from companion.data.axial import head_slices
 from companion.data.intake.look import find
 from companion.data.virtual import slices
-from companion.diffusion.denoisers import AnySize, Denoiser
+from companion.diffusion.denoisers import AnySize, Denoiser, moments_of
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Samples, sample
 from companion.evaluation import conformal, metrics, ranks
@@ -116,6 +116,8 @@ def read_entry(path: str | Path) -> Entry:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a Python file with a function sample or guidance")
     spec = importlib.util.spec_from_file_location(f"entry_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = {name: getattr(module, name) for name in ("sample", "guidance") if _own(module, name)}
@@ -182,7 +184,7 @@ class Counted:
     def __getattr__(self, name: str):
         if name != "moments":
             raise AttributeError(name)
-        moments = self.D.moments  # an AttributeError where D has none
+        moments = moments_of(self.D)  # an AttributeError where D has none
 
         def counted(x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
             mean, variance = moments(x, sigma, cond)
@@ -307,6 +309,8 @@ def people(entry: Entry, s: Settings) -> dict:
 
 def heads(entry: Entry, s: Settings) -> dict:
     """Real heads of a folder (any format that `companion look` knows), with the general prior; ValueError if none."""
+    if s.heads is None:
+        raise ValueError("heads are needed; give the folder of real heads")
     found = [
         item for item in find(Path(s.heads)).items if len(item.what.shape) >= 3 and min(item.what.shape[-3:]) >= 16
     ]

@@ -185,8 +185,9 @@ def draw(
     conditional = data["task"] == "conditional"
     if conditional and cases is None:
         raise ValueError(f"{model.weights} is conditional; give the cases that it should enhance (held_out_cases)")
-    cond = cases.condition(data).to(model.device).repeat_interleave(len(seeds), 0) if conditional else None
-    count = len(cases.truth) if conditional else 1
+    given = cases if conditional else None
+    cond = None if given is None else given.condition(data).to(model.device).repeat_interleave(len(seeds), 0)
+    count = 1 if given is None else len(given.truth)
     samples = sample(
         model.labelled(label, guidance),
         schedule.levels,
@@ -203,7 +204,7 @@ def draw(
     about |= {name: getattr(schedule, name) for name in ("solver", "steps", "first_sigma", "last_sigma")}
     names = ("scale_kbq", "units", "pixel_mm", "task", "target", "iterations")
     about |= {name: data[name] for name in names if name in data}
-    return Drawn(x, seeds, cases if conditional else None, samples.bill, about)
+    return Drawn(x, seeds, given, samples.bill, about)
 
 
 def quality_table(drawn: Drawn, cases: Cases, data: Mapping, training: int = 64) -> list[dict[str, object]]:
@@ -224,7 +225,10 @@ def training_people(data: Mapping, subjects: int) -> Tensor:
 
 def enhancement_table(drawn: Drawn) -> list[dict[str, object]]:
     """NRMSE, PSNR, SSIM and the mean activity's error of MLEM, of one draw and of the mean of all draws."""
-    cases, truth = drawn.cases, drawn.cases.truth
+    cases = drawn.cases
+    if cases is None:
+        raise ValueError("these draws are unconditional: nobody's scan was enhanced; use population_table")
+    truth = cases.truth
     counted = drawn.about.get("iterations", range(1, cases.mlem.shape[1] + 1))
     images = {f"MLEM, {k} iterations": cases.mlem[:, i : i + 1] for i, k in enumerate(counted)}
     images |= {"one draw": drawn.x[:, 0], f"mean of {len(drawn.seeds)} draws": drawn.x.mean(1)}

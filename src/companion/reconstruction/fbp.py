@@ -36,7 +36,7 @@ def fbp(p: Tensor, beam: ParallelBeam, window: str = "ramp", cutoff: float = 1.0
     """
     if window not in FILTERS or not 0 < cutoff <= 1:
         raise ValueError(f"window {window!r}, cutoff {cutoff}; use one of {', '.join(FILTERS)}, and a cutoff of 0 to 1")
-    angles = np.asarray(beam.angles)
+    angles = np.asarray(beam.theta)
     if tuple(p.shape[-2:]) != (len(angles), beam.bins):
         raise ValueError(f"line integrals {tuple(p.shape)}, but the lines are {len(angles)} angles x {beam.bins} bins")
     lead = p.shape[:-2]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from companion.operators.linear import LinearOperator, Shape, check_finite
+from companion.operators.linear import LinearOperator, Shape, check_finite, derived
 from companion.reconstruction.pet import Reconstruction, map_rdp, mlem, pairs
 
 CHUNK = 4096  # pixels whose candidates are compared at a time
@@ -77,8 +77,8 @@ class Kernel(LinearOperator):
 
     domain_dtype = torch.float32
     range_dtype = torch.float32
-    domain_shape = property(lambda self: tuple(self.shape))
-    range_shape = property(lambda self: tuple(self.shape))
+    domain_shape = derived(lambda self: tuple(self.shape))
+    range_shape = derived(lambda self: tuple(self.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.places.shape[0])

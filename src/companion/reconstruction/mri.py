@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -237,7 +238,7 @@ def _operator(y: Tensor, maps: Tensor, mask) -> Sense:
     return A
 
 
-def _per_item(solve: Callable[..., np.ndarray], y: Tensor, maps: Tensor, mask) -> Tensor:
+def _per_item(solve: Callable[..., Any], y: Tensor, maps: Tensor, mask) -> Tensor:
     """Run a sigpy solver for each batch item; sigpy's centred orthonormal Fourier transform is the same as
     ours."""
     mask = mask.mask if isinstance(mask, CartesianMask) else mask
@@ -246,13 +247,13 @@ def _per_item(solve: Callable[..., np.ndarray], y: Tensor, maps: Tensor, mask) -
     if not torch.all((weights == 0) | (weights == 1)):
         raise ValueError("this baseline takes masks of zeros and ones; whiten the k-space instead of weighting it")
     start = A.H(y)
-    maps = maps.expand(y.shape).cpu().to(torch.complex64).numpy()
+    coils = maps.expand(y.shape).cpu().to(torch.complex64).numpy()
     weights = weights.expand(len(y), 1, *y.shape[2:])[:, 0].cpu().to(torch.float32).numpy()
-    bounds = (np.abs(maps) ** 2).sum(1).reshape(len(y), -1).max(1)  # |A|^2 <= max_r sum_c |S_c(r)|^2
+    bounds = (np.abs(coils) ** 2).sum(1).reshape(len(y), -1).max(1)  # |A|^2 <= max_r sum_c |S_c(r)|^2
     samples = y.cpu().to(torch.complex64).numpy()
     firsts = start[:, 0].cpu().to(torch.complex64).numpy()
     images = [
-        solve(samples[i] * weights[i], maps[i], weights[i], firsts[i].copy(), max(float(bounds[i]), 1e-12))
+        solve(samples[i] * weights[i], coils[i], weights[i], firsts[i].copy(), max(float(bounds[i]), 1e-12))
         for i in range(len(y))
     ]
     return torch.from_numpy(np.stack(images))[:, None].to(start)

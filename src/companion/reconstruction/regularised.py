@@ -19,6 +19,7 @@ from torch import Tensor
 
 from companion.data.cfl import write_cfl
 from companion.operators.linear import LinearOperator
+from companion.operators.mri import Sense
 from companion.operators.noncartesian import NUFFT
 from companion.operators.solve import conjugate_gradient
 from companion.reconstruction.mri import run_bart
@@ -97,7 +98,8 @@ def bart_pics(
     """What `bart pics` makes of a single slice y `(1, coil, *k-space)`, an image `(1, set, *space)`.
 
     maps: (set, coil, *space), the maps within A. penalty: W for l1-wavelet, T for total variation. `-w 1` switches off
-    BART's own scaling of the data. Raises FileNotFoundError when `bart` is not on PATH, and as `run_bart` does.
+    BART's own scaling of the data. Raises FileNotFoundError when `bart` is not on PATH, ValueError for other operators
+    than Sense, on the grid or off it, and as `run_bart` does.
     [uecker2015].
     """
     program = shutil.which("bart")
@@ -114,11 +116,14 @@ def bart_pics(
             k[: len(space)] = F.trajectory[:, _bart_axes(len(space))].mT
             write_cfl(Path(folder, "trajectory"), k)
             options += ["-t", "trajectory"]
-        else:
+        elif isinstance(A, Sense):
             write_cfl(Path(folder, "kspace"), _to_bart(y[0]))
-            pattern = A.mask.mask.expand(A.range_shape) if A.mask.mask.ndim <= len(space) else A.mask.mask[0]
+            mask = A.mask.mask
+            pattern = mask.expand(A.range_shape) if mask.ndim <= len(space) else mask[0]
             write_cfl(Path(folder, "pattern"), _to_bart(pattern[:1]))
             options += ["-p", "pattern"]
+        else:
+            raise ValueError(f"`bart pics` is for Sense, on the grid or with a NUFFT; got {type(A).__name__}")
         write_cfl(Path(folder, "maps"), torch.stack([_to_bart(m) for m in maps], -1))
         image = run_bart([program, "pics", *map(str, options), "kspace", "maps", "image"], folder, timeout)
     image = torch.from_numpy(image).reshape(*_to_bart(maps[0]).shape[:3], len(maps))  # dimension 4 holds the sets

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from companion.acquisition.mri import Scan
 from companion.diffusion.covariance import Measured
@@ -65,8 +65,9 @@ class Sampler:
 
     def levels(self, D: Denoiser | None = None) -> Tensor:
         """The noise levels; for the published method those of the prior's own schedule, if it has one."""
-        if self.method == "published" and hasattr(inner_denoiser(D), "schedule"):
-            return inner_denoiser(D).schedule.levels(self.evaluations)
+        own = None if D is None else getattr(inner_denoiser(D), "schedule", None)
+        if self.method == "published" and own is not None:
+            return own.levels(self.evaluations)
         return karras(self.evaluations, sigma_min=self.last_sigma, sigma_max=FIRST_SIGMA)
 
 
@@ -177,9 +178,9 @@ def csgm(prior: Prior, scan: Scan, sampler: Sampler, steps: int, seed: int) -> S
     levels = karras(sampler.evaluations, sigma_min=sampler.last_sigma, sigma_max=FIRST_SIGMA)
     scan = scan.to(prior.device)
 
-    def draw_frame(n: int, cond: None, draws: list) -> Samples:
+    def draw_frame(n: int, cond: Tensor | None, generators: list[Generator]) -> Samples:
         G = posterior_mean(scan.operator(n), scan.y[n : n + 1], scan.noise_std)
-        return langevin(prior.D, G, levels, seeds=draws, steps=steps, device=prior.device)
+        return langevin(prior.D, G, levels, seeds=generators, steps=steps, device=prior.device)
 
     samples = draw_sequence(
         draw_frame,

@@ -27,14 +27,12 @@ def dose_ladder(
 
 def stopping_table(ladder: dict[float, tuple[Scan, Tensor]], iterations: Sequence[int]) -> list[dict[str, object]]:
     """The NRMSE of each MLEM iterate at each number of counts, mean and standard error over slices."""
-    table: list[dict[str, object]] = [
-        {"counts": f"{total:.3g}"}
-        | {
-            f"{k} iterations": metrics.mean_and_error(metrics.nrmse(images[:, i : i + 1], scan.truth))
-            for i, k in enumerate(iterations)
-        }
-        for total, (scan, images) in ladder.items()
-    ]
+    table: list[dict[str, object]] = []
+    for total, (scan, images) in ladder.items():
+        row: dict[str, object] = {"counts": f"{total:.3g}"}
+        for i, k in enumerate(iterations):
+            row[f"{k} iterations"] = metrics.mean_and_error(metrics.nrmse(images[:, i : i + 1], scan.truth))
+        table.append(row)
     return table
 
 

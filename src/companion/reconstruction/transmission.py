@@ -86,13 +86,15 @@ def map_transmission(
         bend = A.H(surrogate_curvature(y, lengths, blank, background) * reach) + 2 * weight * curvature
         direction = gradient / bend.clamp(min=1e-20)
         step = torch.where(active, (1.5 * step).clamp(max=4.0), 0.0)
-        for _ in range(12):
+        tries = 0
+        while True:
+            tries += 1
             new = (x + _like(step, x) * direction).clamp(min=0)
             new_lengths = A(new)
             new_through = blank * (-new_lengths).exp()
             new_value, new_slope, new_curvature, new_expected = objective(new, new_through)
             failed = active & ~(new_value >= value)
-            if not failed.any():
+            if tries == 12 or not failed.any():
                 break
             step = torch.where(failed, step / 2, step)
         better = active & ~failed
@@ -246,7 +248,7 @@ def simulated_transmission(
     """
     P = scanner(beam.shape, beam.pixel_mm, beam=beam)
     uneven = torch.rand(beam.bins, generator=torch.Generator().manual_seed(seed))
-    blank = blank_counts * (0.7 + 0.6 * uneven).expand(1, 1, len(beam.angles), beam.bins)
+    blank = blank_counts * (0.7 + 0.6 * uneven).expand(1, 1, *beam.sinogram_shape[-2:])
     known = torch.full_like(blank, background) if background else None
     y = poisson_counts(expected_transmission(P, truth.mu, blank, known), [seed])
     return TransmissionScan(y, blank, known, P, beam, truth)
@@ -281,6 +283,8 @@ def emission_table(scan: TransmissionScan, maps: Mapping[str, Tensor], counts: f
     All are of one scan, attenuated by the true map; "none" leaves attenuation out of the model.
     """
     truth, beam = scan.truth, scan.beam
+    if truth is None:
+        raise ValueError("an emission scan needs a virtual thorax: this transmission scan has no truth")
     emission = acquire(truth.activity, truth.mu, counts, [seed + 1], pixel_mm=beam.pixel_mm, beam=beam)
     calibration = counts / scanner(beam.shape, beam.pixel_mm, truth.mu, beam=beam)(truth.activity).sum()
     regions = {

@@ -75,10 +75,10 @@ def hold_out(A: LinearOperator, y: Tensor, acs: int = 0, share: float = 0.1, see
     if len(y) != 1:
         raise ValueError(f"got data of {len(y)} slices; hold out of one, (1, coil, *space): it speaks for the others")
     measured = (y[0] != 0).any(0)
-    off_grid = isinstance(A, Composition) and isinstance(A.outer, NUFFT)
-    radius = A.outer.trajectory.norm(dim=-1) if off_grid else radii(measured)
+    F = A.outer if isinstance(A, Composition) and isinstance(A.outer, NUFFT) else None
+    radius = radii(measured) if F is None else F.trajectory.norm(dim=-1)
     free = measured.clone()
-    if acs and off_grid:
+    if acs and F is not None:
         free &= radius > acs / 2
     elif acs:
         free[centre_of(measured, acs)] = False
@@ -90,8 +90,8 @@ def hold_out(A: LinearOperator, y: Tensor, acs: int = 0, share: float = 0.1, see
     held = torch.zeros_like(measured).flatten()
     held[places[chosen.to(places.device)]] = True
     held = held.reshape(measured.shape)
-    if off_grid:
-        seen, other = (replace(A, outer=replace(A.outer, trajectory=A.outer.trajectory[m])) for m in (~held, held))
+    if F is not None and isinstance(A, Composition):
+        seen, other = (replace(A, outer=replace(F, trajectory=F.trajectory[m])) for m in (~held, held))
         return Split(seen, y[..., ~held], other, y[..., held], torch.ones_like(held[held]), bands(radius[held]))
     seen, other = (masked(A, part) for part in (measured & ~held, held))
     group = torch.zeros(held.shape, dtype=torch.long, device=held.device)

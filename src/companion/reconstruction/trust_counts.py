@@ -249,10 +249,10 @@ def reconstruct(
         index = [i for i, t in enumerate(trusts) if (t.chosen.name, t.chosen.scale) == (name, scale)]
         found = draws[name](scan.some(index), scale)
         if not len(image):
-            image, x = found.mean.new_empty(len(trusts), *found.mean.shape[1:]), None
+            image = found.mean.new_empty(len(trusts), *found.mean.shape[1:])
             x = found.x.new_empty(len(found.x), *image.shape)
         for k, i in enumerate(index):
             share = trusts[i].share if other is not None else 1.0
-            image[i] = share * found.mean[k] + ((1 - share) * other[i] if share < 1 else 0)
+            image[i] = share * found.mean[k] + ((1 - share) * other[i] if other is not None and share < 1 else 0)
             x[:, i] = image[i] + trusts[i].widening ** 0.5 * (found.x[:, k] - found.x[:, k].mean(0))
     return Trusted(image, x, list(trusts))

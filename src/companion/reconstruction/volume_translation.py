@@ -127,7 +127,7 @@ def translate_volume(
         slices, step = source_scale.apply(cut), slicing.step_mm
     else:
         inner = Slicing.of(volume, (1, 1), pixel_mm, plane).inner
-        size = tuple(max(trained, n) for trained, n in zip(prior.size, inner, strict=True))
+        size = max(prior.size[0], inner[0]), max(prior.size[1], inner[1])
         values, _ = scaled(array, source_scale)
         slicing = Slicing.of(volume, size, pixel_mm, plane)
         slices = slicing.cut(values)
@@ -185,6 +185,7 @@ def seconds(prior: Translator, source: Tensor, setting: Setting) -> float:
     some = source[torch.linspace(0, len(source) - 1, min(4, len(source))).long()].to(prior.device)
     G = informed(prior, some, setting)
     x = some + torch.zeros(len(some), prior.channels, *some.shape[2:]).to(some)
+    spent = 0.0
     for _ in range(2):  # the first prepares
         start = time.perf_counter()
         G(x, torch.full((len(some),), 0.5).to(some))

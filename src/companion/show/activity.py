@@ -47,9 +47,11 @@ def overview(drawn: Drawn, cases: Cases, most: int = 8) -> dict[str, dict[str, T
 
 def uncertainty(drawn: Drawn, most: int = 4) -> dict[str, dict[str, Tensor]]:
     """Rows of images of conditional draws: truth, mean, its error and the standard deviation of draws."""
-    rows = {}
-    for i, name in enumerate(drawn.cases.name[:most]):
-        truth, mean, deviation = drawn.cases.truth[i], drawn.x[i].mean(0), drawn.x[i].std(0)
+    rows, cases = {}, drawn.cases
+    if cases is None:
+        raise ValueError("these draws are unconditional: there is no truth to show beside them")
+    for i, name in enumerate(cases.name[:most]):
+        truth, mean, deviation = cases.truth[i], drawn.x[i].mean(0), drawn.x[i].std(0)
         rows[_short(name)] = {"truth": truth, "mean": mean, "error": (mean - truth).abs(), "std of draws": deviation}
     return rows
 

@@ -49,7 +49,7 @@ def explore(path: str | os.PathLike, height: int = 300):
     Raises ImportError with the command that installs it.
     """
     with extra("view"):
-        from ipyniivue import NiiVue
+        from ipyniivue import NiiVue  # pyright: ignore[reportMissingImports] (an extra of its own)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     scene = NiiVue(height=height)

@@ -18,6 +18,7 @@ from companion.files import atomic_write
 
 with extra("notebooks"):
     import matplotlib.pyplot as plt
+    from cycler import cycler
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: safe for the colour-blind
@@ -29,7 +30,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "figure.facecolor": "white",
     "image.interpolation": "nearest",
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
 }
 
 
@@ -42,7 +43,7 @@ def picture(x: Tensor | np.ndarray) -> np.ndarray:
 
 
 def image_grid(
-    rows: Mapping[str, Mapping[str, Tensor]],
+    rows: Mapping[str, Mapping[str, Tensor | np.ndarray]],
     *,
     window: tuple[float, float] = (0.0, 1.0),
     unit: str = "",
@@ -119,7 +120,7 @@ def _bar(fig: Figure, cax, shown, unit: str, hidden: bool) -> None:
     bar.set_ticks([low, high], labels=[f"{low:.3g}", f"{high:.3g} {unit}".strip()])
     bar.ax.tick_params(labelsize=7, length=0)
     for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
-        label.set_ha(side)
+        label.set_horizontalalignment(side)
 
 
 def thumbnail(path: str | os.PathLike, side: int = 400) -> np.ndarray:
@@ -132,7 +133,7 @@ def thumbnail(path: str | os.PathLike, side: int = 400) -> np.ndarray:
 
 def animation(
     path: str | os.PathLike,
-    sequences: Mapping[str, Tensor],
+    sequences: Mapping[str, Tensor | np.ndarray],
     *,
     window: tuple[float, float] = (0.0, 1.0),
     frame_ms: int = 200,
@@ -202,7 +203,8 @@ def curves(
                 ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
         ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
         if all(isinstance(value, int) for x, *_ in lines.values() for value in x) and not logx:
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            locator: Any = ax.xaxis.get_major_locator()
+            locator.set_params(integer=True)
         if len(lines) + bool(diagonal) > 1:
             ax.legend(frameon=False, fontsize=8)
         fig.tight_layout()

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from companion.extras import extra
 from companion.files import project_root
@@ -50,6 +51,8 @@ CSS = """<style>
 
 class Gallery(Shown):
     """A table of the runs below a folder, with filters, and the run that was chosen beneath it."""
+
+    metric: Any  # the traits of ipywidgets have no types
 
     def __init__(self, runs: str | os.PathLike | None = None, *, paper: str = "all", where: str = ""):
         self.runs = Path(runs) if runs is not None else project_root() / "runs"
@@ -304,7 +307,7 @@ class _FileViewer(widgets.VBox):
     def __init__(self, gallery: Gallery, entry: Entry):
         super().__init__()
         self._gallery, self._entry = gallery, entry
-        self._file = widgets.Dropdown(options=entry.files(), description="file")
+        self._file: Any = widgets.Dropdown(options=entry.files(), description="file")
         self._file.observe(self._open, "value")
         self._open()
 
@@ -317,7 +320,8 @@ class _FileViewer(widgets.VBox):
             shown = self._gallery.viewer.box
         except (ValueError, OSError) as error:
             shown = widgets.HTML(f"<p><b>✗ cannot be shown</b>: {escape(str(error))}</p>")
-        former, self.children = self.children[1:], [self._file, shown]
+        former: Any = self.children  # of a traitlet, which has no type
+        former, self.children = former[1:], [self._file, shown]
         for widget in former:
             close(widget)
 

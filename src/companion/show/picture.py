@@ -21,7 +21,7 @@ MOST = 7  # pictures beside one another, to begin with
 MIDDLE = ("z", "y", "x", "slice", "phase 2")  # axes whose middle is looked at first
 
 
-def close(widget: widgets.Widget) -> None:
+def close(widget: widgets.DOMWidget) -> None:
     """Forget a widget and all that it holds, here and in the browser; else a long session fills the memory."""
     for part in (*getattr(widget, "children", ()), widget.layout, getattr(widget, "style", None)):
         if isinstance(part, widgets.DOMWidget):
@@ -40,7 +40,7 @@ class Picture(widgets.Image):
 class Shown:
     """Something with a widget `box` and a still `figure()`: a notebook shows the one and keeps the other."""
 
-    box: widgets.Widget
+    box: widgets.DOMWidget
 
     def alt(self) -> str:
         """What the picture shows, in words."""
@@ -58,7 +58,7 @@ class Shown:
 
     def _repr_mimebundle_(self, **_):
         """Jupyter takes the widget where it can, else (executed copies, HTML pages, a code host) the picture."""
-        bundle = dict(self.box._repr_mimebundle_())
+        bundle = self.box._repr_mimebundle_() or {}
         return bundle | {"image/png": base64.b64encode(self.still()).decode()}, {"image/png": {"alt": self.alt()}}
 
 

@@ -91,7 +91,8 @@ class Stack:
     def planes(self) -> list[tuple[str, str]]:
         """Pairs of axes (rows, columns) that can make a picture, the natural one first."""
         names = list(self.lengths)
-        first = ("y", "x") if {"y", "x"} <= set(names) else tuple(next(iter(self.axes.values()))[-2:])
+        rows, columns = ("y", "x") if {"y", "x"} <= set(names) else next(iter(self.axes.values()))[-2:]
+        first = rows, columns
         pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
         return [first, *(pair for pair in pairs if pair != first)]
 
@@ -195,9 +196,9 @@ def make_stack(arrays, source: str = "", **about) -> Stack:
     arrays = {name: array for name, array in arrays.items() if array is not None}
     if not arrays:
         raise ValueError(f"{source or 'this'} holds no image: no array of numbers with two axes or more")
-    return Stack(
-        arrays, **{"axes": {name: _guess_axes(name, a.ndim) for name, a in arrays.items()}} | about, source=source
-    )
+    if "axes" not in about:
+        about["axes"] = {name: _guess_axes(name, a.ndim) for name, a in arrays.items()}
+    return Stack(arrays, source=source, **about)
 
 
 def open_stack(path: str | os.PathLike, only: Sequence[str] = ()) -> Stack:
@@ -264,9 +265,9 @@ def _read_hdf5(path: Path, only: tuple[str, ...]) -> Stack:
         arrays = {name: d[()] for name, d in found.items()}
         if file.attrs.get("format") != IMAGES:
             return make_stack(arrays, path.name)
-        about = json.loads(file.attrs["about"])
+        about = json.loads(str(file.attrs["about"]))
         arrays = {name: arrays[name] for name in about["arrays"] if name in arrays}  # HDF5 sorts by name
-        axes = {name: tuple(d.attrs["axes"].split()) for name, d in found.items()}
+        axes = {name: tuple(str(d.attrs["axes"]).split()) for name, d in found.items()}
         voxel = dict(zip("zyx", about["voxel_mm"], strict=True)) if about["voxel_mm"] else {}
         window = tuple(about["window"]) if about["window"] else None
     return Stack(arrays, axes, about["labels"], voxel, about["unit"], window, source=path.name)

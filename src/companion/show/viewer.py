@@ -11,6 +11,7 @@ import re
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,16 @@ CSS = """<style>
 
 class Viewer(Shown):
     """Pictures of a stack beside one another, all at the position that the sliders say."""
+
+    # Any: the traits of ipywidgets have no types
+    plane: Any
+    names: Any
+    over: Any
+    part: Any
+    colours: Any
+    size: Any
+    playing: Any
+    play: Any
 
     def __init__(self, stack: Stack, *, folder: str | os.PathLike | None = None):
         self.folder = Path(folder) if folder else None
@@ -126,7 +137,9 @@ class Viewer(Shown):
 
     def figure(self):
         """What is shown now, as a figure with colour bars and, where voxels have a size, a scale bar."""
-        rows, kinds, window = {}, {}, ("gray", 0.0, 1.0)
+        rows: dict[str, dict[str, np.ndarray]] = {}
+        kinds, window = {}, ("gray", 0.0, 1.0)
+        voxel = self.stack.voxel_mm.get(self._columns(self.planes[0]))
         for (plane, name), x in self.tiles().items():
             row = NAMES.get(plane, f"{plane[0]}, {plane[1]}") if len(self.planes) > 1 else self.position()
             rows.setdefault(row.replace(", ", "\n"), {})[name] = np.ascontiguousarray(_square(x, self._aspect(plane)))
@@ -137,7 +150,6 @@ class Viewer(Shown):
             if common
             else {"": {"nothing chosen": np.zeros((2, 2))}}
         )
-        voxel = self.stack.voxel_mm.get(self._columns(self.planes[0]))
         return figures.image_grid(
             rows,
             window=window[1:],
@@ -244,7 +256,9 @@ class Viewer(Shown):
         self.playing.observe(self._link_play, "value")
 
     def _make_planes(self) -> None:
-        planes = [(NAMES.get(p, f"{p[0]} (rows), {p[1]} (columns)"), (p,)) for p in self.stack.planes]
+        planes: list[tuple[str, tuple]] = [
+            (NAMES.get(p, f"{p[0]} (rows), {p[1]} (columns)"), (p,)) for p in self.stack.planes
+        ]
         if {"z", "y", "x"} <= set(self.stack.lengths):
             planes.insert(1, ("three planes", THREE))
         self.plane.options, self.plane.value = planes, planes[0][1]
@@ -363,7 +377,7 @@ class Viewer(Shown):
         tiles = self.tiles()
         if tiles.keys() - self._tiles.keys():
             return self._rebuild()
-        truth = self.stack.role("truth")
+        truth = self.stack.role("truth") or ""
         for (plane, name), tile in self._tiles.items():
             image, note = tile.children
             x = tiles.get((plane, name))
@@ -406,7 +420,8 @@ class Viewer(Shown):
         """The axes along which a picture changes; what is derived does so with the draws and the truth."""
         if name in self.stack.axes:
             return set(self.stack.axes[name])
-        return {a for role in ("draws", "truth") for a in self.stack.axes.get(self.stack.role(role), ())} - {"draw"}
+        roles = [self.stack.role(role) or "" for role in ("draws", "truth")]
+        return {a for name in roles for a in self.stack.axes.get(name, ())} - {"draw"}
 
     def _label(self, axis: str) -> str:
         if axis in self.stack.labels:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom import uid
 
 from companion.data.intake import streams
 from companion.data.intake.records import Unreadable, pseudonym
@@ -133,7 +134,7 @@ def _parsed(path: Path, d: pydicom.Dataset, size: int) -> FileHeader:
     if sop in NO_IMAGES:
         raise Unreadable(path, f"DICOM, {NO_IMAGES[sop]}, not an image")
     if "Rows" not in d or "Columns" not in d:
-        name = pydicom.uid.UID(sop).name if sop else "no class"
+        name = uid.UID(sop).name if sop else "no class"
         raise Unreadable(path, f"DICOM without an image ({name})")
     if "MOSAIC" in kinds:
         raise Unreadable(path, "a Siemens mosaic, all slices in one picture; convert it to NIfTI with dcm2niix")
@@ -146,7 +147,7 @@ def _parsed(path: Path, d: pydicom.Dataset, size: int) -> FileHeader:
     bits = int(d.get("BitsAllocated", 16))
     if min(rows, columns, frames) < 1 or bits not in (8, 16, 32, 64) or rows * columns * frames * bits // 8 > MOST:
         raise Unreadable(path, f"{frames} frames of {rows} x {columns} with {bits} bits: its header is damaged")
-    if not d.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian).is_compressed:
+    if not d.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian).is_compressed:
         if rows * columns * frames * bits // 8 > size:
             raise Unreadable(path, f"{size} bytes, too few for its {rows} x {columns} pixels: truncated; copy it again")
     dtype = ("float" if "FloatPixelData" in d else "int" if int(d.get("PixelRepresentation", 0)) else "uint") + str(
@@ -268,13 +269,17 @@ def _component(d: pydicom.Dataset, times: pydicom.Dataset) -> str:
     return "magnitude"
 
 
+def _number_of(value) -> float:
+    return float(value) if _is_number(value) else 0.0
+
+
 def _order(d: pydicom.Dataset, times: pydicom.Dataset, index: int) -> tuple:
     number = [times.get(n) for n in ("TemporalPositionIdentifier", "TemporalPositionIndex", "TriggerTime")]
     time = next((str(v) for n in ("FrameAcquisitionDateTime", "AcquisitionDateTime") if (v := times.get(n))), "")
     time = time or str(times.get("AcquisitionDate", "") or "") + str(times.get("AcquisitionTime", "") or "")
     instance = d.get("InstanceNumber") if times is d else None
-    numbers = [float(v) if _is_number(v) else 0.0 for v in (*number, times.get("AcquisitionNumber"))]
-    return (*numbers, time, float(instance) if _is_number(instance) else 0.0, index)
+    numbers = [_number_of(v) for v in (*number, times.get("AcquisitionNumber"))]
+    return (*numbers, time, _number_of(instance), index)
 
 
 def _is_number(value) -> bool:

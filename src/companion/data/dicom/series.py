@@ -260,7 +260,7 @@ def _step(path: Path, places: np.ndarray, first: Frame) -> np.ndarray:
     size = np.linalg.norm(np.median(steps, axis=0))
     uneven = np.linalg.norm(steps - np.median(steps, axis=0), axis=1)
     if uneven.max() > max(UNEVEN, 0.01 * size):
-        where = [i + 1 for i in np.flatnonzero(uneven > max(UNEVEN, 0.01 * size))]
+        where = [int(i) + 1 for i in np.flatnonzero(uneven > max(UNEVEN, 0.01 * size))]
         raise Unreadable(
             path,
             f"slices are missing or not evenly spaced: {size:.3g} mm apart, but not after slice {_some(where)} "

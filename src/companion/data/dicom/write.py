@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, PositronEmissionTomographyImageStorage, generate_uid
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    PositronEmissionTomographyImageStorage,
+    generate_uid,
+)
 
 from companion.data.dicom.headers import dataset
 from companion.data.intake.records import pseudonym
@@ -75,7 +81,7 @@ def write_dicom(
             one.PixelSpacing = [_ds(pixel[1]), _ds(pixel[0])]
             one.ImageOrientationPatient = [_ds(v) for v in orientation]
             one.ImagePositionPatient = [_ds(v) for v in origin + i * step]
-            one.SliceThickness = one.SpacingBetweenSlices = _ds(np.linalg.norm(step))
+            one.SliceThickness = one.SpacingBetweenSlices = _ds(float(np.linalg.norm(step)))
             one.RescaleSlope, one.RescaleIntercept = _ds(slope), _ds(intercept)
             one.PixelData = plane.tobytes()
             names.append(f"IM{i + 1:04d}.dcm")
@@ -113,7 +119,7 @@ def _common(
         d = pydicom.Dataset()
         d.file_meta = FileMetaDataset()
         d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID = sop
+        d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID = UID(sop)
         uid = generate_uid(entropy_srcs=["image", str(i), *seed])
         d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID = uid
         for name in (*KEPT, *(PATIENT if identity else ())):

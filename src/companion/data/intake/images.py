@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import nibabel
 import numpy as np
@@ -32,7 +33,7 @@ class _Nifti:
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
-    affine: np.ndarray | None
+    affine: np.ndarray
     slope: float
     inter: float
     intent: str
@@ -122,7 +123,8 @@ def finite(array: np.ndarray, path: str | Path) -> np.ndarray:
     if bad:
         raise Unreadable(path, f"{bad} NaN or infinite voxels of {array.size}; mask or repair them first")
     if array.dtype.itemsize > (4 if array.dtype.kind == "f" else 8):
-        peak = max(abs(float(np.max(array.real))), abs(float(np.min(array.real))))
+        real: np.ndarray = np.real(array)
+        peak = max(abs(float(np.max(real))), abs(float(np.min(real))))
         if peak > LARGEST:
             raise Unreadable(path, f"values up to {peak:.3g}, more than 32-bit floats hold; scale them down")
     return array
@@ -209,7 +211,8 @@ def _shape(path: Path, header) -> tuple[int, int, int, int]:
         raise Unreadable(path, f"shape {tuple(shape)}: {what}; expected a volume (x, y, z) or a series of them")
     if len(shape) < 2:
         raise Unreadable(path, f"shape {tuple(shape)}: a curve and not an image")
-    return tuple(shape + [1] * (4 - len(shape)))
+    x, y, z, t = shape + [1] * (4 - len(shape))
+    return x, y, z, t
 
 
 def _dtype(path: Path, header) -> np.dtype:
@@ -218,7 +221,7 @@ def _dtype(path: Path, header) -> np.dtype:
         hint = "; a picture for the eye: give the scan itself" if "colour" in SPOKEN[code] else "; convert it"
         raise Unreadable(path, f"holds {SPOKEN[code]}{hint}")
     try:
-        dtype = np.dtype(data_type_codes.dtype[code]).newbyteorder(header.endianness)
+        dtype = np.dtype(cast(Any, data_type_codes.dtype[code])).newbyteorder(header.endianness)
     except KeyError:
         raise Unreadable(path, f"unknown type of values (code {code}); the header is damaged") from None
     if not dtype.itemsize or dtype.kind not in "iufc" or int(header["bitpix"]) not in (0, 8 * dtype.itemsize):
@@ -239,7 +242,7 @@ def _scale(path: Path, header) -> tuple[float, float]:
 
 def _intent(path: Path, header) -> str:
     code = int(header["intent_code"])
-    name = intent_codes.label[code] if code in intent_codes.label else ""
+    name = str(intent_codes.label[code]) if code in intent_codes.label else ""
     if code in (1004, 1005, 1006, 1007, 1008, 1009, 1010):
         raise Unreadable(path, f"holds {name or 'vectors'} (a field or tensors), not an image")
     if 2 <= code <= 24:

@@ -56,7 +56,7 @@ def find(path: str | os.PathLike, table: str | os.PathLike | None = None, kinds:
         raise Unclear(f"{found.root}: {found.unclear}")
     items = tuple(item for item in found.items if item.what.kind in kinds)
     other = {item.name: f"{item.what.kind}, not {' or '.join(kinds)}" for item in found.items if item not in items}
-    found = replace(found, items=items, left=found.left | other)
+    found = replace(found, items=items, left=dict(found.left) | other)
     if not items:
         raise Unreadable(found.root, f"nothing to use there ({' or '.join(kinds)}){_reasons(found.left)}")
     return found
@@ -154,7 +154,8 @@ def _assigned(items: list[Item], table: Table | None, folder: str) -> tuple[list
     named = [replace(i, person=w.person, session=w.session, told=w.told) for i in items if (w := told.get(i.name))]
     split = split or _by_folders(named)
     if (
-        split
+        table is not None
+        and split
         and (unknown := {i.person for i in named} - set(split))
         and set(split).isdisjoint({i.person for i in named})
     ):

@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -79,7 +80,7 @@ def read_minc(files: Sequence[Path], frame: int | None = None) -> Volume:
     streams.check(path)
     try:
         _frame(path, frame, image.shape[3] if len(image.shape) > 3 else 1)
-        canonical = nibabel.as_closest_canonical(image)
+        canonical: Any = nibabel.as_closest_canonical(image)
         array = np.asarray(canonical.dataobj, np.float32)
     except Unreadable:
         raise
@@ -88,11 +89,11 @@ def read_minc(files: Sequence[Path], frame: int | None = None) -> Volume:
     return Volume(finite(array, path).transpose(2, 1, 0), check_affine(canonical.affine, path))
 
 
-def _minc(path: Path):
+def _minc(path: Path) -> Any:
     if reason := streams.instead(path):
         raise Unreadable(path, reason)
     try:
-        image = nibabel.load(path)
+        image: Any = nibabel.load(path)
         shape, _ = image.shape, image.get_data_dtype()
     except Exception as error:
         raise Unreadable(path, f"not a readable MINC volume ({error}); download it again") from error
@@ -107,7 +108,9 @@ def sniff_brainweb(path: Path) -> Description | None:
     if reason := streams.instead(path, zeros=True):
         raise Unreadable(path, reason)
     _brainweb_type(path)
-    return Description("labels", "BrainWeb raw", ("z", "y", "x"), BRAINWEB_SHAPE, (BRAINWEB_MM,) * 3, "uint8")
+    return Description(
+        "labels", "BrainWeb raw", ("z", "y", "x"), BRAINWEB_SHAPE, (BRAINWEB_MM, BRAINWEB_MM, BRAINWEB_MM), "uint8"
+    )
 
 
 def read_brainweb(files: Sequence[Path], frame: int | None = None) -> Volume:
@@ -202,7 +205,7 @@ def _check_stream(path: Path, total: int) -> None:
         return
     parts = _itk_parts(path)
     bzip = packed[1].lower().startswith(b"bz")
-    unpack = bz2.BZ2Decompressor() if bzip else zlib.decompressobj(47)  # 47: zlib's or gzip's header, as it comes
+    unpack: Any = bz2.BZ2Decompressor() if bzip else zlib.decompressobj(47)  # 47: zlib's or gzip's header, as it comes
     length = 0
     with streams.guarded(path, "compressed values"), open(parts[0] if parts else path, "rb") as file:
         file.seek(0 if parts else begin)
@@ -224,7 +227,8 @@ def _itk_type(path: Path, reader) -> np.dtype:
     if reader.GetNumberOfComponents() != 1:
         kind = "RGB colour or vectors"
         raise Unreadable(path, f"holds {kind}, {reader.GetNumberOfComponents()} numbers a voxel; give the scan itself")
-    return np.dtype(sitk.extra._get_numpy_dtype(sitk.Image([1, 1], reader.GetPixelID())))
+    kind_of = sitk.extra._get_numpy_dtype  # pyright: ignore[reportAttributeAccessIssue] (not in SimpleITK's stubs)
+    return np.dtype(kind_of(sitk.Image([1, 1], reader.GetPixelID())))
 
 
 def _itk_affine(path: Path, reader) -> np.ndarray:

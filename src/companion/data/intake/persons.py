@@ -239,8 +239,9 @@ def _check_groups(varying: Mapping[str, Sequence[tuple[str, int]]]) -> None:
     numbers, example = defaultdict(set), defaultdict(list)
     for name, words in varying.items():
         first = next((i for i, (w, _) in enumerate(words) if _numbered(w)), None)
-        before = [w.lower() for w, _ in words[:first] if not GROUP.fullmatch(w)] if first else []
-        if before:
+        if not first:
+            continue
+        if before := [w.lower() for w, _ in words[:first] if not GROUP.fullmatch(w)]:
             numbers[words[first][0].lower()].add(tuple(before))
             example[words[first][0].lower()].append(name)
     for number, groups in numbers.items():

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -264,7 +265,7 @@ def _mat(path: Path, name: str) -> np.ndarray:
     try:
         if h5py.is_hdf5(path):
             with open_hdf5(path) as file:
-                stored = file[name]
+                stored: Any = file[name]
                 if stored.size * 8 > 64 * path.stat().st_size + 2**20:
                     raise Unreadable(path, f"{name} {stored.shape} is far larger than the file: damaged")
                 value = stored[()]

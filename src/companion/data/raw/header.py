@@ -7,9 +7,13 @@ numbers are turned around on reading, to (z, y, x) = (slice or second phase enco
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -60,31 +64,41 @@ def parse_header(text: str) -> Header:
         for element in root.iter():
             element.tag = str(element.tag).rpartition("}")[2]
         encoding = root.find("encoding")
+        if encoding is None:
+            raise ValueError("no encoding")
         encoded, recon = (_triple(encoding, space, "matrixSize", int) for space in ("encodedSpace", "reconSpace"))
-        sizes = [_triple(encoding, s, "fieldOfView_mm", float, False) for s in ("encodedSpace", "reconSpace")]
+        encoded_mm, recon_mm = (
+            _triple(encoding, space, "fieldOfView_mm", float)
+            if encoding.find(f"{space}/fieldOfView_mm") is not None
+            else None
+            for space in ("encodedSpace", "reconSpace")
+        )
         limits = encoding.find("encodingLimits/kspace_encoding_step_1")
         lines, centre = None, None
         if limits is not None:
-            low, centre, high = (int(limits.find(n).text) for n in ("minimum", "center", "maximum"))
+            low, centre, high = (int(limits.findtext(n) or "") for n in ("minimum", "center", "maximum"))
             first = encoded[2] // 2 - centre
             lines = (first + low, first + high + 1)
-        second = encoding.find("encodingLimits/kspace_encoding_step_2/center")
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError, OverflowError) as error:
+        second = (encoding.findtext("encodingLimits/kspace_encoding_step_2/center") or "").strip()
+    except (ElementTree.ParseError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"ismrmrd_header is damaged or incomplete ({error}); convert the scan again") from error
-    words = [
-        root.findtext(p, "") or "" for p in ("subjectInformation/patientID", "measurementInformation/protocolName")
-    ]
+    patient, protocol = (
+        (root.findtext(p, "") or "").strip()
+        for p in ("subjectInformation/patientID", "measurementInformation/protocolName")
+    )
     trajectory = (encoding.findtext("trajectory", "") or "").strip().lower()
-    second_centre = int(second.text) if second is not None and (second.text or "").strip().isdigit() else None
-    return Header(encoded, recon, *sizes, lines, (second_centre, centre), trajectory, *(w.strip() for w in words))
+    second_centre = int(second) if second.isdigit() else None
+    return Header(encoded, recon, encoded_mm, recon_mm, lines, (second_centre, centre), trajectory, patient, protocol)
 
 
-def _triple(encoding, space: str, name: str, kind, required: bool = True):
-    """A positive triple of the header as (z, readout, phase encoding)."""
+def _triple(
+    encoding: ElementTree.Element, space: str, name: str, kind: Callable[[str], Number]
+) -> tuple[Number, Number, Number]:
+    """A positive triple of the header as (z, readout, phase encoding). ValueError where it is missing."""
     at = encoding.find(f"{space}/{name}")
-    if at is None and not required:
-        return None
-    readout, phase, depth = (kind(at.find(axis).text) for axis in "xyz")
+    if at is None:
+        raise ValueError(f"no {space} {name}")
+    readout, phase, depth = (kind(at.findtext(axis) or "") for axis in "xyz")
     if not (readout > 0 and phase > 0 and depth > 0 and np.isfinite([readout, phase, depth]).all()):
         raise ValueError(f"{space} {name} is {readout}, {phase}, {depth}")
     return depth, readout, phase

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import h5py
 import numpy as np
@@ -19,6 +20,9 @@ from companion.data.intake.heaps import check_heaps
 from companion.data.intake.records import Description, Unreadable, pseudonym
 from companion.data.raw.header import Header, decode_header, parse_header
 from companion.data.raw.scan import RawScan, centred_box, choose, describe, raw_scan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NOISE, CALIBRATION, REVERSED = 1 << 18, 1 << 19, 1 << 21  # flag n of the standard is bit n - 1
 LEFT_OUT = {
@@ -68,10 +72,11 @@ def read_mrd(files: Sequence[Path], which: Mapping[str, int] | None = None) -> R
             imaging &= heads["idx"][name] == i
         if not imaging.any():
             raise Unreadable(path, f"no imaging data for {chosen}; choose others with which=...")
-        sums, hits = _gridded(path, group["data"], found, np.flatnonzero(imaging))
+        data = cast(h5py.Dataset, group["data"])  # as _heads saw to
+        sums, hits = _gridded(path, data, found, np.flatnonzero(imaging))
         np.divide(sums, np.maximum(hits, 1), out=sums)
-        noise = _noise(path, group["data"], heads, found)
-        calibration = _calibration(path, group["data"], found)
+        noise = _noise(path, data, heads, found)
+        calibration = _calibration(path, data, found)
     flat = header.encoded[0] == 1  # 2D slices; the mask then has no z
     sums, hits = (sums[:, :, 0], hits[:, :, 0]) if flat else (sums, hits)
     if calibration is not None:
@@ -166,13 +171,13 @@ def _sorted(path: Path, header: Header, heads: np.ndarray) -> _Sorted:
 
 def _header(path: Path, group: h5py.Group) -> Header:
     try:
-        return parse_header(decode_header(group["xml"][()]))
+        return parse_header(decode_header(cast(Any, group["xml"])[()]))
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, IndexError) as error:
         raise Unreadable(path, str(error)) from error
 
 
 def _heads(path: Path, group: h5py.Group) -> np.ndarray:
-    data = group["data"]
+    data: Any = group["data"]
     names = getattr(getattr(data, "dtype", None), "names", None) or ()
     if not {"head", "data"} <= set(names) or data.ndim != 1 or not 0 < len(data) < 2**28:
         raise Unreadable(path, "its data are not ISMRMRD acquisitions; convert the scan again")
@@ -237,7 +242,7 @@ def _lines(path: Path, data: h5py.Dataset, chosen: np.ndarray, coils: int):
             yield i, np.ascontiguousarray(values, np.float32).view(np.complex64).reshape(coils, samples)
 
 
-def _noise(path: Path, data: h5py.Dataset, heads: np.ndarray, found: _Sorted) -> np.ndarray | None:
+def _noise(path: Path, data: h5py.Dataset, heads: np.ndarray, found: _Sorted) -> Tensor | None:
     """Noise (coil, sample) scaled to the bandwidth of the imaging data, whose variance is proportional to it."""
     chosen = np.flatnonzero(found.noise & (heads["active_channels"] == found.shape[1]))
     if not len(chosen):
@@ -265,7 +270,8 @@ def _calibration(path: Path, data: h5py.Dataset, found: _Sorted):
 def _oversampling(header: Header) -> tuple[float, float, float]:
     """Encoded / reconstructed field of view, (z, y, x); 1 where the header is silent or the image is the larger one."""
     if header.encoded_mm and header.recon_mm:
-        return tuple(max(1.0, e / r) for e, r in zip(header.encoded_mm, header.recon_mm, strict=True))
+        z, y, x = (max(1.0, e / r) for e, r in zip(header.encoded_mm, header.recon_mm, strict=True))
+        return z, y, x
     return (1.0, max(1.0, header.encoded[1] / header.recon[1]), 1.0)
 
 
