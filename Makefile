@@ -1,6 +1,6 @@
 # make demo    set everything up and run the main job; ends in runs/index.html
 # make test    lint, types, notebooks without outputs, all tests
-# make types   the type checker over the rooms that pass it (pyproject.toml says which do not yet)
+# make types   the type checker over src
 # make lab     JupyterLab on the first notebook
 # make figures the pictures of the README, again from the runs of make demo
 # make docs    the site, build/site/index.html, with the notebooks as make demo left them
