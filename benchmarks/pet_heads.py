@@ -49,6 +49,7 @@ from companion.data.intake.look import find
 from companion.data.pet import Slices, held_out
 from companion.evaluation import metrics
 from companion.evaluation.activity import score
+from companion.evaluation.tables import markdown
 from companion.files import atomic_write
 from companion.models.checkpoint import describe_source
 from companion.models.errors import load_errors
@@ -332,7 +333,7 @@ def finished(name, load, size, dose, priors, tuned, asked, args) -> tuple[list[d
 def report(out: Path, rows: list[dict], pictures: dict) -> None:
     """The table, all rows, and a contact sheet for each size and dose."""
     lines = table(rows)
-    write(out, lines, figures.markdown_table(lines))
+    write(out, lines, markdown(lines))
     for setting, sheets in pictures.items():
         with atomic_write(out / f"sheet_{setting.replace(' ', '_')}.png") as path:
             contact_sheet(sheets).savefig(path, format="png", dpi=110)

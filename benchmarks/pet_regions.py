@@ -27,9 +27,9 @@ from companion.diffusion.noise import karras
 from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
 from companion.evaluation.doses import mean_and_error
+from companion.evaluation.tables import markdown
 from companion.papers.pet.study import Enhance
 from companion.reconstruction.activity import Prior, posterior
-from companion.show import figures
 
 CLASSES = {
     "CSF-like, 0.5 to 3 kBq/mL": (0.5, 3.0),
@@ -94,7 +94,7 @@ def main(argv=None) -> list[dict]:
         for name, x in (("draws of the prior", drawn), ("people", people.image))
         for row in rows_of(name, x, people.mu, people.pixel_mm, prior, p)
     ]
-    write(args.out, rows, figures.markdown_table(rows))
+    write(args.out, rows, markdown(rows))
     return rows
 
 

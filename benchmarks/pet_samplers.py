@@ -26,9 +26,9 @@ from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
 from companion.evaluation.activity import score
 from companion.evaluation.doses import mean_and_error
+from companion.evaluation.tables import markdown
 from companion.papers.pet.study import Enhance, prepare
 from companion.reconstruction.activity import FIRST_SIGMA, LAST_GUIDED, Prior
-from companion.show import figures
 
 
 def samplers(prior: Prior, scan: Scan, last: float, seeds: list[int]) -> dict:
@@ -89,7 +89,7 @@ def main(argv=None) -> list[dict]:
         result = run()
         rows.append(line(name, result, time.process_time() - start, prior, people))
         print(rows[-1], flush=True)
-    write(args.out, rows, figures.markdown_table(rows))
+    write(args.out, rows, markdown(rows))
     return rows
 
 

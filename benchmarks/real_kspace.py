@@ -35,6 +35,7 @@ from companion.acquisition.redundancy import redundancy
 from companion.data import anatomy
 from companion.data.intake.readers import read_image, sniff
 from companion.data.raw.scan import RawScan
+from companion.diffusion.covariance import FIT_SIGMAS
 from companion.diffusion.denoisers import AnySize
 from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sets import EachSet
@@ -53,7 +54,6 @@ from companion.show import figures
 
 KINDS = {"lines": "equispaced", "Poisson": "poisson_disc"}
 GRID = (0.5, 1.0, 2.0, 4.0)  # regularisation, in noise_std^(3/2): tuned values then lie inside for any noise
-FIT_SIGMAS = torch.logspace(-2, 1.3, 12)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from companion.show.figures import animation, curves, image_grid, markdown_table, picture, thumbnail
+from companion.evaluation.tables import markdown
+from companion.show.figures import animation, curves, image_grid, picture, thumbnail
 
 
 def test_picture_shows_magnitudes_and_drops_singletons():
@@ -72,10 +73,10 @@ def test_animation_plays_every_frame_of_every_sequence(tmp_path):
 
 
 def test_markdown_table_writes_means_with_their_errors():
-    table = markdown_table([{"R": 4, "PSNR": (31.239, 0.214), "SSIM": (0.9123, 0.004), "x": 0.5}])
+    table = markdown([{"R": 4, "PSNR": (31.239, 0.214), "SSIM": (0.9123, 0.004), "x": 0.5}])
     assert table.splitlines()[2] == "| 4 | 31.24 ± 0.21 | 0.912 ± 0.004 | 0.5 |"
     with pytest.raises(ValueError, match="at least one row"):
-        markdown_table([])
+        markdown([])
 
 
 def test_thumbnail_keeps_proportions(tmp_path):

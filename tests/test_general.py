@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from companion.evaluation.denoising import expected_errors
 from companion.models.architectures import build
 from companion.networks.blocks import AttentionBlock
 from companion.papers.general import (
     Bank,
     TrainGeneral,
     crop,
-    denoising_errors,
     prepare_bank,
     prior_config,
     train_general,
@@ -65,8 +65,8 @@ def test_training_finishes_once(tmp_path):
     for a, b in zip(result.ema.parameters(), again.ema.parameters(), strict=True):
         assert torch.equal(a, b)
     x0 = validation_slices(None, count=2, size=32)
-    (row,) = denoising_errors(result.ema, x0, [0.1])
-    assert 0 < row["error"] < 1 and 0 < row["stated"] < 1
+    (row,) = expected_errors(result.ema, x0, [0.1])
+    assert 0 < row["error"] < 1 and 0 < row["expected"] < 1
 
 
 def test_bank_is_completed_and_the_same_again(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 
 from companion.information import local_mi
-from companion.information.local_mi import LocalMI, SelfMaps, mutual_information
+from companion.information.local_mi import LocalMI, mutual_information
 from companion.information.pairs import grey_levels, luma
 
 
@@ -153,19 +153,6 @@ def test_the_compiled_path_takes_every_pixel_at_once(monkeypatch):
     monkeypatch.setattr(local_mi, "fused_joint_entropy", lambda: local_mi.unrolled_joint_entropy)
     source, target = images(9, 8, seed=11)
     torch.testing.assert_close(LocalMI(compiled=True)(source, target), LocalMI()(source, target), rtol=0, atol=3e-6)
-
-
-def test_self_maps_are_computed_once(monkeypatch):
-    lmi, batch = LocalMI(), torch.cat(images(8, 8, count=3))
-    maps = SelfMaps(lmi)
-    first = maps(batch[:2], ["a", "b"])
-    torch.testing.assert_close(first, lmi(batch[:2], batch[:2]), rtol=0, atol=2e-6)
-    calls = []
-    monkeypatch.setattr(LocalMI, "prepare", lambda self, x, **_: calls.append(len(x)) or local_mi.Source.of(self, x))
-    again = maps(batch, ["b", "a", "c"])
-    assert calls == [1]
-    torch.testing.assert_close(again[:2], first.flip(0), rtol=0, atol=0)
-    assert maps(torch.zeros(1, 1, 8, 8), ["empty"]).abs().max() == 0
 
 
 def test_luma_weighs_the_colours():

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from operator import add
@@ -260,28 +260,6 @@ class Source:
                 f"source is {self.image.dtype} on {self.image.device}, target {target.dtype} on {target.device}; "
                 "bring them together with .to()"
             )
-
-
-class SelfMaps:
-    """Self maps of training images, computed when first asked for and kept, in float32, on the CPU.
-
-    maps(images, keys) -> (batch, 1, *space), for images (batch, 1, *space) named by `keys`, such as indices of
-    a dataset. The map commutes with flips and transpositions: ask with the image as stored, then flip both.
-    Blur, rotation or another intensity make another image, which needs another key.
-    """
-
-    def __init__(self, lmi: LocalMI):
-        self.lmi, self.maps = lmi, {}
-
-    def __call__(self, images: Tensor, keys: Sequence[Hashable]) -> Tensor:
-        if len(images) != len(keys):
-            raise ValueError(f"{len(images)} images with {len(keys)} keys; give one key for each")
-        new = [i for i, key in enumerate(keys) if key not in self.maps]
-        if new:
-            with torch.no_grad():
-                found = self.lmi.prepare(images[new], allow_constant=True).self_map
-            self.maps |= {keys[i]: x.float().cpu() for i, x in zip(new, found, strict=True)}
-        return torch.stack([self.maps[key] for key in keys]).to(images)
 
 
 # ------------------------------------------------------------------------------- information of many patches

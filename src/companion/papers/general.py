@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from companion.data.heads import Head, dead_leaves, head_image
 from companion.data.heads_download import load_heads
 from companion.data.phase import add_phase
-from companion.diffusion.denoisers import Denoiser, moments_of
+from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.losses import edm_loss
 from companion.files import project_root
 from companion.papers.crops import Bank, TrainOnCrops, complete, train_on_crops, unet
@@ -143,21 +143,6 @@ def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: 
         top, left = ((size - n) // 2 for n in part.shape)
         canvas[i, 0, top : top + part.shape[0], left : left + part.shape[1]] = part
     return add_phase(canvas, torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def denoising_errors(D: Denoiser, x0: Tensor, sigmas: Sequence[float], seed: int = 0) -> list[dict[str, float]]:
-    """Return, for each sigma, the error of D on images x0 and the error that its variance channel states.
-
-    Root mean square per real component, over all pixels.
-    """
-    noise = randn(x0.shape, x0.dtype, torch.Generator().manual_seed(seed)).to(x0.device)
-    rows = []
-    for sigma in sigmas:
-        mean, variance = moments_of(D)(x0 + sigma * noise, torch.full((len(x0),), sigma, device=x0.device))
-        error = ((mean - x0).abs().square().mean() / 2).sqrt().item()
-        rows.append({"sigma": sigma, "error": round(error, 4), "stated": round(variance.mean().sqrt().item(), 4)})
-    return rows
 
 
 if __name__ == "__main__":  # torchrun --nproc_per_node=4 -m companion.papers.general params.yaml

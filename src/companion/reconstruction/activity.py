@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from companion.acquisition.pet import Scan
-from companion.diffusion.covariance import Isotropic, Measured, pixel_moments
+from companion.diffusion.covariance import FIT_SIGMAS, Isotropic, Measured, pixel_moments
 from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.noise import karras
 from companion.diffusion.poisson import (
@@ -97,8 +97,6 @@ def enhanced(network: Network, scan: Scan, validation: Scan, seed: int = 0) -> t
 PRIOR, HEADS, NETWORK = "pet/prior", "pet/heads", "pet/enhance"
 
 FIRST_SIGMA = 10.0  # network units: noise level at which draws begin, an image is invisible in it
-
-FIT_SIGMAS = torch.logspace(-2, 1.3, 12)  # noise levels at which the error of a prior is measured
 
 LAST_GUIDED = 0.01  # last noise level of guided samplers, which do not draw from what is left at the end
 

@@ -12,7 +12,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from companion.evaluation.tables import markdown as markdown_table  # noqa: F401  its former place
 from companion.extras import extra
 from companion.files import atomic_write
 

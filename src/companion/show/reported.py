@@ -5,18 +5,16 @@ reported.yaml lists every number of the papers, or says that there is none; this
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import yaml
 
 from companion.extras import extra
-from companion.files import atomic_write
 from companion.show import figures
 from companion.workbench.catalogue import Entry, conditions, flatten, fulfils
 from companion.workbench.run import EXECUTION, NOTEBOOK, Run
@@ -153,14 +151,3 @@ def balance(tables: dict[str, list[dict[str, str]]]):
         fig.tight_layout()
     plt.close(fig)
     return fig
-
-
-def write_csv(path: str | os.PathLike, tables: dict[str, list[dict[str, str]]]) -> Path:
-    """The path of the CSV file written: all tables, one line for each quantity."""
-    path = Path(path)
-    rows = [{"paper": paper} | row for paper, table in tables.items() for row in table]
-    with atomic_write(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else list(asdict(Reported("", ""))))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
