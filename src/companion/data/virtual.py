@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -119,6 +118,8 @@ def validation_sequences(source: str, prepared: Prepared, window: int, people: i
 
 def example_volume(path: Path, sources: Sequence[str], target: str, split: str = "test") -> Path:
     """The path of a NIfTI volume of a held-out person in another contrast: odd in size, lying oblique."""
+    from scipy.spatial.transform import Rotation  # takes a second to import
+
     source = next(c for c in (*sources, *CONTRASTS) if c != target)
     shape, voxel, spacing = (11, 81, 71), 2.5, 8.0
     heights = anatomy.SLAB_MM[0] + spacing * torch.arange(shape[0])  # the slab that the cohort's slices come from
