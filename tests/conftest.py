@@ -10,11 +10,8 @@ import pytest
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-LONGEST = (
-    "test_notebooks.py",
-    "test_workflow.py",
-    "test_browser.py",
-)  # begun first, so that no worker waits at the end
+# begun first, so that no worker waits at the end
+LONGEST = ("test_notebooks.py", "test_workflow.py", "test_browser.py", "test_types.py")
 
 
 def pytest_collection_modifyitems(items):
