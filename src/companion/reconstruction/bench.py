@@ -51,7 +51,7 @@ from companion.operators.mri import birdcage_maps, sense
 from companion.randomness import randn
 
 FIRST_SIGMA = 5.0  # an image is invisible in it
-TUNED_ON, TUNING_DRAWS = 3, 4  # validation images, and draws of each
+TUNED_ON, TUNED_ON_EXACT, TUNING_DRAWS = 3, 32, 4  # validation images, small ones of exact priors, draws of each
 FRACTION = 0.08  # of the peak: above it a pixel counts as of the person
 
 
@@ -223,20 +223,21 @@ def draw(entry: Entry, D: Denoiser, A, y: Tensor, noise_std: float, seeds: Itera
 # What is tuned
 
 
-def tuned(entry: Entry, D: Denoiser, A: LinearOperator, noise_std: float, images: Tensor, calls: int) -> Entry:
-    """The entry with the options of its grid that have the lowest mean energy score on scans of validation images."""
+def tuned(
+    entry: Entry, D: Denoiser, A: LinearOperator, noise_std: float, images: Tensor, calls: int, on: int = TUNED_ON
+) -> Entry:
+    """The entry with the options of its grid that have the lowest mean energy score on scans of the first images."""
     if not entry.grid:
         return entry
-    truth, generator = images[:TUNED_ON], torch.Generator().manual_seed(4242)
+    truth, generator = images[:on], torch.Generator().manual_seed(4242)
     y = A(truth) + noise_std * randn((len(truth), *A.range_shape), truth.dtype, generator)
+    y = y.repeat_interleave(TUNING_DRAWS, 0)
     scores = {}
     for values in product(*entry.grid.values()):
         one = replace(entry, options=dict(zip(entry.grid, values, strict=True)))
-        scores[values] = 0.0
-        for i, x in enumerate(truth):
-            seeds = range(90_000 + TUNING_DRAWS * i, 90_000 + TUNING_DRAWS * (i + 1))
-            found = draw(one, D, A, y[i : i + 1], noise_std, seeds, calls, images)
-            scores[values] += energy_score(found.x, x) / len(truth)
+        x = draw(one, D, A, y, noise_std, range(90_000, 90_000 + len(y)), calls, images).x
+        found = map(energy_score, x.unflatten(0, (len(truth), TUNING_DRAWS)), truth)
+        scores[values] = sum(found) / len(truth)
     best = min(scores, key=lambda values: scores[values])
     return replace(entry, options=dict(zip(entry.grid, best, strict=True)))
 
@@ -271,7 +272,7 @@ def exact(entry: Entry, s: Settings, name: str) -> dict:
     """Mean, variance, coverage and cost against a posterior in closed form, and the ranks of simulated truths."""
     problem = make_problem(name, s.size, draws=1000)
     images = problem.images(32)
-    entry = tuned(entry, problem.prior, problem.A, problem.noise_std, images, s.calls)
+    entry = tuned(entry, problem.prior, problem.A, problem.noise_std, images, s.calls, TUNED_ON_EXACT)
     found = draw(entry, problem.prior, problem.A, problem.y, problem.noise_std, range(s.draws), s.calls, images)
     cost = {"denoiser_calls": found.denoiser_calls, "milliseconds": 1000 * found.seconds}
     return score(found.x, problem) | cost | _ranks(entry, s, problem, images) | {"options": dict(entry.options)}
