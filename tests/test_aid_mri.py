@@ -24,6 +24,7 @@ from companion.papers.aid.reconstruct import MODELS, Reconstruct, study
 from companion.randomness import randn
 from companion.reconstruction import mri as baselines
 from companion.reconstruction import sequence as posterior
+from companion.reconstruction.kept import Kept
 from companion.reconstruction.sequence import METHODS, Prior, measured_and_inferred, score, summary
 
 REFERENCE = 0.8  # magnitude that 99 % of the pixels of `person` do not exceed, nearly
@@ -613,3 +614,47 @@ def test_the_inverse_transform_of_the_tests_own_writer_is_ours(files):
         images = ifft(torch.from_numpy(file["kspace"][0]))
     ours = images.abs().square().sum(0).sqrt()[ROWS - ROWS // 2 : ROWS - ROWS // 2 + ROWS]
     assert (ours / UNITS - torch.from_numpy(rss[0])).abs().max() < 0.05
+
+
+def test_a_drawing_that_is_stopped_twice_goes_on_and_ends_alike(tiny, fewer_people, tmp_path, monkeypatch):
+    p = tiny(models=("AID", "single image"))
+    cases, whole, keep = aid_mri.prepare(p), studied(p), tmp_path / "kept"
+    stored, store = [], Kept._store
+
+    def store_and_stop(self, step):
+        store(self, step)
+        stored.append((self.path.stem, step["frame"]))
+        if len(stored) in (2, 7):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Kept, "_store", store_and_stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            study(p, cases, progress=False, keep=keep)
+    (keep / "0-single-image.safetensors").write_bytes(b"cut short")  # by a full disk, say: begun anew
+    done = study(p, cases, progress=False, keep=keep)
+    frames = {name: [n for path, n in stored if path == name] for name, _ in stored}
+    assert frames == {"0-aid": [0, 1, 2], "0-single-image": [0, 1, 2] * 2, "0-csgm-langevin": [0, 1, 2]}
+    assert not keep.exists() and len(done.rows) == len(whole.rows)
+    for row, expected in zip(done.rows, whole.rows, strict=True):  # to rounding: context is not cached over a stop
+        assert row == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-3) for k, v in expected.items()}
+    for name, bill in whole.bills.items():
+        assert replace(done.bills[name], seconds=0.0) == replace(bill, seconds=0.0)
+
+
+def test_what_was_kept_of_another_drawing_is_not_used(tiny, priors, tmp_path):
+    p, keep = tiny(frames=2), tmp_path / "kept.safetensors"
+    scan, other = (simulate(p, "test", i, REFERENCE) for i in range(2))
+    for change in ({}, {"scan": other}, {"seed": 1}, {"sampler": replace(p, evaluations=5)}, {"context": None}):
+        call = {"scan": scan, "sampler": p, "context": "full", "seed": 0} | change
+        drawn = posterior.reconstruct(priors["sequence"], **call, keep=keep)
+        assert torch.equal(drawn.x, posterior.reconstruct(priors["sequence"], **call).x)
+    assert torch.equal(posterior.reconstruct(priors["sequence"], **call, keep=keep).x, drawn.x)
+
+
+def test_the_work_is_told_before_it_starts(tiny, fewer_people):
+    p = tiny(models=("AID",))
+    rows = aid_mri.cost(p, aid_mri.prepare(p))
+    assert [row["model"] for row in rows] == ["AID", "CSGM-Langevin"]
+    about = {"matrix": "24 x 24", "slices": 3, "draws": 2, "evaluations": 4}
+    assert all(about.items() <= row.items() and row["about, minutes"] > 0 for row in rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
@@ -16,7 +18,7 @@ from companion.diffusion.guidance import Guidance, ddnm, dds, diffpir, dps, land
 from companion.diffusion.langevin import langevin
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Samples
-from companion.diffusion.sequence import SequenceSamples, draw_sequence, reconstruct_sequence
+from companion.diffusion.sequence import SequenceSamples, add, draw_sequence, reconstruct_sequence
 from companion.diffusion.solvers import ddim
 from companion.evaluation import metrics, tables
 from companion.models.architectures import inner_denoiser, network_of
@@ -25,6 +27,7 @@ from companion.operators.linear import LinearOperator
 from companion.parameters import param
 from companion.randomness import randn
 from companion.reconstruction import nullspace
+from companion.reconstruction.kept import Kept
 
 FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
 CONTEXT_ERROR = 0.05  # deviation of drawn slices from the truth, roughly
@@ -54,6 +57,7 @@ class Sampler:
         "annealed_gibbs", "posterior sampler; published: gradient steps, stochastic rule", choices=METHODS
     )
     draws: int = param(4, "posterior draws of a volume", minimum=2)
+    at_once: int | None = param(None, "draws that share an evaluation; fewer take less memory; none: all", minimum=1)
     evaluations: int = param(24, "network evaluations a draw and slice", minimum=2)
     last_sigma: float = param(0.04, "noise level of the last evaluation; about 4 noise_std", minimum=1e-4)
     refresh: float | None = param(
@@ -101,6 +105,17 @@ class Prior:
         """How many frames of a person `measured` needs."""
         return max(self.window, 3) + 1
 
+    def seconds(self, draws: int, shape: tuple[int, ...], alone: bool) -> float:
+        """How long an evaluation takes, for so many draws of images of a shape, with the context of a late slice."""
+        x = randn((draws, *shape), torch.complex64, torch.Generator().manual_seed(0), self.device)
+        cond = x.new_zeros(1, 1, *shape) if self.start == "blank" else None
+        if self.window and not alone:
+            cond = x[:, None].expand(-1, self.window, *shape)
+        began = time.perf_counter()
+        with torch.no_grad():
+            self.D(x, torch.full((draws,), 0.1, device=self.device), cond)
+        return time.perf_counter() - began
+
     def measured(self, x: Tensor, seed: int = 0) -> Prior:
         """The same with its errors measured on sequences x (person, frames, 1, y, x) that it was not trained on.
 
@@ -138,10 +153,12 @@ def reconstruct(
     seed: int,
     peak: float | None = None,
     progress: bool = False,
+    keep: Path | None = None,
 ) -> SequenceSamples:
     """Posterior draws (draw, frame, 1, y, x) of a volume, slice n given the draws of the slices before it.
 
     context: "full" or "last", see `CausalUNet`; None gives no slice any context, as a single-image prior works.
+    keep: file for the slices drawn so far; after a stop the same call goes on from it, to the same result.
     """
     network, scan = network_of(prior.D), scan.to(prior.device)
     given = scan.x[:1] if sampler.start == "truth" and scan.x is not None else None
@@ -151,6 +168,9 @@ def reconstruct(
         guidance(sampler.method, scan.operator(n), scan.y[n : n + 1], scan.noise_std, error, peak)
         for n, error in zip(frames, errors, strict=True)
     ]
+    kept = Kept(
+        keep, network, type(inner_denoiser(prior.D)), scan, sampler, context, seed, peak, prior.alone, prior.given
+    )
     with contextlib.ExitStack() as stack:
         if prior.window:
             stack.enter_context(network.attending(context or "full"))
@@ -166,17 +186,25 @@ def reconstruct(
             context=None if given is None else given[None],
             start=prior.start,
             first_stage=context is None,
+            batch_size=sampler.at_once,
             device=prior.device,
             progress=progress,
+            **kept.options,
         )
     known = [] if given is None else [given[None].expand(sampler.draws, *[-1] * given.ndim)]
-    return SequenceSamples(torch.cat([*known, samples.x], 1).cpu(), samples.bill)
+    return SequenceSamples(torch.cat([*known, samples.x], 1).cpu(), add(kept.bill, samples.bill))
 
 
-def csgm(prior: Prior, scan: Scan, sampler: Sampler, steps: int, seed: int) -> SequenceSamples:
-    """Draws (draw, frame, 1, y, x) by annealed Langevin dynamics, `steps` a level, each slice by itself."""
+def csgm(
+    prior: Prior, scan: Scan, sampler: Sampler, steps: int, seed: int, keep: Path | None = None
+) -> SequenceSamples:
+    """Draws (draw, frame, 1, y, x) by annealed Langevin dynamics, `steps` a level, each slice by itself.
+
+    keep: as for `reconstruct`.
+    """
     levels = karras(sampler.evaluations, sigma_min=sampler.last_sigma, sigma_max=FIRST_SIGMA)
     scan = scan.to(prior.device)
+    kept = Kept(keep, network_of(prior.D), type(inner_denoiser(prior.D)), scan, sampler, steps, seed)
 
     def draw_frame(n: int, cond: Tensor | None, generators: list[Generator]) -> Samples:
         G = posterior_mean(scan.operator(n), scan.y[n : n + 1], scan.noise_std)
@@ -190,8 +218,9 @@ def csgm(prior: Prior, scan: Scan, sampler: Sampler, steps: int, seed: int) -> S
         first_stage=True,
         dtype=scan.y.dtype,
         device=prior.device,
+        **kept.options,
     )
-    return SequenceSamples(samples.x.cpu(), samples.bill)
+    return SequenceSamples(samples.x.cpu(), add(kept.bill, samples.bill))
 
 
 def unfold(prior: Prior, scan: Scan, frame: int, sampler: Sampler, seed: int) -> dict[str, Tensor]:

@@ -8,7 +8,9 @@ tuned on other people, scanned as the volume was.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +21,6 @@ from companion.acquisition.mri import Protocol, Scan, read_fastmri
 from companion.acquisition.virtual_volumes import Cohort, examples, fastmri_files
 from companion.data.virtual import volumes
 from companion.diffusion.sampling import Bill
-from companion.diffusion.sequence import SequenceSamples
 from companion.evaluation import metrics
 from companion.files import project_root
 from companion.models.checkpoint import describe
@@ -152,8 +153,11 @@ class Study:
     calibration: dict[str, float]  # variance of the draws over squared error of their mean, all volumes
 
 
-def study(p: Reconstruct, cases: list[Case], progress: bool = True) -> Study:
-    """The scores of all methods on all scans; a scan without truth is reconstructed and not scored."""
+def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path | None = None) -> Study:
+    """The scores of all methods on all scans; a scan without truth is reconstructed and not scored.
+
+    keep: folder for the slices drawn so far, from which the same call goes on after a stop; gone in the end.
+    """
     result, spread = Study([], {}, {}, {}, {}), {}
     setting = {"mask": f"{p.mask}, interleaved" if p.interleave else p.mask, "ACS": p.acs, "R": p.acceleration}
     tuned = [baselines.tune_all([(s.y, s.maps, s.mask, s.x) for s in c.validation], GRIDS) if p.classical else {}
@@ -162,9 +166,14 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True) -> Study:
     for i, (scan, priors, values) in enumerate(tqdm(todo, desc="volumes", disable=not progress)):
         estimates = baselines.reconstruct_all(scan.y, scan.maps, scan.mask, values)
         seed = p.seed + i * p.draws
-        runs = drawn(priors, [name for name in MODELS if name in p.models], scan, p, seed, p.scale)
-        if p.langevin_steps:
-            runs[CSGM] = csgm(priors["single image"], scan, p, p.langevin_steps, seed)
+        runs = {}
+        for name in [*(name for name in MODELS if name in p.models), *[CSGM] * (p.langevin_steps > 0)]:
+            file = keep and keep / f"{i}-{re.sub(r'[^a-z]+', '-', name.lower())}.safetensors"
+            prior = priors["single image" if MODELS.get(name) is None else "AID"]
+            if name == CSGM:
+                runs[name] = csgm(prior, scan, p, p.langevin_steps, seed, file)
+            else:
+                runs[name] = reconstruct(prior, scan, p, MODELS[name], seed, p.scale, keep=file)
         for name, samples in runs.items():
             estimates |= {name: samples.x.mean(0), f"{name}, one draw": samples.x[0]}
             result.bills[name] = samples.bill
@@ -180,19 +189,29 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True) -> Study:
     result.calibration.update(
         (name, sum(a for a, _ in terms) / sum(b for _, b in terms)) for name, terms in spread.items()
     )
+    if keep is not None:
+        shutil.rmtree(keep, ignore_errors=True)
     return result
 
 
-def drawn(
-    priors: dict[str, Prior], models: Iterable[str], scan: Scan, sampler: Sampler, seed: int, peak: float | None
-) -> dict[str, SequenceSamples]:
-    """What each of the MODELS draws of a scan."""
-    return {
-        name: reconstruct(
-            priors["single image" if MODELS[name] is None else "AID"], scan, sampler, MODELS[name], seed, peak
-        )
-        for name in models
-    }
+def cost(p: Reconstruct, cases: list[Case]) -> list[dict]:
+    """A row for each matrix and model: how many evaluations of a network `study` takes, and about how many minutes.
+
+    Each network is evaluated once to know, with the context that a late slice has: the first slices, which have less,
+    take less. Conjugate gradients come on top.
+    """
+    rows = []
+    for case in cases:
+        slices, scan = sum(len(scan.y) for scan in case.scans), case.scans[0]
+        for name in [*(name for name in MODELS if name in p.models), *[CSGM] * (p.langevin_steps > 0)]:
+            alone = MODELS.get(name) is None
+            prior = case.priors["single image" if alone else "AID"]
+            evaluations = p.evaluations * (p.langevin_steps if name == CSGM else 1)
+            at_once = p.draws if name == CSGM else min(p.at_once or p.draws, p.draws)
+            seconds = math.ceil(p.draws / at_once) * prior.seconds(at_once, scan.shape, alone)
+            about = {"model": name, "matrix": "{} x {}".format(*scan.shape[1:]), "slices": slices, "draws": p.draws}
+            rows.append(about | {"evaluations": evaluations, "about, minutes": slices * evaluations * seconds / 60})
+    return rows
 
 
 def unfolding_scan(people: Cohort, noise_std: float, frame: int = 4, acceleration: int = 2) -> Scan:
