@@ -10,7 +10,8 @@ series each. A head is turned to its nearest axial position; 1 is the 99th perce
 file's own pixels, not interpolated, in a field of view of about 240 mm (multiples of 8), with 24 centre lines. A smooth
 phase, 8 birdcage coils, equispaced lines R = 4 and 8, noise 0.01 per real component, true maps; --radial: spokes at
 golden angles, pi / 2 n / R of them, their readout oversampled twice. The settings of the
-classical methods come from real_heads_tuned.json, made on validation heads; the folder is never tuned on.
+classical methods come from real_heads_tuned.json, made on validation heads; the folder is never tuned on. "one pass" is
+the unrolled network `general/unrolled`, which has nothing to tune.
 
 Columns: PSNR (peak of each slice), SSIM, NRMSE of magnitudes; calibration = variance of the draws / squared error of
 their mean (1 is right); coverage of 90 % intervals inside the head; chi2 of held-out samples and the verdict, which
@@ -55,6 +56,7 @@ from companion.operators.mri import birdcage_maps, sense
 from companion.operators.noncartesian import GOLDEN, noncartesian_sense, radial_trajectory
 from companion.randomness import randn
 from companion.reconstruction import regularised, trust
+from companion.reconstruction.one_pass import NAME, one_pass
 
 TUNED = Path(__file__).with_name("real_heads_tuned.json")
 ACS = {"64": 4, "native": 24}
@@ -185,6 +187,9 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], dict
                 began = time.perf_counter()
                 images[method] = classical(method, tuned)(A, y)
                 rows.append(score(name, size, R, method, images[method], x, (time.perf_counter() - began) / len(x)))
+            began = time.perf_counter()
+            images[NAME] = one_pass(A, y, NOISE, iterations=20 if args.radial else None)
+            rows.append(score(name, size, R, NAME, images[NAME], x, (time.perf_counter() - began) / len(x)))
             plain, trusted, verdict, seconds = reconstruct(
                 D, errors, A, y, classical("TV", tuned), ACS[size], seed, args
             )

@@ -49,6 +49,7 @@ from companion.operators.masks import cartesian_mask
 from companion.operators.mri import fft
 from companion.randomness import randn
 from companion.reconstruction import regularised, trust
+from companion.reconstruction.one_pass import NAME, one_pass
 from companion.reconstruction.regularised import bart_pics, cg, tv, wavelet
 from companion.show import figures
 
@@ -237,6 +238,9 @@ def evaluate(
         began = time.perf_counter()
         images[name] = method(m.A, m.y, weights[name])
         rows.append(row(case, name, images[name], time.perf_counter() - began))
+    began = time.perf_counter()
+    images[NAME] = one_pass(m.A, m.y, m.noise_std)
+    rows.append(row(case, NAME, images[NAME], time.perf_counter() - began))
     print(f"posterior: {m.cost(D, args.draws, args.evaluations)}", flush=True)
     began = time.perf_counter()
     samples, found = trust.reconstruct(
@@ -315,7 +319,7 @@ def write(args, rows: list[dict], sheets: list[tuple[Case, dict[str, Tensor]]]) 
 
 def sheet(sheets):
     """A figure: a row for each case and one for its errors, five times brighter; a column for each method."""
-    some = ("reference", "zero-filled", "L1-wavelet", "TV", "BART TV", "one draw", "posterior mean", "trusted")
+    some = ("reference", "zero-filled", "L1-wavelet", "TV", "BART TV", NAME, "one draw", "posterior mean", "trusted")
     shown = [one for one in some if one in sheets[0][1]]
     grid, notes = {}, {}
     for case, pictures in sheets:

@@ -20,6 +20,7 @@ from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps
 from companion.parameters import Parameters, param
 from companion.reconstruction import mri as baselines
+from companion.reconstruction.one_pass import NAME, one_pass
 
 FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
 
@@ -66,6 +67,7 @@ def study(
     for R in p.accelerations:
         scans[R] = scan = scanned(x, R, p.acs, p.coils, p.noise_std, p.maps, p.seed)
         images[R], tuned[R] = classical(scan, scanned(others, R, p.acs, p.coils, p.noise_std, p.maps, p.seed + 1))
+        images[R][NAME] = torch.cat([one_pass(scan.one(i).A, scan.y[i : i + 1], p.noise_std) for i in range(len(x))])
         draws[R], bills[R] = posterior(D, C, scan, levels, p.draws, p.seed, progress)
         images[R] |= {"diffusion, one draw": draws[R][0], f"diffusion, mean of {p.draws}": draws[R].mean(0)}
         table += [{"R": R, "method": name} | score(x, scan, images[R]["TV"]) for name, x in images[R].items()]
