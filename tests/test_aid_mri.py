@@ -654,7 +654,7 @@ def test_what_was_kept_of_another_drawing_is_not_used(tiny, priors, tmp_path):
 
 def test_the_work_is_told_before_it_starts(tiny, fewer_people):
     p = tiny(models=("AID",))
-    rows = aid_mri.cost(p, aid_mri.prepare(p))
+    rows = aid_mri.cost(aid_mri.prepare(p), p, p.models, p.langevin_steps)
     assert [row["model"] for row in rows] == ["AID", "CSGM-Langevin"]
     about = {"matrix": "24 x 24", "slices": 3, "draws": 2, "evaluations": 4}
     assert all(about.items() <= row.items() and row["about, minutes"] > 0 for row in rows)

@@ -12,6 +12,7 @@ from companion.evaluation.denoising import expected_errors
 from companion.models.checkpoint import load_denoiser
 from companion.papers import start_here as brain
 from companion.papers import train_prior
+from companion.reconstruction.one_pass import NAME
 from companion.training.recipe import save
 
 NOISE_STD = 0.01
@@ -115,7 +116,7 @@ def test_study_scores_every_method_on_every_slice(tiny):
     q = brain.StartHere(**options, device="cpu", autocast=None)
     C = Measured.fit(result.ema, slices("validation", 2, 32))
     study, scans = brain.study(q, result.ema, C, karras(3, 0.04, 5.0), progress=False)
-    methods = ["zero-filled", "CG-SENSE", "L1-wavelet", "TV", "diffusion, one draw", "diffusion, mean of 2"]
+    methods = ["zero-filled", "CG-SENSE", "L1-wavelet", "TV", NAME, "diffusion, one draw", "diffusion, mean of 2"]
     assert [row["method"] for row in study.table] == methods and list(scans) == [3]
     assert torch.equal(study.images[3]["diffusion, mean of 2"], study.draws[3].mean(0))
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -194,8 +195,8 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path |
     return result
 
 
-def cost(p: Reconstruct, cases: list[Case]) -> list[dict]:
-    """A row for each matrix and model: how many evaluations of a network `study` takes, and about how many minutes.
+def cost(cases: list[Case], sampler: Sampler, models: Iterable[str], langevin_steps: int) -> list[dict]:
+    """A row for each matrix and model: how many evaluations of a network a study takes, and about how many minutes.
 
     Each network is evaluated once to know, with the context that a late slice has: the first slices, which have less,
     take less. Conjugate gradients come on top.
@@ -203,14 +204,15 @@ def cost(p: Reconstruct, cases: list[Case]) -> list[dict]:
     rows = []
     for case in cases:
         slices, scan = sum(len(scan.y) for scan in case.scans), case.scans[0]
-        for name in [*(name for name in MODELS if name in p.models), *[CSGM] * (p.langevin_steps > 0)]:
+        for name in [*models, *[CSGM] * (langevin_steps > 0)]:
             alone = MODELS.get(name) is None
             prior = case.priors["single image" if alone else "AID"]
-            evaluations = p.evaluations * (p.langevin_steps if name == CSGM else 1)
-            at_once = p.draws if name == CSGM else min(p.at_once or p.draws, p.draws)
-            seconds = math.ceil(p.draws / at_once) * prior.seconds(at_once, scan.shape, alone)
-            about = {"model": name, "matrix": "{} x {}".format(*scan.shape[1:]), "slices": slices, "draws": p.draws}
-            rows.append(about | {"evaluations": evaluations, "about, minutes": slices * evaluations * seconds / 60})
+            evaluations = sampler.evaluations * (langevin_steps if name == CSGM else 1)
+            at_once = sampler.draws if name == CSGM else min(sampler.at_once or sampler.draws, sampler.draws)
+            seconds = math.ceil(sampler.draws / at_once) * prior.seconds(at_once, scan.shape, alone)
+            about = {"model": name, "matrix": "{} x {}".format(*scan.shape[1:]), "slices": slices}
+            about |= {"draws": sampler.draws, "evaluations": evaluations}
+            rows.append(about | {"about, minutes": slices * evaluations * seconds / 60})
     return rows
 
 
