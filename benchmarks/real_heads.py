@@ -58,6 +58,7 @@ from companion.randomness import randn
 from companion.reconstruction import regularised, trust
 from companion.reconstruction.one_pass import NAME, one_pass
 
+Sheets = dict[str, dict[str, Tensor]]  # size and R -> truth or method -> (y, x)
 TUNED = Path(__file__).with_name("real_heads_tuned.json")
 ACS = {"64": 4, "native": 24}
 COILS, NOISE = 8, 0.01
@@ -173,8 +174,8 @@ def score(name, size, R, method, x, truth, seconds, draws=None, chi2=None, verdi
     return Row(name, size, R, method, *means, calibration, coverage, chi2, verdict, seconds, memory)
 
 
-def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], dict[str, Tensor]]:
-    """Rows of one head, and for each size and R the middle slice of all methods (method, y, x)."""
+def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Sheets]:
+    """Rows of one head, and for each size and R the middle slice (y, x) of the truth and of all methods."""
     D, errors = prior
     rows, pictures = [], {}
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "big")  # the same in any folder
@@ -209,8 +210,8 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], dict
                     f"{name} {size} R={R} {row.method}: {row.psnr:.2f} dB {row.calibration} {row.verdict}", flush=True
                 )
             middle = len(x) // 2
-            stack = torch.cat([x[middle], *[v[middle] for v in images.values()]]).abs()
-            pictures[setting(size, R, args)] = stack.half()
+            shown = {"truth": x} | images
+            pictures[setting(size, R, args)] = {name: v[middle, 0].abs().half() for name, v in shown.items()}
     return rows, pictures
 
 
@@ -279,21 +280,22 @@ def markdown(lines: list[dict]) -> str:
     return "\n".join(text) + "\n"
 
 
-def contact_sheet(pictures: dict[str, dict[str, Tensor]], protocol: str):
+def contact_sheet(pictures: dict[str, Sheets], protocol: str):
     """A row a head: the truth and all methods at one size and R."""
     from matplotlib.figure import Figure
 
-    shown = {name: sheets[protocol].float().numpy() for name, sheets in pictures.items() if protocol in sheets}
+    shown = {name: sheets[protocol] for name, sheets in pictures.items() if protocol in sheets}
     columns = max(len(images) for images in shown.values())
-    figure = Figure(figsize=(1.8 * columns, 1.9 * len(shown)), facecolor="black")
+    figure = Figure(figsize=(1.8 * columns, 2 * len(shown) + 0.2), facecolor="black")
     axes = figure.subplots(len(shown), columns, squeeze=False)
     for row, (name, images) in zip(axes, shown.items(), strict=True):
         for ax in row:
             ax.axis("off")
-        for ax, image in zip(row, images, strict=False):
-            ax.imshow(image, cmap="gray", vmin=0, vmax=np.quantile(images[0], 0.995))
-        row[0].set_title(name[:24], color="white", fontsize=7)
-    figure.subplots_adjust(0, 0, 1, 0.96, 0.02, 0.06)
+        top = np.quantile(images["truth"].float(), 0.995)
+        for ax, (method, image) in zip(row, images.items(), strict=False):
+            ax.imshow(image.float(), cmap="gray", vmin=0, vmax=top)
+            ax.set_title(f"{name[:24]}, truth" if method == "truth" else method, color="white", fontsize=7)
+    figure.subplots_adjust(0, 0, 1, 1 - 0.3 / figure.get_figheight(), 0.02, 0.08)
     return figure
 
 
