@@ -63,7 +63,8 @@ def with_pip(torch):
         yield [PYTHON, "-m", "pip", "install", "uv"]
         yield [VENV / "bin" / "uv", "pip", "install", "--python", PYTHON, f"--torch-backend={torch}"] + WANTED
     else:
-        yield [PYTHON, "-m", "pip", "install"] + WANTED
+        # what is imported is compiled then; all of it at once would be a third of the installation
+        yield [PYTHON, "-m", "pip", "install", "--no-compile"] + WANTED
 
 
 def environment():
