@@ -188,14 +188,12 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
                 began = time.perf_counter()
                 images[method] = classical(method, tuned)(A, y)
                 rows.append(score(name, size, R, method, images[method], x, (time.perf_counter() - began) / len(x)))
-            began, once = (
-                time.perf_counter(),
-                partial(one_pass, noise_std=NOISE, iterations=20 if args.radial else None),
-            )
-            images[NAME] = once(A, y)
+            began = time.perf_counter()
+            images[NAME] = one_pass(A, y, NOISE, iterations=20 if args.radial else None)
             rows.append(score(name, size, R, NAME, images[NAME], x, (time.perf_counter() - began) / len(x)))
-            others = {m: classical(m, tuned) for m in ("TV", "L1-wavelet") if m in tuned} | {NAME: once}
-            plain, trusted, verdict, seconds = reconstruct(D, errors, A, y, others, ACS[size], seed, args)
+            plain, trusted, verdict, seconds = reconstruct(
+                D, errors, A, y, classical("TV", tuned), ACS[size], seed, args
+            )
             draws = torch.stack([s.x for s in plain], 1)
             images[OURS[0]] = draws.mean(0)
             images[OURS[1]] = torch.cat([s.mean.mean(0, keepdim=True) for s in plain])
@@ -215,23 +213,21 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
     return rows, pictures
 
 
-def reconstruct(D, errors, A, y, methods, acs, seed, args):
+def reconstruct(D, errors, A, y, tv, acs, seed, args):
     """Plain and trusted samples of all slices, the verdict of the middle one, seconds a slice of both."""
     sigmas, own = trust.levels_for(NOISE, True, args.evaluations), next(iter(errors.values()))
     seeds, found, spent = [range(seed + 8 * i, seed + 8 * i + args.draws) for i in range(len(y))], None, [0.0, 0.0]
     plain, trusted = [], []
     began = time.perf_counter()
     middle = len(y) // 2
-    split = trust.hold_out(A, y[middle : middle + 1], acs, seed=seed)
-    best = methods[trust.best_method(split, methods)]
     found = trust.assess(
-        D, split, NOISE, errors, seed=seed,
-        evaluations=args.evaluations * args.draws // 2, classical=best, final=args.draws,
+        D, trust.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, seed=seed,
+        evaluations=args.evaluations * args.draws // 2, classical=tv, final=args.draws,
     )  # fmt: skip
     spent[1] += time.perf_counter() - began
     for i, draws in enumerate(seeds):
         one, began = y[i : i + 1], time.perf_counter()
-        image = best(A, one)
+        image = tv(A, one)
         plain.append(
             annealed_gibbs(D, posterior_mean(A, one, NOISE, own, balance=True), sigmas, seeds=draws, start=image)
         )

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +32,6 @@ from companion.operators.mri import Mask, Sense
 from companion.operators.noncartesian import NUFFT
 
 Classical = Callable[[LinearOperator, Tensor], Tensor]  # (A, y) -> image (batch, *A.domain_shape)
-Name = TypeVar("Name", str, float)
 
 BANDS = 6  # rings of k-space in which predicted variances are pooled
 SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
@@ -411,14 +409,9 @@ def best_setting(
 
     No truth and no other people are needed: every scan tunes its classical reconstruction for itself.
     """
-    return best_method(split, {setting: lambda A, y, s=setting: method(A, y, s) for setting in settings})
 
-
-def best_method(split: Split, methods: Mapping[Name, Classical]) -> Name:
-    """The name of the method(A, y) -> image whose image of the first part predicts the held-out samples best."""
-
-    def residual(name: Name) -> float:
-        image = methods[name](split.A, split.y)
+    def residual(setting: float) -> float:
+        image = method(split.A, split.y, setting)
         return (pick(split.held_y, split.held) - pick(split.held_A(image), split.held)).abs().square().mean().item()
 
-    return min(methods, key=residual)
+    return min(settings, key=residual)
