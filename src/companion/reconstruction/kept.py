@@ -72,7 +72,7 @@ def fingerprint(*things: object) -> str:
         if isinstance(thing, Tensor):
             plain = torch.view_as_real(thing.resolve_conj()) if thing.is_complex() else thing
             found.update(f"{thing.dtype}{tuple(thing.shape)}".encode())
-            found.update(plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            found.update(plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif isinstance(thing, nn.Module):
             take(thing.state_dict())
         elif isinstance(thing, Mapping):
