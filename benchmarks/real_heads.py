@@ -287,9 +287,9 @@ def contact_sheet(pictures: dict[str, Sheets], protocol: str):
     for row, (name, images) in zip(axes, shown.items(), strict=True):
         for ax in row:
             ax.axis("off")
-        top = np.quantile(images["truth"].float(), 0.995)
+        top = np.quantile(images["truth"].float().numpy(), 0.995)
         for ax, (method, image) in zip(row, images.items(), strict=False):
-            ax.imshow(image.float(), cmap="gray", vmin=0, vmax=top)
+            ax.imshow(image.float().numpy(), cmap="gray", vmin=0, vmax=top)
             ax.set_title(f"{name[:24]}, truth" if method == "truth" else method, color="white", fontsize=7)
     figure.subplots_adjust(0, 0, 1, 1 - 0.3 / figure.get_figheight(), 0.02, 0.08)
     return figure
