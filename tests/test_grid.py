@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from companion.files import shipped
+from companion.show import grid_page
 from companion.show.grid_page import write_grid
 from companion.workbench import again, attempts, batch, cell, estimate, grid_run, progress
 from companion.workbench.export import CRATE, export
@@ -257,6 +258,19 @@ def test_what_a_dead_driver_left_in_the_queue_is_withdrawn_and_nothing_else(tmp_
 
 # ----------------------------------------------------------------------------------------------------------
 # What comes out
+
+
+def test_the_figure_of_a_cohort_shows_how_its_people_are_spread():
+    people = [f"sub-{i:02}" for i in range(20)]
+    plan = {"axes": {"source": {name: {"source": name} for name in people}}, "figure": {}}
+    numbers = {"TV: PSNR (dB)": 30.0, "image: PSNR (dB)": 33.0, "image: SSIM": 0.9}
+    rows = [{"source": p, "quantity": q, "value": v + i} for i, p in enumerate(people) for q, v in numbers.items()]
+    fig, alt = grid_page.figure(plan, rows)
+    (ax,) = fig.axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["TV", "image"] and ax.get_ylabel() == "PSNR (dB)"
+    assert sorted(len(line.get_ydata()) for line in ax.lines)[-2:] == [20, 20] and "over source" in alt
+    _, alt = grid_page.figure(plan | {"figure": {"quantity": "image: SSIM"}}, rows)
+    assert alt == "image: median and quartiles over source"
 
 
 def test_table_figure_and_page(here):

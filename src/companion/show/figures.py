@@ -241,3 +241,19 @@ def panels(
         fig.tight_layout()
     plt.close(fig)
     return fig
+
+
+def spreads(groups: Mapping[str, Sequence[float]], *, ylabel: str) -> Figure:
+    """Return a box of quartiles for each key over its values, each of them a point beside the others."""
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(1.6 + 0.8 * len(groups), 3))
+        ax.boxplot(list(groups.values()), widths=0.6, showfliers=False, medianprops={"color": "black"})
+        for place, values in enumerate(groups.values(), 1):
+            ordered = np.sort(values)
+            aside = 0.2 * np.sin(np.arange(len(ordered)) * 2.4)  # neighbours in value lie apart
+            ax.plot(place + aside, ordered, "o", ms=3, alpha=0.6, mew=0)
+        ax.set_xticks(range(1, len(groups) + 1), labels=[str(name)[:24] for name in groups], rotation=30, ha="right")
+        ax.set_ylabel(ylabel)
+        fig.tight_layout()
+    plt.close(fig)
+    return fig

@@ -23,6 +23,7 @@ from companion.workbench.run import NOTEBOOK, read_run
 
 COLUMNS = 8  # quantities on the page, at most; the table has all
 PANELS, LINES = 12, 8  # of the figure, at most
+TICKS = 12  # words along an axis, at most: of more, people of a cohort say, the spread is shown
 
 
 def write_grid(folder: str | Path) -> dict[str, Path]:
@@ -143,12 +144,16 @@ def figure(plan: Mapping, rows: Sequence[Mapping]) -> tuple[Any, str] | None:
     if not names:
         return None
     chosen = [name for name in names if fnmatchcase(name, said.get("quantity", names[0].replace("[", "[[]")))]
-    done = [row for row in done if row["quantity"] in chosen]
-    if not done:
-        return None
     x, lines, panels = _roles(plan, said, len(chosen))
     ticks = list(dict.fromkeys(_value(plan, x, label) for label in plan["axes"][x]))
     numeric = all(isinstance(tick, (int, float)) for tick in ticks)
+    if not numeric and len(ticks) > TICKS:
+        unit = names[0].rpartition(": ")[2]
+        chosen = chosen if "quantity" in said else [name for name in names if name.rpartition(": ")[2] == unit]
+        return _spread([row for row in done if row["quantity"] in chosen], chosen, x, lines)
+    done = [row for row in done if row["quantity"] in chosen]
+    if not done:
+        return None
     groups: dict[str, dict[str, dict[Any, list[float]]]] = {}
     for row in done:
         line = str(row[lines]) if lines == "quantity" else f"{lines} {row[lines]}" if lines else chosen[0]
@@ -165,6 +170,21 @@ def figure(plan: Mapping, rows: Sequence[Mapping]) -> tuple[Any, str] | None:
         for ax in fig.axes:
             ax.set_xticks(range(len(ticks)), labels=[str(tick)[:16] for tick in ticks], rotation=45, ha="right")
     return fig, f"{', '.join(chosen[:3])} against {x}" + (f", a line for each {lines}" if lines else "")
+
+
+def _spread(rows: Sequence[Mapping], chosen: Sequence[str], x: str, lines: str | None) -> tuple[Any, str] | None:
+    """(figure, what it shows): each quantity, or each value of the axis `lines`, over all values of the axis x."""
+    units = {name.rpartition(": ")[2] for name in chosen}
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        quantity = (row["quantity"].rpartition(": ")[0] if len(units) == 1 else "") or row["quantity"]
+        along = [f"{lines} {row[lines]}"] if lines and lines != "quantity" else []
+        groups.setdefault(", ".join([quantity] * (len(chosen) > 1 or not along) + along), []).append(row["value"])
+    if not groups:
+        return None
+    shown = dict(list(groups.items())[: 2 * LINES])
+    fig = figures.spreads(shown, ylabel=units.pop() if len(units) == 1 else "value")
+    return fig, f"{', '.join(list(shown)[:3])}{', ...' if len(shown) > 3 else ''}: median and quartiles over {x}"
 
 
 def _roles(plan: Mapping, said: Mapping[str, str], quantities: int) -> tuple[str, str | None, str | None]:
