@@ -26,7 +26,7 @@ import companion
 from companion.extras import extra
 from companion.files import alone, project_root, shipped
 from companion.parameters import Parameters, check, coerce, read_yaml, unknown_names
-from companion.workbench import attempts
+from companion.workbench import attempts, cores
 from companion.workbench.run import EXECUTION, MANIFEST, NOTEBOOK, ORIGIN, VERSION, clear, read_run
 from companion.workbench.sources import code_hash
 from companion.workbench.surroundings import settle
@@ -198,6 +198,7 @@ def _named(notebook: Path, root: Path) -> str:
 
 def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path, marks: Mapping[str, str]) -> None:
     """Run the notebook through papermill; `output` appears whole, whatever happens short of kill -9."""
+    before = cores.look()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with extra("notebooks"):
@@ -206,6 +207,10 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
     logging.getLogger("papermill").setLevel(logging.ERROR)
     settle()
     os.environ.update({VERSION: companion.__version__, **marks} | {k: os.environ.get(k, v) for k, v in QUIET.items()})
+    threads = cores.free_threads(before, cores.look())
+    few = "OMP_NUM_THREADS" not in os.environ and threads is not None and threads < len(os.sched_getaffinity(0))
+    if few:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     aside = output.with_name(f".{output.name}")
     aside.unlink(missing_ok=True)
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -237,6 +242,8 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
         aside.unlink(missing_ok=True)  # the disk is full: half a notebook is worse than none
         raise
     finally:
+        if few:
+            del os.environ["OMP_NUM_THREADS"]
         if aside.exists():
             os.replace(aside, output)
 
