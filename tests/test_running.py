@@ -244,3 +244,16 @@ def test_the_doctor_outside_a_checkout_tells_the_truth(tmp_path, monkeypatch):
     assert "no project here: companion init FOLDER" in doctor.machine() and str(SRC / "companion") in doctor.machine()
     assert "no notebooks here: companion init FOLDER" in doctor.papers()
     assert "in this version" not in doctor.papers()
+
+
+def test_a_run_does_not_wait_for_a_grammar_of_web_addresses():
+    """jsonschema would compile one for its format checks, in a few seconds; nbformat checks notebooks without."""
+    code = (
+        "import sys\nfrom companion.workbench.surroundings import without_grammar\n"
+        "with without_grammar():\n    import nbformat\n"
+        "assert 'rfc3987_syntax' not in sys.modules and 'jsonschema' in sys.modules\n"
+        "nbformat.validate(nbformat.v4.new_notebook())\n"
+        "try:\n    nbformat.validate({'cells': 3})\nexcept nbformat.ValidationError:\n    print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from companion.extras import extra
 from companion.files import atomic_write
+from companion.workbench.surroundings import without_grammar
 
 # A formula, or code, in which a dollar is a dollar.
 MATHS = re.compile(
@@ -38,7 +39,7 @@ def write_page(notebook: str | os.PathLike) -> Path:
 
 def page(notebook: Path) -> str:
     """The page of a notebook. Raises ValueError when it is not a notebook."""
-    with extra("notebooks"):
+    with extra("notebooks"), without_grammar():
         import nbformat
         from nbconvert.exporters import HTMLExporter
     from pygments.formatters import HtmlFormatter

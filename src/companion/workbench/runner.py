@@ -29,7 +29,7 @@ from companion.parameters import Parameters, check, coerce, read_yaml, unknown_n
 from companion.workbench import attempts, cores
 from companion.workbench.run import EXECUTION, MANIFEST, NOTEBOOK, ORIGIN, VERSION, clear, read_run
 from companion.workbench.sources import code_hash
-from companion.workbench.surroundings import settle
+from companion.workbench.surroundings import settle, without_grammar
 
 STARTS = 4  # attempts to start a kernel: two kernels that start together may pick the same port
 QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1"}
@@ -201,7 +201,7 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], root: Path
     before = cores.look()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with extra("notebooks"):
+        with extra("notebooks"), without_grammar():
             import papermill
             from papermill.exceptions import PapermillExecutionError
     logging.getLogger("papermill").setLevel(logging.ERROR)

@@ -1,11 +1,14 @@
-"""What a process needs around it: a home that can be written to, where containers give none."""
+"""What a process needs around it, a home that can be written to; and what it need not load."""
 
 from __future__ import annotations
 
 import os
 import pwd
 import stat
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -47,3 +50,21 @@ def _own_folder() -> Path:
     except OSError:
         pass
     return Path(tempfile.mkdtemp(prefix="companion-"))  # somebody else has a folder of that name
+
+
+@contextmanager
+def without_grammar() -> Iterator[None]:
+    """While nbformat is imported: its schema checker would compile a grammar of web addresses, in three seconds.
+
+    jsonschema takes the package, where it is installed, for the formats "iri" and "iri-reference", which notebooks
+    do not have.
+    """
+    name = "rfc3987_syntax"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # pyright: ignore[reportArgumentType]  # Python's way to say that there is none
+    try:
+        yield
+    finally:
+        del sys.modules[name]
