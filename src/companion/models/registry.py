@@ -9,7 +9,7 @@ offline mode (HF_HUB_OFFLINE) and HF_ENDPOINT for mirrors. It does not look at w
 hashed here, after each download and before each conversion, and compared with three things: the hash under which
 the hub lists it, the one in the registry, and the one that the first download recorded in `lock.json`.
 
-Nothing here opens a file's content or needs torch.
+Nothing here opens a file's content or needs torch; the hub's client, slow to import, is imported where it is used.
 """
 
 from __future__ import annotations
@@ -30,18 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import WeakFileLock
 
 from companion.files import atomic_write, sha256
 
@@ -183,6 +171,8 @@ def _record(entry: Entry, found: Files) -> None:
 @contextmanager
 def one_at_a_time(what: str) -> Iterator[None]:
     """Makes other processes that want the same thing wait. The system frees it when a process is killed."""
+    from huggingface_hub.utils import WeakFileLock
+
     path = home() / "locks" / f"{what.replace('/', '--')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(path):
@@ -227,6 +217,8 @@ def cached(entry: Entry) -> Files | None:
     known = recorded(entry) if entry.repo else None
     if known is None or entry.repo is None:
         return None
+    from huggingface_hub import try_to_load_from_cache
+
     files = {}
     for name, about in known["files"].items():
         path = try_to_load_from_cache(entry.repo, name, revision=known["commit"])
@@ -241,6 +233,8 @@ def take(repo: str, file: str, revision: str, label: str, expected: Expected | N
 
     A damaged file is downloaded once more, and removed if that does not help.
     """
+    from huggingface_hub import HfApi, constants
+
     expected, api = expected or Expected(), HfApi()
     plan = api.hf_hub_download(repo, file, revision=revision, dry_run=True)
     if plan.will_download and plan.file_size is not None:
@@ -309,6 +303,8 @@ def _expected(entry: Entry, known: dict | None, name: str) -> Expected:
 def _names(entry: Entry, revision: str) -> list[str]:
     if "*" not in entry.file:
         return [entry.file]
+    from huggingface_hub import HfApi
+
     assert entry.repo is not None  # `pull` has seen to it
     everything = HfApi().list_repo_files(entry.repo, revision=revision)
     names = sorted(fnmatch.filter(everything, entry.file))
@@ -354,6 +350,9 @@ def moved(entry: Entry) -> str | None:
     known = recorded(entry)
     if known is None or COMMIT.fullmatch(entry.revision or ""):
         return None
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
     revision, api = entry.revision or "main", HfApi()
     assert entry.repo is not None  # what was recorded was published
     try:
@@ -387,6 +386,18 @@ def how_to_make(entry: Entry) -> str:
 @contextmanager
 def explained(label: str, repo: str, revision: str, known: dict | None = None) -> Iterator[None]:
     """Turns the hub client's errors into one sentence each: what happened, and what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     at, place = constants.ENDPOINT, f"{repo} at {revision[:12]}"
     try:
         yield
