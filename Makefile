@@ -35,7 +35,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" $(NOTEBOOKS))
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 types: $(INSTALLED)
 	$(BIN)/basedpyright
