@@ -210,13 +210,20 @@ class Notebook:
 
     def move(self, cell, axis: str, key: str) -> tuple[dict, dict]:
         """What was seen before and after an arrow key on a slider; the picture must change."""
-        before = self.seen(cell)
+        before = self.settled(cell)
         self.handle(cell, axis).send_keys(key)
-        return before, wait(
-            lambda: (now := self.seen(cell))["pictures"] != before["pictures"] and now,
-            f"the pictures to follow {axis}",
-            120,
-        )
+        wait(lambda: self.seen(cell)["pictures"] != before["pictures"], f"the pictures to follow {axis}", 120)
+        return before, self.settled(cell)
+
+    def settled(self, cell) -> dict:
+        """What is seen once pictures and numbers, which come one after the other, have all come."""
+
+        def unchanged():
+            before = self.seen(cell)
+            time.sleep(1)
+            return self.seen(cell) == before and before
+
+        return wait(unchanged, "the view to come to rest", 120)
 
     def button(self, cell, text: str):
         buttons = cell.find_elements("css selector", "button")

@@ -116,8 +116,8 @@ def _value(plan: Mapping, axis: str, label: str) -> Any:
 def _write_parquet(path: Path, rows: Sequence[Mapping]) -> Path | None:
     """The table as Parquet, None where pyarrow (the extra `tables`) is not installed."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # pyright: ignore[reportMissingImports]  # of the extra `tables`
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         return None
     columns = {name: [row[name] for row in rows] for name in rows[0]}
