@@ -271,6 +271,10 @@ def test_the_figure_of_a_cohort_shows_how_its_people_are_spread():
     assert sorted(len(line.get_ydata()) for line in ax.lines)[-2:] == [20, 20] and "over source" in alt
     _, alt = grid_page.figure(plan | {"figure": {"quantity": "image: SSIM"}}, rows)
     assert alt == "image: median and quartiles over source"
+    both = plan | {"axes": plan["axes"] | {"R": {"R=4": {"R": 4}, "R=8": {"R": 8}}}, "figure": {"x": "source"}}
+    fig, _ = grid_page.figure(both, [row | {"R": R} for row in rows for R in (4, 8)])
+    shown = [label.get_text() for label in fig.axes[0].get_xticklabels()]
+    assert shown == ["TV, R 4", "TV, R 8", "image, R 4", "image, R 8"], "nothing is mixed"
 
 
 def test_table_figure_and_page(here):

@@ -150,7 +150,7 @@ def figure(plan: Mapping, rows: Sequence[Mapping]) -> tuple[Any, str] | None:
     if not numeric and len(ticks) > TICKS:
         unit = names[0].rpartition(": ")[2]
         chosen = chosen if "quantity" in said else [name for name in names if name.rpartition(": ")[2] == unit]
-        return _spread([row for row in done if row["quantity"] in chosen], chosen, x, lines)
+        return _spread([row for row in done if row["quantity"] in chosen], chosen, x, (lines, panels))
     done = [row for row in done if row["quantity"] in chosen]
     if not done:
         return None
@@ -172,13 +172,15 @@ def figure(plan: Mapping, rows: Sequence[Mapping]) -> tuple[Any, str] | None:
     return fig, f"{', '.join(chosen[:3])} against {x}" + (f", a line for each {lines}" if lines else "")
 
 
-def _spread(rows: Sequence[Mapping], chosen: Sequence[str], x: str, lines: str | None) -> tuple[Any, str] | None:
-    """(figure, what it shows): each quantity, or each value of the axis `lines`, over all values of the axis x."""
+def _spread(
+    rows: Sequence[Mapping], chosen: Sequence[str], x: str, others: Sequence[str | None]
+) -> tuple[Any, str] | None:
+    """(figure, what it shows): each quantity, at each place along the other axes, over all values of the axis x."""
     units = {name.rpartition(": ")[2] for name in chosen}
     groups: dict[str, list[float]] = {}
     for row in rows:
         quantity = (row["quantity"].rpartition(": ")[0] if len(units) == 1 else "") or row["quantity"]
-        along = [f"{lines} {row[lines]}"] if lines and lines != "quantity" else []
+        along = [f"{axis} {row[axis]}" for axis in others if axis and axis != "quantity"]
         groups.setdefault(", ".join([quantity] * (len(chosen) > 1 or not along) + along), []).append(row["value"])
     if not groups:
         return None

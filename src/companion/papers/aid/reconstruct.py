@@ -168,9 +168,9 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path |
         estimates = baselines.reconstruct_all(scan.y, scan.maps, scan.mask, values)
         seed = p.seed + i * p.draws
         runs = {}
-        for name in [*(name for name in MODELS if name in p.models), *[CSGM] * (p.langevin_steps > 0)]:
+        for name, prior_name in asked(p.models, p.langevin_steps).items():
             file = keep and keep / f"{i}-{re.sub(r'[^a-z]+', '-', name.lower())}.safetensors"
-            prior = priors["single image" if MODELS.get(name) is None else "AID"]
+            prior = priors[prior_name]
             if name == CSGM:
                 runs[name] = csgm(prior, scan, p, p.langevin_steps, seed, file)
             else:
@@ -195,6 +195,12 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path |
     return result
 
 
+def asked(models: Iterable[str], langevin_steps: int) -> dict[str, str]:
+    """Which prior, "AID" or "single image", each model that a study draws with needs, in the order of the study."""
+    wanted = [*(name for name in MODELS if name in models), *[CSGM] * (langevin_steps > 0)]
+    return {name: "single image" if MODELS.get(name) is None else "AID" for name in wanted}
+
+
 def cost(cases: list[Case], sampler: Sampler, models: Iterable[str], langevin_steps: int) -> list[dict]:
     """A row for each matrix and model: how many evaluations of a network a study takes, and about how many minutes.
 
@@ -204,12 +210,12 @@ def cost(cases: list[Case], sampler: Sampler, models: Iterable[str], langevin_st
     rows = []
     for case in cases:
         slices, scan = sum(len(scan.y) for scan in case.scans), case.scans[0]
-        for name in [*models, *[CSGM] * (langevin_steps > 0)]:
-            alone = MODELS.get(name) is None
-            prior = case.priors["single image" if alone else "AID"]
+        for name, prior_name in asked(models, langevin_steps).items():
             evaluations = sampler.evaluations * (langevin_steps if name == CSGM else 1)
             at_once = sampler.draws if name == CSGM else min(sampler.at_once or sampler.draws, sampler.draws)
-            seconds = math.ceil(sampler.draws / at_once) * prior.seconds(at_once, scan.shape, alone)
+            seconds = math.ceil(sampler.draws / at_once) * case.priors[prior_name].seconds(
+                at_once, scan.shape, MODELS.get(name) is None
+            )
             about = {"model": name, "matrix": "{} x {}".format(*scan.shape[1:]), "slices": slices}
             about |= {"draws": sampler.draws, "evaluations": evaluations}
             rows.append(about | {"about, minutes": slices * evaluations * seconds / 60})
