@@ -6,6 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from companion.data import head_activity as source
+from companion.data.head_mr import moved, mr_condition
 from companion.data.head_phantoms import FINE, coarser, fdg_slices, flattened
 from companion.data.head_tissues import brain_mask, tissue_levels
 from companion.data.heads import prepare_head
@@ -82,7 +83,8 @@ def test_the_real_half_of_a_complex_prior():
     half, general = training.real_half(config, "general/2d"), load("general/2d").D
     mine, theirs = half.state_dict(), general.state_dict()
     first = next(k for k in mine if k.endswith("input_blocks.0.0.weight"))
-    assert torch.equal(mine[first], theirs[first][:, :4]) and set(mine) == set(theirs)
+    assert torch.equal(mine[first][:, :4], theirs[first][:, :4]) and set(mine) == set(theirs)
+    assert (mine[first][:, 4:] == 0).all()  # of the MR, which the general prior is not given
     other = training.prior_config(**sizes | {"channel_mult": (1, 2, 2, 2)})
     with pytest.raises(ValueError, match="network of the same size"):
         training.real_half(other, "general/2d")
@@ -92,7 +94,7 @@ def test_the_real_half_of_a_complex_prior():
 def test_a_training_of_few_images(active, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "PART", 10)
     part = training.bank_part([active], 0, 1)
-    assert part.shape == (10, 80, 80) and np.array_equal(part, training.bank_part([active], 0, 1))
+    assert part.shape == (10, 2, 80, 80) and np.array_equal(part, training.bank_part([active], 0, 1))
     folder = tmp_path / "bank"
     folder.mkdir()
     np.save(folder / "000.npy", part)
@@ -100,3 +102,50 @@ def test_a_training_of_few_images(active, tmp_path, monkeypatch):
                             warmup=1, device="cpu", autocast=None)  # fmt: skip
     result = training.train_heads(p, progress=False)
     assert result.step == 2 and np.isfinite(result.loss)
+
+
+def test_a_pair_has_the_same_activity_and_an_mr_of_its_own(active):
+    pairs = [source.activity_and_mr(active, np.random.default_rng(i), 48, 3.5) for i in range(6)]
+    for i, (activity, mr) in enumerate(pairs):
+        assert np.array_equal(activity, source.activity_image(active, np.random.default_rng(i), 48, 3.5))
+        assert mr.shape == activity.shape and mr.min() >= 0
+        assert np.percentile(mr[mr > 0.1 * mr.max()], 95) == pytest.approx(1, rel=1e-3)
+
+
+def test_the_condition_has_a_scale_of_its_own():
+    mr = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.2
+    given = mr_condition(mr)
+    assert given.shape == (3, 2, 16, 16) and (given[:, 1] == 1).all()
+    assert torch.allclose(given, mr_condition(700 * mr), atol=1e-5)
+    assert torch.equal(given[1:2], mr_condition(mr[1:2]))  # whatever lies beside it
+    known = (torch.arange(16) < 9).float().expand(3, 1, 16, 16)
+    part = mr_condition(torch.where(known > 0, mr, torch.tensor(1e6)), known)
+    assert torch.equal(part[:, 1:], known) and (part[:, 0, :, 9:] == 0).all() and part[:, 0].max() < 1.5
+    assert (mr_condition(torch.zeros(1, 1, 8, 8))[:, 0] == 0).all()
+    with pytest.raises(ValueError, match="expected"):
+        mr_condition(mr[:, 0])
+    with pytest.raises(ValueError, match="MR image"):
+        mr_condition(mr / 0)
+
+
+def test_a_moved_mr_lies_where_it_was_moved_to():
+    image = np.zeros((21, 21), np.float32)
+    image[10, 14] = 1
+    assert moved(image, np.array([2.0, -1.0]), 0.0)[12, 13] == pytest.approx(1)
+    assert moved(image, np.zeros(2), np.pi / 2).sum() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_crop_shows_the_mr_or_says_that_it_is_not_known():
+    image = torch.rand(2, 40, 40, generator=torch.Generator().manual_seed(0)) + 0.1
+    crops = torch.stack([training.crop(image, torch.Generator().manual_seed(i), 32) for i in range(300)])
+    known = crops[:, 2]
+    assert crops.shape == (300, 3, 32, 32) and set(known.unique().tolist()) == {0.0, 1.0}
+    assert ((crops[:, 1] > 0) == (known > 0)).all()
+    none = (known.flatten(1).sum(1) == 0).float().mean().item()
+    assert none == pytest.approx(training.NO_MR, abs=0.09)
+
+
+def test_a_prior_that_may_be_given_an_mr_needs_none():
+    D = build(training.prior_config(**training.TrainHeads().pick("model_channels", "channel_mult", "patch", "images")))
+    x, sigma = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 1.0])
+    assert torch.equal(D(x, sigma), D(x, sigma, torch.zeros(2, 2, 16, 16)))

@@ -88,12 +88,12 @@ def test_a_right_mr_makes_both_methods_better_than_any_without(scan):
 
 def test_the_counts_themselves_say_how_strongly_to_smooth(scan):
     truth, mr, A, y = scan
-    one = Scan(truth, y, A)
-    by_map, strength = leaning(one, mr, 0.1)
+    one = Scan(truth, y, A, mr=mr)
+    by_map, strength = leaning(one, 0.1)
     assert GRIDS["MAP"][0] < strength, "a right MR is worth following"
     error = metrics.nrmse(by_map(one), truth).item()
     assert error < 0.5 * min(metrics.nrmse(map_rdp(y, A, strength=s).x, truth).item() for s in (0.02, 0.1, 0.5, 2.0))
-    plain, kept = leaning(one, None, 0.1)
+    plain, kept = leaning(Scan(truth, y, A), 0.1)
     assert kept == 0.1 and torch.equal(plain(one), map_rdp(y, A, strength=0.1).x)
 
 

@@ -213,6 +213,9 @@ def test_an_mr_of_the_same_person_comes_to_the_grid_of_the_scan(tmp_path, monkey
         own.mr(tmp_path / "away.nii.gz")
     with pytest.raises(FileNotFoundError):
         own.mr(tmp_path / "none.nii.gz")
+    both = own.with_mr(tmp_path / "mr.nii.gz").scan
+    assert torch.equal(both.mr, found) and own.scan.mr is None
+    assert torch.equal(both.thinned(0.5, [0, 1]).mr, found) and torch.equal(both.some([1, 1]).mr, found[[1, 1]])
 
 
 class Discs:

@@ -27,6 +27,7 @@ from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import save_errors
 from companion.papers.general import scanned
+from companion.reconstruction.activity import MR_GIVEN
 
 SIGMAS = torch.logspace(-2.5, 1.3, 12)
 
@@ -61,12 +62,22 @@ def phased(images: list[np.ndarray]) -> Tensor:
 
 def activity(count: int, size: int) -> Tensor:
     """Activity (count, 1, y, x) of the validation head, warped and with random uptake as in training."""
+    return active_with_mr(count, size)[0]
+
+
+def active_with_mr(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """The same, and what a prior is given of its MR."""
     from companion.data import head_activity as source
 
     known = [source.active_head(head) for head in load_heads(project_root() / "data" / "heads", "validation")]
     rngs = [np.random.default_rng(20_000 + i) for i in range(count)]
-    images = [source.activity_image(known[i % len(known)], rng, size) for i, rng in enumerate(rngs)]
-    return torch.from_numpy(np.stack(images))[:, None]
+    return given([source.activity_and_mr(known[i % len(known)], rng, size) for i, rng in enumerate(rngs)])
+
+
+def given(pairs: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Activity (image, 1, y, x) of pairs with an MR, and the condition: the MR, known everywhere."""
+    both = torch.from_numpy(np.stack(pairs))
+    return both[:, :1], torch.cat([both[:, 1:], torch.ones_like(both[:, 1:])], 1)
 
 
 def active_people(count: int, size: int) -> Tensor:
@@ -79,17 +90,25 @@ def active_people(count: int, size: int) -> Tensor:
 
 def active_leaves(count: int, size: int) -> Tensor:
     """Dead leaves (count, 1, y, x) as activity."""
-    from companion.data.head_activity import leaves_image
+    return leaves_with_mr(count, size)[0]
 
-    return torch.from_numpy(np.stack([leaves_image(np.random.default_rng(seed), size) for seed in range(count)]))[
-        :, None
-    ]
+
+def leaves_with_mr(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """The same, and what a prior is given of their MR, half of which shows other leaves."""
+    from companion.data.head_activity import leaves_pair
+
+    return given([leaves_pair(np.random.default_rng(seed), size) for seed in range(count)])
 
 
 OWN = {  # images that the error is measured on, those like the training set first
     "people": {"virtual people": people, "dead leaves": leaves},
     "heads": {"heads": heads, "heads, large pixels": coarse_heads, "dead leaves": leaves},
-    "activity": {"heads": activity, "dead leaves": active_leaves},
+    "activity": {
+        "heads": activity,
+        "dead leaves": active_leaves,
+        f"heads{MR_GIVEN}": active_with_mr,
+        f"dead leaves{MR_GIVEN}": leaves_with_mr,
+    },
     "active people": {"virtual people": active_people, "dead leaves": active_leaves},
 }
 
@@ -105,9 +124,10 @@ def main(argv=None) -> None:
     D = AnySize(D, network_of(D).total_stride)
     errors = {}
     for name, make in OWN[args.own].items():
-        images = make(args.count, args.size)
+        made = make(args.count, args.size)
+        images, cond = made if isinstance(made, tuple) else (made, None)
         about = f"{len(images)} images of {images.shape[-2]} x {images.shape[-1]}: {name}"
-        errors[name] = ErrorModel.fit(D, images, SIGMAS, about=about)
+        errors[name] = ErrorModel.fit(D, images, SIGMAS, about=about, cond=cond)
     print(save_errors(args.name, errors))
 
 

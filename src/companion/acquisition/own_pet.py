@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,10 @@ class OwnScan:
         shape = (len(self.scan.y), *self.beam.slice_shape)
         affine = centred_affine(shape, (self.file.slice_mm or self.beam.pixel_mm, *[self.beam.pixel_mm] * 2))
         return np.diag([1.0, -1.0, 1.0, 1.0]) @ affine
+
+    def with_mr(self, path: str | os.PathLike) -> OwnScan:
+        """The same with the MR of `mr` beside its counts."""
+        return replace(self, scan=replace(self.scan, mr=self.mr(path)))
 
     def mr(self, path: str | os.PathLike) -> Tensor:
         """An MR image of the same person (NIfTI, a DICOM series, ...) on the grid of this scan, (slice, 1, y, x).

@@ -11,7 +11,7 @@ everybody, so that no image is ever divided by its own maximum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -40,13 +40,15 @@ BRIGHTEST = 4.0  # of a condition, in network units: 100 kBq/mL, almost twice th
 class Scan:
     """Scans of slices: y ~ Poisson(A x + background). x (slice, 1, y, x) in kBq/mL, y (slice, 1, angle, bin) counts.
 
-    x: the truth, None of a patient. background: expected counts of randoms and scatter, as y.
+    x: the truth, None of a patient. background: expected counts of randoms and scatter, as y. mr (slice, 1, y, x): an
+    MR of the same person on the same pixels, in any unit; None: there is none.
     """
 
     x: Tensor | None
     y: Tensor
     A: LinearOperator
     background: Tensor | None = None
+    mr: Tensor | None = None
 
     @property
     def truth(self) -> Tensor:
@@ -58,16 +60,16 @@ class Scan:
     def thinned(self, fraction: float, seeds: Sequence[int]) -> Scan:
         """The scans that `fraction` of the dose would have given: each count is kept with this probability."""
         less = None if self.background is None else fraction * self.background
-        return Scan(self.x, thin(self.y, fraction, seeds), fraction * self.A, less)
+        return replace(self, y=thin(self.y, fraction, seeds), A=fraction * self.A, background=less)
 
     def some(self, index: Tensor | Sequence[int], device: str | torch.device = "cpu") -> Scan:
         """The scans `index` (n,), as often as they are named, on a device."""
         index = torch.as_tensor(index)
-        x, b = (
+        x, b, mr = (
             None if v is None else v.expand(len(self.y), *v.shape[1:])[index].to(device)
-            for v in (self.x, self.background)
+            for v in (self.x, self.background, self.mr)
         )
-        return Scan(x, self.y[index].to(device), _rows(self.A, index).to(device), b)
+        return Scan(x, self.y[index].to(device), _rows(self.A, index).to(device), b, mr)
 
     def counting_error(self) -> Tensor:
         """The standard deviation (slice,), kBq/mL, of a mean pixel's activity if its own counts were known.

@@ -7,8 +7,10 @@ scanners and reconstructions blur. Domain randomisation (Billot et al. 2023, Syn
 
     heads = [active_head(head) for head in load_heads("data/heads", "train")]
     image = activity_image(heads[0], np.random.default_rng(0), size=64)     # (64, 64), 1 is `SCALE_KBQ` kBq/mL
+    activity, mr = activity_and_mr(heads[0], np.random.default_rng(0), size=64)   # the same, and an MR of that slice
 
-Images are not negative; air is 0 but for the blur.
+Activity is not negative; air is 0 but for the blur. The MR (`companion.data.head_mr`) is of another contrast, bias and
+noise every time, lies some millimetres off in half of the images, and shows few of the lesions.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
+from companion.data import anatomy
 from companion.data import heads as mri
 from companion.data import pet as cohort
 from companion.data.anatomy import SLAB_MM, Subject
+from companion.data.head_mr import OFF, SHIFT_MM, mr_condition, mr_image, noisy
 from companion.data.head_tissues import brain_mask, fluid_level, tissue_levels
-from companion.data.heads import Head, draw_plane, rotation, smooth_noise, texture
+from companion.data.heads import Head, draw_contrast, draw_plane, rotation, smooth_noise, texture
 
 SCALE_KBQ = 25.0  # kBq/mL that are 1 here
 GREY = 0.88  # 22 kBq/mL of FDG, the middle of what is drawn
@@ -60,6 +64,35 @@ def activity_image(
     active: ActiveHead, rng: np.random.Generator, size: int = 64, pixel_mm: float | None = None
 ) -> np.ndarray:
     """Return the activity (size, size) float32 of a warped head with a random tracer, plane, pixel and blur."""
+    return _activity(active, rng, size, pixel_mm)[0]
+
+
+def activity_and_mr(
+    active: ActiveHead, rng: np.random.Generator, size: int = 64, pixel_mm: float | None = None
+) -> np.ndarray:
+    """Return `activity_image`, and a random MR of the same slice: (2, size, size) float32."""
+    activity, plane, seen, pixel = _activity(active, rng, size, pixel_mm)
+    fine = len(plane.points) // (size + 2 * BORDER)
+    points = plane.shifted(rng.normal(0, SHIFT_MM) if rng.random() < OFF else 0.0)
+    signal = active.head.at(points).numpy()
+    if rng.random() < 0.2:  # a brain that somebody has cut out
+        signal = signal * active.brain.at(points).numpy()
+    for weight in seen if rng.random() < 0.3 else ():
+        signal = signal * (1 - weight) + weight * rng.uniform(0, 1.2)
+    return paired(activity, averages(mr_image(signal, rng, pixel / fine, active.head.levels.numpy()), fine), rng)
+
+
+def paired(activity: np.ndarray, mr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return activity and MR (2, size, size): the MR without its border, noisy, and in the scale of a condition."""
+    size = len(activity)
+    border = (len(mr) - size) // 2
+    image = noisy(mr[border : border + size, border : border + size], rng)
+    scaled = mr_condition(torch.from_numpy(image.astype(np.float32))[None, None])[0, 0]
+    return np.stack([activity, scaled.numpy()])
+
+
+def _activity(active: ActiveHead, rng: np.random.Generator, size: int, pixel_mm: float | None):
+    """An activity, the plane that it lies in, the lesions in it as weights on the points of the plane, its pixels."""
     pixel = draw_pixel_mm(rng) if pixel_mm is None else pixel_mm
     fine = math.ceil(pixel / FINEST_MM)
     n, spacing = (size + 2 * BORDER) * fine, pixel / fine
@@ -71,9 +104,9 @@ def activity_image(
     for i in range(steps):
         points = plane.shifted(thickness * ((i + 0.5) / steps - 0.5))
         image += tracer(active.head.at(points).numpy(), active.brain.at(points).numpy()) / steps
-    image = add_lesions(image * regions(n, rng), rng, spacing)
+    image, lesions = add_lesions(image * regions(n, rng), rng, spacing)
     image = image * texture(n, rng)
-    return to_pixels(image, rng, size, fine, pixel)
+    return to_pixels(image, rng, size, fine, pixel), plane, lesions, pixel
 
 
 def draw_pixel_mm(rng: np.random.Generator) -> float:
@@ -136,14 +169,17 @@ def regions(n: int, rng: np.random.Generator) -> np.ndarray:
     return np.exp(field.clip(-1.2, 1.0)).astype(np.float32)
 
 
-def add_lesions(image: np.ndarray, rng: np.random.Generator, spacing_mm: float) -> np.ndarray:
-    """Return the image with hot and cold spots and masses where there is activity, in half of the images."""
+def add_lesions(image: np.ndarray, rng: np.random.Generator, spacing_mm: float) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the image with hot and cold spots and masses where there is activity, in half of the images, and them.
+
+    A lesion is its weight (y, x), 1 inside.
+    """
     if rng.random() < 0.5:
-        return image
+        return image, []
     n, line = len(image), np.arange(len(image), dtype=np.float32)
     ragged = smooth_noise(n, rng, max(6, min(40, round(n * spacing_mm / 8))))[0].numpy()
     hot = float(np.percentile(image[image > 0.05], 90)) if (image > 0.05).any() else 0.0
-    places = np.argwhere(image[::4, ::4] > 0.1 * hot) * 4
+    places, lesions = np.argwhere(image[::4, ::4] > 0.1 * hot) * 4, []
     for _ in range(int(rng.integers(1, 6)) if len(places) else 0):
         y, x = places[int(rng.integers(len(places)))] + rng.uniform(0, 4, 2)
         radius = math.exp(rng.uniform(math.log(2.5), math.log(16)))
@@ -154,16 +190,22 @@ def add_lesions(image: np.ndarray, rng: np.random.Generator, spacing_mm: float) 
         weight = 1 / (1 + np.exp(((far - 1) / (0.25 * soft)).clip(-30, 30)))
         value = hot * rng.uniform(1.2, 3.5) if rng.random() < 0.6 else image * rng.uniform(0, 0.7)
         image = image * (1 - weight) + weight * value
-    return image.astype(np.float32)
+        lesions.append(weight.astype(np.float32))
+    return image.astype(np.float32), lesions
 
 
 def to_pixels(image: np.ndarray, rng: np.random.Generator, size: int, fine: int, pixel_mm: float) -> np.ndarray:
     """Return (size, size) averages over pixels of a finer image with a border, a third of them blurred first."""
-    n = len(image) // fine
-    image = image.reshape(n, fine, n, fine).mean((1, 3))
+    image = averages(image, fine)
     if rng.random() < 0.35:
         image = gaussian_filter(image, rng.uniform(2, 7) / 2.355 / pixel_mm)
     return np.ascontiguousarray(image[BORDER : BORDER + size, BORDER : BORDER + size].clip(0, 6), np.float32)
+
+
+def averages(image: np.ndarray, fine: int) -> np.ndarray:
+    """Return averages over pixels of `fine` x `fine` points."""
+    n = len(image) // fine
+    return image.reshape(n, fine, n, fine).mean((1, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -180,10 +222,29 @@ def leaves_image(rng: np.random.Generator, size: int = 64) -> np.ndarray:
     return image.astype(np.float32)
 
 
-def virtual_images(seed: int, rng: np.random.Generator, size: int = 64, count: int = 8) -> np.ndarray:
-    """Return axial slices (count, size, size) of virtual training person `seed`; half of the people have lesions."""
+def virtual_pairs(seed: int, rng: np.random.Generator, size: int = 64, count: int = 8) -> np.ndarray:
+    """Return axial slices of virtual training person `seed` and a random MR of each: (count, 2, size, size) float32.
+
+    Half of the people have lesions, which the MR does not show.
+    """
     subject, pixel = Subject(seed), float(rng.choice(PEOPLE_MM))
     heights = torch.from_numpy(np.sort(rng.uniform(*SLAB_MM, count)).astype(np.float32))
     lesions = cohort.place_lesions(subject, 3, heights) if rng.random() < 0.5 else []
-    image = cohort.render(subject, (count, size, size), pixel, heights, lesions).image
-    return image.numpy() / SCALE_KBQ
+    activity = cohort.render(subject, (count, size, size), pixel, heights, lesions).image.numpy() / SCALE_KBQ
+    points = anatomy.grid_mm((count, size, size), pixel, heights)
+    signal = anatomy.image_from_tissue(subject, anatomy.tissue_maps(subject, points, pixel), "T1w").numpy().clip(0)
+    levels = signal[signal > mri.AIR]
+    pairs = zip(activity, signal, strict=True)
+    return np.stack([paired(one, mr_image(its, rng, pixel, levels), rng) for one, its in pairs])
+
+
+def leaves_pair(rng: np.random.Generator, size: int = 64) -> np.ndarray:
+    """Return `leaves_image`, and what an MR of them might be: (2, size, size); half of the MR shows other leaves."""
+    activity = leaves_image(rng, size)
+    signal = activity / max(float(np.percentile(activity, mri.BRIGHT)), 1e-3)
+    if rng.random() < 0.5:
+        other = mri.dead_leaves(rng, size).clip(0, 3)
+        signal = np.where(mri.smooth_noise(size, rng, 6)[0].numpy() > rng.normal(), signal, other)
+    tissue = signal[signal > mri.AIR]
+    mr = draw_contrast(tissue if len(tissue) else np.ones(1), rng)(signal)
+    return paired(activity, mr_image(mr, rng, 3.5, tissue), rng) if len(tissue) else np.stack([activity, 0 * activity])

@@ -87,7 +87,8 @@ class EDMDenoiser(nn.Module):
     per real component. learned_variance: the network returns `variance_channels` further channels u (default:
     one for each data channel; 1 is shared by all), and Var[x0 | x] = c_out^2 exp(u), since c_out is the
     natural size of the error; u is held softly within +-10. cond_scale multiplies cond on its way to the
-    network. **labels of the methods are further tensors that the network takes by name, such as y= and augment=
+    network. cond_channels: of a condition that may be left out; the network is given zeros for it then.
+    **labels of the methods are further tensors that the network takes by name, such as y= and augment=
     of an EDMUNet; they reach it as they are. autocast: dtype for the network, e.g. torch.bfloat16. channel_axis:
     1, or -3 for sequences of 2D images and their single frames alike.
     """
@@ -102,6 +103,7 @@ class EDMDenoiser(nn.Module):
         *,
         variance_channels: int | None = None,
         cond_scale: float = 1.0,
+        cond_channels: int = 0,
         autocast: torch.dtype | None = None,
         channel_axis: int = 1,
     ):
@@ -109,7 +111,7 @@ class EDMDenoiser(nn.Module):
         if not 0 < sigma_data < math.inf:
             raise ValueError(f"sigma_data={sigma_data}: expected the standard deviation of the data, above 0")
         self.network, self.sigma_data, self.learned_variance = network, sigma_data, learned_variance
-        self.variance_channels, self.cond_scale = variance_channels, cond_scale
+        self.variance_channels, self.cond_scale, self.cond_channels = variance_channels, cond_scale, cond_channels
         self.autocast, self.channel_axis = autocast, channel_axis
 
     def preconditioning(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,6 +126,8 @@ class EDMDenoiser(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The network's F and u (None without learned_variance), in preconditioned units."""
         _, _, c_in, c_noise = self.preconditioning(x, sigma)
+        if cond is None and self.cond_channels:
+            cond = x.new_zeros(1, self.cond_channels, *x.shape[2:]).expand(len(x), *[-1] * (x.ndim - 1))
         scaled = once(lambda c: self.cond_scale * c, cond)
         out = run_network(self.network, c_in * x, c_noise, scaled, self.autocast, **labels)
         channels = x.shape[self.channel_axis]

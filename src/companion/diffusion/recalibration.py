@@ -94,16 +94,27 @@ class ErrorModel:
     images: str = ""
 
     @classmethod
-    def fit(cls, D: Denoiser, images: Tensor, sigmas, *, about: str = "", bins: int = 8, seed: int = 0) -> ErrorModel:
+    def fit(
+        cls,
+        D: Denoiser,
+        images: Tensor,
+        sigmas,
+        *,
+        about: str = "",
+        bins: int = 8,
+        seed: int = 0,
+        cond: Tensor | None = None,
+    ) -> ErrorModel:
         """The model for D at the noise levels `sigmas` from images (batch, channel, *space) that D was not trained on.
 
-        A denoiser without `moments` has no stated variance to correct, and gets `Measured` alone.
+        cond: what D is given beside each image. A denoiser without `moments` has no stated variance to correct, and
+        gets `Measured` alone.
         """
         if not hasattr(D, "moments"):
-            return cls(Measured.fit(D, images, sigmas, seed=seed), None, about)
-        known = Recalibrated.fit(D, images, sigmas, bins=bins, seed=seed)
+            return cls(Measured.fit(D, images, sigmas, seed=seed, cond=cond), None, about)
+        known = Recalibrated.fit(D, images, sigmas, bins=bins, seed=seed, cond=cond)
         table = known.sigmas.cpu(), known.stated.cpu(), known.factor.cpu()
-        return cls(Measured.fit(known, images, sigmas, seed=seed + 1), table, about)
+        return cls(Measured.fit(known, images, sigmas, seed=seed + 1, cond=cond), table, about)
 
     def __call__(self, D: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Factor]:
         """(x0_hat, C), as `posterior_mean` asks of a covariance."""

@@ -36,12 +36,21 @@ def denoising_errors(
 
 @torch.no_grad()
 def expected_errors(
-    D: Denoiser, x0: Tensor, sigmas: Sequence[float], *, seed: int = 0, digits: int | None = 4
+    D: Denoiser,
+    x0: Tensor,
+    sigmas: Sequence[float],
+    *,
+    cond: Tensor | None = None,
+    seed: int = 0,
+    digits: int | None = 4,
 ) -> list[dict[str, float]]:
-    """A row for each sigma: the "error" of D, as `denoising_errors`, and what D's own variance "expected" it to be."""
+    """A row for each sigma: the "error" of D, as `denoising_errors`, and what D's own variance "expected" it to be.
+
+    cond: what D is given beside every noisy image.
+    """
     rows = []
     for sigma, x, level in _noised(x0, sigmas, seed):
-        mean, variance = moments_of(D)(x, level)
+        mean, variance = moments_of(D)(x, level, cond)
         expected = variance.mean().sqrt().item()
         expected = expected if digits is None else round(expected, digits)
         rows.append({"sigma": sigma, "error": _rms(mean - x0, digits), "expected": expected})

@@ -37,11 +37,14 @@ class TrainOnCrops(Training, batch_size=8, learning_rate=6e-4):
     ema_halflife: float = param(3000.0, "half-life of the averaged weights, images; short at first", minimum=0)
 
 
-def unet(channels: int, model_channels: int, channel_mult: tuple[float, ...], patch: int) -> dict:
-    """Return the "network" of a config: images of so many channels, and one channel for the error's variance."""
+def unet(channels: int, model_channels: int, channel_mult: tuple[float, ...], patch: int, condition: int = 0) -> dict:
+    """Return the "network" of a config: images of so many channels, and one channel for the error's variance.
+
+    condition: channels of what it is given beside the noisy image.
+    """
     return {
         "name": "UNet",
-        "in_channels": channels,
+        "in_channels": channels + condition,
         "model_channels": model_channels,
         "out_channels": channels + 1,
         "num_res_blocks": 1,
@@ -83,7 +86,10 @@ def train_on_crops(
 
 
 class Bank(Dataset):
-    """Images (1, y, x) float32 of the files of a folder, each (n, y, x) float16, in the order of their names."""
+    """Images (channel, y, x) float32 of the files of a folder, in the order of their names.
+
+    A file holds (n, channel, y, x) float16, or (n, y, x) where there is one channel.
+    """
 
     def __init__(self, folder: Path, images: int):
         self.parts, self.count = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("[0-9]*.npy"))], images
@@ -97,7 +103,8 @@ class Bank(Dataset):
     def __getitem__(self, i: int) -> Tensor:
         part = int(np.searchsorted(self.ends, i, side="right"))
         first = self.ends[part - 1] if part else 0
-        return torch.from_numpy(self.parts[part][i - first].astype(np.float32))[None]
+        image = torch.from_numpy(self.parts[part][i - first].astype(np.float32))
+        return image[None] if image.ndim == 2 else image
 
 
 def complete(folder: Path, images: int, size: int, source: Callable[[], Callable[[int], np.ndarray]]) -> Bank:

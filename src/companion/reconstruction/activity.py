@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from companion.acquisition.pet import Scan
+from companion.data.head_mr import mr_condition
 from companion.diffusion.covariance import FIT_SIGMAS, Isotropic, Measured, pixel_moments
 from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.noise import karras
@@ -35,6 +36,7 @@ from companion.diffusion.sampling import sample
 from companion.evaluation import metrics
 from companion.models import checkpoint
 from companion.models.architectures import network_of
+from companion.models.errors import load_errors
 from companion.parameters import param
 from companion.randomness import randn
 from companion.reconstruction import trust_counts
@@ -62,16 +64,17 @@ def trusted(
     return trust_counts.reconstruct(scan, trusts, {n: drawer(one, sampler) for n, one in priors.items()}, by_map)
 
 
-def leaning(scan: Scan, mr: Tensor | None, strength: float, seed: int = 0) -> tuple[trust_counts.Classical, float]:
+def leaning(scan: Scan, strength: float, seed: int = 0) -> tuple[trust_counts.Classical, float]:
     """The MAP that the result of one's own scan may lean on, and its strength.
 
-    mr (slice, 1, y, x): guides it (Bowsher), as strongly as the counts themselves ask for; none: `strength`.
+    The MR of the scan guides it (Bowsher), as strongly as the counts themselves ask for; without one: `strength`.
     """
-    if mr is None:
+    if scan.mr is None:
         return lambda part: METHODS["MAP"](part.y, part.A, part.background, strength), strength
 
     def guided(part: Scan, strength: float) -> Tensor:
-        return map_bowsher(part.y, part.A, mr, part.background, strength=strength).x
+        assert part.mr is not None  # parts keep it
+        return map_bowsher(part.y, part.A, part.mr, part.background, strength=strength).x
 
     best = trust_counts.best_setting(scan, guided, GRIDS["MAP"], seed)
     return lambda part: guided(part, best), best
@@ -93,6 +96,8 @@ def enhanced(network: Network, scan: Scan, validation: Scan, seed: int = 0) -> t
     trust = min(errors, key=lambda t: errors[t])
     return {GUESS: guess[0], ANCHORED: with_likelihood(guess, scan, trust)}, trust, guess[1]
 
+
+MR_GIVEN = ", MR given"  # ends the name of an error that was measured with the MR given
 
 PRIOR, HEADS, NETWORK = "pet/prior", "pet/heads", "pet/enhance"
 
@@ -122,12 +127,16 @@ class Sampler:
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """A denoiser, the kBq/mL that are 1 for it, and what is known about its error."""
+    """A denoiser, the kBq/mL that are 1 for it, and what is known about its error.
+
+    with_mr: it is given the MR of the scans that it is asked about.
+    """
 
     D: Denoiser
     scale_kbq: float
     error: Measured
     device: str = "cpu"
+    with_mr: bool = False
 
     @classmethod
     def load(cls, name: str, people: Tensor, device: str = "cpu", autocast: str | None = None, seed: int = 0) -> Prior:
@@ -139,13 +148,34 @@ class Prior:
         return cls(D, scale, Measured.fit(D, images, FIT_SIGMAS, seed=seed), device)
 
     @classmethod
-    def known(cls, name: str, error: ErrorModel, device: str = "cpu", autocast: str | None = None) -> Prior:
+    def known(
+        cls, name: str, error: ErrorModel, device: str = "cpu", autocast: str | None = None, with_mr: bool = False
+    ) -> Prior:
         """The prior of a checkpoint with an error that was measured before, see `models.errors`."""
         found = checkpoint.find(name, PRIOR)
         D = found.denoiser(device, autocast)
         D = AnySize(D, network_of(D).total_stride)
         D = D if error.table is None else Recalibrated(D, *error.table)
-        return cls(D, found.config["data"]["scale_kbq"], error.measured, device)
+        return cls(D, found.config["data"]["scale_kbq"], error.measured, device, with_mr)
+
+    @classmethod
+    def every(cls, name: str, mr: bool, device: str = "cpu", autocast: str | None = None) -> dict[str, Prior]:
+        """The priors of a checkpoint by name, one for each error that was measured.
+
+        mr: the scans have an MR. Those that are given it come first then, and the others may still be preferred: it
+        may lie elsewhere, or show somebody else.
+        """
+        kinds = {kind: (error, kind.endswith(MR_GIVEN)) for kind, error in load_errors(name, PRIOR).items()}
+        wanted = sorted((k for k in kinds if mr or not kinds[k][1]), key=lambda k: not kinds[k][1])
+        return {f"{name} ({k})": cls.known(name, kinds[k][0], device, autocast, kinds[k][1]) for k in wanted}
+
+    def condition(self, scan: Scan) -> Tensor | None:
+        """What D is given of scans beside noisy images; ValueError where it is to have an MR that they lack."""
+        if not self.with_mr:
+            return None
+        if scan.mr is None:
+            raise ValueError("this prior is given the person's MR, and the scan has none; use one without (with_mr)")
+        return mr_condition(scan.mr).to(self.device)
 
     def times(self, factor: float) -> Prior:
         """The same prior with the variance of its error multiplied."""
@@ -187,17 +217,23 @@ def draw(
     prior: Prior, scan: Scan, evaluations: int, last_level: float, seeds: Sequence[int], rule: str = GIBBS
 ) -> Posterior:
     """One draw for each scan, and its mean given the step before, kBq/mL; sweeps end at the noise `last_level`."""
-    A = prior.scale_kbq * scan.A
+    A, cond = prior.scale_kbq * scan.A, prior.condition(scan)
     G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, iterations=30, tol=1e-4)
     if rule == GIBBS:
         levels = karras(evaluations, last_level / prior.scale_kbq, FIRST_SIGMA)
-        result = poisson_gibbs(prior.D, G, levels, seeds=seeds, device=prior.device)
+        result = poisson_gibbs(prior.D, G, levels, seeds=seeds, device=prior.device, cond=cond)
         mean = result.mean
     else:
         G = GUIDED[rule](A, scan.y, scan.background, G)
         levels = karras(evaluations // G.denoiser_calls, LAST_GUIDED, FIRST_SIGMA)
         result = sample(
-            G(prior.D), levels, shape=tuple(A.domain_shape), seeds=seeds, solver="dpmpp_2m", device=prior.device
+            G(prior.D),
+            levels,
+            shape=tuple(A.domain_shape),
+            seeds=seeds,
+            solver="dpmpp_2m",
+            device=prior.device,
+            cond=cond,
         )
         mean = result.x
     return Posterior(prior.scale_kbq * result.x.cpu(), prior.scale_kbq * mean.cpu(), result.bill)

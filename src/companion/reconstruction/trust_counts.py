@@ -17,7 +17,7 @@ their own, known and independent between the parts, so no bin has to be left out
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def split(scan: Scan, seeds: Sequence[int], kept: float = KEPT) -> tuple[Scan, S
     """The scan as two independent ones, of `kept` of its dose and of the rest, their models scaled accordingly."""
     seen = scan.thinned(kept, seeds)
     rest = None if scan.background is None else (1 - kept) * scan.background
-    return seen, Scan(scan.x, scan.y - seen.y, (1 - kept) * scan.A, rest)
+    return seen, replace(scan, y=scan.y - seen.y, A=(1 - kept) * scan.A, background=rest)
 
 
 def scores(held: Scan, draws: Tensor, mean: Tensor) -> list[Score]:

@@ -17,7 +17,6 @@ from companion.evaluation import metrics
 from companion.evaluation.doses import MEAN, ONE, TRUSTED, rows_of
 from companion.files import project_root
 from companion.models import checkpoint
-from companion.models.errors import load_errors
 from companion.operators.pet import ParallelBeam
 from companion.parameters import Parameters, param
 from companion.reconstruction import trust_counts
@@ -72,14 +71,13 @@ class Cases:
     """What is reconstructed: scans at each dose, and whose they are.
 
     people: None of your own scan, which `own` is then. validation: people that every method is tuned on, all virtual,
-    one slice each with a lesion in it. beam: the lines of all scans. mr: the MR (slice, 1, y, x) of your own scan.
+    one slice each with a lesion in it. beam: the lines of all scans.
     """
 
     levels: list[Level]
     people: Slices | None
     validation: Slices
     own: OwnScan | None = None
-    mr: Tensor | None = None
 
     @property
     def beam(self) -> ParallelBeam | None:
@@ -106,8 +104,9 @@ def prepare(p: Enhance) -> Cases:
         )
     if p.result_units == "SUV":
         own.kbq_per_suv()
-    mr = own.mr(project_root() / p.mr) if p.mr else None
-    return Cases([Level(path.stem, own.scan.y.sum().item() / len(own.scan.y), own.scan)], None, validation, own, mr)
+    if p.mr:
+        own = own.with_mr(project_root() / p.mr)
+    return Cases([Level(path.stem, own.scan.y.sum().item() / len(own.scan.y), own.scan)], None, validation, own)
 
 
 @dataclass(eq=False)
@@ -136,12 +135,11 @@ def study(
     network: Network | None,
     progress: bool = True,
     beam: ParallelBeam | None = None,
-    mr: Tensor | None = None,
 ) -> Study:
     """Every method's images at every level, scored where the truth is known (`people` not None).
 
-    beam: the lines of the scans, in which validation people are scanned too; by default those of `scanner`. mr: of
-    your own scan; MAP guided by it is as strong as the counts themselves ask for, and what the result may lean on.
+    beam: the lines of the scans, in which validation people are scanned too; by default those of `scanner`. Where your
+    own scan has an MR, MAP guided by it is as strong as the counts themselves ask for, and the result may lean on it.
     """
     found = Study()
     for level in tqdm(levels, desc="doses", disable=not progress):
@@ -162,12 +160,11 @@ def study(
             images[f"{name}, mean"], spread[f"{name}, mean"] = guided.mean, guided.x
             found.bills[name] = guided.bill
         if people is None:
-            by_map, strength = leaning(level.scan, mr, tuned["MAP"], p.seed)
-            if mr is not None:
+            by_map, strength = leaning(level.scan, tuned["MAP"], p.seed)
+            if level.scan.mr is not None:
                 images[WITH_MR], tuned[WITH_MR] = by_map(level.scan), strength
             if p.general:
-                kinds = load_errors(p.general).items()
-                others = {f"{p.general} ({kind})": Prior.known(p.general, e, p.device, p.autocast) for kind, e in kinds}
+                others = Prior.every(p.general, level.scan.mr is not None, p.device, p.autocast)
                 done = trusted(others | {p.prior: prior}, level.scan, by_map, p, p.seed)
                 images[TRUSTED], found.draws[level.name], found.trusts[level.name] = done.image, done.x, done.trusts
         found.tuned[level.name], found.images[level.name] = tuned, images
