@@ -12,9 +12,9 @@ Scans: --slices axial slices, 224 mm across, 64 or 128 pixels, 10^6 true counts 
 from pixels of 0.875 mm with strips, detectors of 4 mm, 20 % scatter and 10 % randoms; reconstructed with lines, pixels
 of the image, a blur of the image of 4 mm, and a scatter estimate that is broader and 10 % off
 (`companion.acquisition.simulated`). The settings of the classical methods come from pet_heads_tuned.json, made on
-validation heads; the folder is never tuned on. "MLEM, oracle stop" stops where each slice is best. "MR:" has the
-person's T1-weighted image too, from which the activity was made: as good as an MR can be, but for the lesion, which it
-does not show.
+validation heads; the folder is never tuned on. "MLEM, oracle stop" stops where each slice is best. "MR:" and ", MR"
+have the person's T1-weighted image too, from which the activity was made: as good as an MR can be, but for the lesion,
+which it does not show. --mr-off moves it by so many millimetres, in another direction in each slice.
 
 Columns: NRMSE against the activity; calibration, the variance of the draws over the squared error of their mean (1 is
 right); inside 80 %, how often the mean over a region (squares of 28 mm inside the brain, and the lesion; cut along no
@@ -52,7 +52,6 @@ from companion.evaluation.activity import score
 from companion.evaluation.tables import markdown
 from companion.files import atomic_write
 from companion.models.checkpoint import describe_source
-from companion.models.errors import load_errors
 from companion.reconstruction import trust_counts
 from companion.reconstruction.activity import Prior, Sampler, posterior
 from companion.reconstruction.mr_guided import kernel_em, map_bowsher
@@ -62,11 +61,12 @@ from companion.show import figures
 TUNED = Path(__file__).with_name("pet_heads_tuned.json")
 FULL = 1e6  # true counts of a slice at full dose
 CLASSICAL = ("MLEM", "filtered MLEM", "MAP")
+BOWSHER = "MR: Bowsher MAP"
 GUIDED = {  # with the MR of the same person, and the settings that are tried
-    "MR: Bowsher MAP": (lambda s, mr, v: map_bowsher(s.y, s.A, mr, s.background, strength=v).x, GRIDS["MAP"]),
-    "MR: kernel EM": (lambda s, mr, v: kernel_slices(s, mr, v), (20, 40, 80, 160)),
+    BOWSHER: (lambda s, v: map_bowsher(s.y, s.A, s.mr, s.background, strength=v).x, GRIDS["MAP"]),
+    "MR: kernel EM": (lambda s, v: kernel_slices(s, v), (20, 40, 80, 160)),
 }
-ORACLE, TRUSTED = "MLEM, oracle stop", "trusted"
+ORACLE, TRUSTED, MR = "MLEM, oracle stop", "trusted", ", MR"
 TRIAL = {"draws": 3, "evaluations": 12}
 
 
@@ -123,24 +123,31 @@ def heads_of(folder: str, args) -> tuple[dict, dict[str, str]]:
     return heads, left
 
 
-def on_grid(mr: Tensor | None, size: int) -> Tensor | None:
-    """The MR on the pixels of the scan."""
-    return None if mr is None else F.avg_pool2d(mr, mr.shape[-1] // size)
+def on_grid(mr: Tensor | None, size: int, off_mm: float = 0.0) -> Tensor | None:
+    """The MR on the pixels of the scan, each slice moved by `off_mm` in a direction of its own."""
+    if mr is None:
+        return None
+    angles = torch.arange(len(mr)) * 2.4 + 0.3  # of the golden ratio: all directions alike
+    steps = (off_mm / (phantoms.FIELD_MM / phantoms.FINE) * torch.stack([angles.sin(), angles.cos()], 1)).round().int()
+    moved = torch.stack([x.roll(tuple(step.tolist()), (-2, -1)) for x, step in zip(mr, steps, strict=True)])
+    return F.avg_pool2d(moved, mr.shape[-1] // size)
 
 
-def kernel_slices(scan: Scan, mr: Tensor, iterations: int) -> Tensor:
+def kernel_slices(scan: Scan, iterations: int) -> Tensor:
     """The kernel method, slice by slice, as each has its own kernel."""
-    slices = [(scan.some([i]), mr[i : i + 1]) for i in range(len(mr))]
-    return torch.cat([kernel_em(s.y, s.A, m, s.background, iterations=iterations).x for s, m in slices])
+    slices = [scan.some([i]) for i in range(len(scan.y))]
+    return torch.cat([kernel_em(s.y, s.A, s.mr, s.background, iterations=iterations).x for s in slices])
 
 
-def scan_of(fine: Slices, size: int, dose: float, seed: int) -> tuple[Scan, Slices]:
-    """The scan of slices at a share of the full dose, and what it should show."""
+def scan_of(
+    fine: Slices, mr: Tensor | None, size: int, dose: float, seed: int, off_mm: float = 0.0
+) -> tuple[Scan, Slices]:
+    """The scan of slices at a share of the full dose, with their MR, and what it should show."""
     factor = phantoms.FINE // size
     people = phantoms.coarser(fine, factor)
     seeds = [seed + 100 * i for i in range(len(fine.image))]
     full = simulate(fine.image, fine.mu, FULL, seeds, pixel_mm=people.pixel_mm, fine=factor)
-    people = replace(people, image=full.x)
+    people, full = replace(people, image=full.x), replace(full, mr=on_grid(mr, size, off_mm))
     return full if dose == 1 else full.thinned(dose, seeds), people
 
 
@@ -174,43 +181,52 @@ def row_of(name: str, x: Tensor, people: Slices, draws: Tensor | None = None, **
 
 
 def study(
-    scan: Scan, people: Slices, mr: Tensor | None, priors: dict[str, dict[str, Prior]], tuned: dict, args
+    scan: Scan, people: Slices, priors: dict[str, dict[str, Prior]], tuned: dict, args
 ) -> tuple[list[dict], dict]:
     """Rows of all methods of one head at one size and dose, and the middle slice of each."""
     images, rows, seed = {}, [], 77
     for name in CLASSICAL:
         images[name] = METHODS[name](scan.y, scan.A, scan.background, tuned[name])
-    images |= {name: method(scan, mr, tuned[name]) for name, (method, _) in GUIDED.items() if mr is not None}
+    images |= {name: method(scan, tuned[name]) for name, (method, _) in GUIDED.items() if scan.mr is not None}
     images[ORACLE] = oracle_stop(scan.y, scan.A, scan.background, scan.x)
     rows += [row_of(name, x, people) for name, x in images.items()]
     whole, short = Sampler(args.draws, args.evaluations), Sampler(**TRIAL)
-
-    def drawer(prior: Prior, sampler: Sampler):
-        return lambda one, scale: posterior(prior.times(scale), one, sampler, seed)
-
+    kinds = (False, True) if scan.mr is not None else (False,)  # without the MR, and with it
     for name, errors in priors.items():
-        began, prior = time.perf_counter(), next(iter(errors.values()))
-        found = posterior(prior, scan, whole, seed)
+        for prior in [next(p for p in errors.values() if p.with_mr == mr) for mr in kinds if has(errors, mr)]:
+            began, called = time.perf_counter(), f"{name}{MR if prior.with_mr else ''}"
+            found = posterior(prior, scan, whole, seed)
+            seconds = (time.perf_counter() - began) / len(scan.y)
+            images[called] = found.mean
+            rows.append(row_of(f"posterior mean, {called}", found.mean, people, found.x, seconds=seconds))
+            rows.append(row_of(f"one draw, {called}", found.x[0], people))
+    for mr in kinds:
+        tried = {k: p for errors in priors.values() for k, p in errors.items() if mr or not p.with_mr}
+        began, called = time.perf_counter(), f"{TRUSTED}{MR if mr else ''}"
+
+        def classical(one: Scan, mr=mr) -> Tensor:
+            name = BOWSHER if mr else "MAP"
+            return GUIDED[name][0](one, tuned[name]) if mr else METHODS[name](one.y, one.A, one.background, tuned[name])
+
+        trial, final = ({k: drawer(p, s, seed) for k, p in tried.items()} for s in (short, whole))
+        trusts = trust_counts.assess(scan, trial, classical, seed=seed)
+        done = trust_counts.reconstruct(scan, trusts, final, classical)
         seconds = (time.perf_counter() - began) / len(scan.y)
-        images[name] = found.mean
-        rows.append(row_of(f"posterior mean, {name}", found.mean, people, found.x, seconds=seconds))
-        rows.append(row_of(f"one draw, {name}", found.x[0], people))
-    every = {f"{name} ({kind})": prior for name, errors in priors.items() for kind, prior in errors.items()}
-    trial, final = ({k: drawer(v, s) for k, v in every.items()} for s in (short, whole))
-    began = time.perf_counter()
-
-    def classical(one: Scan) -> Tensor:
-        return METHODS["MAP"](one.y, one.A, one.background, tuned["MAP"])
-
-    trusts = trust_counts.assess(scan, trial, classical, seed=seed)
-    done = trust_counts.reconstruct(scan, trusts, final, classical)
-    seconds = (time.perf_counter() - began) / len(scan.y)
-    images[TRUSTED] = done.image
-    told = [t.verdict for t in trusts]
-    known = sum(t.knows for t in trusts) / len(trusts)
-    rows.append(row_of(TRUSTED, done.image, people, done.x, seconds=seconds, known=known, verdicts=told))
+        images[called] = done.image
+        known, told = sum(t.knows for t in trusts) / len(trusts), [t.verdict for t in trusts]
+        rows.append(row_of(called, done.image, people, done.x, seconds=seconds, known=known, verdicts=told))
     middle = len(scan.y) // 2
     return rows, {"truth": people.image[middle, 0], **{name: x[middle, 0] for name, x in images.items()}}
+
+
+def has(errors: dict[str, Prior], mr: bool) -> bool:
+    """Whether one of the priors of a checkpoint is, or is not, given the MR."""
+    return any(prior.with_mr == mr for prior in errors.values())
+
+
+def drawer(prior: Prior, sampler: Sampler, seed: int) -> trust_counts.Draw:
+    """Draws of a prior, its error scaled, as trials want them."""
+    return lambda one, scale: posterior(prior.times(scale), one, sampler, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -251,10 +267,10 @@ def tuned_settings(heads: dict, args) -> dict:
             if len(heads) > 1:
                 raise SystemExit("tune on one head of many slices: scans of several heads have several models")
             fine, mr = next(iter(heads.values()))()
-            scan, mr = scan_of(fine, size, dose, 0)[0], on_grid(mr, size)
+            scan = scan_of(fine, mr, size, dose, 0)[0]
             best = {n: tune(n, scan.y, scan.A, scan.background, scan.x) for n in CLASSICAL}
             for name, (method, grid) in GUIDED.items() if mr is not None else ():
-                best[name] = min(grid, key=lambda v: metrics.nrmse(method(scan, mr, v), scan.x).mean().item())
+                best[name] = min(grid, key=lambda v: metrics.nrmse(method(scan, v), scan.x).mean().item())
             found[f"{size} {dose:g}"] = best
             print(size, dose, found[f"{size} {dose:g}"], flush=True)
     return found
@@ -271,6 +287,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--evaluations", type=int, default=25, help="of the network, a draw")
     parser.add_argument("--ratio", type=float, default=4.0, help="grey to white matter, of T1-weighted heads")
+    parser.add_argument("--mr-off", type=float, default=0.0, help="mm by which the MR lies beside the scan")
     parser.add_argument("--bare", action="store_true", help="no activity outside the brain, of T1-weighted heads")
     parser.add_argument(
         "--tune", action="store_true", help="the folder holds one validation head: tune on it, and stop"
@@ -287,8 +304,8 @@ def main(argv=None) -> list[dict]:
         return []
     if missing := [k for s in args.sizes for d in args.doses if (k := f"{s} {d:g}") not in known]:
         raise SystemExit(f"{args.tuned} has no settings for {', '.join(missing)}; make them with --tune")
-    priors = {w: {kind: Prior.known(w, e) for kind, e in load_errors(w).items()} for w in args.weights}
-    asked = {k: getattr(args, k) for k in ("slices", "draws", "evaluations", "ratio", "bare")}
+    priors = {weights: Prior.every(weights, mr=True) for weights in args.weights}
+    asked = {k: getattr(args, k) for k in ("slices", "draws", "evaluations", "ratio", "bare", "mr_off")}
     asked |= {"weights": [describe_source(w).sha256 for w in args.weights], "tuned": known}
     rows, pictures = [], {}
     for name, load in heads.items():
@@ -314,11 +331,11 @@ def finished(name, load, size, dose, priors, tuned, asked, args) -> tuple[list[d
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "big")  # the same in any folder
         try:
             fine, mr = load()
-            scan, people = scan_of(fine, size, dose, seed)
+            scan, people = scan_of(fine, mr, size, dose, seed, args.mr_off)
         except (ValueError, OSError) as error:
             warnings.warn(f"{name} left out: {error}", stacklevel=1)
             return None
-        rows, sheet = study(scan, people, on_grid(mr, size), priors, tuned, args)
+        rows, sheet = study(scan, people, priors, tuned, args)
         rows = [{"head": name, "size": size, "dose": f"{100 * dose:g} %", **row} for row in rows]
         for row in rows:
             print(", ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
