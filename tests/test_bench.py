@@ -161,11 +161,14 @@ def test_real_heads_of_a_folder_are_one_more_part_of_the_row(tmp_path, monkeypat
     save_nifti(tmp_path / "head.nii.gz", ball, voxel_mm=4.0)
     monkeypatch.setattr(bench, "load_denoiser", lambda name: Flat())
 
-    def sample(D, A, y, seeds):
+    def sample(D, A, y, seeds, images, scale=0.0):
+        assert images.shape == (QUICK.calibration, 1, 64, 64) and images.abs().amax((1, 2, 3)).min() > 0.05
         noise = [torch.randn(A.domain_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return A.H(y) + 0.1 * torch.stack(noise)
+        return scale * A.H(y) + 0.1 * torch.stack(noise)
 
-    row = bench.heads(Entry("adjoint", sample), replace(QUICK, heads=str(tmp_path), people_draws=3))
+    entry = Entry("adjoint", sample, grid={"scale": (0.0, 1.0)})
+    row = bench.heads(entry, replace(QUICK, heads=str(tmp_path), people_draws=3))
+    assert row["options"] == {"scale": 1.0}, "tuned on images that are no heads'"
     assert row["heads"] == 1 and row["slices"] == 2 and 5 < row["psnr"] < 40 and row["denoiser_calls"] == 0
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="nothing to use there"):

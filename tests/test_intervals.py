@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from companion.evaluation.intervals import KINDS, Drawn, intervals, over_splits
+from companion.evaluation.intervals import KINDS, Drawn, interval_table, intervals, over_splits
 
 
 def drawn(cases, seed, width=1.0, dtype=torch.complex64):
@@ -44,3 +44,16 @@ def test_regions_are_means_of_magnitudes_inside_the_person():
     assert means.shape == known.shape == (2, 16)
     assert not known.reshape(2, 4, 4)[:, :, 0].any() and known.reshape(2, 4, 4)[:, :, 1:].all()
     assert means[1, 6] == pytest.approx(one.truth[1, 0, 4:8, 8:12].abs().mean().item(), rel=1e-5)
+
+
+def test_a_table_parts_the_people_or_takes_those_that_it_is_given():
+    people = drawn(12, 5, 0.5)
+    alone, given = interval_table(people), interval_table(people, drawn(30, 6, 0.5))
+    for row, kind in zip(alone, KINDS, strict=True):
+        assert row["factor"] == round(intervals(people, people)[kind].factor, 2)
+        assert row["holds, conformal (%)"] == round(100 * over_splits(people, 9)[kind], 1)
+    assert given[0]["holds, conformal (%)"] > 80 > given[0]["holds, as drawn (%)"]
+    with pytest.raises(ValueError, match="9 are the least"):
+        interval_table(drawn(8, 0), people)
+    with pytest.raises(ValueError, match="9 are the least, and one to test"):
+        interval_table(drawn(9, 0))

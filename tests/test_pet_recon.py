@@ -1,5 +1,7 @@
 """The dose study: scans, tuned baselines, scores; the posterior on a prior that is known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,17 +9,19 @@ import torch
 from companion.acquisition import doses
 from companion.acquisition.own_pet import OwnScan
 from companion.acquisition.pet import Scan, scanner
+from companion.data.head_mr import mr_condition
 from companion.data.pet import Slices, held_out
 from companion.diffusion.covariance import Measured
 from companion.diffusion.exact import GaussianDenoiser
 from companion.evaluation import activity, metrics
 from companion.evaluation import doses as evaluation_doses
+from companion.evaluation.intervals import Drawn, interval_table
 from companion.papers.pet import study as pet_study
 from companion.papers.pet.study import Enhance
 from companion.reconstruction import activity as reconstruction_activity
 from companion.reconstruction import pet as reconstruction
 from companion.reconstruction import regions as pet_regions
-from companion.reconstruction.activity import Prior
+from companion.reconstruction.activity import Prior, Sampler
 
 SIZE = 24
 
@@ -304,3 +308,44 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match="npz of plain arrays"):
         own(str(tmp_path / "text.npz"))
+
+
+class Told:
+    """A denoiser that believes the MR it is given, and nobody without one."""
+
+    def __call__(self, x, sigma, cond=None):
+        return torch.zeros_like(x) if cond is None else cond[:, :1]
+
+    def moments(self, x, sigma, cond=None):
+        return self(x, sigma, cond), torch.full_like(x, 1e-6)
+
+
+def test_draws_are_given_the_mr_of_their_own_slice(people):
+    scan = ladder(people, parameters(fractions=(0.25,), factors=()))[0].scan
+    scan = dataclasses.replace(scan, mr=torch.rand(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) + 0.1)
+    error = Measured(torch.tensor([1.0]), torch.ones(1, 1))
+    sampler = Sampler(draws=2, evaluations=2)
+    told = reconstruction_activity.posterior(Prior(Told(), 25.0, error, with_mr=True), scan, sampler)
+    alone = reconstruction_activity.posterior(Prior(Told(), 25.0, error), scan, sampler)
+    near, far = ((x.mean / 25 - mr_condition(scan.mr)[:, :1]).square().mean().sqrt().item() for x in (told, alone))
+    assert near < 0.1 * far, (near, far)
+    with pytest.raises(ValueError, match="the scan has none"):
+        reconstruction_activity.posterior(
+            Prior(Told(), 25.0, error, with_mr=True), dataclasses.replace(scan, mr=None), sampler
+        )
+
+
+def test_a_study_calibrates_its_intervals_on_further_people(people):
+    calibration = dataclasses.replace(
+        people, **{k: getattr(people, k).repeat(3, 1, 1, 1) for k in ("image", "labels", "lesions", "mu")}
+    )
+    p = parameters(fractions=(0.25,), factors=(10.0,), draws=2, evaluations=2)
+    prior = Prior(Told(), 25.0, Measured(torch.tensor([1.0]), torch.ones(1, 1)))
+    found = pet_study.study(p, ladder(people, p), people, people, prior, None, progress=False, calibration=calibration)
+    assert list(found.intervals) == ["25% dose"]
+    assert found.intervals["25% dose"] == interval_table(
+        pet_study.drawn(p, prior, calibration, ladder(people, p)[-1].counts),
+        Drawn(people.image, found.draws["25% dose"], people.labels > 0),
+    )
+    with pytest.raises(ValueError, match="90 % intervals take 9"):
+        pet_study.prepare(Enhance(device="cpu", calibration_subjects=3))

@@ -414,17 +414,19 @@ def held_out(
     per_subject: int = 1,
     lesions: int = 0,
     pixel_mm: float | None = None,
+    first: int = 0,
 ) -> Slices:
     """Slices of the first people of "validation" or "test", by default FIELD_MM wide as for the embedded weights.
 
-    With one slice each, the slices of successive people sweep the slab, so that few people show all of it.
+    With one slice each, the slices of successive people sweep the slab, so that few people show all of it. first: how
+    many people of the split to leave out before.
     """
     pixel_mm = FIELD_MM / image_size if pixel_mm is None else pixel_mm
     if per_subject > 1 or subjects == 1:
-        return cohort_slices(split, subjects, image_size, per_subject, lesions, pixel_mm)
+        return cohort_slices(split, subjects, image_size, per_subject, lesions, pixel_mm, first=first)
     low, high = anatomy.SLAB_MM
     parts = []
-    for i, subject in enumerate(anatomy.cohort(split, subjects)):
+    for i, subject in enumerate(anatomy.cohort(split, first + subjects)[first:]):
         height = torch.tensor([low + (high - low) * (i + 0.5) / subjects])
         found = place_lesions(subject, lesions, height) if lesions else []
         one = render(subject, (1, image_size, image_size), pixel_mm, height, found)

@@ -2,6 +2,8 @@
 
     found = intervals(calibrated, tested)       # Drawn slices of other people, and of new ones
     found["region"].coverage, found["region"].raw, found["region"].factor
+    interval_table(calibrated, tested)          # the same as a table
+    interval_table(drawn)                       # of people who are parted in many ways into both
 
 Regions are squares of an eighth of the field of view inside the person, cut along no tissue. `over_splits` says what
 the coverage is on average over ways to part slices into calibration and test: what the guarantee is about.
@@ -30,6 +32,11 @@ class Drawn:
     truth: Tensor
     draws: Tensor
     mask: Tensor
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """KINDS that so many draws can say something of: two know nothing of their own PSNR."""
+        return KINDS if len(self.draws) > 2 else KINDS[:2]
 
     def some(self, index: Tensor) -> Drawn:
         """The slices `index` (n,)."""
@@ -88,7 +95,7 @@ class Held:
 def intervals(calibrated: Drawn, tested: Drawn) -> dict[str, Held]:
     """What 90 % intervals hold of the tested slices, by KINDS; conformal by the calibrated ones, nine or more."""
     found = {}
-    for kind in KINDS:
+    for kind in calibrated.kinds:
         factor = _factor(*calibrated.numbers(kind))
         mean, std, truth, mask = tested.numbers(kind)
         raw = _shares(mean, std, truth, mask, tested.student(kind))
@@ -101,9 +108,9 @@ def intervals(calibrated: Drawn, tested: Drawn) -> dict[str, Held]:
 
 def over_splits(drawn: Drawn, calibration: int, repeats: int = 100, seed: int = 0) -> dict[str, float]:
     """The conformal coverage, by KINDS, averaged over random ways to take `calibration` of the slices to calibrate."""
-    total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    total: dict[str, float] = dict.fromkeys(drawn.kinds, 0.0)
     generator = torch.Generator().manual_seed(seed)
-    numbers = {kind: drawn.numbers(kind) for kind in KINDS}
+    numbers = {kind: drawn.numbers(kind) for kind in drawn.kinds}
     for _ in range(repeats):
         order = torch.randperm(len(drawn.truth), generator=generator)
         own, new = order[:calibration], order[calibration:]
@@ -112,6 +119,35 @@ def over_splits(drawn: Drawn, calibration: int, repeats: int = 100, seed: int = 
             factor = _factor(mean[own], std[own], truth[own], inside)
             total[kind] += _shares(mean[new], std[new], truth[new], outside, factor).mean().item() / repeats
     return total
+
+
+LEAST_SLICES = 9  # to calibrate on, for 90 %
+NAMES = {"pixel": "a pixel", "region": "the mean of a square", "PSNR": "PSNR of the mean (dB)"}
+
+
+def interval_table(calibrated: Drawn, tested: Drawn | None = None) -> list[dict[str, object]]:
+    """A table of what 90 % intervals hold of `tested` slices: a row for each of `Drawn.kinds`.
+
+    tested: none: the slices of `calibrated` are parted in 100 ways, three of four to calibrate (or 9); the factor and
+    the width are those of all of them. Raises ValueError for too few slices to calibrate on, or to test then.
+    """
+    n = len(calibrated.truth)
+    if n < LEAST_SLICES + (tested is None):
+        raise ValueError(f"{n} slices to calibrate 90 % intervals on; {LEAST_SLICES} are the least, and one to test")
+    held = intervals(calibrated, calibrated if tested is None else tested)
+    shares = {kind: held[kind].coverage for kind in held}
+    if tested is None:
+        shares = over_splits(calibrated, max(LEAST_SLICES, round(0.75 * n)))
+    return [
+        {
+            "90 % interval of": NAMES[kind],
+            "holds, as drawn (%)": round(100 * held[kind].raw, 1),
+            "factor": round(held[kind].factor, 2),
+            "holds, conformal (%)": round(100 * shares[kind], 1),
+            "width": held[kind].width,
+        }
+        for kind in held
+    ]
 
 
 def _factor(mean: Tensor, std: Tensor, truth: Tensor, mask: Tensor | None) -> float:

@@ -29,11 +29,13 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from companion.data import anatomy
 from companion.data.axial import head_slices
+from companion.data.heads import dead_leaves
 from companion.data.intake.look import find
 from companion.data.virtual import slices
 from companion.diffusion.denoisers import AnySize, Denoiser, moments_of
@@ -309,7 +311,10 @@ def people(entry: Entry, s: Settings) -> dict:
 
 
 def heads(entry: Entry, s: Settings) -> dict:
-    """Real heads of a folder (any format that `companion look` knows), with the general prior; ValueError if none."""
+    """Real heads of a folder (any format that `companion look` knows), with the general prior; ValueError if none.
+
+    Tuned, and the prior's error measured, on no head: virtual validation people and dead leaves in turn.
+    """
     if s.heads is None:
         raise ValueError("heads are needed; give the folder of real heads")
     found = [
@@ -326,7 +331,18 @@ def heads(entry: Entry, s: Settings) -> dict:
         images.append(head_slices(volume.array, volume.affine, "64", s.head_slices))
     x = anatomy.random_phase(torch.cat(images), torch.Generator().manual_seed(s.seed))
     A = sense(birdcage_maps((64, 64), 8), cartesian_mask(64, s.acceleration, acs=4).mask)
-    return _quality(_slices(entry, D, A, x, x[:0], s, 0)) | {"heads": len(found)}
+    others = people_and_leaves(s.calibration)
+    entry = tuned(entry, D, A, s.noise_std, others, s.calls)
+    return _quality(_slices(entry, D, A, x, others, s, 0)) | {"heads": len(found), "options": dict(entry.options)}
+
+
+def people_and_leaves(count: int, size: int = 64) -> Tensor:
+    """Complex images (count, 1, y, x), every other one a virtual validation person, the others dead leaves."""
+    leaves = torch.stack([torch.from_numpy(dead_leaves(np.random.default_rng(i), size)) for i in range(count // 2)])
+    images = [*slices("validation", count - count // 2, size)]
+    for i, leaf in enumerate(anatomy.random_phase(leaves[:, None], torch.Generator().manual_seed(3))):
+        images.insert(2 * i + 1, leaf)
+    return torch.stack(images)
 
 
 @dataclass

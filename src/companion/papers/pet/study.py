@@ -15,6 +15,7 @@ from companion.data.pet import FIELD_MM, Slices, held_out
 from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
 from companion.evaluation.doses import MEAN, ONE, TRUSTED, rows_of
+from companion.evaluation.intervals import LEAST_SLICES, Drawn, interval_table
 from companion.files import project_root
 from companion.models import checkpoint
 from companion.operators.pet import ParallelBeam
@@ -60,6 +61,9 @@ class Enhance(Doses, Physics, Sampler, Placing, Parameters):
     validation_subjects: int = param(
         16, "other people: every method is tuned on them, and the prior's error measured", minimum=2
     )
+    calibration_subjects: int = param(
+        12, "further validation people whose draws make 90 % intervals conformal, 9 or more; 0: none", minimum=0
+    )
     samplers: tuple[str, ...] = param(
         (), "other samplers to compare at the levels of `fractions`", choices=tuple(GUIDED)
     )
@@ -71,13 +75,15 @@ class Cases:
     """What is reconstructed: scans at each dose, and whose they are.
 
     people: None of your own scan, which `own` is then. validation: people that every method is tuned on, all virtual,
-    one slice each with a lesion in it. beam: the lines of all scans.
+    one slice each with a lesion in it. calibration: further such people, None where there are to be none. beam: the
+    lines of all scans.
     """
 
     levels: list[Level]
     people: Slices | None
     validation: Slices
     own: OwnScan | None = None
+    calibration: Slices | None = None
 
     @property
     def beam(self) -> ParallelBeam | None:
@@ -91,10 +97,16 @@ def prepare(p: Enhance) -> Cases:
     for name, default in ((p.prior, PRIOR), (p.network, NETWORK)):
         if name and (stated := checkpoint.find(name, default).config.get("data", {}).get("pixel_mm")):
             check_pixels(stated, pixel_mm, name)
-    validation = held_out("validation", p.validation_subjects, p.image_size, lesions=1, pixel_mm=pixel_mm)
+    if 0 < p.calibration_subjects < LEAST_SLICES:
+        raise ValueError(
+            f"calibration_subjects={p.calibration_subjects}: 90 % intervals take {LEAST_SLICES}, or give 0"
+        )
+    shown = {"image_size": p.image_size, "lesions": 1, "pixel_mm": pixel_mm}
+    validation = held_out("validation", p.validation_subjects, **shown)
     if not p.scan:
-        people = held_out("test", p.subjects, p.image_size, lesions=1, pixel_mm=pixel_mm)
-        return Cases(ladder(people, p, p, p.seed), people, validation)
+        people, count = held_out("test", p.subjects, **shown), p.calibration_subjects
+        further = held_out("validation", count, first=p.validation_subjects, **shown) if count else None
+        return Cases(ladder(people, p, p, p.seed), people, validation, calibration=further)
     path, about = project_root() / p.scan, p.geometry and project_root() / p.geometry
     own = OwnScan.read(path, p.image_size, p.pixel_mm, about=about, placed=p.placed, units=p.units)
     if not own.calibrated:
@@ -119,6 +131,7 @@ class Study:
     rows: list[dict] = field(default_factory=list)
     regions: list[dict] = field(default_factory=list)
     calibration: list[dict] = field(default_factory=list)
+    intervals: dict[str, list[dict]] = field(default_factory=dict)
     tuned: dict[str, dict] = field(default_factory=dict)
     images: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     draws: dict[str, Tensor] = field(default_factory=dict)
@@ -135,11 +148,13 @@ def study(
     network: Network | None,
     progress: bool = True,
     beam: ParallelBeam | None = None,
+    calibration: Slices | None = None,
 ) -> Study:
     """Every method's images at every level, scored where the truth is known (`people` not None).
 
     beam: the lines of the scans, in which validation people are scanned too; by default those of `scanner`. Where your
     own scan has an MR, MAP guided by it is as strong as the counts themselves ask for, and the result may lean on it.
+    calibration: people whose draws make intervals conformal, at the levels of `fractions`.
     """
     found = Study()
     for level in tqdm(levels, desc="doses", disable=not progress):
@@ -167,6 +182,9 @@ def study(
                 others = Prior.every(p.general, level.scan.mr is not None, p.device, p.autocast)
                 done = trusted(others | {p.prior: prior}, level.scan, by_map, p, p.seed)
                 images[TRUSTED], found.draws[level.name], found.trusts[level.name] = done.image, done.x, done.trusts
+        if people is not None and calibration is not None and level.fraction:
+            tested = Drawn(people.image, result.x, people.labels > 0)
+            found.intervals[level.name] = interval_table(drawn(p, prior, calibration, level.counts, beam), tested)
         found.tuned[level.name], found.images[level.name] = tuned, images
         if people is not None:
             about = {"level": level.name, "counts": round(level.counts)}
@@ -176,3 +194,10 @@ def study(
                 about | {n: metrics.pooled_calibration(x, people.image) for n, x in spread.items()} | stated
             )
     return found
+
+
+def drawn(p: Enhance, prior: Prior, people: Slices, counts: float, beam: ParallelBeam | None = None) -> Drawn:
+    """Posterior draws of people who are scanned with so many true counts, to calibrate intervals on."""
+    seeds = [p.seed + 7000 + i for i in range(len(people.image))]
+    scan = p.acquire(people.image, people.mu, counts, seeds, pixel_mm=people.pixel_mm, beam=beam)
+    return Drawn(people.image, posterior(prior, scan, p, seeds[0]).x, people.labels > 0)
