@@ -344,7 +344,7 @@ def test_a_study_calibrates_its_intervals_on_further_people(people):
     found = pet_study.study(p, ladder(people, p), people, people, prior, None, progress=False, calibration=calibration)
     assert list(found.intervals) == ["25% dose"]
     assert found.intervals["25% dose"] == interval_table(
-        pet_study.drawn(p, prior, calibration, ladder(people, p)[-1].counts),
+        pet_study.drawn(prior, calibration, ladder(people, p)[-1].counts, p, p, 7000),
         Drawn(people.image, found.draws["25% dose"], people.labels > 0),
     )
     with pytest.raises(ValueError, match="90 % intervals take 9"):

@@ -184,7 +184,9 @@ def study(
                 images[TRUSTED], found.draws[level.name], found.trusts[level.name] = done.image, done.x, done.trusts
         if people is not None and calibration is not None and level.fraction:
             tested = Drawn(people.image, result.x, people.labels > 0)
-            found.intervals[level.name] = interval_table(drawn(p, prior, calibration, level.counts, beam), tested)
+            found.intervals[level.name] = interval_table(
+                drawn(prior, calibration, level.counts, p, p, p.seed + 7000, beam), tested
+            )
         found.tuned[level.name], found.images[level.name] = tuned, images
         if people is not None:
             about = {"level": level.name, "counts": round(level.counts)}
@@ -196,8 +198,16 @@ def study(
     return found
 
 
-def drawn(p: Enhance, prior: Prior, people: Slices, counts: float, beam: ParallelBeam | None = None) -> Drawn:
+def drawn(
+    prior: Prior,
+    people: Slices,
+    counts: float,
+    physics: Physics,
+    sampler: Sampler,
+    seed: int = 0,
+    beam: ParallelBeam | None = None,
+) -> Drawn:
     """Posterior draws of people who are scanned with so many true counts, to calibrate intervals on."""
-    seeds = [p.seed + 7000 + i for i in range(len(people.image))]
-    scan = p.acquire(people.image, people.mu, counts, seeds, pixel_mm=people.pixel_mm, beam=beam)
-    return Drawn(people.image, posterior(prior, scan, p, seeds[0]).x, people.labels > 0)
+    seeds = [seed + i for i in range(len(people.image))]
+    scan = physics.acquire(people.image, people.mu, counts, seeds, pixel_mm=people.pixel_mm, beam=beam)
+    return Drawn(people.image, posterior(prior, scan, sampler, seed).x, people.labels > 0)
