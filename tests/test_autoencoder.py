@@ -20,11 +20,10 @@ from companion.models.architectures import build
 from companion.models.checkpoint import load
 from companion.models.folder import save_checkpoint
 from companion.models.latent import load_prior, save_prior
-from companion.networks import VQVAE, AutoencoderKL, DiffusionUNet, VQModel
+from companion.networks import VQVAE, AutoencoderKL, DiffusionUNet, VQModel, monai
 from companion.networks.autoencoder import (
     SCALE_FACTOR,
     PatchDiscriminator,
-    from_monai,
     published,
     sd_vae,
     vq_cardiac_d4,
@@ -183,7 +182,7 @@ def test_published_names_load_strictly(make, names):
 
 def test_monai_names_of_another_model_are_refused():
     with pytest.raises(ValueError, match=r"encoder.blocks.99.* belongs to no layer"):
-        from_monai(small_kl(double_z=False), {"encoder.blocks.99.conv.weight": torch.zeros(1)})
+        monai.translate(small_kl(double_z=False), {"encoder.blocks.99.conv.weight": torch.zeros(1)})
 
 
 # --- numerics

@@ -3,6 +3,7 @@
 The goldens hold what those classes answer to weights of a formula; tests/golden/bridges/make.py made them.
 """
 
+import enum
 import json
 import pickle
 import runpy
@@ -15,7 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from companion.models import published, registry
+from companion.diffusion.class_guidance import ClassGuidance
+from companion.diffusion.noise import flow_levels
+from companion.models import kinds, registry
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load
 from companion.models.obtain import convert, obtain
@@ -184,6 +187,85 @@ def test_names_of_monai_generative_mean_the_same(tmp_path):
     close(network(held["x"], held["t"], held["cond"]), held["out"])
 
 
+MASKS = {"network": {"upsampling": "transposed"}}
+
+
+@pytest.mark.parametrize(("name", "config"), [("maisi_autoencoder", None), ("maisi_mask_autoencoder", MASKS)])
+def test_maisi_autoencoders_answer_as_published(tmp_path, name, config):
+    tensors, held, _ = golden(name)
+    torch.save(tensors, tmp_path / "autoencoder.pt")
+    codec = load(convert(tmp_path / "autoencoder.pt", "maisi", tmp_path / "ours", config))
+    with torch.no_grad():
+        mean, std = codec.posterior(held["x"])
+        close(torch.cat([part.flatten() for part in (mean, std, codec.decode(held["z"]))]), held["out"])
+    if config is None:  # the shapes are those of the other way to double images as well
+        with pytest.raises(ValueError, match="expected one of nearest, linear, transposed"):
+            convert(tmp_path / "autoencoder.pt", "maisi", tmp_path / "o", {"network": {"upsampling": "cubic"}})
+
+
+def meta_tensor(monkeypatch, value):
+    """A MONAI MetaTensor, with a record of the image that it came from."""
+    names = ("monai", "monai.data", "monai.utils", "monai.data.meta_tensor", "monai.utils.enums")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    module, enums = (sys.modules[name] for name in names[3:])
+    module.MetaTensor = type("MetaTensor", (torch.Tensor,), {"__module__": module.__name__})
+    enums.SpaceKeys = enum.StrEnum("SpaceKeys", {"RAS": "RAS"}, module=enums.__name__, qualname="SpaceKeys")
+    made = torch.tensor(value).as_subclass(module.MetaTensor)
+    made.meta = {enums.SpaceKeys.RAS: torch.eye(4, dtype=torch.float64), "dim": torch.zeros(8, dtype=torch.int16)}
+    return made
+
+
+def test_the_rectified_flow_of_maisi_denoises_as_published(tmp_path, monkeypatch):
+    """Told spacing and modality; the network's velocity points to the data."""
+    tensors, held, more = golden("maisi_rflow")
+    scale = meta_tensor(monkeypatch, 1.25)
+    checkpoint = {"epoch": 3, "loss": 0.1, "num_train_timesteps": 1000, "scale_factor": scale}
+    torch.save(checkpoint | {"unet_state_dict": tensors}, tmp_path / "unet.pt")
+    folder = convert(tmp_path / "unet.pt", "monai/maisi-rflow-mr", tmp_path / "ours")
+    D, (velocity, x0) = load(folder), held["out"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["scale_factor"] == 1.25 and "Noncommercial" in (folder / "README.md").read_text()
+    told = {"cond": held["cond"], "y": held["y"]}
+    close(network_of(D)(held["x"], held["t"], **told), velocity)
+    t = held["t"] / 1000
+    close(D(held["x"] / (1 - t.reshape(-1, 1, 1, 1, 1)), t / (1 - t), **told), x0)
+    assert (network_of(D)(held["x"], held["t"], held["cond"] * 2, held["y"]) - velocity).abs().max() > 0.01
+
+    levels = flow_levels(10, 2 / 9, 1e9, shift=2.0)[:-1]  # latents of 64 pixels a side; MONAI keeps times in float16
+    torch.testing.assert_close(1000 * levels / (1 + levels), torch.tensor(more["times"]).double(), rtol=1e-3, atol=0)
+    x, sigma, cond = held["x"], torch.ones(2), held["cond"]
+    guided = ClassGuidance(D, 9, 3.0, null=0)(x, sigma, cond)
+    own, none = (D(x, sigma, cond, y=torch.tensor([y])) for y in (9, 0))
+    close(guided, none + 3 * (own - none))
+
+
+def test_the_ddpm_of_maisi_answers_as_published_told_regions_and_spacing(tmp_path):
+    tensors, held, _ = golden("maisi_ddpm")
+    torch.save(tensors, tmp_path / "unet.pt")
+    D = load(convert(tmp_path / "unet.pt", "monai/maisi-ddpm-ct", tmp_path / "ours"))
+    close(network_of(D)(held["x"], held["t"], held["cond"]), held["out"])
+    assert float(D.schedule.betas[-1]) == pytest.approx(0.0195) and D.process.prediction == "epsilon"
+    assert D(held["x"], torch.ones(2), held["cond"]).shape == held["x"].shape
+    with pytest.raises(ValueError, match=r"told 11 numbers about each image, in groups of \[4, 4, 3\]"):
+        D(held["x"], torch.ones(2), held["cond"][:, 8:])
+
+
+def test_what_maisi_has_beyond_that_is_refused_by_name(tmp_path):
+    tensors, _, _ = golden("maisi_ddpm")
+    x = torch.zeros(1)
+    for content, said in [
+        ({"controlnet_state_dict": tensors}, "a ControlNet"),
+        (tensors | {"controlnet_mid_block.conv.weight": x}, "a ControlNet"),
+        (tensors | {"adagn_context_embed.0.weight": x}, "AdaGN"),
+        (tensors | {"middle_block.attention.transformer_blocks.0.norm1.weight": x}, "with_conditioning"),
+        ({"weight": x}, "neither MAISI's autoencoder nor its U-Net"),
+    ]:
+        torch.save(content, tmp_path / "file.pt")
+        with pytest.raises(ValueError, match=said):
+            convert(tmp_path / "file.pt", "maisi", tmp_path / "ours")
+
+
 def test_weights_that_are_had_by_hand_say_where_and_under_which_terms():
     brain = registry.find("inversebench/brain")
     assert doctor.state(brain) == "by hand" and "devzhk/InverseBench" in registry.how_to_make(brain)
@@ -195,5 +277,5 @@ def test_weights_that_are_had_by_hand_say_where_and_under_which_terms():
 
 
 def test_every_kind_states_what_it_reads():
-    assert {"edm", "diffusers", "monai"} <= set(published.KINDS)
-    assert all(kind.title for kind in published.KINDS.values())
+    assert {"edm", "diffusers", "monai"} <= set(kinds.KINDS)
+    assert all(kind.title for kind in kinds.KINDS.values())

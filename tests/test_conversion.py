@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from companion.diffusion import EDMDenoiser
-from companion.models import architectures, obtain
+from companion.models import architectures, kinds, obtain
 from companion.models import checkpoint as weights
 from companion.models import published as conversion
 from companion.models.checkpoint import load
@@ -184,6 +184,7 @@ def canary(tmp_path):
 
 def attacks(canary):
     """Calls that would make the canary, by several ways into Python."""
+    inner = pickle.dumps(Call(os.system, f"touch {canary}"))
     return {
         "os.system": Call(os.system, f"touch {canary}"),
         "exec": Call(exec, f"open({str(canary)!r}, 'w')"),
@@ -191,11 +192,12 @@ def attacks(canary):
         "open": Call(open, str(canary), "w"),
         "import": Call(__import__, "os"),
         "torch.load": Call(torch.load, str(canary)),
-        "bytes": Call(torch.storage._load_from_bytes, pickle.dumps(Call(os.system, f"touch {canary}"))),
+        "bytes": Call(torch.storage._load_from_bytes, inner),
+        "type": Call(torch._tensor._rebuild_from_type_v2, torch.storage._load_from_bytes, OrderedDict, (inner,), {}),
     }
 
 
-WAYS = ["os.system", "exec", "eval", "open", "import", "torch.load", "bytes"]
+WAYS = ["os.system", "exec", "eval", "open", "import", "torch.load", "bytes", "type"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -552,8 +554,8 @@ def test_bombs_and_lies_are_refused(pt, tmp_path, aid):
 def test_tensors_that_share_numbers_become_independent(tmp_path):
     x = torch.arange(6.0)
     torch.save({"a": x, "b": x.view(2, 3).T, "c": x[2:]}, tmp_path / "shared.pt")
-    tensors, _ = conversion.read_kind(tmp_path / "shared.pt", "aid")
+    tensors, _ = kinds.read_kind(tmp_path / "shared.pt", "aid")
     assert torch.equal(tensors["b"], x.view(2, 3).T) and torch.equal(tensors["c"], x[2:])
     tensors["a"].zero_()
     assert torch.equal(tensors["c"], x[2:])
-    assert torch.equal(conversion.read_kind(tmp_path / "shared.pt", "aid")[0]["a"], x)  # the file is untouched
+    assert torch.equal(kinds.read_kind(tmp_path / "shared.pt", "aid")[0]["a"], x)  # the file is untouched

@@ -66,6 +66,25 @@ def test_a_step_of_euler_is_a_straight_step_of_the_flow():
     torch.testing.assert_close(by_levels, straight / (1 - t[1]))
 
 
+def test_a_shift_multiplies_noise_levels_and_bends_time():
+    """t -> r t / (1 + (r - 1) t), from one end of the range to the other."""
+    plain, shifted = flow_levels(6, 0.1, 10.0), flow_levels(6, 0.3, 30.0, shift=3.0)
+    torch.testing.assert_close(shifted, 3 * plain)
+    t, bent = plain / (1 + plain), shifted / (1 + shifted)
+    torch.testing.assert_close(bent, 3 * t / (1 + 2 * t))
+    with pytest.raises(ValueError, match="above 0"):
+        flow_levels(6, shift=0)
+
+
+def test_a_velocity_to_the_data_is_the_same_denoiser():
+    class Back(Velocity):
+        def forward(self, x, t, cond=None):
+            return -super().forward(x, t)
+
+    x, sigma = torch.randn(2, 1, 5, 5), torch.tensor([0.1, 3.0])
+    assert torch.equal(FlowDenoiser(Back(), to_data=True)(x, sigma), FlowDenoiser(Velocity())(x, sigma))
+
+
 def test_flow_priors_are_checkpoints_like_all_others(tmp_path):
     config = {
         "network": {

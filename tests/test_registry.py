@@ -7,7 +7,7 @@ import pytest
 
 from companion.models import checkpoint as weights
 from companion.models import registry
-from companion.models.published import KINDS
+from companion.models.kinds import KINDS
 from companion.models.registry import entries, find
 
 # From the published lists of parameters: tensors, parameters, and the SHA-256 of the sorted [name, shape] as JSON.

@@ -13,7 +13,7 @@ from torch import Tensor
 from companion.diffusion.ddpm import DiscreteProcess
 from companion.diffusion.latent import statistics
 from companion.diffusion.noise import DiscreteSchedule
-from companion.networks import VQVAE, AutoencoderKL, DiffusionUNet, VQModel, autoencoder, diffusion_unet
+from companion.networks import VQVAE, AutoencoderKL, DiffusionUNet, VQModel, autoencoder, monai
 from companion.networks.vqvae import Quantizer
 
 from .ledger import Case, Tensors, handles
@@ -138,7 +138,7 @@ def autoencoder_kl(case: Case) -> Iterator[tuple]:
         double_z=False,
         final_activation=False,
     ).eval()
-    codec.load_state_dict(autoencoder.from_monai(codec, weights(case)))
+    codec.load_state_dict(monai.translate(codec, weights(case)))
     io = opened(case)
     yield "parameters", sum(p.numel() for p in codec.parameters()), case.spec["n_params"], 0.0
     mean, std = codec.posterior(io["x"])
@@ -165,7 +165,7 @@ def diffusion_model_unet(case: Case) -> Iterator[tuple]:
         num_classes=c.get("num_class_embeds"),
         resblock_updown=c.get("resblock_updown", False),
     ).eval()
-    network.load_state_dict(diffusion_unet.from_monai(network, weights(case)))
+    network.load_state_dict(monai.translate(network, weights(case)))
     io = opened(case)
     yield "parameters", sum(p.numel() for p in network.parameters()), case.spec["n_params"], 0.0
     labels = {"y": io["class_labels"]} if "class_labels" in io else {}

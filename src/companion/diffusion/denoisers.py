@@ -245,27 +245,36 @@ class FlowDenoiser(nn.Module):
     The noise level decides t = sigma / (1 + sigma), and x_t = (1 - t) x. A straight step of the flow from t to t' is
     Euler's step between the noise levels, so every solver and guidance serves; levels evenly spaced in t are
     `noise.flow_levels`. Data should have standard deviation 1. [liu2022]; [lipman2023]. The network's times
-    go to 1000, the range that sinusoidal embeddings are made for. autocast, channel_axis: as for EDMDenoiser.
+    go to 1000, the range that sinusoidal embeddings are made for. to_data: the network gives x0 - n instead, as
+    MONAI's do. autocast, channel_axis, **labels: as for EDMDenoiser.
     """
 
     times = 1000.0
 
-    def __init__(self, network: nn.Module, *, autocast: torch.dtype | None = None, channel_axis: int = 1):
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        to_data: bool = False,
+        autocast: torch.dtype | None = None,
+        channel_axis: int = 1,
+    ):
         super().__init__()
-        self.network, self.autocast, self.channel_axis = network, autocast, channel_axis
+        self.network, self.to_data = network, to_data
+        self.autocast, self.channel_axis = autocast, channel_axis
 
-    def velocity(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """The network's n - x0 at interpolations x_t and times t (batch,) in [0, 1]."""
-        u = run_network(self.network, x_t, self.times * t, cond, self.autocast)
+    def velocity(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, **labels: Tensor) -> Tensor:
+        """The estimate of n - x0 at interpolations x_t and times t (batch,) in [0, 1]."""
+        u = run_network(self.network, x_t, self.times * t, cond, self.autocast, **labels)
         if u.shape != x_t.shape:
             raise ValueError(f"the network returned shape {tuple(u.shape)} for images {tuple(x_t.shape)}")
-        return u
+        return -u if self.to_data else u
 
-    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None, **labels: Tensor) -> Tensor:
         """x0_hat, the shape and dtype of x."""
         t = (sigma / (1 + sigma)).to(x.device).reshape(-1).expand(x.shape[0])
         x_t = x / (1 + column(sigma, x))
-        return x_t - column(t, x) * self.velocity(x_t, t, cond)
+        return x_t - column(t, x) * self.velocity(x_t, t, cond, **labels)
 
 
 class ComplexDenoiser(nn.Module):

@@ -58,10 +58,12 @@ def flow_loss(
     *,
     t: Tensor | None = None,
     noise: Tensor | None = None,
+    **labels: Tensor,
 ) -> Tensor:
     """Rectified-flow loss of each batch item (batch,): mean over pixels of |u(x_t, t) - (n - x0)|^2.
 
-    Draws t (batch,) uniformly from [0, 1), then the noise; either may be supplied. [liu2022], Eq. (1).
+    Draws t (batch,) uniformly from [0, 1), then the noise; either may be supplied. labels: as for `edm_loss`.
+    [liu2022], Eq. (1).
     """
     inner, x0, cond, noise = in_channels(D, x0, cond, noise)
     if t is None:
@@ -71,7 +73,7 @@ def flow_loss(
     if noise is None:
         noise = randn(x0.shape, x0.dtype, generator, x0.device)
     x_t = torch.lerp(x0, noise, column(t, x0))
-    return per_sample((inner.velocity(x_t, t, cond) - (noise - x0)) ** 2)
+    return per_sample((inner.velocity(x_t, t, cond, **labels) - (noise - x0)) ** 2)
 
 
 class DiscreteTerms(NamedTuple):

@@ -31,11 +31,19 @@ def linear(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     return _end_with_zero(torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64))
 
 
-def flow_levels(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
-    """n levels evenly spaced in the time t = sigma / (1 + sigma) of a rectified flow, and a final 0, float64 (n+1,)."""
+def flow_levels(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, shift: float = 1.0) -> Tensor:
+    """n levels evenly spaced in the time t = sigma / (1 + sigma) of a rectified flow, and a final 0, float64 (n+1,).
+
+    shift: even in the time of sigma / shift instead, so that t becomes shift t / (1 + (shift - 1) t): above 1 more of
+    the levels are noisy ones, which large images need, whose pixels average the noise away [esser2024]. MONAI's
+    RFlowScheduler takes the ratio of the images' side to 32 pixels.
+    """
     _check_range(n, sigma_min, sigma_max)
-    t = torch.linspace(sigma_max / (1 + sigma_max), sigma_min / (1 + sigma_min), n, dtype=torch.float64)
-    return _end_with_zero(t / (1 - t))
+    if not shift > 0:
+        raise ValueError(f"shift={shift}: expected a factor above 0")
+    high, low = sigma_max / shift, sigma_min / shift
+    t = torch.linspace(high / (1 + high), low / (1 + low), n, dtype=torch.float64)
+    return _end_with_zero(shift * t / (1 - t))
 
 
 def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from companion.files import sha256
-from companion.models import published as conversion
-from companion.models import registry
+from companion.models import kinds, registry
 from companion.models.architectures import _blank, _check_match, _shapes
 from companion.models.folder import CONFIG, MODEL, _verify, read_config, save_checkpoint
 
@@ -79,7 +78,7 @@ def convert(
 ) -> Path:
     """The folder of the checkpoint made of a published file: the same numbers under our names.
 
-    kind: one of conversion.KINDS, or the name of a registry entry, which also gives the config. config: as for
+    kind: one of kinds.KINDS, or the name of a registry entry, which also gives the config. config: as for
     `build`; can be left out where the file tells it, and for "aid" where names and shapes are those of a published
     model; where the file tells it, it adds to that, as {"network": {"num_heads": 4}} does for attention with
     several heads, which leave no trace in the weights (what is assumed instead stands in training.json). golden: a
@@ -89,21 +88,22 @@ def convert(
     Raises ValueError for files that are not what `kind` says or hold more than data, tensors that are missing, extra
     or of another shape, and a wrong output; FileNotFoundError.
     """
-    entry = about or (None if kind in conversion.KINDS else registry.find(kind))
+    entry = about or (None if kind in kinds.KINDS else registry.find(kind))
     if entry and entry.kind != "data":
         kind, config = entry.kind, config or entry.config or None
-    file = conversion.weights_file(file, kind)
-    tensors, told = conversion.read_kind(file, kind)
+    file = kinds.weights_file(file, kind)
+    tensors, told = kinds.read_kind(file, kind)
     if told:
-        network = dict(told["network"]) | dict((config or {}).get("network") or {})
-        config = told | dict(config or {}) | {"network": network}
+        config = dict(config or {})
+        merged = {part: dict(told.get(part) or {}) | dict(config.get(part) or {}) for part in ("network", "data")}
+        config = told | config | merged
     config = dict(config or _config_for(tensors, kind, str(file)))
-    assumed = {k: v for k, v in conversion.KINDS[kind].assumed.items() if k not in config["network"]}
+    assumed = {k: v for k, v in kinds.KINDS[kind].assumed.items() if k not in config["network"]}
     data = {"source": f"published weights, {Path(file).name}", "scale": "not stated in the file"}
     given = {"file": Path(file).name} | dict(origin or {}) | {"sha256": sha256(file)}
     config = config | {"data": data | dict(config.get("data") or {}), "origin": given}
     network = _blank(config)
-    tensors = conversion.KINDS[kind].rename(tensors, network)
+    tensors = kinds.KINDS[kind].rename(tensors, network)
     _check_match(_shapes(network), {k: tuple(t.shape) for k, t in tensors.items()}, str(file))
     network.load_state_dict(tensors, assign=True)
     record = {"converted from": given, "kind": kind}

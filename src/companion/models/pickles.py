@@ -37,12 +37,19 @@ NETWORK_CLASSES = {
 }
 # Lightning keeps settings under the classes of its callbacks: names that may be keys, and nothing else
 CALLBACKS = re.compile(r"(pytorch_lightning|lightning\.pytorch)\.callbacks\.[\w.]+")
+# MONAI's tensors carry a record of the image that they came from, whose texts are of these enumerations
+ENUMERATIONS = re.compile(r"monai\.utils\.enums\.\w+")
+META_TENSOR = "monai.data.meta_tensor.MetaTensor"
 DTYPES = {
     "torch.FloatStorage": torch.float32,
     "torch.DoubleStorage": torch.float64,
     "torch.HalfStorage": torch.float16,
     "torch.BFloat16Storage": torch.bfloat16,
     "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
 }
 ATTRIBUTES = {"img_resolution", "img_channels", "label_dim", "label_dropout", "sigma_data", "dropout"}
 MAX_BYTES = 8 * 2**30
@@ -122,6 +129,7 @@ class Reader:
             "collections.OrderedDict": self.ordered_dict,
             "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch._tensor._rebuild_from_type_v2": self.meta_tensor,
             "torch.storage._load_from_bytes": self.storage_in_bytes,
             "__builtin__.set": lambda items=(): (),
             "builtins.set": lambda items=(): (),
@@ -216,7 +224,7 @@ class Reader:
             raise Refused("it asks for something without a name")
         full = f"{module}.{name}"
         known = full in self.functions or full in NETWORK_CLASSES or full in DTYPES
-        if not known and not CALLBACKS.fullmatch(full):
+        if not known and full != META_TENSOR and not CALLBACKS.fullmatch(full) and not ENUMERATIONS.fullmatch(full):
             raise Refused(f"it asks for {full[:100]!r}, which is no part of a published network")
         return Name(full)
 
@@ -225,6 +233,8 @@ class Reader:
             raise Refused("it calls something that is no function")
         if function.name in NETWORK_CLASSES:
             return Module(function.name)
+        if ENUMERATIONS.fullmatch(function.name) and len(arguments) == 1 and isinstance(arguments[0], str):
+            return arguments[0]
         if function.name not in self.functions:
             raise Refused(f"it makes a {function.name} by itself")
         return self.functions[function.name](*arguments)
@@ -283,6 +293,12 @@ class Reader:
             raise Refused(f"it makes a tensor of size {tuple(size)} of {stored} stored numbers")
         self.spend("tensors", len(storage.data))
         return storage.numbers().as_strided(size, stride, offset).contiguous()
+
+    def meta_tensor(self, function, kind, arguments, state) -> Tensor:
+        """The numbers of a MONAI tensor, without its record of the image."""
+        if function != Name("torch._utils._rebuild_tensor_v2") or kind != Name(META_TENSOR):
+            raise Refused("it makes a tensor of a class of its own")
+        return self.tensor(*arguments)
 
     def storage_in_bytes(self, data: bytes) -> Storage:
         """The one storage in bytes as torch wrote them before zip files: five pickles, a length, the data."""

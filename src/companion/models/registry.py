@@ -49,7 +49,7 @@ class Entry:
     bytes: int | None = None
     about: int | None = None  # as `bytes`, rounded
     sha256: str | None = None
-    kind: str = "data"  # how companion.models.published reads it
+    kind: str = "data"  # how companion.models.kinds reads it
     config: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""  # where a file without `repo` is to be had by hand
     licence: str = "not stated"

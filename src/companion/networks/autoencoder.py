@@ -7,7 +7,8 @@
     codec = vq_cardiac_d4()                     # the published layouts, without weights ...
     codec.load_state_dict(published(tensors))   # ... which load strictly, whichever names the file has
 
-Parameter names are those of the original VQModel and AutoencoderKL; `published` renames the others.
+Parameter names are those of the original VQModel and AutoencoderKL; `published` renames the others, and MONAI's are
+renamed by `networks.monai`.
 """
 
 import re
@@ -24,6 +25,10 @@ from companion.networks.vqvae import Quantised, Quantizer
 
 # The factor that brings the latents of the published natural-image autoencoders to about unit variance.
 SCALE_FACTOR = 0.18215
+
+# How images are doubled -> the mode of F.interpolate in 1, 2 and 3 dimensions.
+UPSAMPLING = {"nearest": ("nearest",) * 3, "linear": ("linear", "bilinear", "trilinear"), "transposed": ("",) * 3}
+CONV_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -75,14 +80,20 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles images by nearest neighbours, then a convolution of 3."""
+    """Doubles images by "nearest" or "linear" interpolation and a convolution of 3, or by one that is "transposed"."""
 
-    def __init__(self, dims: int, channels: int):
+    def __init__(self, dims: int, channels: int, how: str = "nearest"):
         super().__init__()
-        self.conv = conv(dims, channels, channels)
+        if how not in UPSAMPLING:
+            raise ValueError(f"upsampling={how!r}: expected one of {', '.join(UPSAMPLING)}")
+        self.mode = UPSAMPLING[how][dims - 1]
+        if how == "transposed":
+            self.conv = CONV_TRANSPOSED[dims](channels, channels, 3, stride=2, padding=1, output_padding=1)
+        else:
+            self.conv = conv(dims, channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode=self.mode) if self.mode else x)
 
 
 class _Level(nn.Module):
@@ -157,7 +168,9 @@ class Encoder(_Path):
 class Decoder(_Path):
     """Features of the coarsest level -> images. `up` counts levels from the finest, as published."""
 
-    def __init__(self, dims, in_channels, widths, blocks, attention, out_channels, groups, middle, final_activation):
+    def __init__(
+        self, dims, in_channels, widths, blocks, attention, out_channels, groups, middle, final_activation, upsampling
+    ):
         super().__init__()
         self.conv_in = conv(dims, in_channels, widths[-1])
         if middle:
@@ -165,7 +178,7 @@ class Decoder(_Path):
         coarse_first = self.levels(dims, widths[-1], widths[::-1], blocks[::-1], attention[::-1], groups)
         self.up = nn.ModuleList(coarse_first[::-1])
         for level, width in zip(self.up[1:], widths[1:], strict=True):
-            level.upsample = Upsample(dims, width)
+            level.upsample = Upsample(dims, width, upsampling)
         self.end(dims, widths[0], out_channels, groups, final_activation)
 
     def layers(self) -> list[nn.Module]:
@@ -183,7 +196,7 @@ class _ConvCodec(Codec):
     def __init__(
         self, dims, in_channels, out_channels, channels, channel_mult, num_res_blocks, decoder_blocks,
         latent_channels, z_channels, attention, norm_groups, middle, use_checkpoint, features, moments,
-        final_activation=True, patch=1,
+        final_activation=True, patch=1, upsampling="nearest",
     ):  # fmt: skip
         super().__init__(dims, in_channels, latent_channels, patch * 2 ** (len(channel_mult) - 1), use_checkpoint)
         self.patch = patch
@@ -210,7 +223,7 @@ class _ConvCodec(Codec):
         )
         self.decoder = Decoder(
             dims, z_channels, widths, decoder_blocks, attention, out_channels * cells, norm_groups, decoder_middle,
-            final_activation,
+            final_activation, upsampling,
         )  # fmt: skip
         self.quant_conv = conv(dims, features, moments, kernel=1)
         self.post_quant_conv = conv(dims, latent_channels, z_channels, kernel=1)
@@ -231,8 +244,9 @@ class AutoencoderKL(_ConvCodec):
     middle: two more blocks around an attention at the coarsest level, for both sides, or (encoder, decoder).
     norm_groups: groups of the norms. double_z: the encoder ends in 2 latent_channels features, not latent_channels,
     from which a 1x1 convolution makes mean and log variance. final_activation: SiLU after the last norms. patch:
-    the finest level works on blocks of so many pixels along each axis (pixel unshuffle and shuffle). Rombach et al.
-    2022; MONAI's has none of the last three.
+    the finest level works on blocks of so many pixels along each axis (pixel unshuffle and shuffle). upsampling: of
+    the decoder, "nearest", "linear" or "transposed", see Upsample. Rombach et al. 2022; MONAI's has neither double_z
+    nor final_activation nor patch.
     """
 
     regulariser_weight = 1e-6
@@ -254,13 +268,14 @@ class AutoencoderKL(_ConvCodec):
         double_z: bool = True,
         final_activation: bool = True,
         patch: int = 1,
+        upsampling: str = "nearest",
         use_checkpoint: bool = False,
     ):
         super().__init__(
             dims, in_channels, out_channels, channels, channel_mult, num_res_blocks, decoder_blocks,
             latent_channels, latent_channels, attention, norm_groups, middle, use_checkpoint,
             features=latent_channels * (2 if double_z else 1), moments=2 * latent_channels,
-            final_activation=final_activation, patch=patch,
+            final_activation=final_activation, patch=patch, upsampling=upsampling,
         )  # fmt: skip
 
     def encoder_path(self, x: Tensor) -> Tensor:
@@ -344,7 +359,7 @@ def sd_vae(**options) -> AutoencoderKL:
     return AutoencoderKL(**options)
 
 
-# Patterns, one after the other, that change other names into ours: diffusers' whole names, MONAI's within a layer.
+# Patterns, one after the other, that change diffusers' names into ours.
 _DIFFUSERS = [
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
@@ -362,13 +377,6 @@ _DIFFUSERS = [
     (r"\.(?:to_k|key)\.", ".k."),
     (r"\.(?:to_v|value)\.", ".v."),
     (r"\.(?:to_out\.0|proj_attn)\.", ".proj_out."),
-]
-
-_MONAI = [
-    (r"^attn\.to_", ""),
-    (r"^attn\.out_proj\.", "proj_out."),
-    (r"^postconv\.", "conv."),
-    (r"(^|\.)conv\.(weight|bias)$", r"\1\2"),  # every convolution of MONAI sits in a module of its own
 ]
 
 
@@ -395,37 +403,6 @@ def published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if re.search(r"attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) and x.ndim == 2:
             x = x[:, :, None, None]
         renamed[name] = x
-    return renamed
-
-
-def from_monai(model: AutoencoderKL, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict for `model` from that of MONAI's AutoencoderKL (double_z=False, final_activation=False).
-
-    MONAI numbers the layers in the order in which they run, and so can we. Its two 1x1 convolutions for mean and
-    log variance are one here. Raises ValueError for names that fit no layer.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    homes = {}
-    for part in ("encoder", "decoder"):
-        layers = [layer for layer in getattr(model, part).layers() if any(True for _ in layer.parameters())]
-        homes |= {f"{part}.blocks.{i}.": f"{names[layer]}." for i, layer in enumerate(layers)}
-    homes["post_quant_conv.conv."] = "post_quant_conv."
-    renamed = {}
-    for name, x in tensors.items():
-        if name.startswith(("quant_conv_mu.", "quant_conv_log_sigma.")):
-            continue
-        home = next((old for old in homes if name.startswith(old)), None)
-        if home is None:
-            raise ValueError(f"tensor {name} belongs to no layer of this AutoencoderKL; compare their options")
-        rest = name.removeprefix(home)
-        for pattern, replacement in _MONAI:
-            rest = re.sub(pattern, replacement, rest)
-        if re.match(r"(q|k|v|proj_out)\.weight$", rest):
-            x = x.reshape(*x.shape, *[1] * model.dims)
-        renamed[homes[home] + rest] = x
-    for kind in ("weight", "bias"):
-        parts = [tensors[f"quant_conv_{which}.conv.{kind}"] for which in ("mu", "log_sigma")]
-        renamed[f"quant_conv.{kind}"] = torch.cat(parts)
     return renamed
 
 

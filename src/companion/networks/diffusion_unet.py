@@ -1,11 +1,10 @@
 """The U-Net of latent diffusion in 2D and 3D, in the layout of MONAI's DiffusionModelUNet.
 
 It is the U-Net of `unet.py` with norms in any number of groups and heads of q, k, v apart in the weights;
-`from_monai` renames a published state_dict.
+`networks.monai` renames a published state_dict.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
@@ -29,6 +28,8 @@ class DiffusionUNet(UNet):
         the number of voxels: leave it to levels of a few thousand. The bottom block has one in any case.
     num_head_channels: channels of a head, one number or one a level.
     context_width: every attention also attends to a context of tokens of this width (transformer_layers blocks each).
+    told: the network is told so many numbers about the image, in groups; each group has a perceptron whose output is
+        put beside the embedding of time and class. They are multiplied by told_scale before.
     num_classes, resblock_updown, use_checkpoint, dropout: as in UNet.
     """
 
@@ -48,10 +49,15 @@ class DiffusionUNet(UNet):
         use_checkpoint: bool = False,
         context_width: int | None = None,
         transformer_layers: int = 1,
+        told: Sequence[int] = (),
+        told_scale: float = 1.0,
     ):
         if len(channels) != len(attention):
             raise ValueError(f"attention has {len(attention)} entries for {len(channels)} levels; give one each")
+        if told and context_width is not None:
+            raise ValueError(f"told={list(told)} and context_width={context_width}: cond is either; leave out one")
         self.context_width, self.transformer_layers = context_width, transformer_layers
+        self.groups, self.told_scale, self.emb_parts = list(told), told_scale, 1 + len(told)
         self.norm = partial(GroupNorm32, groups=norm_groups, eps=1e-6)  # before the layers are made with it
         super().__init__(
             in_channels,
@@ -68,6 +74,11 @@ class DiffusionUNet(UNet):
             resblock_updown=resblock_updown,
             use_new_attention_order=True,
         )
+        if told:
+            width = 4 * channels[0]
+            self.told = nn.ModuleList(
+                nn.Sequential(nn.Linear(n, width), nn.SiLU(), nn.Linear(width, width)) for n in told
+            )
 
     def attention(self, width: int, num_heads: int, num_head_channels: int, new_order: bool) -> nn.Module:
         if self.context_width is None:
@@ -80,8 +91,12 @@ class DiffusionUNet(UNet):
 
         cond: condition images (batch or 1, channel, *space), concatenated to x; with context_width instead tokens
         (batch or 1, token, context_width), or numbers (batch or 1, context_width), which are one token and, where
-        in_channels leaves room, constant channels as well. Raises ValueError for shapes that do not fit.
+        in_channels leaves room, constant channels as well; with told the numbers (batch or 1, sum of told). Raises
+        ValueError for shapes that do not fit.
         """
+        if self.groups:
+            self.check(x, t)
+            return self.run(x, self.embed_told(cond, self.embed(t.expand(x.shape[0]), y)))
         if self.context_width is None:
             return super().forward(x, t, cond, y)
         if cond is None or cond.ndim not in (2, 3) or cond.shape[-1] != self.context_width:
@@ -95,66 +110,13 @@ class DiffusionUNet(UNet):
         self.check(x, t)
         return self.run(x, self.embed(t.expand(x.shape[0]), y), context=cond[:, None] if cond.ndim == 2 else cond)
 
-
-_BLOCK = {
-    "norm1.": "in_layers.0.",
-    "conv1.conv.": "in_layers.2.",
-    "time_emb_proj.": "emb_layers.1.",
-    "norm2.": "out_layers.0.",
-    "conv2.conv.": "out_layers.3.",
-    "skip_connection.conv.": "skip_connection.",
-    "op.conv.": "op.",
-    "postconv.conv.": "conv.",
-    "attn.out_proj.": "proj_out.",
-    "proj_in.conv.": "proj_in.",
-    "proj_out.conv.": "proj_out.",
-}
-_TOP = {"conv_in.conv.": "input_blocks.0.0.", "out.2.conv.": "out.2.", "class_embedding.": "label_emb."}
-
-
-def from_monai(model: DiffusionUNet, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict for `model` from that of MONAI's DiffusionModelUNet, also of monai-generative.
-
-    The matrices of q, k and v become one, otherwise tensors keep their values. load_state_dict says what does
-    not fit.
-    """
-    renamed, tensors = {}, {_modern(name): x for name, x in tensors.items()}
-    for name, x in tensors.items():
-        if ".attn.to_k." in name or ".attn.to_v." in name:
-            continue
-        if ".attn.to_q." in name:
-            x = torch.cat([tensors[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")])
-        new = _renamed(name, model)
-        linear = new.endswith(("qkv.weight", "proj_out.weight")) and x.ndim == 2
-        renamed[new] = x[:, :, None] if linear else x
-    return renamed
-
-
-def _modern(name: str) -> str:
-    """The name of today of a tensor of monai-generative."""
-    name = re.sub(r"(attentions\.\d+|attention)\.to_([qkv])\.", r"\1.attn.to_\2.", name)
-    name = re.sub(r"(attentions\.\d+|attention)\.proj_attn\.", r"\1.attn.out_proj.", name)
-    return name.replace(".to_out.0.", ".out_proj.").replace("upsampler.conv.conv.", "upsampler.postconv.conv.")
-
-
-def _renamed(name: str, model: DiffusionUNet) -> str:
-    for old, new in _TOP.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    blocks = model.blocks
-    if found := re.match(r"middle_block\.(resnet_1|attention|resnet_2)\.", name):
-        home = f"middle_block.{('resnet_1', 'attention', 'resnet_2').index(found[1])}."
-    elif found := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsampler|upsampler)\.(?:(\d+)\.)?", name):
-        way, level, kind = found[1], int(found[2]), found[3]
-        in_order = blocks if way == "down" else blocks[::-1]
-        i = sum(n + 1 for n in in_order[:level]) + int(found[4] or in_order[level])
-        if way == "down":
-            home = f"input_blocks.{1 + i}.{int(kind == 'attentions')}."
-        else:
-            place = {"resnets": 0, "attentions": 1, "upsampler": len(list(model.output_blocks[i].children())) - 1}[kind]
-            home = f"output_blocks.{i}.{place}."
-    else:
-        return name
-    rest = name[found.end() :].replace("attn.to_q.", "qkv.")
-    old = next((old for old in _BLOCK if rest.startswith(old)), "")
-    return home + _BLOCK.get(old, "") + rest.removeprefix(old)
+    def embed_told(self, cond: Tensor | None, emb: Tensor) -> Tensor:
+        """emb (batch, width) and, beside it, what the numbers cond (batch or 1, sum of told) say."""
+        count = sum(self.groups)
+        if cond is None or cond.ndim != 2 or cond.shape[1] != count or len(cond) not in (1, len(emb)):
+            raise ValueError(
+                f"cond has shape {None if cond is None else tuple(cond.shape)}; this network is told {count} numbers "
+                f"about each image, in groups of {self.groups}: give ({len(emb)}, {count}) or (1, {count})"
+            )
+        parts = (self.told_scale * cond.to(emb.dtype)).expand(len(emb), -1).split(self.groups, 1)
+        return torch.cat([emb, *(layer(part) for layer, part in zip(self.told, parts, strict=True))], 1)

@@ -74,6 +74,7 @@ class UNet(nn.Module):
     """
 
     norm = GroupNorm32  # makes every normalisation; a subclass may have another
+    emb_parts = 1  # embeddings side by side that blocks are given: that of time and class, and those of a subclass
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class UNet(nn.Module):
         head_channels = per_level(num_head_channels, len(self.widths), "num_head_channels")
 
         def res_block(in_width: int, width: int, resample: nn.Module | None = None) -> ResBlock:
-            return ResBlock(in_width, emb, width, dims, dropout, use_scale_shift_norm, resample, norm)
+            return ResBlock(in_width, emb * self.emb_parts, width, dims, dropout, use_scale_shift_norm, resample, norm)
 
         def attention(width: int, level: int, heads: int = num_heads) -> list[nn.Module]:
             options = self.heads(width, heads, head_channels[level])

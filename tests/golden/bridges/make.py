@@ -129,6 +129,67 @@ def monai() -> None:
     golden("monai_brain_ldm", f"monai {__version__} DiffusionModelUNet", model, inputs, call)
 
 
+def maisi_autoencoders() -> None:
+    from monai import __version__
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+
+    # autoencoder_def of MAISI's configurations, narrower, with what else the class offers; and that of its masks
+    sizes = dict(spatial_dims=3, latent_channels=4, norm_num_groups=32, norm_eps=1e-6, dim_split=1, save_mem=False)
+    image = dict(
+        in_channels=1, out_channels=1, num_res_blocks=(1, 2), num_channels=(32, 64), attention_levels=(False, True),
+        with_encoder_nonlocal_attn=True, use_combined_linear=True, num_splits=2,
+    )  # fmt: skip
+    mask = dict(
+        in_channels=2, out_channels=3, num_res_blocks=(1, 1, 1), num_channels=(32, 32, 64), num_splits=1,
+        attention_levels=(False, False, False), use_convtranspose=True,
+    )  # fmt: skip
+
+    def call(m, x, z):
+        mean, std = m.encode(x)
+        return torch.cat([mean.flatten(), std.flatten(), m.decode(z).flatten()])
+
+    for name, options, space in (("maisi_autoencoder", image, (4, 32, 4)), ("maisi_mask_autoencoder", mask, (4, 8, 8))):
+        model = AutoencoderKlMaisi(**sizes, **options)
+        inputs = {"x": images(options["in_channels"], *space, batch=1), "z": images(4, 2, space[1] // 2, 1, batch=1)}
+        golden(name, f"monai {__version__} AutoencoderKlMaisi", model, inputs, call)
+
+
+def maisi_unets() -> None:
+    from monai import __version__
+    from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+    from monai.networks.schedulers.rectified_flow import RFlowScheduler
+
+    # diffusion_unet_def of the configurations rflow and ddpm, narrower
+    sizes = dict(spatial_dims=3, in_channels=4, out_channels=4, num_res_blocks=1, num_channels=(32, 64))
+    sizes |= dict(attention_levels=(False, True), num_head_channels=(0, 32), include_spacing_input=True)
+    rflow = dict(num_class_embeds=12, resblock_updown=True, include_fc=True)
+    ddpm = dict(include_top_region_index_input=True, include_bottom_region_index_input=True)
+    spacing = torch.tensor([[1.0, 1.0, 2.5], [0.5, 0.7, 1.2]])
+    inputs = {"x": images(4, 4, 4, 4), "t": torch.tensor([31.5, 750.0])}
+
+    def call(m, x, t, cond, y=None):
+        *regions, spacing = (100 * cond).split([4, 4, 3] if cond.shape[1] == 11 else 3, 1)
+        names = ("top_region_index_tensor", "bottom_region_index_tensor")
+        return m(x, t, class_labels=y, spacing_tensor=spacing, **dict(zip(names, regions, strict=False)))
+
+    # what RFlowScheduler makes of the network's output: its estimate of the image, and the times of ten steps
+    flow = RFlowScheduler(use_discrete_timesteps=False, use_timestep_transform=True, scale=1.4)
+    flow.set_timesteps(10, input_img_size_numel=64 * 64 * 64)
+
+    def flowing(m, x, t, cond, y):
+        velocity = call(m, x, t, cond, y)
+        x0 = [flow.step(v, time, part)[1] for v, time, part in zip(velocity, t, x, strict=True)]
+        return torch.stack([velocity, torch.stack(x0)])
+
+    model = DiffusionModelUNetMaisi(**sizes, **rflow)
+    told = {"cond": spacing, "y": torch.tensor([1, 9])}
+    peer = f"monai {__version__} DiffusionModelUNetMaisi"
+    golden("maisi_rflow", f"{peer}, RFlowScheduler", model, inputs | told, flowing, times=flow.timesteps.tolist())
+    regions = torch.eye(4)[torch.tensor([[0, 1], [1, 3]])].flatten(1)
+    model = DiffusionModelUNetMaisi(**sizes, **ddpm)
+    golden("maisi_ddpm", peer, model, inputs | {"cond": torch.cat([regions, spacing], 1)}, call)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--edm", type=Path)
@@ -140,3 +201,5 @@ if __name__ == "__main__":
         inversebench(given.inversebench)
     diffusers()
     monai()
+    maisi_autoencoders()
+    maisi_unets()
