@@ -18,6 +18,7 @@ from companion.networks.ddim_unet import DDIMUNet
 from companion.networks.diffusers_unet import DiffusersUNet
 from companion.networks.diffusion_unet import DiffusionUNet
 from companion.networks.edm_unet import EDMUNet
+from companion.networks.guided import GuidedUNet
 from companion.networks.song_unet import SongUNet
 from companion.networks.unet import UNet
 from companion.networks.vqvae import VQVAE, PlainVQVAE
@@ -26,6 +27,7 @@ from companion.parameters import autocast_dtype
 # What a config may name. Nothing outside these tables is ever built.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "UNet": UNet,
+    "GuidedUNet": GuidedUNet,
     "CausalUNet": CausalUNet,
     "DDIMUNet": DDIMUNet,
     "EDMUNet": EDMUNet,

@@ -44,7 +44,7 @@ def unet(channels: int, model_channels: int, channel_mult: tuple[float, ...], pa
     """
     return {
         "name": "UNet",
-        "in_channels": channels + condition,
+        "in_channels": channels,
         "model_channels": model_channels,
         "out_channels": channels + 1,
         "num_res_blocks": 1,

@@ -65,7 +65,7 @@ class TrainHeads(
 def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: int, images: int) -> dict:
     """Return what `build` makes the denoiser from: activity of any size, one channel for the error's variance."""
     return {
-        "network": unet(1, model_channels, channel_mult, patch, condition=CONDITION),
+        "network": unet(1, model_channels, channel_mult, patch) | {"name": "GuidedUNet", "in_channels": 1 + CONDITION},
         "denoiser": {
             "name": "EDMDenoiser",
             "sigma_data": SIGMA_DATA,
@@ -99,7 +99,7 @@ def real_half(config: dict, name: str) -> nn.Module:
     for key, value in D.state_dict().items():
         other = given.get(key, torch.empty(0))
         if key.endswith("input_blocks.0.0.weight") and other.shape[::2] == value.shape[::2]:  # of its real part
-            own = value.shape[1] // (1 + CONDITION)
+            own = config["network"]["patch"] ** 2
             other = torch.cat([other[:, :own], torch.zeros_like(value[:, own:])], 1)
         elif key.endswith(("out.2.weight", "out.2.bias")):  # of the real part of the mean, and of the variance
             other = torch.cat([other[: len(value) // 2], other[-len(value) // 2 :]])
