@@ -46,7 +46,7 @@ def moved(image: np.ndarray, shift: np.ndarray, turn: float) -> np.ndarray:
     """Return the image (n, n) turned about its middle by `turn` rad and shifted by `shift` pixels, 0 from outside."""
     cos, sin = math.cos(turn), math.sin(turn)
     matrix, middle = np.array([[cos, -sin], [sin, cos]]), (np.array(image.shape) - 1) / 2
-    return affine_transform(image, matrix, middle - matrix @ (middle + shift), order=1)
+    return affine_transform(image, matrix, (middle - matrix @ (middle + shift)).tolist(), order=1)
 
 
 def noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -59,13 +59,15 @@ def mr_condition(mr: Tensor, known: Tensor | None = None) -> Tensor:
     """Return what a prior is given of MR slices (slice, 1, y, x): (slice, 2, y, x), scaled, and where they are known.
 
     Each slice is divided by the 95th percentile of its own tissue, so the unit does not matter. known: (slice, 1, y,
-    x), 1 where the MR has been measured; all of it by default.
+    x), 1 where the MR has been measured; by default everywhere but in slices of one value, which it does not reach.
     Raises ValueError for another shape and for values that are not finite.
     """
     if mr.ndim != 4 or mr.shape[1] != 1:
         raise ValueError(f"MR slices of shape {tuple(mr.shape)}; expected (slice, 1, y, x)")
     check_finite(mr, "the MR image")
-    known = torch.ones_like(mr) if known is None else known.to(mr)
+    if known is None:
+        known = (mr.amax((1, 2, 3), keepdim=True) > mr.amin((1, 2, 3), keepdim=True)).to(mr).expand(mr.shape)
+    known = known.to(mr)
     image = (mr * known).clamp(min=0)
     return torch.cat([image / torch.stack([bright(one) for one in image])[:, None, None, None], known], 1)
 
