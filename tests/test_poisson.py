@@ -20,6 +20,7 @@ from companion.diffusion.poisson import (
     poisson_pigdm,
 )
 from companion.diffusion.sampling import sample
+from companion.evaluation.known_counts import CountProblem
 from companion.operators.counts import poisson_counts
 from companion.operators.linear import Identity
 from companion.operators.pet import ParallelBeam, background, emission_model, with_counts
@@ -31,15 +32,7 @@ LEVELS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 
 def prior(lesion: float = 0.0) -> GaussianDenoiser:
-    """Activity of about 10 in a disc and 3 around it, smooth and rough parts; `lesion`: that much more in one place."""
-    axis = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    mean = 3 + 7 * torch.sigmoid((0.9 - (x**2 + y**2).sqrt()) * 12)
-    distance = (y.flatten()[:, None] - y.flatten()) ** 2 + (x.flatten()[:, None] - x.flatten()) ** 2
-    K = 0.7 * torch.exp(-distance / (2 * 0.5**2)) + 0.3 * torch.eye(SIZE**2, dtype=torch.float64)
-    std = 0.25 * mean.flatten()
-    mean = mean + lesion * torch.exp(-((x - 0.3) ** 2 + (y - 0.2) ** 2) / 0.1)
-    return GaussianDenoiser(mean[None], std[:, None] * K * std)
+    return CountProblem(SIZE, lesion=lesion).prior
 
 
 def dense(A):
@@ -230,3 +223,20 @@ def test_scaling_the_units_scales_the_draws():
         for E, k in ((D, 1), (scaled, 10))
     ]
     assert torch.allclose(x[0], 10 * x[1], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("background", [0.0, 0.4])
+def test_truths_rank_evenly_among_the_draws_and_not_among_narrower_ones(background):
+    known = CountProblem(SIZE, counts=1000, background=background)
+
+    def draw(A, y, b, seeds):
+        G = poisson_mean(A, y, background=b, covariance=known.covariance)
+        return poisson_gibbs(known.prior, G, karras(20, 0.3, 60.0), seeds=seeds).x
+
+    def narrow(*given):
+        x = draw(*given).unflatten(0, (-1, 9))
+        return (x.mean(1, keepdim=True) + 0.5 * (x - x.mean(1, keepdim=True))).flatten(0, 1)
+
+    p, ranks = known.ranks(draw, cases=60)
+    assert p > 0.05 and ranks.shape == (60, 5) and 0 <= ranks.min() and ranks.max() <= 9
+    assert known.ranks(narrow, cases=60)[0] < 0.01
