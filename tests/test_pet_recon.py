@@ -329,6 +329,9 @@ def test_draws_are_given_the_mr_of_their_own_slice(people):
     alone = reconstruction_activity.posterior(Prior(Told(), 25.0, error), scan, sampler)
     near, far = ((x.mean / 25 - mr_condition(scan.mr)[:, :1]).square().mean().sqrt().item() for x in (told, alone))
     assert near < 0.1 * far, (near, far)
+    wider = reconstruction_activity.posterior(Prior(Told(), 25.0, error, widening=4.0), scan, sampler)
+    assert torch.equal(wider.mean, alone.mean) and torch.allclose(wider.x.mean(0), alone.x.mean(0), atol=1e-4)
+    assert torch.allclose(wider.x.var(0), 4 * alone.x.var(0), rtol=1e-3, atol=1e-9)
     with pytest.raises(ValueError, match="the scan has none"):
         reconstruction_activity.posterior(
             Prior(Told(), 25.0, error, with_mr=True), dataclasses.replace(scan, mr=None), sampler

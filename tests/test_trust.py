@@ -1,5 +1,6 @@
 """How far a prior is trusted: splitting, scoring and choosing, against laws known exactly."""
 
+import dataclasses
 import json
 
 import pytest
@@ -211,7 +212,14 @@ def test_an_error_model_survives_storage_and_refuses_other_numbers():
     ours, theirs = error(D, x, sigma)[1].L(z), again(D, x, sigma)[1].L(z)
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert torch.allclose(error.times(4)(D, x, sigma)[1].L(z), 2 * ours, rtol=1e-4, atol=1e-6)
-    for broken in ({}, error.to_dict() | {"spectrum": [[1.0]]}, error.to_dict() | {"table": [[1.0], [[2.0]], [[]]]}):
+    wide = dataclasses.replace(error, widening=2.2)
+    assert ErrorModel.from_dict(wide.to_dict()).widening == 2.2 and again.widening == 1
+    for broken in (
+        {},
+        error.to_dict() | {"widening": 0.0},
+        error.to_dict() | {"spectrum": [[1.0]]},
+        error.to_dict() | {"table": [[1.0], [[2.0]], [[]]]},
+    ):
         with pytest.raises(ValueError, match="not an error model"):
             ErrorModel.from_dict(broken)
 

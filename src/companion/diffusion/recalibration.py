@@ -87,11 +87,14 @@ class ErrorModel:
     Where D meets images unlike its training set, it errs most where it claims certainty: one factor for all pixels,
     which is what `Measured` alone has, would be set by the background and drown the object. images: in words, those
     that the error was measured on. table: sigmas, stated, factor of a `Recalibrated`, None to take D at its word.
+    widening: of posterior draws made with this model, the factor on their variance that validation scans asked for: an
+    error that is right at every noise level does not make chains right that see the same error again at each.
     """
 
     measured: Measured
     table: tuple[Tensor, Tensor, Tensor] | None = None
     images: str = ""
+    widening: float = 1.0
 
     @classmethod
     def fit(
@@ -129,7 +132,8 @@ class ErrorModel:
         table = None if self.table is None else [values.tolist() for values in self.table]
         m = self.measured
         plain = {"sigmas": m.sigmas.tolist(), "spectrum": m.spectrum.tolist(), "prior_std": m.prior_std, "ndim": m.ndim}
-        return {"images": self.images, **plain, "table": table}
+        more = {} if self.widening == 1 else {"widening": self.widening}
+        return {"images": self.images, **plain, "table": table, **more}
 
     @classmethod
     def from_dict(cls, plain: dict) -> ErrorModel:
@@ -141,12 +145,12 @@ class ErrorModel:
                 levels, stated, factor = (torch.tensor(v, dtype=torch.float64) for v in plain["table"])
                 table = levels, stated, factor
             measured = Measured(sigmas, spectrum, float(plain["prior_std"]), int(plain["ndim"]))
-            images = str(plain["images"])
+            images, widening = str(plain["images"]), float(plain.get("widening", 1.0))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not an error model: {error!r}; measure it again") from error
         whole = spectrum.ndim == 2 and sigmas.shape == spectrum.shape[:1] and bool((spectrum > 0).all())
         if table is not None:
             whole &= table[1].shape == table[2].shape and table[0].shape == table[1].shape[:1]
-        if not whole:
+        if not whole or not widening > 0:
             raise ValueError("not an error model: its tables do not fit together; measure it again")
-        return cls(measured, table, images)
+        return cls(measured, table, images, widening)

@@ -129,7 +129,8 @@ class Sampler:
 class Prior:
     """A denoiser, the kBq/mL that are 1 for it, and what is known about its error.
 
-    with_mr: it is given the MR of the scans that it is asked about.
+    with_mr: it is given the MR of the scans that it is asked about. widening: factor on the variance of its draws about
+    their mean, see `ErrorModel`.
     """
 
     D: Denoiser
@@ -137,6 +138,7 @@ class Prior:
     error: Measured
     device: str = "cpu"
     with_mr: bool = False
+    widening: float = 1.0
 
     @classmethod
     def load(cls, name: str, people: Tensor, device: str = "cpu", autocast: str | None = None, seed: int = 0) -> Prior:
@@ -156,7 +158,7 @@ class Prior:
         D = found.denoiser(device, autocast)
         D = AnySize(D, network_of(D).total_stride)
         D = D if error.table is None else Recalibrated(D, *error.table)
-        return cls(D, found.config["data"]["scale_kbq"], error.measured, device, with_mr)
+        return cls(D, found.config["data"]["scale_kbq"], error.measured, device, with_mr, error.widening)
 
     @classmethod
     def every(cls, name: str, mr: bool, device: str = "cpu", autocast: str | None = None) -> dict[str, Prior]:
@@ -209,6 +211,9 @@ def posterior(
         found = draw(prior, scan.some(index.repeat(draws), prior.device), sampler.evaluations, level, seeds, rule)
         x[:, index], means = (v.unflatten(0, (draws, len(index))) for v in (found.x, found.mean))
         mean[index] = means.mean(0)
+        if prior.widening != 1:
+            middle = x[:, index].mean(0)
+            x[:, index] = middle + prior.widening**0.5 * (x[:, index] - middle)
         bills.append(found.bill)
     return Posterior(x, mean, replace(bills[0], seconds=sum(bill.seconds for bill in bills) / len(bills)))
 
