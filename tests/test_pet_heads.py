@@ -7,7 +7,7 @@ from companion.acquisition.pet import acquire
 from companion.data.pet import held_out
 from companion.models.checkpoint import describe
 from companion.models.errors import load_errors
-from companion.reconstruction.activity import HEADS, PRIOR, Prior, Sampler, posterior, trusted
+from companion.reconstruction.activity import HEADS, MR_GIVEN, PRIOR, Prior, Sampler, posterior, trusted
 from companion.reconstruction.pet import METHODS
 
 
@@ -17,9 +17,17 @@ def scan():
     return acquire(people.image, people.mu, 5e4, [1, 2], pixel_mm=people.pixel_mm)
 
 
-@pytest.mark.parametrize("name, own", [(HEADS, "heads"), (PRIOR, "virtual people")])
-def test_the_errors_of_embedded_priors_are_known(name, own):
-    assert list(load_errors(name)) == [own, "dead leaves"]
+def test_the_errors_of_embedded_priors_are_known():
+    assert list(load_errors(PRIOR)) == ["virtual people", "dead leaves"]
+    kinds = ["heads", "dead leaves"]
+    assert list(load_errors(HEADS)) == [*kinds, *(f"{kind}{MR_GIVEN}" for kind in kinds)]
+
+
+def test_a_scan_with_an_mr_is_offered_priors_that_use_it_first():
+    plain, both = Prior.every(HEADS, mr=False), Prior.every(HEADS, mr=True)
+    assert [p.with_mr for p in plain.values()] == [False, False]
+    assert [p.with_mr for p in both.values()] == [True, True, False, False]
+    assert set(plain) < set(both) and "pet/heads (heads, MR given)" in both
 
 
 def test_the_prior_of_any_head_is_of_any_size(scan):
@@ -35,7 +43,7 @@ def test_the_prior_of_any_head_is_of_any_size(scan):
 
 
 def test_a_scan_of_ones_own_is_told_what_its_counts_say(scan):
-    priors = {f"{HEADS} ({kind})": Prior.known(HEADS, error) for kind, error in load_errors(HEADS).items()}
+    priors = Prior.every(HEADS, mr=False)
     priors[PRIOR] = Prior.known(PRIOR, load_errors(PRIOR)["virtual people"])
     done = trusted(priors, scan, lambda s: METHODS["MAP"](s.y, s.A, s.background, 0.1), Sampler(2, 3))
     assert done.image.shape == (2, 1, 32, 32) and done.x.shape == (2, 2, 1, 32, 32)
