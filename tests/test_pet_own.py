@@ -7,13 +7,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from companion.acquisition.own_pet import OwnScan, check_pixels, write_example
+from companion.acquisition.own_pet import OwnScan, check_pixels, write_example, write_example_mr
 from companion.cli import app
 from companion.data.dicom.series import choose_series
 from companion.data.dicom.suv import suv_of
 from companion.data.intake.readers import read_image
 from companion.data.interfile import read_interfile, read_sinogram
 from companion.data.nifti import load_nifti, save_nifti
+from companion.data.pet import cohort_slices
 from companion.data.scan_geometry import Dosage, Geometry
 from companion.data.sinograms import read_sinograms, write_sinograms
 from companion.operators.pet import Projector, sensitivity
@@ -216,6 +217,17 @@ def test_an_mr_of_the_same_person_comes_to_the_grid_of_the_scan(tmp_path, monkey
     both = own.with_mr(tmp_path / "mr.nii.gz").scan
     assert torch.equal(both.mr, found) and own.scan.mr is None
     assert torch.equal(both.thinned(0.5, [0, 1]).mr, found) and torch.equal(both.some([1, 1]).mr, found[[1, 1]])
+
+
+def test_the_mr_of_the_example_lies_where_its_activity_does(tmp_path):
+    path = write_example(tmp_path / "scan.npz", Geometry(24, 30, 9.0), image_size=16, slices=3)
+    own = OwnScan.read(path, 16).with_mr(write_example_mr(path, 3, 16))
+    people = cohort_slices("test", 1, 16, 3, lesions=1, pixel_mm=14.0)
+    assert own.scan.mr.shape == people.image.shape
+    for mr, labels in zip(own.scan.mr, people.labels, strict=True):
+        inside = labels > 0
+        assert mr[inside].mean() > 4 * mr[~inside].mean(), "the brain is where it is bright"
+        assert mr[labels == 3].mean() > 1.1 * mr[labels == 2].mean(), "white matter is brighter than grey"
 
 
 class Discs:

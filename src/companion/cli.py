@@ -334,12 +334,16 @@ def pet_scan(
     counts: Annotated[float, typer.Option(help="true counts of a slice")] = 1e6,
     seed: Annotated[int, typer.Option(help="of the counts")] = 0,
 ):
-    """Write an example PET scan of a virtual person to OUT, in any geometry: what a scan of your own has to hold."""
-    from companion.acquisition.own_pet import write_example
+    """Write an example PET scan of a virtual person to OUT, in any geometry: what a scan of your own has to hold.
+
+    And the person's MR beside it, for `-p mr=`.
+    """
+    from companion.acquisition.own_pet import write_example, write_example_mr
     from companion.data.scan_geometry import Geometry
 
     path = write_example(out, Geometry(angles, bins, bin_mm, bin_offset, radius_mm), slices, counts, seed=seed)
-    print(f"{path} and {path.with_suffix('.json').name}; next: companion look {path}")
+    mr = write_example_mr(path, slices)
+    print(f"{path}, {path.with_suffix('.json').name} and {mr.name}; next: companion look {path}")
 
 
 @app.command()

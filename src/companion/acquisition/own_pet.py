@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from companion.acquisition.pet import Scan, acquire, scanner
+from companion.data import anatomy
 from companion.data.alignment import resample
 from companion.data.dicom.write import write_dicom
 from companion.data.intake.look import find
@@ -186,6 +187,19 @@ def write_example(
         background=scan.background[:, 0].numpy(), slice_mm=people.pixel_mm,
         dosage=Dosage(weight_kg=70, dose_MBq=200, uptake_min=60, half_life_min=109.77),
     )  # fmt: skip
+
+
+def write_example_mr(path: str | os.PathLike, slices: int = 2, image_size: int = 64) -> Path:
+    """The path of a T1-weighted MR of the person of `write_example`, beside that scan: <stem>_mr.nii.gz.
+
+    Pixels are half as wide as those of the image, and lie where the result will; it does not show the lesion.
+    """
+    people = cohort_slices("test", 1, image_size, slices, lesions=1, pixel_mm=FIELD_MM / image_size)
+    subject, n, pixel = anatomy.Subject(int(people.subject[0])), 2 * image_size, people.pixel_mm / 2
+    maps = anatomy.tissue_maps(subject, anatomy.grid_mm((slices, n, n), pixel, people.height_mm), pixel)
+    affine = np.diag([1.0, -1.0, 1.0, 1.0]) @ centred_affine((slices, n, n), (people.pixel_mm, pixel, pixel))
+    image = anatomy.image_from_tissue(subject, maps, "T1w").numpy()
+    return save_nifti(Path(path).with_name(f"{Path(path).stem}_mr.nii.gz"), image, affine=affine)
 
 
 def placing(file: Sinograms, image_size: int, pixel_mm: float, placed: Mapping) -> Geometry:
