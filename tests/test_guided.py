@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from companion.models.architectures import build
+from companion.models.export import export
+from companion.models.folder import save_checkpoint
 from companion.networks.guided import BINS, TOP, GuidedUNet, guided_means
 from companion.papers.pet.heads import TrainHeads, prior_config
 
@@ -61,3 +63,19 @@ def test_the_network_takes_any_size_and_says_what_it_wants():
         D.network(x, sigma)
     with pytest.raises(ValueError, match="total stride"):
         D(x[..., :40], sigma, cond[..., :40])
+
+
+def test_the_denoiser_is_exported_with_its_condition(tmp_path):
+    small = prior_config(32, (1.0, 1.0), 2, 1)
+    D = build(small)
+    with torch.no_grad():
+        torch.nn.init.normal_(D.network.out[-1].weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    save_checkpoint(tmp_path / "prior", D, small, {})
+    found = torch.jit.load(str(export(tmp_path / "prior", tmp_path / "prior.pt", (24, 32))))
+    g = torch.Generator().manual_seed(1)
+    x, sigma, cond = (
+        torch.randn(3, 1, 40, 24, generator=g),
+        torch.tensor([0.1, 1.0, 5.0]),
+        torch.rand(3, 2, 40, 24, generator=g),
+    )
+    assert torch.allclose(found(x, sigma, cond), D(x, sigma, cond), atol=1e-4)

@@ -34,10 +34,10 @@ class GuidedUNet(UNet):
             raise ValueError(
                 "a GuidedUNet takes images of one channel, and a condition of two: a guide, and where it is"
             )
-        cond = cond.to(x.dtype).expand(len(x), *cond.shape[1:])
+        cond = cond.to(x.dtype).expand(x.shape[0], *cond.shape[1:])
         self.check(torch.cat([x, cond], 1), t)
         means = guided_means(x, cond[:, :1], cond[:, 1:], self.reach)
-        return self.run(torch.cat([x, means, cond], 1), self.embed(t.expand(len(x)), y))
+        return self.run(torch.cat([x, means, cond], 1), self.embed(t.expand(x.shape[0]), y))
 
 
 def guided_means(x: Tensor, guide: Tensor, known: Tensor, reach: tuple[float, ...]) -> Tensor:
