@@ -56,7 +56,7 @@ class CountProblem:
     def covariance(self) -> Measured:
         """The error of the prior, as one would measure it of a network."""
         images = self.prior.draw(200, Generator().manual_seed(3)).float()
-        return Measured.fit(self.prior, images, LEVELS, bins=4)
+        return Measured.fit(self.prior, images, torch.tensor(LEVELS), bins=4)
 
     @cached_property
     def scanner(self) -> LinearOperator:

@@ -105,6 +105,8 @@ FIRST_SIGMA = 10.0  # network units: noise level at which draws begin, an image 
 
 LAST_GUIDED = 0.01  # last noise level of guided samplers, which do not draw from what is left at the end
 
+CONVERGED = {"iterations": 60, "tol": 3e-5}  # of conjugate gradients: sooner, a draw is another one in another batch
+
 LEVEL_STEP = math.log(1.1)  # last noise levels are rounded to 10 %, so that many slices share one
 
 
@@ -223,7 +225,7 @@ def draw(
 ) -> Posterior:
     """One draw for each scan, and its mean given the step before, kBq/mL; sweeps end at the noise `last_level`."""
     A, cond = prior.scale_kbq * scan.A, prior.condition(scan)
-    G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, iterations=30, tol=1e-4)
+    G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, **CONVERGED)
     if rule == GIBBS:
         levels = karras(evaluations, last_level / prior.scale_kbq, FIRST_SIGMA)
         result = poisson_gibbs(prior.D, G, levels, seeds=seeds, device=prior.device, cond=cond)
