@@ -2,7 +2,7 @@
 
     python tools/prior_errors.py brain/t1w --size 64
     python tools/prior_errors.py general/2d --size 128 --own heads
-    python tools/prior_errors.py pet/heads --own activity
+    python tools/prior_errors.py pet/heads --own activity --widening 2.2
 
 The first model is that of images like the training set, which the prior did not see; the last that of dead leaves,
 shapes that hide each other: nothing of a head is in them, so a prior that errs on a scan as it does there does not know
@@ -12,6 +12,7 @@ the scan, and error bars of that width hold all the same. docs/trust.md says how
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -117,6 +118,13 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="checkpoint: an embedded name or a folder")
     parser.add_argument("--own", choices=OWN, default="people", help="images like those of its training")
+    parser.add_argument(
+        "--widening",
+        type=float,
+        default=1.0,
+        help="factor that the variance of posterior draws asks for, but with the error of dead leaves: the inverse of "
+        "the calibration that benchmarks/pet_heads.py measures on a validation head (PET)",
+    )
     parser.add_argument("--size", type=int, default=64, help="pixels along y and x")
     parser.add_argument("--count", type=int, default=16, help="images of each kind")
     args = parser.parse_args(argv)
@@ -127,7 +135,8 @@ def main(argv=None) -> None:
         made = make(args.count, args.size)
         images, cond = made if isinstance(made, tuple) else (made, None)
         about = f"{len(images)} images of {images.shape[-2]} x {images.shape[-1]}: {name}"
-        errors[name] = ErrorModel.fit(D, images, SIGMAS, about=about, cond=cond)
+        error = ErrorModel.fit(D, images, SIGMAS, about=about, cond=cond)
+        errors[name] = error if "leaves" in name else replace(error, widening=args.widening)
     print(save_errors(args.name, errors))
 
 
