@@ -191,6 +191,10 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
             began = time.perf_counter()
             images[NAME] = one_pass(A, y, NOISE, iterations=20 if args.radial else None)
             rows.append(score(name, size, R, NAME, images[NAME], x, (time.perf_counter() - began) / len(x)))
+            for weights in args.one_pass:
+                began = time.perf_counter()
+                images[weights] = one_pass(A, y, NOISE, weights)
+                rows.append(score(name, size, R, weights, images[weights], x, (time.perf_counter() - began) / len(x)))
             plain, trusted, verdict, seconds = reconstruct(
                 D, errors, A, y, classical("TV", tuned), ACS[size], seed, args
             )
@@ -324,6 +328,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--evaluations", type=int, default=30, help="of the network, a draw")
     parser.add_argument("--radial", action="store_true", help="spokes at golden angles instead of lines")
+    parser.add_argument("--one-pass", nargs="+", default=[], help="further checkpoints that look once, such as RAM's")
     parser.add_argument("--tune", action="store_true", help="the folder holds validation heads: tune on them, and stop")
     parser.add_argument("--grid", nargs="+", type=float, default=list(GRID))
     parser.add_argument("--tuned", type=Path, default=TUNED)
@@ -343,6 +348,7 @@ def main(argv=None) -> list[dict]:
     D = load_denoiser(args.weights)
     prior = AnySize(D, network_of(D).total_stride), load_errors(args.weights)
     asked = {k: getattr(args, k) for k in ("sizes", "R", "slices", "draws", "evaluations", "radial")}
+    asked |= {"one_pass": [describe_source(name).sha256 for name in args.one_pass]} if args.one_pass else {}
     key = {**asked, "weights": describe_source(args.weights).sha256, "settings": tuned["settings"]}
     rows, pictures = [], {}
     (args.out / "heads").mkdir(parents=True, exist_ok=True)

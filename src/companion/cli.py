@@ -243,7 +243,10 @@ def convert(
         Path, typer.Argument(help="a published file (.pt, .pth, .ckpt, .pkl, .safetensors), or a folder of diffusers")
     ],
     kind: Annotated[
-        str, typer.Option(help="aid, taming, lmi, monai, edm, diffusers, pet, or a name of `companion weights list`")
+        str,
+        typer.Option(
+            help="aid, taming, lmi, monai, edm, diffusers, ram, direct, pet, or a name of `companion weights list`"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder of the checkpoint")],
     config: Annotated[Path | None, typer.Option(help="JSON or YAML with network, denoiser, data")] = None,

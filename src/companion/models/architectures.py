@@ -11,6 +11,7 @@ from torch import nn
 
 from companion.diffusion.denoisers import ComplexDenoiser, Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
 from companion.diffusion.noise import DiscreteSchedule
+from companion.models.deepinv import DIRECT, RAM
 from companion.models.unrolled import Unrolled
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
@@ -38,7 +39,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "VQModel": VQModel,
     "VQVAE": VQVAE,
     "PlainVQVAE": PlainVQVAE,
-    "Unrolled": Unrolled,  # a reconstruction: no "denoiser" either
+    "Unrolled": Unrolled,  # reconstructions: no "denoiser" either
+    "RAM": RAM,
+    "DIRECT": DIRECT,
 }
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "EDMDenoiser": EDMDenoiser,

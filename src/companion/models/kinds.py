@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -137,6 +138,47 @@ def _from_maisi(tensors: Mapping[str, Tensor], network: nn.Module) -> Mapping[st
     return monai.translate(network, {name: x for name, x in tensors.items() if name != "scale_factor"})
 
 
+# The authors' class of RAM has factors that its forward pass never reads, and deepinv's class not at all
+UNREAD = re.compile(r".*\.PhysicsBlock\.gain(_(grad|pinv)[xy])?")
+
+
+def _ram_weights(content) -> Mapping[str, Tensor]:
+    return {name: x for name, x in state_dict(content).items() if not UNREAD.fullmatch(name)}
+
+
+def _ram_config(tensors: Mapping[str, Tensor]) -> dict:
+    heads = [x for name, x in tensors.items() if re.fullmatch(r"m_head\.conv\d+\.weight", name)]
+    if not heads:
+        raise ValueError("it has no m_head.conv0.weight")
+    channels = [x.shape[1] - 2 for x in heads]  # beside two maps of noise
+    return {"network": {"name": "RAM", "in_channels": channels}, "data": {"scale": "bright tissue is 1"}}
+
+
+def _direct_weights(content) -> Mapping[str, Tensor]:
+    """The tensors of all networks of a checkpoint of DIRECT: "model", "sensitivity_model", ... ."""
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise Refused('it has no entry "model"')
+    found = {"engine_model": content["model"]}
+    found |= {f"engine_models.{k}": v for k, v in content.items() if str(k).endswith("_model") and isinstance(v, dict)}
+    return {f"{part}.{name}": x for part, state in found.items() for name, x in state_dict(state).items()}
+
+
+def _direct_config(path: Path) -> dict:
+    model = path.with_suffix(".yaml")
+    if not model.is_file():
+        raise FileNotFoundError(f"{model} is not there; DIRECT describes a network in it, keep it beside its weights")
+    says = yaml.safe_load(model.read_text())
+    if not isinstance(says, dict) or not isinstance(says.get("model"), dict):
+        raise ValueError(f"{model} describes no network: it has no part model")
+    parts = {name: says.get(name) or {} for name in ("model", "additional_models", "physics")}
+    return {"network": {"name": "DIRECT"} | parts, "data": {"scale": "that of the data, up to a factor"}}
+
+
+def _inside(tensors: Mapping[str, Tensor], _) -> Mapping[str, Tensor]:
+    """The names of a network that another project's class holds inside ours."""
+    return {f"theirs.{name}": x for name, x in tensors.items()}
+
+
 KINDS = {
     "aid": Kind("AID: sequence and single-image U-Nets (.pt)", state_dict, lambda tensors, _: tensors),
     "taming": Kind(
@@ -172,8 +214,11 @@ KINDS = {
         state_dict,
         _from_diffusers,
     ),
+    "ram": Kind("RAM, run by deepinv: one pass for any linear operator (.pth.tar)", _ram_weights, _inside, _ram_config),
+    "direct": Kind("DIRECT, run by deepinv: MR in one pass (.pt, and its .yaml beside it)", _direct_weights, _inside),
     "pet": Kind("PET: network-snapshot-*.pkl, training-state-*.pt", lambda content: content, lambda t, _: translate(t)),
 }
+BESIDE = {"diffusers": _diffusers_config, "direct": _direct_config}  # what says more than the tensors do
 
 
 def read_kind(path: str | os.PathLike, kind: str) -> tuple[Mapping[str, Tensor], dict | None]:
@@ -195,8 +240,8 @@ def read_kind(path: str | os.PathLike, kind: str) -> tuple[Mapping[str, Tensor],
         tensors = KINDS[kind].unpack(content)
         if kind == "edm":
             return tensors, edm_config(tensors, _edm(content)[1])
-    if kind == "diffusers":
-        return tensors, _diffusers_config(path)
+    if kind in BESIDE:
+        return tensors, BESIDE[kind](path)
     config = KINDS[kind].config
     if config is None:
         return tensors, None
