@@ -1,6 +1,7 @@
 """The bench: an exact sampler passes, a wrong one does not; entries are read, counted and refused with the reason."""
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 from companion.data.nifti import save_nifti
+from companion.diffusion.complexify import to_channels, to_complex
 from companion.evaluation.known_posterior import condition, make_problem, matrix
+from companion.operators.masks import cartesian_mask
+from companion.operators.mri import birdcage_maps, sense
+from companion.randomness import randn
 from companion.reconstruction import bench
 from companion.reconstruction.bench import Counted, Entry, Settings, Slices, draw, exact, read_entry
 from companion.show.bench import figure, markdown, write
@@ -84,6 +89,21 @@ def test_entries_keep_to_their_budget_and_draws_to_their_seeds(path):
     assert 5 <= both.denoiser_calls <= 10
     torch.testing.assert_close(both.x[1:], one.x, rtol=1e-3, atol=1e-4)
     assert (both.x[0] - both.x[1]).norm() > 0.01
+
+
+def test_the_data_step_of_deepinvs_entry_is_exact():
+    """Against the dense solution; deepinv's own, converged, is compared with it in test_bridges_out."""
+    found = runpy.run_path(str(EXAMPLE.parent / "between_0_and_1.py"))
+    A = 2.6 * sense(birdcage_maps((7, 6), 3), cartesian_mask((7, 6), 2, acs=2))
+    generator = torch.Generator().manual_seed(0)
+    y, z = (randn((2, *shape), torch.complex64, generator) for shape in (A.range_shape, A.domain_shape))
+    M, gamma = A(torch.eye(42, dtype=torch.complex64).reshape(42, 1, 7, 6)).flatten(1).T, torch.tensor(0.7)
+    right = torch.linalg.solve(M.mH @ M + torch.eye(42) / gamma, (y.flatten(1) @ M.conj() + z.flatten(1) / gamma).T).T
+    prox = found["exact_prox"](A)(to_channels(z), torch.view_as_real(y).movedim(-1, 1), gamma)
+    torch.testing.assert_close(to_complex(prox).flatten(1), right, rtol=1e-4, atol=1e-4)
+    turned = sense(birdcage_maps((7, 6), 3), torch.eye(7, 6))
+    with pytest.raises(ValueError, match="several rows"):
+        found["exact_prox"](turned)
 
 
 def test_a_gradient_counts_as_another_evaluation_and_moments_exist_only_where_D_has_them():
