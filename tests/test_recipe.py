@@ -9,11 +9,12 @@ import torch
 
 from companion.data.store import open_dataset, prepare_once
 from companion.diffusion import denoisers, recalibration
+from companion.diffusion.denoisers import inner_denoiser
 from companion.diffusion.latent import LatentDenoiser
 from companion.diffusion.losses import edm_loss
 from companion.evaluation import metrics, tables
 from companion.evaluation.denoising import denoising_errors, expected_errors
-from companion.models.architectures import build, inner_denoiser, network_of, set_autocast
+from companion.models.architectures import build, network_of, set_autocast
 from companion.models.checkpoint import load
 from companion.papers.latent3d.sample import SampleVolumes
 from companion.parameters import RENAMED, Parameters, check, param

@@ -13,7 +13,7 @@ def to_channels(x: Tensor, axis: int = 1) -> Tensor:
     if not x.is_complex():
         return x
     axis = axis % x.ndim
-    return torch.view_as_real(x).movedim(-1, axis + 1).flatten(axis, axis + 1)
+    return torch.view_as_real(x.resolve_conj()).movedim(-1, axis + 1).flatten(axis, axis + 1)
 
 
 def to_complex(x: Tensor, axis: int = 1) -> Tensor:

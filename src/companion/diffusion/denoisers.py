@@ -10,7 +10,7 @@ tells. Wrappers keep the denoiser that they wrap as `.D`.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,14 @@ class Uncertain(Denoiser, Protocol):
 def moments_of(D: Denoiser) -> Callable[..., tuple[Tensor, Tensor]]:
     """D.moments; AttributeError for a denoiser that states no variance."""
     return cast(Uncertain, D).moments
+
+
+def inner_denoiser(D: Denoiser | nn.Module) -> Any:
+    """The denoiser that holds the network, under any number of wrappers: what they wrap is their `D`."""
+    inner: Any = D
+    while hasattr(inner, "D"):
+        inner = inner.D
+    return inner
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
@@ -90,7 +98,8 @@ class EDMDenoiser(nn.Module):
     network. cond_channels: of a condition that may be left out; the network is given zeros for it then.
     **labels of the methods are further tensors that the network takes by name, such as y= and augment=
     of an EDMUNet; they reach it as they are. autocast: dtype for the network, e.g. torch.bfloat16. channel_axis:
-    1, or -3 for sequences of 2D images and their single frames alike.
+    1, or -3 for sequences of 2D images and their single frames alike. symmetries: of the law of its images,
+    which samplers may use: names of `companion.diffusion.symmetry.Symmetries`.
     """
 
     u_limit = 10.0
@@ -106,13 +115,14 @@ class EDMDenoiser(nn.Module):
         cond_channels: int = 0,
         autocast: torch.dtype | None = None,
         channel_axis: int = 1,
+        symmetries: Sequence[str] = (),
     ):
         super().__init__()
         if not 0 < sigma_data < math.inf:
             raise ValueError(f"sigma_data={sigma_data}: expected the standard deviation of the data, above 0")
         self.network, self.sigma_data, self.learned_variance = network, sigma_data, learned_variance
         self.variance_channels, self.cond_scale, self.cond_channels = variance_channels, cond_scale, cond_channels
-        self.autocast, self.channel_axis = autocast, channel_axis
+        self.autocast, self.channel_axis, self.symmetries = autocast, channel_axis, tuple(symmetries)
 
     def preconditioning(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in, shaped to multiply x, and c_noise (batch,)."""

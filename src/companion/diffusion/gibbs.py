@@ -21,6 +21,7 @@ from companion.diffusion.guidance import posterior_mean
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Bill, Samples, evaluating, per_draw, sample
 from companion.diffusion.solvers import Solver
+from companion.diffusion.symmetry import moved
 from companion.operators.linear import LinearOperator
 from companion.randomness import generators, randn
 
@@ -58,6 +59,7 @@ def annealed_gibbs(
     start: a clean image (draws or 1, *A.domain_shape) in the place of x0 = 0 of the first sweep, such as CG-SENSE's:
     with it the first sigma may be as low as the errors of that image are, and sweeps are saved. Its errors are
     forgotten as far as sigma drowns them.
+    Where D states symmetries (`companion.diffusion.symmetry`), each sweep sees each draw moved by one of them.
     Raises ValueError as `sample` does and for a negative refresh, TypeError for a covariance without factor.
     [zhang2024], Algorithm 1, where f = 1, with their Langevin steps for an isotropic C replaced by an
     exact draw for a better one.
@@ -80,7 +82,7 @@ def annealed_gibbs(
             e = kept**0.5 * noise.pop() + (1 - kept) ** 0.5 * e
         x = z + sigma * e
         level = torch.full((len(x),), sigma, dtype=x.real.dtype, device=x.device)
-        x0_hat, C = data.covariance(D, x, level, cond)
+        x0_hat, C = data.covariance(moved(D, draws), x, level, cond)
         z = data.draw(x0_hat, C, draws)
         noise[:] = [(x - z) / sigma]
         last = step == len(levels) - 1

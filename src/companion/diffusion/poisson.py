@@ -38,6 +38,7 @@ from companion.diffusion.denoisers import Denoiser, column
 from companion.diffusion.gibbs import chain
 from companion.diffusion.guidance import Guidance, pigdm, posterior_mean
 from companion.diffusion.sampling import Bill
+from companion.diffusion.symmetry import moved
 from companion.operators.counts import check_counts, counts_ratio, expected_counts
 from companion.operators.linear import Diagonal, LinearOperator, check_finite
 from companion.operators.pet import sensitivity
@@ -152,7 +153,8 @@ def poisson_gibbs(
     def sweep(data: poisson_mean, z: Tensor, step: int, sigma: float, draws, cond) -> tuple[Tensor, Tensor | None]:
         x = z + sigma * randn(z.shape[1:], z.dtype, draws, z.device)
         level = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        seen = Widened(D, z, tails, window) if tails is not None and step else D
+        seen = moved(D, draws)
+        seen = Widened(seen, z, tails, window) if tails is not None and step else seen
         x0_hat, C = data.covariance(seen, x, level, cond)
         near = data.near(x0_hat)
         z, last = near.draw(x0_hat, C, draws), step == len(levels) - 1

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from companion.diffusion.denoisers import ComplexDenoiser, Denoiser, DiscreteDenoiser, EDMDenoiser, FlowDenoiser
+from companion.diffusion.denoisers import (
+    ComplexDenoiser,
+    Denoiser,
+    DiscreteDenoiser,
+    EDMDenoiser,
+    FlowDenoiser,
+    inner_denoiser,
+)
 from companion.diffusion.noise import DiscreteSchedule
 from companion.models.deepinv import DIRECT, RAM
 from companion.models.unrolled import Unrolled
@@ -89,14 +96,6 @@ def _make(config: Mapping, part: str, table: Mapping[str, Callable], *args):
         return table[name](*args, **options)
     except TypeError as error:
         raise ValueError(f'config["{part}"] does not describe a {name}: {error}') from error
-
-
-def inner_denoiser(D: Denoiser | nn.Module) -> Any:
-    """The denoiser that holds the network, under any number of wrappers: what they wrap is their `D`."""
-    inner: Any = D
-    while hasattr(inner, "D"):
-        inner = inner.D
-    return inner
 
 
 def network_of(model: Denoiser | nn.Module) -> Any:

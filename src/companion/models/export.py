@@ -20,10 +20,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser
+from companion.diffusion.denoisers import ComplexDenoiser, DiscreteDenoiser, inner_denoiser
 from companion.extras import extra
 from companion.files import atomic_write
-from companion.models.architectures import inner_denoiser, network_of
+from companion.models.architectures import network_of
 from companion.models.checkpoint import Checkpoint, find
 from companion.randomness import randn
 

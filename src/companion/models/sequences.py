@@ -12,14 +12,14 @@ from tqdm.auto import tqdm
 from companion.data.sequences import image_name
 from companion.data.store import open_dataset
 from companion.data.virtual import SOURCES, volumes
-from companion.diffusion.denoisers import ComplexDenoiser, Denoiser
+from companion.diffusion.denoisers import ComplexDenoiser, Denoiser, inner_denoiser
 from companion.diffusion.latent import LatentSpace, cine_space
 from companion.diffusion.noise import karras
 from companion.diffusion.sampling import Bill, find_solver
 from companion.diffusion.sequence import sample_retrospective, sample_sequence
 from companion.diffusion.solvers import SOLVERS
 from companion.files import project_root
-from companion.models.architectures import inner_denoiser, network_of
+from companion.models.architectures import network_of
 from companion.models.checkpoint import describe, load, load_denoiser
 from companion.models.latent import load_autoencoder, load_prior
 from companion.networks.autoencoder import VQModel

@@ -46,6 +46,7 @@ def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: in
             "sigma_data": SIGMA_DATA,
             "learned_variance": True,
             "variance_channels": 1,
+            "symmetries": ["mirror", "turn", "phase"],  # of the crops, and of their phase
         },
         "data": {
             "source": "warped and recoloured real heads and dead leaves of companion.data.heads",

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from companion.acquisition.mri import Scan
 from companion.diffusion.covariance import Measured
-from companion.diffusion.denoisers import AnySize, Denoiser
+from companion.diffusion.denoisers import AnySize, Denoiser, inner_denoiser
 from companion.diffusion.guidance import Guidance, ddnm, dds, diffpir, dps, landweber, pigdm, posterior_mean
 from companion.diffusion.langevin import langevin
 from companion.diffusion.noise import karras
@@ -21,7 +21,7 @@ from companion.diffusion.sampling import Samples
 from companion.diffusion.sequence import SequenceSamples, add, draw_sequence, reconstruct_sequence
 from companion.diffusion.solvers import ddim
 from companion.evaluation import metrics, tables
-from companion.models.architectures import inner_denoiser, network_of
+from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.operators.linear import LinearOperator
 from companion.parameters import param

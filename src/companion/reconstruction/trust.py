@@ -303,12 +303,12 @@ def assess(
     `draws` chains, as long as `evaluations` allow for `tries` candidates. First all models as they are; then the best
     one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
     elsewhere; the chains begin with its image. final: draws of the image to come, of which more scatter less.
-    At most two thirds of the evaluations are for candidates, fewer of which are tried where those do not suffice; what
+    At most half of the evaluations are for candidates, fewer of which are tried where those do not suffice; what
     is left prolongs the chains of the best one. Raises ValueError when there are too few for one candidate.
     """
     if evaluations < LEAST_CALLS * draws:
         raise ValueError(f"{evaluations} evaluations are too few for {draws} chains of {LEAST_CALLS}; allow for more")
-    most = evaluations * 2 // 3  # for all candidates together
+    most = evaluations // 2  # for all candidates together
     tries = max(1, min(tries, most // (LEAST_CALLS * draws)))
     calls = max(LEAST_CALLS, most // (tries * draws))
     image = None if classical is None else classical(split.A, split.y)

@@ -25,11 +25,11 @@ from companion.data.head_activity import (
 )
 from companion.data.heads_download import load_heads
 from companion.data.pet import held_out
-from companion.diffusion.denoisers import Denoiser
+from companion.diffusion.denoisers import Denoiser, inner_denoiser
 from companion.diffusion.losses import edm_loss
 from companion.evaluation.denoising import expected_errors
 from companion.files import project_root
-from companion.models.architectures import build, inner_denoiser, network_of
+from companion.models.architectures import build, network_of
 from companion.models.checkpoint import load
 from companion.papers.crops import Bank, TrainOnCrops, complete, train_on_crops, unet
 from companion.parameters import param
@@ -71,6 +71,7 @@ def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: in
             "sigma_data": SIGMA_DATA,
             "learned_variance": True,
             "cond_channels": CONDITION,
+            "symmetries": ["mirror", "shift"],  # of the crops
         },
         "data": {
             "source": "real heads with random uptake, dead leaves and virtual people of companion.data.head_activity",
