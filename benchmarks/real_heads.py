@@ -226,7 +226,7 @@ def reconstruct(D, errors, A, y, tv, acs, seed, args):
     middle = len(y) // 2
     found = trust.assess(
         D, trust.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, seed=seed,
-        evaluations=args.evaluations * args.draws // 2, classical=tv, final=args.draws,
+        evaluations=args.evaluations * args.draws, classical=tv, final=args.draws,
     )  # fmt: skip
     spent[1] += time.perf_counter() - began
     for i, draws in enumerate(seeds):
