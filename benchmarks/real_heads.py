@@ -49,7 +49,7 @@ from companion.evaluation import metrics
 from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
 from companion.models.checkpoint import describe_source, load_denoiser
-from companion.models.errors import load_errors
+from companion.models.errors import for_pixels, load_errors
 from companion.operators.linear import LinearOperator
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
@@ -179,8 +179,9 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
     D, errors = prior
     rows, pictures = [], {}
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "big")  # the same in any folder
+    array, affine = load()
     for size in args.sizes:
-        x = anatomy.random_phase(head_slices(*load(), size, args.slices), torch.Generator().manual_seed(seed))
+        x = anatomy.random_phase(head_slices(array, affine, size, args.slices), torch.Generator().manual_seed(seed))
         for R in args.R:
             A, y = scan(x, R, ACS[size], seed + 1, args.radial)
             tuned, images = settings[setting(size, R, args)], {}
@@ -196,7 +197,7 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
                 images[weights] = one_pass(A, y, NOISE, weights)
                 rows.append(score(name, size, R, weights, images[weights], x, (time.perf_counter() - began) / len(x)))
             plain, trusted, verdict, seconds = reconstruct(
-                D, errors, A, y, classical("TV", tuned), ACS[size], seed, args
+                D, for_pixels(errors, pixel_mm(size, affine)), A, y, classical("TV", tuned), ACS[size], seed, args
             )
             draws = torch.stack([s.x for s in plain], 1)
             images[OURS[0]] = draws.mean(0)
@@ -215,6 +216,11 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
             shown = {"truth": x} | images
             pictures[setting(size, R, args)] = {name: v[middle, 0].abs().half() for name, v in shown.items()}
     return rows, pictures
+
+
+def pixel_mm(size: str, affine: np.ndarray) -> float:
+    """The side of the pixels of a size, mm."""
+    return 3.25 if size == "64" else float(np.linalg.norm(affine[:3, :3], axis=0).min())
 
 
 def reconstruct(D, errors, A, y, tv, acs, seed, args):

@@ -214,6 +214,9 @@ def test_an_error_model_survives_storage_and_refuses_other_numbers():
     assert torch.allclose(error.times(4)(D, x, sigma)[1].L(z), 2 * ours, rtol=1e-4, atol=1e-6)
     wide = dataclasses.replace(error, widening=2.2)
     assert ErrorModel.from_dict(wide.to_dict()).widening == 2.2 and again.widening == 1
+    sized = dataclasses.replace(error, pixel_mm=(2.5, 3.5))
+    assert ErrorModel.from_dict(json.loads(json.dumps(sized.to_dict()))).pixel_mm == (2.5, 3.5)
+    assert again.pixel_mm is None
     for broken in (
         {},
         error.to_dict() | {"widening": 0.0},
@@ -253,3 +256,12 @@ def test_errors_are_kept_beside_the_weights_they_belong_to(tmp_path):
     (folder / "errors.json").write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
         load_errors(folder)
+
+
+def test_the_error_of_like_pixels_is_asked_first():
+    from companion.models.errors import for_pixels, load_errors
+
+    errors = load_errors("general/2d")
+    assert list(for_pixels(errors, None)) == list(errors) == ["heads", "heads, large pixels", "dead leaves"]
+    assert list(for_pixels(errors, 1.0)) == list(errors)
+    assert list(for_pixels(errors, 3.25)) == ["heads, large pixels", "heads", "dead leaves"]

@@ -31,6 +31,7 @@ from companion.papers.general import scanned
 from companion.reconstruction.activity import MR_GIVEN
 
 SIGMAS = torch.logspace(-2.5, 1.3, 12)
+PIXELS = {"heads": (0.75, 1.3), "heads, large pixels": (2.5, 3.5)}  # mm
 
 
 def people(count: int, size: int) -> Tensor:
@@ -43,17 +44,17 @@ def leaves(count: int, size: int) -> Tensor:
     return phased([dead_leaves(np.random.default_rng(seed), size) for seed in range(count)])
 
 
-def heads(count: int, size: int, pixel_mm: tuple[float, float] = (0.75, 1.3)) -> Tensor:
+def heads(count: int, size: int, kind: str = "heads") -> Tensor:
     """Complex images (count, 1, y, x) of the validation head, warped and recoloured as in training, most with noise."""
     known = load_heads(project_root() / "data" / "heads", "validation")
     rngs = [np.random.default_rng(10_000 + i) for i in range(count)]
-    pixels = np.geomspace(*pixel_mm, count)
+    pixels = np.geomspace(*PIXELS[kind], count)
     return phased([head_image(known[i % len(known)], rngs[i], size, pixels[i]) for i in range(count)])
 
 
 def coarse_heads(count: int, size: int) -> Tensor:
     """The same with large pixels, where a head is small and has more edges to err at."""
-    return heads(count, size // 2, (2.5, 3.5))
+    return heads(count, size // 2, "heads, large pixels")
 
 
 def phased(images: list[np.ndarray]) -> Tensor:
@@ -136,6 +137,7 @@ def main(argv=None) -> None:
         images, cond = made if isinstance(made, tuple) else (made, None)
         about = f"{len(images)} images of {images.shape[-2]} x {images.shape[-1]}: {name}"
         error = ErrorModel.fit(D, images, SIGMAS, about=about, cond=cond)
+        error = replace(error, pixel_mm=PIXELS.get(name) if args.own == "heads" else None)
         errors[name] = error if "leaves" in name else replace(error, widening=args.widening)
     print(save_errors(args.name, errors))
 

@@ -89,12 +89,14 @@ class ErrorModel:
     that the error was measured on. table: sigmas, stated, factor of a `Recalibrated`, None to take D at its word.
     widening: of posterior draws made with this model, the factor on their variance that validation scans asked for: an
     error that is right at every noise level does not make chains right that see the same error again at each.
+    pixel_mm: the least and the largest pixel of those images, where the size matters.
     """
 
     measured: Measured
     table: tuple[Tensor, Tensor, Tensor] | None = None
     images: str = ""
     widening: float = 1.0
+    pixel_mm: tuple[float, float] | None = None
 
     @classmethod
     def fit(
@@ -132,7 +134,8 @@ class ErrorModel:
         table = None if self.table is None else [values.tolist() for values in self.table]
         m = self.measured
         plain = {"sigmas": m.sigmas.tolist(), "spectrum": m.spectrum.tolist(), "prior_std": m.prior_std, "ndim": m.ndim}
-        more = {} if self.widening == 1 else {"widening": self.widening}
+        more: dict = {} if self.widening == 1 else {"widening": self.widening}
+        more |= {} if self.pixel_mm is None else {"pixel_mm": list(self.pixel_mm)}
         return {"images": self.images, **plain, "table": table, **more}
 
     @classmethod
@@ -146,11 +149,12 @@ class ErrorModel:
                 table = levels, stated, factor
             measured = Measured(sigmas, spectrum, float(plain["prior_std"]), int(plain["ndim"]))
             images, widening = str(plain["images"]), float(plain.get("widening", 1.0))
+            low, high = (float(mm) for mm in plain.get("pixel_mm") or (1.0, 1.0))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not an error model: {error!r}; measure it again") from error
         whole = spectrum.ndim == 2 and sigmas.shape == spectrum.shape[:1] and bool((spectrum > 0).all())
         if table is not None:
             whole &= table[1].shape == table[2].shape and table[0].shape == table[1].shape[:1]
-        if not whole or not widening > 0:
+        if not whole or not widening > 0 or not 0 < low <= high:
             raise ValueError("not an error model: its tables do not fit together; measure it again")
-        return cls(measured, table, images, widening)
+        return cls(measured, table, images, widening, (low, high) if plain.get("pixel_mm") else None)

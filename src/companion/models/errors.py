@@ -6,6 +6,7 @@ errors.json    {"sha256": of the weights, "errors": {name: `ErrorModel.to_dict`}
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,24 @@ def load_errors(name: str | os.PathLike, default: str | None = None) -> dict[str
     if owner != describe(name, default)["sha256"]:
         raise ValueError(f"{path} was measured with other weights than those beside it; measure it again")
     return {key: ErrorModel.from_dict(value) for key, value in errors.items()}
+
+
+def for_pixels(errors: Mapping[str, ErrorModel], pixel_mm: float | None) -> dict[str, ErrorModel]:
+    """The same models, those first that were measured at pixels nearest to `pixel_mm`; as they are for None.
+
+    A head of large pixels is small and has more edges to err at: the scan's own size says more of that than its data.
+    Models that name no size stay behind those that do, as they were.
+    """
+    if pixel_mm is None:
+        return dict(errors)
+
+    def away(model: ErrorModel) -> float:
+        if model.pixel_mm is None:
+            return math.inf
+        low, high = model.pixel_mm
+        return max(math.log(low / pixel_mm), math.log(pixel_mm / high), 0)
+
+    return dict(sorted(errors.items(), key=lambda item: away(item[1])))
 
 
 def rounded(plain):

@@ -23,7 +23,7 @@ from companion.diffusion.sets import EachSet
 from companion.files import project_root
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
-from companion.models.errors import load_errors
+from companion.models.errors import for_pixels, load_errors
 from companion.operators.masks import cartesian_mask
 from companion.parameters import Parameters, param
 
@@ -75,6 +75,11 @@ class Case:
     reference: Tensor | None
     affine: np.ndarray
 
+    @property
+    def pixel_mm(self) -> float | None:
+        """The smaller side of a pixel, where the file says it."""
+        return None if self.scan.voxel_mm is None else min(self.scan.voxel_mm[-2:])
+
 
 def prepare(p: RealScan) -> Case:
     """The slice that the notebook is about.
@@ -106,10 +111,12 @@ def prepare(p: RealScan) -> Case:
     return Case(name, scan, kept, m, reference, centred_affine(scan.voxel_mm, m.y.shape[2:]))
 
 
-def prior(weights: str, device: str = "cpu", autocast: str | None = None) -> tuple[Denoiser, Mapping[str, ErrorModel]]:
-    """The denoiser, for any size and number of sets of coil maps, and the models of its error."""
+def prior(
+    weights: str, device: str = "cpu", autocast: str | None = None, pixel_mm: float | None = None
+) -> tuple[Denoiser, Mapping[str, ErrorModel]]:
+    """The denoiser, for any size and number of sets of coil maps, and the models of its error at such pixels first."""
     D = load_denoiser(weights, device=device, autocast=autocast)
-    return EachSet(AnySize(D, network_of(D).total_stride)), load_errors(weights)
+    return EachSet(AnySize(D, network_of(D).total_stride)), for_pixels(load_errors(weights), pixel_mm)
 
 
 def write(case: Case, folder: Path, **images: Tensor) -> list[Path]:
