@@ -305,6 +305,19 @@ def test_what_it_will_cost_is_told_before():
     assert cost.seconds > 0 and cost.bytes > m.y.nbytes and "GiB" in str(cost)
 
 
+def test_a_time_allows_so_many_evaluations(monkeypatch):
+    from companion.acquisition import measurement
+
+    monkeypatch.setattr(measurement, "_seconds", lambda f: 0.01)  # of A^H A, 30 times an evaluation, and of D
+    kspace, *_ = simulate()
+    m = prepare_kspace(kspace, cartesian_mask((64, 56), 2, acs=16))
+    assert m.affordable(10, lambda x, sigma: x, draws=2) == int(10 / (0.31 * 1.5))
+    assert m.affordable(10, lambda x, sigma: x, draws=2, extra=0) == int(10 / 0.31)
+    assert m.affordable(1e4, lambda x, sigma: x, draws=2, most=60) == 60
+    with pytest.raises(ValueError, match="2 draws of 8 evaluations take about 4 s here"):
+        m.affordable(3, lambda x, sigma: x, draws=2)
+
+
 @pytest.mark.parametrize("bad", [torch.zeros(4, 8, 8), torch.zeros(8, 8, dtype=torch.complex64)])
 def test_what_is_not_kspace_is_refused(bad):
     with pytest.raises(ValueError, match="complex"):

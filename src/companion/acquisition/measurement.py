@@ -22,6 +22,7 @@ from companion.operators.mri import Sense, Shape, crop_kspace, ifft
 from companion.operators.soft_sense import soft_sense
 
 KEPT_ENERGY = 0.999  # of the signal, by the virtual coils that coil compression keeps
+LEAST = 8  # evaluations of a draw, below which it is too rough to look at
 MOST_SLICES = 8  # of a volume, that noise and coil compression are measured on
 BRIGHTNESS_QUANTILE = 0.99  # share of the object's pixels in the low-resolution image below the stated brightness
 
@@ -148,6 +149,19 @@ class Measurement:
                 seconds += _seconds(lambda: D(x, sigma))
         image, data = x.nbytes, draws * self.y[:1].nbytes
         return Cost(len(self) * evaluations * seconds, 8 * image + 4 * data + self.maps.nbytes + self.y.nbytes)
+
+    def affordable(self, seconds: float, D: Callable, draws: int, extra: float = 0.5, most: int = 100) -> int:
+        """How many evaluations a draw fit into so many seconds, with `extra` of their work for the scan's own trial.
+
+        As `cost` times it now; at most `most`, for more bring nothing. Raises ValueError where not even `LEAST` fit.
+        """
+        each = self.cost(D, draws, 1).seconds * (1 + extra)
+        if seconds < LEAST * each:
+            raise ValueError(
+                f"{seconds:g} s are too few: {draws} draws of {LEAST} evaluations take about {LEAST * each:.0f} s here; "
+                "allow for more, or for fewer draws"
+            )
+        return min(int(seconds / each), most)
 
 
 def prepare_kspace(

@@ -51,6 +51,9 @@ class RealScan(Parameters, out="runs/general/real_scan/notebook"):
     weights: str = param("general/2d", "checkpoint of complex images of any size")
     draws: int = param(4, "posterior draws", minimum=2)
     evaluations: int = param(30, "network evaluations a draw", minimum=8)
+    seconds: float | None = param(
+        None, "time for draws and trial, which then says how many evaluations; none: as many as given", minimum=1
+    )
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
     def before_start(self) -> None:
