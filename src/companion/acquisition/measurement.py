@@ -158,7 +158,7 @@ class Measurement:
         each = self.cost(D, draws, 1).seconds * (1 + extra)
         if seconds < LEAST * each:
             raise ValueError(
-                f"{seconds:g} s are too few: {draws} draws of {LEAST} evaluations take about {LEAST * each:.0f} s here; "
+                f"{seconds:g} s are too few: {draws} draws of {LEAST} evaluations take {LEAST * each:.0f} s here; "
                 "allow for more, or for fewer draws"
             )
         return min(int(seconds / each), most)
