@@ -55,7 +55,7 @@ def test_the_page(project):
     assert "published, not here: fastmri-320-cplx, normal-fastmri-320-cplx" in page
     assert "lmi: LMI-guided translation\n  no notebooks" in page
     assert "data/a.h5" in page
-    assert max(map(len, page.splitlines())) < 250 and len(page.splitlines()) < 90
+    assert max(map(len, page.splitlines())) < 250 and len(page.splitlines()) < 100
 
 
 def test_embedded_checkpoints_are_verified(project):
