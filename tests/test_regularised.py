@@ -105,6 +105,15 @@ def test_bart_solves_the_same_problem(kind):
     assert found.shape == x.shape and ((found - ours).norm() / ours.norm()).item() < 0.1
 
 
+@pytest.mark.skipif(not shutil.which("bart"), reason="needs the program bart")
+def test_barts_wavelets_converge_off_the_grid_and_our_tv_has_the_steps_it_needs():
+    A, y, x = problem("radial")
+    assert largest_eigenvalue(A) > 2  # steps of 1, which BART takes unless told otherwise, diverge
+    for found in (bart_pics(A, y, A.inner.maps[None], 0.02), tv(A, y, 0.02)):
+        assert ((found - x).norm() / x.norm()).item() < 0.2
+    assert torch.equal(tv(A, y, 0.02), tv(A, y, 0.02, 400)) and not torch.equal(tv(A, y, 0.02), tv(A, y, 0.02, 100))
+
+
 def test_bart_missing_is_told_and_what_it_cannot_solve(monkeypatch):
     A, y, _ = problem()
     monkeypatch.setattr(regularised.shutil, "which", lambda name: name)
