@@ -61,6 +61,9 @@ def test_each_image_of_a_batch_has_its_own_motion_and_the_condition_goes_along()
     wider = v - 1 / (1 + sigma[:, None, None, None] ** -2)  # by 1 on the left half, as the image lies for D
     assert wider[0, 0, :, :4].min() > 0.9 and wider[0, 0, :, 4:].max() < 0.1
     assert wider[1, 0, :, 4:].min() > 0.9 and wider[1, 0, :, :4].max() < 0.1
+    sizes = []
+    Moved(lambda x, sigma, cond=None: sizes.append(len(x)) or x, motions)(x, sigma)
+    assert sizes == [3, 1]  # those of one shape go through the network together
     with pytest.raises(ValueError, match="2 motions for 4 images"):
         Moved(D, motions[:2])(x, sigma)
     assert not hasattr(Moved(lambda x, sigma, cond=None: x, motions), "moments")

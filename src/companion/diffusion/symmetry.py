@@ -116,22 +116,23 @@ class Moved:
         return self._moments
 
     def _each(self, f, x: Tensor, sigma: Tensor, cond: Tensor | None) -> list[Tensor]:
-        """The results of f, image by image but for those of like motion, which go together."""
+        """The results of f for images that are each moved by themselves; those of one shape go through D together."""
         motions = self.motions * len(x) if len(self.motions) == 1 else self.motions
         if len(motions) != len(x):
             raise ValueError(f"{len(motions)} motions for {len(x)} images; expected one for each, or one")
         sigma = sigma.reshape(-1).expand(len(x))
         cond = None if cond is None else cond.expand(len(x), *cond.shape[1:])
+        images = [motion.there(x[i : i + 1]) for i, motion in enumerate(motions)]
         order: list[int] = []
-        parts: list[tuple[Tensor, ...]] = []
-        for motion in dict.fromkeys(motions):
-            index = [i for i, other in enumerate(motions) if other == motion]
+        results: list[list[Tensor]] = []  # of each image in that order
+        for shape in dict.fromkeys(image.shape for image in images):  # quarter turns exchange y and x
+            index = [i for i, image in enumerate(images) if image.shape == shape]
+            given = None if cond is None else torch.cat([motions[i].there(cond[i : i + 1]) for i in index])
+            found = f(torch.cat([images[i] for i in index]), sigma[index], given)
             order += index
-            given = None if cond is None else motion.there(cond[index])
-            found = f(motion.there(x[index]), sigma[index], given)
-            parts.append(tuple(motion.back(v) for v in found))
+            results += [[motions[i].back(v[k : k + 1]) for v in found] for k, i in enumerate(index)]
         place = torch.tensor(order, device=x.device).argsort()
-        return [torch.cat(values)[place] for values in zip(*parts, strict=True)]
+        return [torch.cat(values)[place] for values in zip(*results, strict=True)]
 
 
 def symmetries_of(D: Denoiser) -> Symmetries:

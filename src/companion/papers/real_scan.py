@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from companion.acquisition.measurement import Measurement, prepare_scan, reference_image
+from companion.acquisition.measurement import LEAST, Measurement, prepare_scan, reference_image
 from companion.acquisition.redundancy import with_real_noise
 from companion.acquisition.slices import centred_affine, scan_of, simulated
 from companion.data import anatomy
@@ -50,7 +50,7 @@ class RealScan(Parameters, out="runs/general/real_scan/notebook"):
     image_size: int = param(256, "pixels along y and x of a virtual head", minimum=64)
     weights: str = param("general/2d", "checkpoint of complex images of any size")
     draws: int = param(4, "posterior draws", minimum=2)
-    evaluations: int = param(30, "network evaluations a draw", minimum=8)
+    evaluations: int = param(30, "network evaluations a draw", minimum=LEAST)
     seconds: float | None = param(
         None, "time for draws and trial, which then says how many evaluations; none: as many as given", minimum=1
     )
