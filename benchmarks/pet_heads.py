@@ -14,7 +14,9 @@ of the image, a blur of the image of 4 mm, and a scatter estimate that is broade
 (`companion.acquisition.simulated`). The settings of the classical methods come from pet_heads_tuned.json, made on
 validation heads; the folder is never tuned on. "MLEM, oracle stop" stops where each slice is best. "MR:" and ", MR"
 have the person's T1-weighted image too, from which the activity was made: as good as an MR can be, but for the lesion,
-which it does not show. --mr-off moves it by so many millimetres, in another direction in each slice.
+which it does not show. --mr-off moves it by so many millimetres, in another direction in each slice. With --step-mm
+slices follow one another, with one lesion through several of them, and Bowsher's prior knows
+(--tune with it, too).
 
 Columns: NRMSE against the activity; calibration, the variance of the draws over the squared error of their mean (1 is
 right); inside 80 %, how often the mean over a region (squares of 28 mm inside the brain, and the lesion; cut along no
@@ -53,8 +55,8 @@ from companion.evaluation.tables import markdown
 from companion.files import atomic_write
 from companion.models.checkpoint import describe_source
 from companion.reconstruction import trust_counts
-from companion.reconstruction.activity import Prior, Sampler, posterior
-from companion.reconstruction.mr_guided import kernel_em, map_bowsher
+from companion.reconstruction.activity import Prior, Sampler, bowsher, posterior
+from companion.reconstruction.mr_guided import kernel_em
 from companion.reconstruction.pet import GRIDS, METHODS, oracle_stop, tune
 from companion.show import figures
 
@@ -63,7 +65,7 @@ FULL = 1e6  # true counts of a slice at full dose
 CLASSICAL = ("MLEM", "filtered MLEM", "MAP")
 BOWSHER = "MR: Bowsher MAP"
 GUIDED = {  # with the MR of the same person, and the settings that are tried
-    BOWSHER: (lambda s, v: map_bowsher(s.y, s.A, s.mr, s.background, strength=v).x, GRIDS["MAP"]),
+    BOWSHER: (bowsher, GRIDS["MAP"]),
     "MR: kernel EM": (lambda s, v: kernel_slices(s, v), (20, 40, 80, 160)),
 }
 ORACLE, TRUSTED, MR = "MLEM, oracle stop", "trusted", ", MR"
@@ -81,7 +83,10 @@ def fine_slices(array: np.ndarray, affine: np.ndarray, activity: bool, args) -> 
         return own_activity(head, float(np.percentile(array[array > 0.1 * array.max()], 99)), args.slices), None
     active = active_head(head)
     flat = phantoms.flattened(active)
-    return phantoms.fdg_slices(flat, args.slices, args.ratio, not args.bare), phantoms.mr_slices(active, args.slices)
+    return (
+        phantoms.fdg_slices(flat, args.slices, args.ratio, not args.bare, step_mm=args.step_mm),
+        phantoms.mr_slices(active, args.slices, args.step_mm),
+    )
 
 
 def own_activity(head, bright: float, count: int) -> Slices:
@@ -140,14 +145,21 @@ def kernel_slices(scan: Scan, iterations: int) -> Tensor:
 
 
 def scan_of(
-    fine: Slices, mr: Tensor | None, size: int, dose: float, seed: int, off_mm: float = 0.0
+    fine: Slices,
+    mr: Tensor | None,
+    size: int,
+    dose: float,
+    seed: int,
+    off_mm: float = 0.0,
+    step_mm: float | None = None,
 ) -> tuple[Scan, Slices]:
     """The scan of slices at a share of the full dose, with their MR, and what it should show."""
     factor = phantoms.FINE // size
     people = phantoms.coarser(fine, factor)
     seeds = [seed + 100 * i for i in range(len(fine.image))]
     full = simulate(fine.image, fine.mu, FULL, seeds, pixel_mm=people.pixel_mm, fine=factor)
-    people, full = replace(people, image=full.x), replace(full, mr=on_grid(mr, size, off_mm))
+    step = None if step_mm is None else step_mm / people.pixel_mm
+    people, full = replace(people, image=full.x), replace(full, mr=on_grid(mr, size, off_mm), step=step)
     return full if dose == 1 else full.thinned(dose, seeds), people
 
 
@@ -267,7 +279,7 @@ def tuned_settings(heads: dict, args) -> dict:
             if len(heads) > 1:
                 raise SystemExit("tune on one head of many slices: scans of several heads have several models")
             fine, mr = next(iter(heads.values()))()
-            scan = scan_of(fine, mr, size, dose, 0)[0]
+            scan = scan_of(fine, mr, size, dose, 0, step_mm=args.step_mm)[0]
             best = {n: tune(n, scan.y, scan.A, scan.background, scan.x) for n in CLASSICAL}
             for name, (method, grid) in GUIDED.items() if mr is not None else ():
                 best[name] = min(grid, key=lambda v: metrics.nrmse(method(scan, v), scan.x).mean().item())
@@ -288,6 +300,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--evaluations", type=int, default=25, help="of the network, a draw")
     parser.add_argument("--ratio", type=float, default=4.0, help="grey to white matter, of T1-weighted heads")
     parser.add_argument("--mr-off", type=float, default=0.0, help="mm by which the MR lies beside the scan")
+    parser.add_argument("--step-mm", type=float, help="from slice to slice; by default they are spread over the brain")
     parser.add_argument("--bare", action="store_true", help="no activity outside the brain, of T1-weighted heads")
     parser.add_argument(
         "--tune", action="store_true", help="the folder holds one validation head: tune on it, and stop"
@@ -305,7 +318,7 @@ def main(argv=None) -> list[dict]:
     if missing := [k for s in args.sizes for d in args.doses if (k := f"{s} {d:g}") not in known]:
         raise SystemExit(f"{args.tuned} has no settings for {', '.join(missing)}; make them with --tune")
     priors = {weights: Prior.every(weights, mr=True) for weights in args.weights}
-    asked = {k: getattr(args, k) for k in ("slices", "draws", "evaluations", "ratio", "bare", "mr_off")}
+    asked = {k: getattr(args, k) for k in ("slices", "draws", "evaluations", "ratio", "bare", "mr_off", "step_mm")}
     asked |= {"weights": [describe_source(w).sha256 for w in args.weights], "tuned": known}
     rows, pictures = [], {}
     for name, load in heads.items():
@@ -331,7 +344,7 @@ def finished(name, load, size, dose, priors, tuned, asked, args) -> tuple[list[d
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "big")  # the same in any folder
         try:
             fine, mr = load()
-            scan, people = scan_of(fine, mr, size, dose, seed, args.mr_off)
+            scan, people = scan_of(fine, mr, size, dose, seed, args.mr_off, args.step_mm)
         except (ValueError, OSError) as error:
             warnings.warn(f"{name} left out: {error}", stacklevel=1)
             return None

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from companion.operators.linear import Diagonal, Identity, LinearOperator, Stack, Zero, adjoint_error, check_finite
+from companion.operators.linear import (
+    Diagonal,
+    Identity,
+    LinearOperator,
+    Stack,
+    Stacked,
+    Zero,
+    adjoint_error,
+    check_finite,
+)
 from companion.operators.solve import conjugate_gradient
 
 REAL, COMPLEX = torch.float32, torch.complex64
@@ -100,6 +109,18 @@ def test_gradients_are_adjoints():
     scalar = torch.tensor(2.0, requires_grad=True)
     (scalar * A)(x.detach()).abs().square().sum().backward()
     assert scalar.grad == pytest.approx(2 * 2 * A(x.detach()).abs().square().sum().item(), rel=1e-5)
+
+
+def test_slices_become_a_volume():
+    weights = torch.rand(4, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    A = Stacked(Diagonal(weights, (1, 2, 3)), 4)
+    assert A.domain_shape == A.range_shape == (1, 4, 2, 3) and adjoint_error(A) < 1e-6
+    x = torch.rand(5, 1, 4, 2, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(A(x), weights.transpose(0, 1) * x), "each slice has its own operator"
+    with pytest.raises(ValueError, match="one for each of 3 slices"):
+        Stacked(Diagonal(weights, (1, 2, 3)), 3)
+    with pytest.raises(ValueError, match="one channel"):
+        Stacked(Diagonal(torch.ones(2, 2, 3), (2, 2, 3)), 4)
 
 
 def test_errors_say_what_does_not_fit():

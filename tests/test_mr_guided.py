@@ -1,12 +1,15 @@
 """PET guided by MR: what counts as alike, and that it helps where the MR is right and tells where it cannot be used."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from companion.acquisition.pet import Scan
 from companion.evaluation import metrics
+from companion.operators.counts import poisson_counts
 from companion.operators.pet import ParallelBeam, emission_model
-from companion.reconstruction.activity import leaning
+from companion.reconstruction.activity import bowsher, leaning
 from companion.reconstruction.mr_guided import bowsher_weights, kernel, kernel_em, map_bowsher
 from companion.reconstruction.pet import GRIDS, map_rdp, mlem, pairs, relative_difference
 
@@ -84,6 +87,31 @@ def test_a_right_mr_makes_both_methods_better_than_any_without(scan):
     assert error["kernel"] < 0.7 * min(error["MAP"], error["MLEM"]), error
     both = map_bowsher(y.expand(2, *y.shape[1:]), A, mr, strength=0.5).x
     assert torch.allclose(both[0], both[1])
+
+
+def test_slices_that_follow_one_another_help_each_other(scan):
+    truth, mr, A, _ = scan
+    n = 5
+    y = poisson_counts(0.05 * A(truth).expand(n, *A.range_shape), range(n))
+    apart = Scan(truth.expand(n, *truth.shape[1:]), y, 0.05 * A, mr=mr.expand(n, *mr.shape[1:]))
+    single, volume = (bowsher(replace(apart, step=step), 0.5) for step in (None, 1.0))
+    errors = [metrics.nrmse(x, apart.truth) for x in (single, volume)]
+    assert (errors[1] < 0.8 * errors[0]).all(), "more counts for every tissue, at the ends of the stack, too"
+    assert torch.equal(bowsher(replace(apart, step=2.5), 0.5), single), "too far away to help"
+    assert torch.equal(bowsher(replace(apart.some([2]), step=1.0), 0.5), bowsher(apart.some([2]), 0.5))
+    assert apart.some([0, 1]).step is None and replace(apart, step=1.0).thinned(0.5, range(n)).step == 1.0
+    y, A, guide = _volume(apart)
+    more = torch.cat([y[:, :, :-1], 3 * y[:, :, -1:]], 2)  # the last slice is another one
+    moved = []
+    for step in (1.0, 100.0):
+        x, other = (map_bowsher(v, A, guide, strength=0.5, step=step, tol=1e-6).x for v in (y, more))
+        moved.append((x - other)[..., :3, :, :].abs().mean())
+    assert moved[1] < 0.1 * moved[0], "the further, the less slices count"
+
+
+def _volume(scan):
+    one = scan.volume()
+    return one.y, one.A, one.mr
 
 
 def test_the_counts_themselves_say_how_strongly_to_smooth(scan):

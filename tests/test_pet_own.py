@@ -7,14 +7,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from companion.acquisition.own_pet import OwnScan, check_pixels, write_example, write_example_mr
+from companion.acquisition.own_pet import OwnScan, check_pixels, example_people, write_example, write_example_mr
 from companion.cli import app
 from companion.data.dicom.series import choose_series
 from companion.data.dicom.suv import suv_of
 from companion.data.intake.readers import read_image
 from companion.data.interfile import read_interfile, read_sinogram
 from companion.data.nifti import load_nifti, save_nifti
-from companion.data.pet import cohort_slices
 from companion.data.scan_geometry import Dosage, Geometry
 from companion.data.sinograms import read_sinograms, write_sinograms
 from companion.operators.pet import Projector, sensitivity
@@ -178,7 +177,7 @@ def test_networks_know_their_pixels():
 
 
 def test_the_command_writes_an_example_that_look_knows(tmp_path, monkeypatch):
-    monkeypatch.setattr("companion.acquisition.own_pet.cohort_slices", lambda *_, pixel_mm, **__: Discs(pixel_mm))
+    monkeypatch.setattr("companion.acquisition.own_pet.example_people", lambda *_: Discs(14.0))
     path = tmp_path / "example.npz"
     write_example(path, Geometry(24, 30, 9.0), image_size=16)
     own = OwnScan.read(path, 16)
@@ -198,7 +197,7 @@ def test_the_command_writes_an_example_that_look_knows(tmp_path, monkeypatch):
 
 
 def test_an_mr_of_the_same_person_comes_to_the_grid_of_the_scan(tmp_path, monkeypatch):
-    monkeypatch.setattr("companion.acquisition.own_pet.cohort_slices", lambda *_, pixel_mm, **__: Discs(pixel_mm))
+    monkeypatch.setattr("companion.acquisition.own_pet.example_people", lambda *_: Discs(14.0))
     own = OwnScan.read(write_example(tmp_path / "scan.npz", Geometry(24, 30, 9.0), image_size=16), 16)
     fine = np.random.default_rng(0).random((2, 16, 16)).astype(np.float32)
     save_nifti(tmp_path / "mr.nii.gz", fine, affine=own.affine)
@@ -222,7 +221,9 @@ def test_an_mr_of_the_same_person_comes_to_the_grid_of_the_scan(tmp_path, monkey
 def test_the_mr_of_the_example_lies_where_its_activity_does(tmp_path):
     path = write_example(tmp_path / "scan.npz", Geometry(24, 30, 9.0), image_size=16, slices=3)
     own = OwnScan.read(path, 16).with_mr(write_example_mr(path, 3, 16))
-    people = cohort_slices("test", 1, 16, 3, lesions=1, pixel_mm=14.0)
+    people = example_people(3, 16)
+    assert own.file.slice_mm == people.pixel_mm == pytest.approx(people.height_mm.diff().mean().item())
+    assert own.scan.step == 1, "slices follow one another"
     assert own.scan.mr.shape == people.image.shape
     for mr, labels in zip(own.scan.mr, people.labels, strict=True):
         inside = labels > 0

@@ -25,7 +25,7 @@ from companion.data.alignment import resample
 from companion.data.dicom.write import write_dicom
 from companion.data.intake.look import find
 from companion.data.nifti import Volume, centred_affine, save_nifti
-from companion.data.pet import FIELD_MM, cohort_slices
+from companion.data.pet import FIELD_MM, Slices, place_lesions, render
 from companion.data.scan_geometry import BY_DOSE, UNITS, Dosage, Geometry
 from companion.data.sinograms import Sinograms, read_sinograms, write_sinograms
 from companion.operators.pet import ParallelBeam, attenuation_factors
@@ -93,7 +93,8 @@ class OwnScan:
         pixel_mm = FIELD_MM / image_size if pixel_mm is None else pixel_mm
         beam = placing(file, image_size, pixel_mm, placed or {}).beam(image_size, pixel_mm)
         P = scanner(beam.shape, beam.pixel_mm, beam=beam)
-        scan = Scan(None, *file.emission(P, units))
+        step = None if file.slice_mm is None else file.slice_mm / pixel_mm
+        scan = Scan(None, *file.emission(P, units), step=step)
         return cls(scan, beam, file, (file.units or units) != "counts")
 
     @property
@@ -159,6 +160,15 @@ class OwnScan:
             raise ValueError(f"{self.file.path}: no SUV can be written: {BY_DOSE}, in its geometry file") from None
 
 
+def example_people(slices: int, image_size: int) -> Slices:
+    """Slices of a virtual person of the test set that follow one another at the size of a pixel, with a lesion."""
+    subject, pixel_mm = anatomy.cohort("test", 1)[0], FIELD_MM / image_size
+    heights = sum(anatomy.SLAB_MM) / 2 + pixel_mm * (torch.arange(slices) - (slices - 1) / 2)
+    one = render(subject, (slices, image_size, image_size), pixel_mm, heights, place_lesions(subject, 1, heights))
+    images = (one.slices(name) for name in ("image", "labels", "lesions", "mu"))
+    return Slices(*images, torch.full((slices,), subject.seed), heights, pixel_mm)
+
+
 def write_example(
     path: str | os.PathLike,
     geometry: Geometry,
@@ -172,7 +182,7 @@ def write_example(
     counts: true ones of a slice; as many randoms and scattered ones together as a quarter of them come on top. The
     person weighs 70 kg and got 200 MBq of F-18 an hour before.
     """
-    people = cohort_slices("test", 1, image_size, slices, lesions=1, pixel_mm=FIELD_MM / image_size)
+    people = example_people(slices, image_size)
     beam = geometry.beam(image_size, people.pixel_mm)
     seeds = [seed + i for i in range(slices)]
     physics = {"randoms": 0.15, "scatter": 0.1, "pixel_mm": people.pixel_mm, "beam": beam}
@@ -194,7 +204,7 @@ def write_example_mr(path: str | os.PathLike, slices: int = 2, image_size: int =
 
     Pixels are half as wide as those of the image, and lie where the result will; it does not show the lesion.
     """
-    people = cohort_slices("test", 1, image_size, slices, lesions=1, pixel_mm=FIELD_MM / image_size)
+    people = example_people(slices, image_size)
     subject, n, pixel = anatomy.Subject(int(people.subject[0])), 2 * image_size, people.pixel_mm / 2
     maps = anatomy.tissue_maps(subject, anatomy.grid_mm((slices, n, n), pixel, people.height_mm), pixel)
     affine = np.diag([1.0, -1.0, 1.0, 1.0]) @ centred_affine((slices, n, n), (people.pixel_mm, pixel, pixel))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from companion.operators.counts import poisson_counts, thin
-from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled
+from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled, Stacked
 from companion.operators.pet import (
     ParallelBeam,
     attenuation_factors,
@@ -41,7 +41,8 @@ class Scan:
     """Scans of slices: y ~ Poisson(A x + background). x (slice, 1, y, x) in kBq/mL, y (slice, 1, angle, bin) counts.
 
     x: the truth, None of a patient. background: expected counts of randoms and scatter, as y. mr (slice, 1, y, x): an
-    MR of the same person on the same pixels, in any unit; None: there is none.
+    MR of the same person on the same pixels, in any unit; None: there is none. step: distance from each slice to the
+    next, in pixels, where they are those of one volume from one end to the other; None: nothing is known of that.
     """
 
     x: Tensor | None
@@ -49,6 +50,7 @@ class Scan:
     A: LinearOperator
     background: Tensor | None = None
     mr: Tensor | None = None
+    step: float | None = None
 
     @property
     def truth(self) -> Tensor:
@@ -70,6 +72,15 @@ class Scan:
             for v in (self.x, self.background, self.mr)
         )
         return Scan(x, self.y[index].to(device), _rows(self.A, index).to(device), b, mr)
+
+    def volume(self) -> Scan:
+        """The same slices as one scan of a volume, x (1, 1, z, y, x), y (1, 1, z, angle, bin)."""
+        n = len(self.y)
+        x, b, mr = (
+            None if v is None else v.expand(n, *v.shape[1:]).transpose(0, 1)[None]
+            for v in (self.x, self.background, self.mr)
+        )
+        return Scan(x, self.y.transpose(0, 1)[None], Stacked(self.A, n), b, mr)
 
     def counting_error(self) -> Tensor:
         """The standard deviation (slice,), kBq/mL, of a mean pixel's activity if its own counts were known.

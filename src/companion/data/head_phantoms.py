@@ -41,27 +41,39 @@ STRIPPED = 1.2  # area of the body over that of the brain, below which a head ha
 
 
 def fdg_slices(
-    active: ActiveHead, count: int = 4, ratio: float = 4.0, scalp: bool = True, lesions: bool = True, seed: int = 0
+    active: ActiveHead,
+    count: int = 4,
+    ratio: float = 4.0,
+    scalp: bool = True,
+    lesions: bool = True,
+    seed: int = 0,
+    step_mm: float | None = None,
 ) -> Slices:
     """Return axial slices of a head, `FINE` pixels across `FIELD_MM`: activity (kBq/mL), labels, lesions, attenuation.
 
     ratio: grey to white matter, grey being 22 kBq/mL. scalp: what is outside the brain takes up tracer too. lesions:
-    one hot sphere in every slice. subject is the number of the slice, height_mm its distance from the head's middle.
+    one hot disc in every slice, or, with a step_mm (as for `heights`), a ball in the middle one. subject is the number
+    of the slice, height_mm its distance from the head's middle.
     """
-    parts = []
-    for i, height in enumerate(heights(active, count)):
+    places, parts = heights(active, count, step_mm), []
+    middle, ball = count // 2, None
+    if lesions and step_mm is not None:  # one lesion, through several slices
+        inside = active.brain.at(plane(active, places[middle])).numpy() > 0.5
+        ball = draw_lesion(inside, np.random.default_rng([seed, count]))
+    for i, height in enumerate(places):
         rng = np.random.default_rng([seed, i])
         points = plane(active, height)
         signal, brain = active.head.at(points).numpy(), active.brain.at(points).numpy()
-        parts.append(one_slice(active.levels, signal, brain, rng, ratio, scalp, lesions))
+        hot = lesions if not lesions or step_mm is None else (ball, height - places[middle])
+        parts.append(one_slice(active.levels, signal, brain, rng, ratio, scalp, hot))
     image, labels, found, mu = (torch.from_numpy(np.stack(v))[:, None] for v in zip(*parts, strict=True))
-    where = torch.tensor(heights(active, count), dtype=torch.float32)
+    where = torch.tensor(places, dtype=torch.float32)
     return Slices(image.float(), labels, found, mu.float(), torch.arange(count), where, FIELD_MM / FINE)
 
 
-def mr_slices(active: ActiveHead, count: int = 4) -> Tensor:
+def mr_slices(active: ActiveHead, count: int = 4, step_mm: float | None = None) -> Tensor:
     """Return the T1-weighted signal (slice, 1, y, x) where `fdg_slices` makes activity: what a PET/MR scan brings."""
-    return torch.stack([active.head.at(plane(active, height)) for height in heights(active, count)])[:, None]
+    return torch.stack([active.head.at(plane(active, height)) for height in heights(active, count, step_mm)])[:, None]
 
 
 def flattened(active: ActiveHead) -> ActiveHead:
@@ -82,12 +94,17 @@ def flattened(active: ActiveHead) -> ActiveHead:
     return replace(active, head=head, levels=(max(0.1 * grey, grey - 1.3 * (white - grey)), grey, white))
 
 
-def heights(active: ActiveHead, count: int) -> list[float]:
-    """The places of slices along z, mm from the head's middle, from the bottom up."""
+def heights(active: ActiveHead, count: int, step_mm: float | None = None) -> list[float]:
+    """The places of slices along z, mm from the head's middle, from the bottom up: spread over the brain, or with
+    step_mm from each to the next around its middle."""
     share = active.brain.signal.mean((0, 1))
     filled = (share > 0.02 * share.max()).nonzero().flatten()
     low, high = filled.min().item(), filled.max().item()
     at = low + (high - low) * (np.linspace(*REACH, count) if count > 1 else np.array([np.mean(REACH)]))
+    if step_mm is not None:
+        at = np.mean(low + (high - low) * np.array(REACH)) + step_mm / active.brain.voxel_mm[2] * (
+            np.arange(count) - (count - 1) / 2
+        )
     return [float((z - (len(share) - 1) / 2) * active.brain.voxel_mm[2]) for z in at]
 
 
@@ -101,8 +118,11 @@ def plane(active: ActiveHead, height: float) -> Tensor:
     return torch.stack([x + centre[0], y + centre[1], torch.full_like(x, height)], -1)
 
 
-def one_slice(levels, signal, brain, rng, ratio: float, scalp: bool, lesions: bool) -> tuple[np.ndarray, ...]:
-    """Activity, labels, lesions and attenuation (y, x) of the signal and the share of brain there."""
+def one_slice(levels, signal, brain, rng, ratio: float, scalp: bool, lesions) -> tuple[np.ndarray, ...]:
+    """Activity, labels, lesions and attenuation (y, x) of the signal and the share of brain there.
+
+    lesions: whether there is one, drawn here, or the ball that `draw_lesion` gave and how far from its middle this is.
+    """
     csf, grey, white = levels
     soft = 0.12 * (white - grey)
     is_white = sigmoid((signal - (grey + white) / 2) / soft)
@@ -116,7 +136,8 @@ def one_slice(levels, signal, brain, rng, ratio: float, scalp: bool, lesions: bo
     body = np.asarray(binary_fill_holes((signal > AIR) | (brain > 0.5)))
     found = np.zeros_like(labels)
     if lesions:
-        image, found = with_lesion(image, brain > 0.5, rng)
+        ball, away = (draw_lesion(brain > 0.5, rng), 0.0) if lesions is True else lesions
+        image, found = with_lesion(image, ball, away)
     if body.sum() < STRIPPED * (brain > 0.5).sum():
         mu = _attenuation(torch.from_numpy(brain > 0.5)[None], FIELD_MM / FINE)[0].numpy()
     else:
@@ -126,17 +147,25 @@ def one_slice(levels, signal, brain, rng, ratio: float, scalp: bool, lesions: bo
     return image.astype(np.float32), labels, found, mu.astype(np.float32)
 
 
-def with_lesion(image: np.ndarray, brain: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
-    """The image with one hot disc deep in the brain, and its mask; unchanged where none fits."""
-    pixel = FIELD_MM / FINE
+def draw_lesion(brain: np.ndarray, rng) -> tuple[float, float, float, float] | None:
+    """A ball deep in the brain of a slice: y, x (pixels), radius (mm), contrast to grey matter; None if none fits."""
     radius, contrast = rng.uniform(*LESION_RADIUS_MM), rng.uniform(*LESION_CONTRAST)
-    places = np.argwhere(np.asarray(distance_transform_edt(brain)) * pixel > radius + 2)
+    places = np.argwhere(np.asarray(distance_transform_edt(brain)) * FIELD_MM / FINE > radius + 2)
     if not len(places):
-        return image, np.zeros(brain.shape, np.uint8)
+        return None
     y, x = places[int(rng.integers(len(places)))]
+    return y, x, radius, contrast
+
+
+def with_lesion(image: np.ndarray, ball: tuple | None, away_mm: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The image with a ball whose middle lies `away_mm` from the slice, and its mask."""
+    pixel = FIELD_MM / FINE
+    if ball is None or abs(away_mm) >= ball[2]:
+        return image, np.zeros(image.shape, np.uint8)
+    y, x, radius, contrast = ball
     line = np.arange(FINE)
     far = np.hypot(line[:, None] - y, line - x) * pixel
-    share = ((radius - far) / pixel + 0.5).clip(0, 1)
+    share = ((np.sqrt(radius**2 - away_mm**2) - far) / pixel + 0.5).clip(0, 1)
     return image * (1 - share) + share * contrast * UPTAKE["grey"], (share > 0.5).astype(np.uint8)
 
 

@@ -44,6 +44,7 @@ from companion.reconstruction.condition import BLIND_SIGMA, condition
 from companion.reconstruction.mr_guided import map_bowsher
 from companion.reconstruction.pet import GRIDS, METHODS, oracle_stop, tune
 
+NEAR = 2.0  # pixels from slice to slice, up to which the slices beside one help it
 ORACLE, GUESS, ANCHORED = "MLEM, oracle stop", "network", "network + likelihood"
 WITH_MR = "MR-guided MAP"
 
@@ -72,12 +73,24 @@ def leaning(scan: Scan, strength: float, seed: int = 0) -> tuple[trust_counts.Cl
     if scan.mr is None:
         return lambda part: METHODS["MAP"](part.y, part.A, part.background, strength), strength
 
-    def guided(part: Scan, strength: float) -> Tensor:
-        assert part.mr is not None  # parts keep it
-        return map_bowsher(part.y, part.A, part.mr, part.background, strength=strength).x
+    best = trust_counts.best_setting(scan, bowsher, GRIDS["MAP"], seed)
+    return lambda part: bowsher(part, best), best
 
-    best = trust_counts.best_setting(scan, guided, GRIDS["MAP"], seed)
-    return lambda part: guided(part, best), best
+
+def bowsher(scan: Scan, strength: float) -> Tensor:
+    """MAP guided by the MR of the scans, (slice, 1, y, x): slices that closely follow one another as one volume.
+
+    In a volume a pixel has neighbours of its own tissue above and below, too, whose counts are independent of its own.
+    """
+    mr = scan.mr
+    if mr is None:
+        raise ValueError("these scans have no MR to be guided by")
+    if scan.step is None or scan.step > NEAR or len(scan.y) == 1:
+        return map_bowsher(scan.y, scan.A, mr, scan.background, strength=strength).x
+    one = scan.volume()
+    assert one.mr is not None
+    x = map_bowsher(one.y, one.A, one.mr, one.background, strength=strength, step=scan.step).x
+    return x[0].transpose(0, 1)
 
 
 def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -39,7 +39,8 @@ def bowsher_weights(mr: Tensor, neighbours: int | None = None) -> Tensor:
         difference = (mr[here] - mr[there]).abs()
         far[2 * k][here], far[2 * k + 1][there] = difference, difference
     order = far.argsort(stable=True, dim=0).argsort(stable=True, dim=0)  # rank of each neighbour, ties by their order
-    chosen = (order < neighbours) & far.isfinite()
+    there_are = far.isfinite()  # at the rim of the image, or of a stack, fewer: half of those, or edges would be crossed
+    chosen = (order < neighbours * there_are.sum(0) / len(far)) & there_are
     weights = torch.zeros(len(kinds), *mr.shape, device=mr.device)
     for k, (_, here, there) in enumerate(kinds):
         weights[k][here] = (chosen[2 * k][here].float() + chosen[2 * k + 1][there].float()) / 2
@@ -54,14 +55,23 @@ def map_bowsher(
     *,
     strength: float = 0.1,
     neighbours: int | None = None,
+    step: float = 1.0,
     **options,
 ) -> Reconstruction:
     """`map_rdp` that smooths each pixel with its neighbours of like MR value alone; mr (batch or 1, 1, *space).
 
+    step: distance of the planes of a stack (z, y, x), in pixels. `strength` smooths a pixel of a stack as much in all
+    as one of a plane, though it has three times as many neighbours.
     Raises ValueError for an MR image on another grid: resample it first (`data.alignment.resample`).
     """
     _check_grid(mr, y, A)
-    return map_rdp(y, A, background, strength=strength, alike=bowsher_weights(mr, neighbours), **options)
+    alike = bowsher_weights(mr, neighbours)
+    if mr.ndim == 5:  # a stack: pairs count by their distance in pixels, which `map_rdp` takes to be that of indices
+        steps = torch.tensor([offset for offset, *_ in pairs(mr.shape[2:])], dtype=torch.float32)
+        index, true = steps.norm(dim=1), (steps * torch.tensor([step, 1.0, 1.0])).norm(dim=1)
+        alike = alike * (index / true).to(alike).reshape(-1, *[1] * mr.ndim)
+        strength = strength * (1 / true[steps[:, 0] == 0]).sum().item() / (1 / true).sum().item()
+    return map_rdp(y, A, background, strength=strength, alike=alike, **options)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
