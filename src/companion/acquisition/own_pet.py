@@ -165,8 +165,8 @@ def example_people(slices: int, image_size: int) -> Slices:
     subject, pixel_mm = anatomy.cohort("test", 1)[0], FIELD_MM / image_size
     heights = sum(anatomy.SLAB_MM) / 2 + pixel_mm * (torch.arange(slices) - (slices - 1) / 2)
     one = render(subject, (slices, image_size, image_size), pixel_mm, heights, place_lesions(subject, 1, heights))
-    images = (one.slices(name) for name in ("image", "labels", "lesions", "mu"))
-    return Slices(*images, torch.full((slices,), subject.seed), heights, pixel_mm)
+    image, labels, lesions, mu = (one.slices(name) for name in ("image", "labels", "lesions", "mu"))
+    return Slices(image, labels, lesions, mu, torch.full((slices,), subject.seed), heights, pixel_mm)
 
 
 def write_example(
