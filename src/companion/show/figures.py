@@ -204,8 +204,9 @@ def curves(
         if all(isinstance(value, int) for x, *_ in lines.values() for value in x) and not logx:
             locator: Any = ax.xaxis.get_major_locator()
             locator.set_params(integer=True)
-        if len(lines) + bool(diagonal) > 1:
-            ax.legend(frameon=False, fontsize=8)
+        if (count := len(lines) + bool(diagonal)) > 1:  # many names would cover the lines: they go beside them
+            beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if count > 4 else {}
+            ax.legend(frameon=False, fontsize=8, **beside)
         fig.tight_layout()
     plt.close(fig)
     return fig
