@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gzip
 import importlib
+import importlib.util
 import os
 import pickle
 import resource
@@ -40,7 +41,12 @@ from companion.data.intake.records import Unreadable
 from companion.data.npz import read_npz
 from companion.data.store import open_dataset, write_dataset
 
-for module in ("PIL.PngImagePlugin", "SimpleITK", "twixtools"):  # here, or each child would load them for itself
+for module in (
+    "PIL.PngImagePlugin",
+    "SimpleITK",
+    "twixtools",
+    "petsird",
+):  # here, or each child would load them for itself
     with contextlib.suppress(ImportError):
         importlib.import_module(module)
 
@@ -246,6 +252,15 @@ def _twix(folder):
     return folder / "a.dat"
 
 
+def _petsird(folder):
+    import listed
+
+    events = np.random.default_rng(0).integers(0, 600, (400, 3)) % (600, 600, 5)
+    return listed.write(
+        folder / "a.petsird", listed.scanner(), np.sort(events)[:, [2, 1, 0]] % (600, 600, 5), events[:9]
+    )
+
+
 MINC_AXES = ("zspace", "yspace", "xspace")
 AXES = (("axes", "slice coil y x"),)
 SAMPLES = (
@@ -267,6 +282,7 @@ SAMPLES = (
     Sample("NumPy .npz", _npz, True, read=_read_npz),
     Sample("BART .cfl", _cfl("cfl")),
     Sample("BART .hdr", _cfl("hdr")),
+    *([Sample("PETSIRD", _petsird)] if importlib.util.find_spec("petsird") else []),
     Sample("prepared .h5", _store, True, read=_read_store),
     *([Sample("Siemens .dat", _twix)] if REAL.is_file() else []),
 )

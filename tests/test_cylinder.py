@@ -19,6 +19,7 @@ SCANNERS = {
     "all pairs": Cylinder(**SMALL, **RING),
     "span 3": Cylinder(**SMALL, **RING, span=3),
     "direct planes": Cylinder(**SMALL, **RING, max_difference=0),
+    "no arc correction": Cylinder(**SMALL, **RING, arc_corrected=False),
     "TOF": Cylinder(**SMALL, **RING, tof_bins=5, tof_bin_mm=9.0, tof_fwhm_mm=12.0),
 }
 
@@ -34,6 +35,7 @@ def written_out(c: Cylinder) -> np.ndarray:
                 for j in range(c.bins):
                     row = np.zeros(c.shape)
                     s = (j - (c.bins - 1) / 2) * c.bin_mm
+                    s = s if c.arc_corrected else c.radius_mm * math.sin(s / c.radius_mm)
                     half = math.sqrt(c.radius_mm**2 - s**2)
                     for one, other in plane:
                         low, high = ((r - (c.rings - 1) / 2) * c.ring_mm for r in (one, other))

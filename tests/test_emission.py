@@ -7,6 +7,7 @@ import torch
 from companion.evaluation.metrics import nrmse
 from companion.operators.counts import poisson_counts, poisson_log_likelihood
 from companion.operators.pet import ParallelBeam, Projector, emission_model, sensitivity, with_counts
+from companion.reconstruction.bsrem import bsrem
 from companion.reconstruction.pet import em_update, map_rdp, mlem, osem, region_levels, relative_difference
 
 N = 24
@@ -203,7 +204,7 @@ def test_map_climbs_converges_and_beats_mlem(scan):
         (lambda y: y * np.nan, "NaN"),
     ],
 )
-@pytest.mark.parametrize("method", [mlem, osem, map_rdp])
+@pytest.mark.parametrize("method", [mlem, osem, map_rdp, bsrem])
 def test_clear_errors(scan, method, change, message):
     _, A, b, y = scan
     with pytest.raises(ValueError, match=message):

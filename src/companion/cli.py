@@ -349,6 +349,30 @@ def pet_scan(
     print(f"{path}, {path.with_suffix('.json').name} and {mr.name}; next: companion look {path}")
 
 
+@data.command("petsird")
+def sort_petsird(
+    file: Annotated[Path, typer.Argument(help="list mode in the format PETSIRD, of a scanner of regular rings")],
+    out: Annotated[Path, typer.Argument(help=".npz of slices to write, with a .json beside it")],
+    units: Annotated[str, typer.Option(help="of the activity it is calibrated for: kBq/mL, Bq/mL, SUV, counts")],
+    calibration: Annotated[float | None, typer.Option(help="counts per unit and mm; none: as the file says")] = None,
+    bins: Annotated[int | None, typer.Option(help="per angle; none: all pairs in coincidence")] = None,
+    max_difference: Annotated[int | None, typer.Option(help="of the rings of a pair; none: all")] = None,
+    slices: Annotated[tuple[int, int] | None, typer.Option(help="the first, the one after the last; none: all")] = None,
+):
+    """Sort the list mode FILE into slices, a scan for `pet/4_enhance`, and say what became of every event.
+
+    Attenuation is not in such files: multiply the factors by it.
+    """
+    from companion.data.list_mode import histogram
+    from companion.data.scan_geometry import UNITS
+
+    if units not in UNITS or out.suffix != ".npz":  # said before the file is read
+        raise ValueError(f"units {units!r}, {out.name}: units are one of {', '.join(UNITS)}, and a scan is an .npz")
+    listed = histogram(file, bins=bins, max_difference=max_difference, calibration=calibration)
+    path = listed.write(out, units=units, slices=slices)
+    print(f"{listed}\n{path} and {path.with_suffix('.json').name}, without attenuation; next: companion look {path}")
+
+
 @app.command()
 def doctor():
     """One page: this machine, its weights and data, and what each paper can run now."""

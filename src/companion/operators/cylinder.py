@@ -29,7 +29,8 @@ FWHM = math.sqrt(8 * math.log(2))  # in standard deviations of a Gaussian
 class Cylinder:
     """Rings of detectors around a volume of `shape` (z, y, x), and which of their pairs are measured.
 
-    voxel_mm: (z, y = x). angles: how many over half a turn, or the angles in radians. bins of bin_mm, centred.
+    voxel_mm: (z, y = x). angles: how many over half a turn, or the angles in radians. bins of bin_mm, centred;
+    arc_corrected: whether they are even. If not, their distance shrinks outwards as along the ring, s = R sin(u / R).
     rings, ring_mm: how many and their distance; radius_mm of their detectors. max_difference: of the rings of a pair,
     by default all. span: an odd number; pairs of so many ring differences with the same middle are added up in a plane.
     tof_bins of tof_bin_mm along each line, centred, of a scanner that places an event to tof_fwhm_mm; the outermost
@@ -50,6 +51,7 @@ class Cylinder:
     tof_bins: int = 1
     tof_bin_mm: float = 0.0
     tof_fwhm_mm: float = 0.0
+    arc_corrected: bool = True
 
     def __post_init__(self):
         angles = self.angles
@@ -67,10 +69,11 @@ class Cylinder:
                 "span, and differences below the number of rings"
             )
         corner = math.hypot(*self.shape[1:]) / 2 * self.voxel_mm[1]
-        if max((self.bins - 1) / 2 * self.bin_mm, corner) >= self.radius_mm:
+        widest = (self.bins - 1) / 2 * self.bin_mm
+        if max(widest / (1 if self.arc_corrected else math.pi / 2), corner) >= self.radius_mm:
             raise ValueError(
-                f"bins up to {(self.bins - 1) / 2 * self.bin_mm:g} mm and a volume up to {corner:g} mm from the axis "
-                f"leave the ring of {self.radius_mm:g} mm; give sizes in mm"
+                f"bins up to {widest:g} mm{'' if self.arc_corrected else ' along the ring'} and a volume up to "
+                f"{corner:g} mm from the axis leave the ring of {self.radius_mm:g} mm; give sizes in mm"
             )
         if self.tof_bins < 1 or (self.tof_bins > 1 and not (self.tof_bin_mm > 0 and self.tof_fwhm_mm > 0)):
             raise ValueError(
@@ -81,6 +84,12 @@ class Cylinder:
     def theta(self) -> tuple[float, ...]:
         """The angles in radians."""
         return cast("tuple[float, ...]", self.angles)
+
+    @property
+    def shifts_mm(self) -> np.ndarray:
+        """The distance (bin,) of each bin's lines from the axis, signed."""
+        along = (np.arange(self.bins) - (self.bins - 1) / 2) * self.bin_mm
+        return along if self.arc_corrected else self.radius_mm * np.sin(along / self.radius_mm)
 
     @property
     def planes(self) -> list[list[tuple[int, int]]]:
@@ -183,9 +192,6 @@ class Projector3D(LinearOperator):
         """Where a line is sampled, mm from its middle."""
         return (np.arange(self._steps) - (self._steps - 1) / 2) * self.scanner.voxel_mm[1]
 
-    def _shift(self, j: int) -> float:
-        return (j - (self.scanner.bins - 1) / 2) * self.scanner.bin_mm
-
     def _view(self, v: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix (bin * step, pixel) of a view and its transpose: values of a slice along its lines, bilinear."""
         angle = self.scanner.theta[v]
@@ -193,7 +199,7 @@ class Projector3D(LinearOperator):
 
     def _bilinear(self, angle: float) -> coo_array:
         c = self.scanner
-        s = np.array([self._shift(j) for j in range(c.bins)])[:, None]
+        s = c.shifts_mm[:, None]
         x, y = s * math.cos(angle) - self._along * math.sin(angle), s * math.sin(angle) + self._along * math.cos(angle)
         column = x / c.voxel_mm[1] + (c.shape[2] - 1) / 2
         row = (c.shape[1] - 1) / 2 - y / c.voxel_mm[1]
@@ -207,7 +213,7 @@ class Projector3D(LinearOperator):
 
     def _axial(self, j: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix (tof * plane, step * z) of a bin and its transpose; bins on both sides of the axis share it."""
-        shift = abs(self._shift(j))
+        shift = abs(float(self.scanner.shifts_mm[j]))
         return self._keep(("axial", round(shift, 9)), like, lambda: self._gathered(shift))
 
     def _gathered(self, shift: float) -> coo_array:

@@ -117,23 +117,38 @@ def osem(
     made of a Projector. Raises ValueError for more subsets than angles. [hudson1994].
     """
     y, background = _data(y, A, background, noise_free)
-    angles = A.range_shape[-2]
-    if not 1 <= subsets <= angles:
-        raise ValueError(f"{subsets} subsets of {angles} angles; use 1 to {angles}")
+    parts = ordered_subsets(y, A, background, subsets)
     x = _start(y, A, x0, _inverse(sensitivity(A, y.dtype, y.device)))
-    parts = []
-    for first in sorted(range(subsets), key=lambda k: f"{k:012b}"[::-1]):  # bit-reversed: far angles in turn
-        some = slice(first, None, subsets)
-        model = subset(A, some)
-        kept = None if background is None else background[..., some, :]
-        parts.append((y[..., some, :], model, _inverse(sensitivity(model, y.dtype, y.device)), kept))
+    gains = [_inverse(part.total) for part in parts]
     for k in range(1, iterations + 1):
-        for counts, model, gain, extra in parts:
-            new = em_update(x, counts, model, gain, extra)
+        for part, gain in zip(parts, gains, strict=True):
+            new = em_update(x, part.y, part.A, gain, part.background)
             x = _faded(torch.where(gain > 0, new, x))  # what this subset does not see stays
         if callback is not None:
             callback(k, x)
     return Reconstruction(x, torch.full((len(y),), iterations, device=y.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some angles of a scan: counts, model, background or None, and the sensitivity `total` = A^T 1."""
+
+    y: Tensor
+    A: LinearOperator
+    background: Tensor | None
+    total: Tensor
+
+
+def ordered_subsets(y: Tensor, A: LinearOperator, background: Tensor | None, subsets: int) -> list[Part]:
+    """A scan in parts of every `subsets`-th angle, far ones after one another. ValueError for more than angles."""
+    angles, parts = A.range_shape[-2], []
+    if not 1 <= subsets <= angles:
+        raise ValueError(f"{subsets} subsets of {angles} angles; use 1 to {angles}")
+    for first in sorted(range(subsets), key=lambda k: f"{k:012b}"[::-1]):  # bit-reversed: far angles in turn
+        some = slice(first, None, subsets)
+        model, kept = subset(A, some), None if background is None else background[..., some, :]
+        parts.append(Part(y[..., some, :], model, kept, sensitivity(model, y.dtype, y.device)))
+    return parts
 
 
 @torch.no_grad()
@@ -158,21 +173,17 @@ def map_rdp(
     alike: which neighbours are smoothed with which, of another image of the person (`mr_guided.bowsher_weights`).
     Projected gradient steps, preconditioned by EM and the curvature of the prior, each item with a line search of its
     own, so the objective never falls. An item stops once |change of x| <= tol |x|. The start is 10 MLEM iterations.
+    `bsrem.bsrem` comes to the same maximum with fewer projections, for volumes.
     [nuyts2002]; Mumcuoglu et al. 1994 for the projected preconditioned gradient.
     """
-    if not strength >= 0 or not gamma >= 0:
-        raise ValueError(f"strength and gamma must not be negative, got {strength} and {gamma}")
     y, background = _data(y, A, background, noise_free)
-    total = sensitivity(A, y.dtype, y.device)
+    total, ndim = sensitivity(A, y.dtype, y.device), len(A.domain_shape) - 1
+    weight, seen = prior_weight(strength, gamma, total, ndim), total > 0
     x = (
         _start(y, A, x0, _inverse(total))
         if x0 is not None
         else mlem(y, A, background, iterations=10, noise_free=noise_free).x
     )
-    ndim = len(A.domain_shape) - 1
-    seen = total > 0
-    axes = tuple(range(-ndim - 1, 0))
-    weight = strength * total.sum(axes, keepdim=True) / seen.sum(axes, keepdim=True).clamp(min=1)
     floor = 1e-6 * _mean(x) + 1e-30
 
     def objective(x, expected):
@@ -343,6 +354,17 @@ def relative_difference(
         curvature[here] += 2 * weight * (2 * b + tiny) ** 2 / scale**3
         curvature[there] += 2 * weight * (2 * a + tiny) ** 2 / scale**3
     return value, gradient, curvature
+
+
+def prior_weight(strength: float, gamma: float, total: Tensor, ndim: int) -> Tensor:
+    """What MAP multiplies the prior with: strength times the mean sensitivity of each item where anything is seen.
+
+    Raises ValueError where strength or gamma is negative.
+    """
+    if not strength >= 0 or not gamma >= 0:
+        raise ValueError(f"strength and gamma must not be negative, got {strength} and {gamma}")
+    axes = tuple(range(-ndim - 1, 0))
+    return strength * total.sum(axes, keepdim=True) / (total > 0).sum(axes, keepdim=True).clamp(min=1)
 
 
 def _data(y: Tensor, A: LinearOperator, background, noise_free: bool) -> tuple[Tensor, Tensor | None]:

@@ -33,5 +33,6 @@ def rebinned_model(scanner: Cylinder) -> LinearOperator:
     for plane in scanner.planes:
         pairs[sum(plane[0])] += len(plane)
     shape = (2 * scanner.rings - 1, *scanner.shape[1:])
-    beam = ParallelBeam(shape, scanner.angles, scanner.bins, scanner.voxel_mm[1], scanner.bin_mm)
+    ring = None if scanner.arc_corrected else scanner.radius_mm
+    beam = ParallelBeam(shape, scanner.angles, scanner.bins, scanner.voxel_mm[1], scanner.bin_mm, radius_mm=ring)
     return Diagonal(pairs[:, None, None], beam.sinogram_shape) @ Projector(beam)

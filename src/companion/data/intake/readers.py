@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from companion.data import fastmri, interfile, sinograms
+from companion.data import fastmri, interfile, petsird, sinograms
 from companion.data.dicom.series import join_dicom, read_dicom, sniff_dicom
 from companion.data.intake import images, others, streams
 from companion.data.intake.records import Description, Reader, Unreadable, Volume
@@ -26,6 +26,7 @@ READERS: tuple[Reader, ...] = (
     Reader("BART", (".cfl", ".hdr"), arrays.sniff_cfl, arrays.read_cfl_scan),
     Reader("NumPy", (".npy",), arrays.sniff_npy, arrays.read_npy),
     Reader("PET sinograms", (".npz", ".json"), sinograms.sniff_sinograms, sinograms.read_item),
+    Reader("PETSIRD", petsird.SUFFIXES, petsird.sniff_petsird, petsird.read_item),
     Reader("Interfile", interfile.SUFFIXES, interfile.sniff_interfile, interfile.read_interfile),
     Reader("DICOM", (".dcm", ".ima", ".dicom", ""), sniff_dicom, read_dicom, join_dicom),
     Reader("BrainWeb", others.BRAINWEB, others.sniff_brainweb, others.read_brainweb),
@@ -79,7 +80,7 @@ def read_image(path: str | os.PathLike, frame: int | None = None, affine=None) -
     if affine is not None and path.name.lower().endswith(images.NIFTI):
         return images.read_nifti((path,), frame, affine)
     what, reader = sniff(path)
-    if what.kind in ("k-space", "sinogram", "picture"):
+    if what.kind in ("k-space", "sinogram", "list mode", "picture"):
         raise Unreadable(path, f"{what.kind} ({what.format}), not an image volume")
     return reader.read((path, *what.parts), frame=frame)
 

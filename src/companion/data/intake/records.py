@@ -20,7 +20,7 @@ import numpy as np
 
 _KEY = secrets.token_bytes(32)  # of this process, never stored: without it no guess of an identity can be checked
 _NOBODY = re.compile(r"x+|0+|-+|anon\w*|unknown|none|null|n/?a|no[ _^]?name|deidentified|removed", re.IGNORECASE)
-KINDS = ("image", "labels", "mask", "probability", "k-space", "sinogram", "picture")
+KINDS = ("image", "labels", "mask", "probability", "k-space", "sinogram", "list mode", "picture")
 
 
 class Unreadable(ValueError):
