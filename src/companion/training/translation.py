@@ -103,7 +103,7 @@ def translation_loss(
     """The loss (batch,) of target images (batch, channel, y, x), told of sources made from themselves.
 
     images: or images and the share of lesion in each pixel, which look their own way in the source. lesion_weight: how
-    many times a pixel of a lesion counts (edm); lesions are few pixels, and what is drawn there is decided by few images.
+    many times a pixel of a lesion counts (edm): lesions are few pixels of few images.
     """
     x0 = images if isinstance(images, Tensor) else images[0]
     lesion = None if isinstance(images, Tensor) else images[1]
