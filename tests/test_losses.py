@@ -41,6 +41,13 @@ def test_edm_loss_is_the_weighted_error_of_the_denoiser():
     loss = edm_loss(D, X0, sigma=sigma, noise=noise)
     assert loss.shape == (4,)
     torch.testing.assert_close(loss, weight * error, rtol=1e-3, atol=1e-4)
+    twice = edm_loss(D, X0, sigma=sigma, noise=noise, weight=torch.full((4, 1, 6, 6), 2.0))
+    torch.testing.assert_close(twice, 2 * loss)
+    corner = torch.zeros(1, 1, 6, 6)
+    corner[..., :2, :3] = 1.0
+    there = (D(X0 + sigma[:, None, None, None] * noise, sigma) - X0)[..., :2, :3].square().sum((1, 2, 3)) / 72
+    some = edm_loss(D, X0, sigma=sigma, noise=noise, weight=corner)
+    torch.testing.assert_close(some, weight * there, rtol=1e-3, atol=1e-4)
 
 
 def test_edm_loss_draws_sigma_then_noise_from_the_generator():

@@ -13,6 +13,7 @@ from companion.data.store import open_dataset, write_dataset
 from companion.diffusion.denoisers import EDMDenoiser
 from companion.diffusion.local_information import Conditioning
 from companion.papers.lmi.data import PrepareData, prepare
+from companion.papers.lmi.prior import TrainTranslator
 from companion.training.translation import translation_loss
 
 HEIGHTS = torch.tensor([5.0, 25.0])
@@ -113,6 +114,13 @@ def test_a_training_sees_lesions_and_nobody_takes_them_for_a_contrast(tmp_path):
         x0 = (image[None].repeat(8, 1, 1, 1), some[None].repeat(8, 1, 1, 1))
         losses.append(translation_loss(D, x0, torch.Generator().manual_seed(0), conditioning=c, **options))
     assert losses[0].shape == (8,) and not torch.equal(*losses)
+    rng, x0 = torch.Generator(), (image[None].repeat(8, 1, 1, 1), torch.ones_like(lesion)[None].repeat(8, 1, 1, 1))
+    once, often = (
+        translation_loss(D, x0, rng.manual_seed(0), conditioning=c, lesion_weight=w, **options) for w in (1.0, 3.0)
+    )
+    torch.testing.assert_close(often, 3 * once)
+    with pytest.raises(ValueError, match="lesion_weight=3 is for diffusion edm"):
+        TrainTranslator(diffusion="ddpm", lesion_weight=3.0)
 
 
 def test_heads_that_are_not_there_are_named_before_the_start_and_concern_patients_alone(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Prepared files and NIfTI: what is written is what is read, and damage is named."""
 
 import pickle
+from dataclasses import replace
 
 import h5py
 import nibabel
@@ -109,6 +110,13 @@ def test_truncated_foreign_and_missing_files(tmp_path, prepared):
         prepared.read("flair")
     with pytest.raises(ValueError, match="no split 'tset'"):
         prepared.slices("image", "tset")
+
+
+def test_what_is_shown_is_of_a_split_that_has_somebody(prepared):
+    assert prepared.shown() == "train" and prepared.shown("validation", "test") == "validation"
+    one = replace(prepared, split={"train": [], "validation": [], "test": prepared.subjects[:1]})
+    assert one.shown() == one.shown("validation", "train", "test") == "test"
+    assert replace(one, split={"train": []}).shown() == "train", "nobody at all"
 
 
 def test_damage_inside_an_array_is_found(prepared):

@@ -86,11 +86,13 @@ def array_of(prepared: Prepared, contrast: str) -> str:
     return found
 
 
-def some_slices(prepared: Prepared, count: int, split: str = "validation") -> dict[str, Tensor]:
+def some_slices(prepared: Prepared, count: int, split: str | None = None) -> dict[str, Tensor]:
     """Up to `count` slices (slice, channel, y, x) of each contrast, evenly spread over the subjects of a split.
 
+    split: by default the first of validation, train and test that has somebody, as a file of one person has only one.
     A file without subjects in that split gives an empty dict.
     """
+    split = split or prepared.shown("validation", "train", "test")
     if not prepared.rows(split):
         return {}
     stacks = {name: torch.from_numpy(prepared.read(name, split)).flatten(0, 1) for name in prepared.shapes}

@@ -240,7 +240,7 @@ def image_name(prepared: Prepared) -> str:
 def shown_sequences(prepared: Prepared, count: int, spacing_mm: float, seed: int) -> Tensor:
     """Complex sequences (sequence, frame, 1, y, x) as training would show them: magnitudes with a new phase."""
     name = image_name(prepared)
-    whole = prepared.sequences(name, "train", prepared.shapes[name][1])
+    whole = prepared.sequences(name, prepared.shown(), prepared.shapes[name][1])
     x = torch.stack([whole[i] for i in range(min(count, len(whole)))])
     if x.is_complex():
         return x

@@ -153,6 +153,14 @@ class Prepared:
         position = {subject: row for row, subject in enumerate(self.subjects)}
         return [position[subject] for subject in self.split[split]]
 
+    def shown(self, *splits: str) -> str:
+        """The first of these splits, by default train, validation, test, that has somebody: one to show images of.
+
+        A folder of one person may be in any of them.
+        """
+        splits = splits or ("train", "validation", "test")
+        return next((split for split in splits if self.split.get(split)), splits[0])
+
     def slices(self, names: str | Sequence[str], split: str, transform: Callable | None = None) -> SliceDataset:
         """A torch Dataset over (subject, slice) of one split; see `SliceDataset`."""
         names = (names,) if isinstance(names, str) else tuple(names)

@@ -147,7 +147,7 @@ def histograms(x: list[Tensor], bins: int = 30) -> dict[str, tuple[list, list]]:
 
 
 def mean_and_spread(prepared: Prepared, most: int = 100) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1, z, y, x), voxel by voxel, of the first training volumes."""
-    items = prepared.sequences("image", "train", 1)
+    """Mean and standard deviation (1, z, y, x), voxel by voxel, of the first volumes (`Prepared.shown`)."""
+    items = prepared.sequences("image", prepared.shown(), 1)
     x = torch.stack([items[i].float() for i in range(min(most, len(items)))])
     return x.mean(0), x.std(0, correction=0)

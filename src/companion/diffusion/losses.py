@@ -24,6 +24,7 @@ def edm_loss(
     variance_weight: float = 1.0,
     sigma: Tensor | None = None,
     noise: Tensor | None = None,
+    weight: Tensor | None = None,
     **labels: Tensor,
 ) -> Tensor:
     """EDM loss of each batch item (batch,): mean over pixels of |F - target|^2 in preconditioned units.
@@ -32,8 +33,9 @@ def edm_loss(
     Eqs. (2, 8) of [karras2022]. Draws one normal number per item for sigma (batch,), then the noise
     (shape of x0); either may be supplied instead. A learned variance adds variance_weight times the Gaussian
     negative log likelihood e^2 exp(-u) + u per pixel; its error e is detached, so this term teaches u and not
-    the mean. x0: (batch, channel, *space), complex for a ComplexDenoiser. labels: what else the network takes by
-    name, such as y= and augment= of an EDMUNet.
+    the mean. x0: (batch, channel, *space), complex for a ComplexDenoiser. weight: factors on the squared errors,
+    broadcast to x0; where they depend on x0 the optimum leans towards the images that weigh more. labels: what else
+    the network takes by name, such as y= and augment= of an EDMUNet.
     """
     inner, x0, cond, noise = in_channels(D, x0, cond, noise)
     if sigma is None:
@@ -44,7 +46,7 @@ def edm_loss(
     F, u = inner.raw(x, sigma, cond, **labels)
     c_skip, c_out, _, _ = inner.preconditioning(x, sigma)
     e = F - (x0 - c_skip * x) / c_out
-    loss = per_sample(e**2)
+    loss = per_sample(e**2 if weight is None else weight * e**2)
     if u is not None:
         loss = loss + variance_weight * per_sample(e.detach() ** 2 * torch.exp(-u) + u)
     return loss

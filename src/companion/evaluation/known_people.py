@@ -52,10 +52,9 @@ def check_grid(prepared: Prepared, prior: LatentPrior) -> None:
 
 def check_content(prepared: Prepared) -> None:
     """Raise ValueError unless the volumes show stripped brains where the embedded cohort has them."""
-    part = next((name for name in ("train", "validation", "test") if prepared.split.get(name)), None)
-    if part is None:
+    items = prepared.sequences("image", prepared.shown(), 1)
+    if not len(items):
         return
-    items = prepared.sequences("image", part, 1)
     mean = torch.stack([items[i].float().flatten() for i in range(min(4, len(items)))]).mean(0)
     brain = volumes.virtual(anatomy.cohort("train", 1)[0], tuple(prepared.shapes["image"][-3:])).image.flatten() > 0.1
     filled = mean > 0.1

@@ -98,10 +98,12 @@ def translation_loss(
     P_mean: float,
     P_std: float,
     mirror: bool,
+    lesion_weight: float = 1.0,
 ) -> Tensor:
     """The loss (batch,) of target images (batch, channel, y, x), told of sources made from themselves.
 
-    images: or images and the share of lesion in each pixel, which look their own way in the source.
+    images: or images and the share of lesion in each pixel, which look their own way in the source. lesion_weight: how
+    many times a pixel of a lesion counts (edm): lesions are few pixels of few images.
     """
     x0 = images if isinstance(images, Tensor) else images[0]
     lesion = None if isinstance(images, Tensor) else images[1]
@@ -117,7 +119,8 @@ def translation_loss(
     if not isinstance(D, DiscreteDenoiser):
         sigma = (P_mean + P_std * randn((batch,), x0.dtype, generator, x0.device)).exp()
         cond = conditions(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, source, c, keep)
-        return edm_loss(D, x0, cond=cond, sigma=sigma, noise=noise)
+        weight = None if lesion is None or lesion_weight == 1 else 1 + (lesion_weight - 1) * lesion.to(x0)
+        return edm_loss(D, x0, cond=cond, sigma=sigma, noise=noise, weight=weight)
     t = torch.randint(len(D.schedule), (batch,), **options).to(x0.device)
     seen = (t + look_ahead).clamp(max=len(D.schedule) - 1)
     sigma = D.schedule.sigmas.to(x0.device)[seen].to(x0.dtype)

@@ -39,6 +39,9 @@ class TrainTranslator(
     dropout: float = param(
         0.5, "share of the images that are told only some of the maps, or none", minimum=0, maximum=1
     )
+    lesion_weight: float = param(
+        1.0, "how many times a pixel of a lesion counts in the loss, where the data mark lesions (edm)", minimum=1
+    )
     look_ahead: bool = param(False, "of ddpm: the cross map is that of the next, noisier step, as published")
     P_mean: float = param(-0.6, "mean of ln sigma in training (edm)")
     P_std: float = param(1.4, "standard deviation of ln sigma in training (edm)", minimum=0)
@@ -48,6 +51,10 @@ class TrainTranslator(
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "target", standard(self.target))
+        if self.lesion_weight != 1 and self.diffusion != "edm":
+            raise ValueError(
+                f"lesion_weight={self.lesion_weight:g} is for diffusion edm; leave it at 1 for {self.diffusion}"
+            )
 
     def before_start(self) -> None:
         """Raise for data that are not there, have not this contrast, or nobody to train on."""
@@ -63,7 +70,7 @@ def train(p: TrainTranslator, progress: bool = True) -> tuple[TrainResult, dict]
     target = array_of(prepared, p.target)
     config = translator_config(p, prepared, target)
     D = begin(config, p.seed, p.start_from, p.autocast, p.device)
-    options = p.pick("remapped_share", "dropout", "look_ahead", "P_mean", "P_std", "mirror")
+    options = p.pick("remapped_share", "dropout", "lesion_weight", "look_ahead", "P_mean", "P_std", "mirror")
     loss = partial(translation_loss, conditioning=p.conditioning)
     names = (target, "lesion") if "lesion" in prepared.shapes else (target,)
     images = prepared.slices(names, "train")  # no other contrast is opened
