@@ -39,7 +39,7 @@ def bowsher_weights(mr: Tensor, neighbours: int | None = None) -> Tensor:
         difference = (mr[here] - mr[there]).abs()
         far[2 * k][here], far[2 * k + 1][there] = difference, difference
     order = far.argsort(stable=True, dim=0).argsort(stable=True, dim=0)  # rank of each neighbour, ties by their order
-    there_are = far.isfinite()  # at the rim of the image, or of a stack, fewer: half of those, or edges would be crossed
+    there_are = far.isfinite()  # at the rim of the image, or of a stack, fewer: half of them, or edges are crossed
     chosen = (order < neighbours * there_are.sum(0) / len(far)) & there_are
     weights = torch.zeros(len(kinds), *mr.shape, device=mr.device)
     for k, (_, here, there) in enumerate(kinds):
