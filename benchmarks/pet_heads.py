@@ -55,7 +55,7 @@ from companion.evaluation.tables import markdown
 from companion.files import atomic_write
 from companion.models.checkpoint import describe_source
 from companion.reconstruction import trust_counts
-from companion.reconstruction.activity import Prior, Sampler, bowsher, posterior
+from companion.reconstruction.activity import Prior, Sampler, bowsher, drawer, on_trial, posterior
 from companion.reconstruction.mr_guided import kernel_em
 from companion.reconstruction.pet import GRIDS, METHODS, oracle_stop, tune
 from companion.show import figures
@@ -220,7 +220,8 @@ def study(
             name = BOWSHER if mr else "MAP"
             return GUIDED[name][0](one, tuned[name]) if mr else METHODS[name](one.y, one.A, one.background, tuned[name])
 
-        trial, final = ({k: drawer(p, s, seed) for k, p in tried.items()} for s in (short, whole))
+        trial = {k: on_trial(p, short, seed) for k, p in tried.items()}
+        final = {k: drawer(p, whole, seed) for k, p in tried.items()}
         trusts = trust_counts.assess(scan, trial, classical, seed=seed)
         done = trust_counts.reconstruct(scan, trusts, final, classical)
         seconds = (time.perf_counter() - began) / len(scan.y)
@@ -234,11 +235,6 @@ def study(
 def has(errors: dict[str, Prior], mr: bool) -> bool:
     """Whether one of the priors of a checkpoint is, or is not, given the MR."""
     return any(prior.with_mr == mr for prior in errors.values())
-
-
-def drawer(prior: Prior, sampler: Sampler, seed: int) -> trust_counts.Draw:
-    """Draws of a prior, its error scaled, as trials want them."""
-    return lambda one, scale: posterior(prior.times(scale), one, sampler, seed)
 
 
 # ----------------------------------------------------------------------------------------------------------- report

@@ -8,6 +8,7 @@ from companion.diffusion.covariance import Measured
 from companion.diffusion.exact import FourierBasis, GaussianDenoiser
 from companion.diffusion.noise import karras
 from companion.diffusion.poisson import Posterior, poisson_gibbs, poisson_mean
+from companion.evaluation import metrics
 from companion.operators.counts import poisson_counts
 from companion.operators.pet import ParallelBeam, Projector
 from companion.reconstruction import trust_counts as trust
@@ -111,3 +112,19 @@ def test_the_best_share_is_that_of_the_least_error():
     held = Scan(x, poisson_counts(200 * A(x), [0]), 200 * A)
     assert trust.best_share(held, a, b).item() == pytest.approx(0.25, abs=0.03)
     assert trust.best_share(held, x, x).item() == 1.0
+
+
+def test_noise_around_nothing_does_not_speak_against_a_prior():
+    """In air a posterior mean scatters about 0; cut off at 0 it would let more counts be expected than there are."""
+    A = Projector(ParallelBeam((SIZE, SIZE)))
+    line = torch.linspace(-1, 1, SIZE)
+    head = ((line[:, None] ** 2 + line**2) < 0.4).float()[None, None]
+    air, inside = torch.randn(2, 1, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    mean, other = 4 * head + 0.2 * air * (1 - head), 4 * head * (1 + 0.1 * inside)
+    b = torch.full((1, *A.range_shape), 200 * A(4 * head).mean().item())
+    held = Scan(4 * head, poisson_counts(200 * A(4 * head) + b, [0]), 200 * A, b)
+    assert metrics.nrmse(mean, 4 * head) < metrics.nrmse(other, 4 * head)
+    share, when_cut = (trust.best_share(held, x, other).item() for x in (mean, mean.clamp(min=0)))
+    assert share > 0.5 and when_cut < 0.75 * share
+    plain, cut = (trust.scores(held, x.expand(2, 1, 1, SIZE, SIZE), x)[0] for x in (mean, mean.clamp(min=0)))
+    assert plain.excess < 0.6 * cut.excess

@@ -123,7 +123,7 @@ def main(argv=None) -> None:
         "--widening",
         type=float,
         default=1.0,
-        help="factor that the variance of posterior draws asks for, but with the error of dead leaves: the inverse of "
+        help="factor that the variance of posterior draws asks for: the inverse of "
         "the calibration that benchmarks/pet_heads.py measures on a validation head (PET)",
     )
     parser.add_argument("--size", type=int, default=64, help="pixels along y and x")
@@ -138,7 +138,7 @@ def main(argv=None) -> None:
         about = f"{len(images)} images of {images.shape[-2]} x {images.shape[-1]}: {name}"
         error = ErrorModel.fit(D, images, SIGMAS, about=about, cond=cond)
         error = replace(error, pixel_mm=PIXELS.get(name) if args.own == "heads" else None)
-        errors[name] = error if "leaves" in name else replace(error, widening=args.widening)
+        errors[name] = replace(error, widening=args.widening)
     print(save_errors(args.name, errors))
 
 

@@ -56,13 +56,23 @@ def trusted(
 
     The trial sees two thirds of the counts, in few and short draws; see `reconstruction.trust_counts`.
     """
-
-    def drawer(prior: Prior, sampler: Sampler) -> trust_counts.Draw:
-        return lambda part, scale: posterior(prior.times(scale), part, sampler, seed)
-
     short = Sampler(min(3, sampler.draws), min(12, sampler.evaluations), sampler.last_noise)
-    trusts = trust_counts.assess(scan, {n: drawer(one, short) for n, one in priors.items()}, by_map, seed=seed)
-    return trust_counts.reconstruct(scan, trusts, {n: drawer(one, sampler) for n, one in priors.items()}, by_map)
+    trial = {name: on_trial(one, short, seed) for name, one in priors.items()}
+    trusts = trust_counts.assess(scan, trial, by_map, seed=seed)
+    return trust_counts.reconstruct(scan, trusts, {n: drawer(one, sampler, seed) for n, one in priors.items()}, by_map)
+
+
+def drawer(prior: Prior, sampler: Sampler, seed: int = 0) -> trust_counts.Draw:
+    """Draws of a prior, its error scaled, of any scans."""
+    return lambda part, scale: posterior(prior.times(scale), part, sampler, seed)
+
+
+def on_trial(prior: Prior, sampler: Sampler, seed: int = 0) -> trust_counts.Draw:
+    """The same for a trial: without the `widening` that stands for errors too fine for counts to see.
+
+    With it the prior would be blamed for expecting them.
+    """
+    return drawer(replace(prior, widening=1.0), sampler, seed)
 
 
 def leaning(scan: Scan, strength: float, seed: int = 0) -> tuple[trust_counts.Classical, float]:

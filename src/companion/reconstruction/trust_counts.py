@@ -75,13 +75,22 @@ def split(scan: Scan, seeds: Sequence[int], kept: float = KEPT) -> tuple[Scan, S
     return seen, replace(scan, y=scan.y - seen.y, A=(1 - kept) * scan.A, background=rest)
 
 
+def predicted_counts(held: Scan, x: Tensor) -> Tensor:
+    """The counts (slice, 1, angle, bin) that images lead to expect, float64.
+
+    Negative activity counts as such: draws scatter about 0 in air, and what is cut off there would come on top of
+    everything, one or two per cent of all counts, and speak against every prior.
+    """
+    return expected_counts(held.A, x, held.background).double()
+
+
 def scores(held: Scan, draws: Tensor, mean: Tensor) -> list[Score]:
     """The score of each held-out scan under its predictive law: Poisson noise, and draws (draw, slice, ...) about a
     mean (slice, ...) that is known as well as that of so many draws."""
     n = len(draws)
-    expected = expected_counts(held.A, mean.clamp(min=0), held.background).double()
-    predicted = torch.stack([held.A(x) for x in draws]).double()
-    power = (predicted - predicted.mean(0)).square().sum(0) / (n - 1) * (1 + 1 / n)
+    expected = predicted_counts(held, mean)
+    parts = torch.stack([held.A(x) for x in draws]).double()
+    power = (parts - parts.mean(0)).square().sum(0) / (n - 1) * (1 + 1 / n)
     floor = 0.05 * expected.mean((-2, -1), keepdim=True) + 1e-6
     noise = torch.maximum(expected, floor)
     return [one_score(held.y[i].double() - expected[i], noise[i], power[i]) for i in range(len(held.y))]
@@ -104,7 +113,7 @@ def one_score(residual: Tensor, noise: Tensor, power: Tensor) -> Score:
 
 def best_share(held: Scan, mean: Tensor, other: Tensor) -> Tensor:
     """The share (slice,), 0 to 1, of `mean` in its mixture with `other` that predicts held-out counts best."""
-    ours, theirs = (expected_counts(held.A, x.clamp(min=0), held.background).double() for x in (mean, other))
+    ours, theirs = (predicted_counts(held, x) for x in (mean, other))
     weight = 1 / torch.maximum(theirs, 0.05 * theirs.mean((-2, -1), keepdim=True) + 1e-6)
     step = ours - theirs
     found = (weight * step * (held.y.double() - theirs)).flatten(1).sum(1)
@@ -163,8 +172,8 @@ class Trust:
     def verdict(self) -> str:
         """In words and numbers."""
         plain = next(c for c in self.tried if c.name == self.chosen.name)
-        knows = "knows" if self.knows else "does not know"
-        details = [f"{self.chosen.name} {knows} this scan: held-out chi-square {plain.score.chi2:.3f}"]
+        says = "does not know" if not plain.score.fits else "knows" if self.knows else "helps little with"
+        details = [f"{self.chosen.name} {says} this scan: held-out chi-square {plain.score.chi2:.3f}"]
         if self.chosen.scale != 1:
             details.append(f"its error taken {self.chosen.scale:g} times as large")
         if self.widening > 1.01:
