@@ -41,8 +41,8 @@ class Sinograms:
 
     counts (slice, angle, bin), raw and whole; factors, broadcastable to them, the counts that one unit of activity
     gives per mm of a line (of an emission scan); background, the expected counts of randoms and scatter; blank, the
-    expected counts without a body (of a transmission scan). geometry, units and slice_mm are None or "" where the file
-    does not say.
+    expected counts without a body (of a transmission scan). slice_mm: from each slice to the next, of slices that follow
+    one another. It, geometry and units are None or "" where the file does not say.
     """
 
     path: Path
@@ -189,7 +189,8 @@ def write_sinograms(
     """The path of the .npz written, with its .json beside it: what `read_sinograms` reads.
 
     counts (slice, angle, bin) or (angle, bin), whole; factors, the counts that one of `units` gives per mm of a line,
-    or blank, the expected counts without a body. Raises ValueError for arrays that do not fit each other.
+    or blank, the expected counts without a body. slice_mm: from each slice to the next, if they follow one another.
+    Raises ValueError for arrays that do not fit each other.
     """
     path = Path(path)
     if path.suffix != ".npz":
