@@ -41,8 +41,8 @@ class Sinograms:
 
     counts (slice, angle, bin), raw and whole; factors, broadcastable to them, the counts that one unit of activity
     gives per mm of a line (of an emission scan); background, the expected counts of randoms and scatter; blank, the
-    expected counts without a body (of a transmission scan). slice_mm: from each slice to the next, of slices that follow
-    one another. It, geometry and units are None or "" where the file does not say.
+    expected counts without a body (of a transmission scan). slice_mm: from each slice to the next, if they
+    follow one another. It, geometry and units are None or "" where the file does not say.
     """
 
     path: Path
