@@ -11,12 +11,12 @@ from companion.operators.linear import (
     Identity,
     LinearOperator,
     Stack,
-    Stacked,
     Zero,
     adjoint_error,
     check_finite,
 )
 from companion.operators.solve import conjugate_gradient
+from companion.operators.stacked import Stacked
 
 REAL, COMPLEX = torch.float32, torch.complex64
 

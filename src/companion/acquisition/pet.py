@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from companion.operators.counts import poisson_counts, thin
-from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled, Stacked
+from companion.operators.linear import Composition, Diagonal, LinearOperator, Scaled
 from companion.operators.pet import (
     ParallelBeam,
     attenuation_factors,
@@ -28,6 +28,7 @@ from companion.operators.pet import (
     sensitivity,
     with_counts,
 )
+from companion.operators.stacked import Stacked
 from companion.parameters import param
 
 SCALE_KBQ = 25.0  # kBq/mL that are 1 for the network; grey matter is about 22

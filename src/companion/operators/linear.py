@@ -354,39 +354,6 @@ class Stack(LinearOperator):
         return reduce(add, (op.normal(x) for op in self.operators))
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Stacked(LinearOperator):
-    """An operator of slices as one of volumes: (..., 1, z, y, x) to (..., 1, z, *rest), each slice by itself.
-
-    of_slices: from (1, y, x) to (1, *rest), the same for all slices or one for each, `batch_shape` () or (z,). Raises
-    ValueError for operators of several channels or another number of slices.
-    """
-
-    of_slices: LinearOperator
-    depth: int
-
-    def __post_init__(self):
-        A = self.of_slices
-        if (A.domain_shape[0], A.range_shape[0]) != (1, 1) or A.batch_shape not in ((), (1,), (self.depth,)):
-            raise ValueError(
-                f"{_name(A)} maps {A.domain_shape} to {A.range_shape} in a batch of {A.batch_shape}; expected one "
-                f"channel, and one operator or one for each of {self.depth} slices"
-            )
-
-    domain_shape = derived(lambda self: (1, self.depth, *self.of_slices.domain_shape[1:]))
-    range_shape = derived(lambda self: (1, self.depth, *self.of_slices.range_shape[1:]))
-    domain_dtype = derived(lambda self: self.of_slices.domain_dtype)
-    range_dtype = derived(lambda self: self.of_slices.range_dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, m = len(self.domain_shape), len(self.range_shape)
-        return self.of_slices.forward(x.transpose(-n, 1 - n)).transpose(-m, 1 - m)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        n, m = len(self.domain_shape), len(self.range_shape)
-        return self.of_slices.adjoint(y.transpose(-m, 1 - m)).transpose(-n, 1 - n)
-
-
 def adjoint_error(A: LinearOperator, seed: int = 0, batch: int = 2, device="cpu") -> float:
     """|<A x, y> - <x, A^H y>| / (|A x| |y|) for random x and y: about 1e-7 for a right adjoint in single
     precision.
