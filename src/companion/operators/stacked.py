@@ -24,8 +24,8 @@ class Stacked(LinearOperator):
         A = self.of_slices
         if (A.domain_shape[0], A.range_shape[0]) != (1, 1) or A.batch_shape not in ((), (1,), (self.depth,)):
             raise ValueError(
-                f"{type(A).__name__} maps {A.domain_shape} to {A.range_shape} in a batch of {A.batch_shape}; expected one "
-                f"channel, and one operator or one for each of {self.depth} slices"
+                f"{type(A).__name__} maps {A.domain_shape} to {A.range_shape} in a batch of {A.batch_shape}; expected "
+                f"one channel, and one operator or one for each of {self.depth} slices"
             )
 
     domain_shape = derived(lambda self: (1, self.depth, *self.of_slices.domain_shape[1:]))
