@@ -56,6 +56,9 @@ def stamps(project: Path) -> dict[str, int]:
 
 
 def test_graph_runs_once_then_only_what_is_stale(project):
+    named = finish(batch(project, "first", "--dry-run"))  # a name right after the folder and the cores
+    assert "first" in named and "second" not in named
+
     assert "done: open runs/index.html" in finish(batch(project))
     assert all(read_run(project / "runs" / name).state == "done" for name in ("first", "second"))
     assert "2 runs, all done" in (project / "runs/index.html").read_text()

@@ -57,9 +57,11 @@ def snakemake(
     workflow = workflow_folder()
     known = workflow / "profiles" / profile
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(workflow / snakefile), "--directory", str(folder)]
-    command += ["--profile", str(known if known.is_dir() else Path(profile).resolve()), *arguments]
+    command += arguments
     if profile == "local" and not {"--resources", "--res"} & set(options):
         command += ["--resources", f"mem_mb={memory_mb()}", f"gpu={len(gpus())}"]
+    # Last, for it takes one value: those before take any number, and would take the names of runs, too.
+    command += ["--profile", str(known if known.is_dir() else Path(profile).resolve())]
     if any((folder / ".snakemake" / "locks").glob("*")):  # ours to open: no driver is alive
         subprocess.run([*command, "--unlock", "--quiet"], check=True, capture_output=True)
     _withdraw(folder)
