@@ -41,7 +41,7 @@ def project(tmp_path, tiny_notebook, monkeypatch):
 
 def batch(project: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "companion.cli", "batch", "--config", "config.yaml"]
-    command += ["--folder", str(project), "--cores", "1", *options]
+    command += ["--folder", str(project), *options, "--cores", "1"]
     with open(project / "said.txt", "w") as said:  # not a pipe: the orphans of a kill would keep it open
         return subprocess.Popen(command, cwd=project, stdout=said, stderr=said, start_new_session=True)
 
@@ -56,7 +56,7 @@ def stamps(project: Path) -> dict[str, int]:
 
 
 def test_graph_runs_once_then_only_what_is_stale(project):
-    named = finish(batch(project, "first", "--dry-run"))  # a name right after the folder and the cores
+    named = finish(batch(project, "first", "--dry-run"))  # the name comes first
     assert "first" in named and "second" not in named
 
     assert "done: open runs/index.html" in finish(batch(project))
