@@ -338,6 +338,26 @@ def test_draws_are_given_the_mr_of_their_own_slice(people):
         )
 
 
+def test_the_posterior_of_a_volume_is_that_of_its_slices(people):
+    """As one scan of three slices, with and without an MR; the operator here ties nothing together."""
+    prior = gaussian_prior(people)
+    scan = ladder(people, parameters(fractions=(0.02,), factors=()))[0].scan
+    sampler = Sampler(draws=8, evaluations=8, last_noise=1.0)
+    slices = reconstruction_activity.posterior(prior, scan, sampler)
+    volume = reconstruction_activity.posterior(prior, scan.volume(), sampler)
+    assert volume.x.shape == (8, 1, 1, 3, SIZE, SIZE) and volume.mean.shape == (1, 1, 3, SIZE, SIZE)
+    spread = slices.x.var(0).sum().item()
+    assert volume.x.var(0).sum().item() == pytest.approx(spread, rel=0.1)
+    apart = (volume.mean[0].transpose(0, 1) - slices.mean).square().sum().item()
+    assert apart < 3 * 2 * spread / 8, "but for chance"
+    told = Prior(Told(), 25.0, Measured(torch.tensor([1.0]), torch.ones(1, 1)), with_mr=True)
+    mr = torch.rand(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) + 0.1
+    seen = reconstruction_activity.posterior(
+        told, dataclasses.replace(scan, mr=mr).volume(), Sampler(draws=2, evaluations=2)
+    )
+    assert torch.allclose(seen.mean[0].transpose(0, 1) / 25, mr_condition(mr)[:, :1], atol=0.05)
+
+
 def test_a_study_calibrates_its_intervals_on_further_people(people):
     calibration = dataclasses.replace(
         people, **{k: getattr(people, k).repeat(3, 1, 1, 1) for k in ("image", "labels", "lesions", "mu")}

@@ -44,6 +44,7 @@ class Scan:
     x: the truth, None of a patient. background: expected counts of randoms and scatter, as y. mr (slice, 1, y, x): an
     MR of the same person on the same pixels, in any unit; None: there is none. step: distance from each slice to the
     next, in pixels, where they are those of one volume from one end to the other; None: nothing is known of that.
+    Scans of volumes, `volume` or of oblique planes, alike: x (scan, 1, z, y, x), y (scan, *A.range_shape).
     """
 
     x: Tensor | None

@@ -1,4 +1,4 @@
-"""A denoiser of single images for several images that share their data."""
+"""Denoisers of single images for several images that share their data: sets of maps, and slices of a volume."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from companion.diffusion.denoisers import Denoiser, moments_of
+
+AT_ONCE = 64  # slices of volumes that go through a network together
 
 
 class EachSet(nn.Module):
@@ -41,3 +43,27 @@ class EachSet(nn.Module):
         if not hasattr(self.D, "moments"):
             raise AttributeError("the wrapped denoiser has no moments")
         return self._moments
+
+
+class EachSlice(EachSet):
+    """D for volumes x `(batch, 1, z, y, x)`: every slice is an image of its own; cond `(batch or 1, c, z, y, x)`.
+
+    The prior is then the product of D's prior over slices, which knows nothing of what is above and below; the lines of
+    oblique planes tie slices together. D never takes more than AT_ONCE of them.
+    """
+
+    def _each(self, f: Callable, x: Tensor, sigma: Tensor, cond: Tensor | None) -> tuple[Tensor, ...]:
+        batch, depth = len(x), x.shape[2]
+        sigma = torch.as_tensor(sigma, device=x.device, dtype=x.real.dtype).expand(batch).repeat_interleave(depth)
+        cond = cond if cond is None else _slices(cond.expand(batch, *cond.shape[1:]))
+        slices, parts = _slices(x), []
+        for i in range(0, len(slices), AT_ONCE):
+            some = slice(i, i + AT_ONCE)
+            found = f(slices[some], sigma[some], None if cond is None else cond[some])
+            parts.append([r.expand(len(slices[some]), *r.shape[1:]) for r in found])
+        return tuple(torch.cat(r).unflatten(0, (batch, depth)).transpose(1, 2) for r in zip(*parts, strict=True))
+
+
+def _slices(volumes: Tensor) -> Tensor:
+    """(batch, c, z, y, x) as (batch * z, c, y, x)."""
+    return volumes.transpose(1, 2).flatten(0, 1)

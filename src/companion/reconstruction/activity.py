@@ -33,6 +33,7 @@ from companion.diffusion.poisson import (
 )
 from companion.diffusion.recalibration import ErrorModel, Recalibrated
 from companion.diffusion.sampling import sample
+from companion.diffusion.sets import EachSlice
 from companion.evaluation import metrics
 from companion.models import checkpoint
 from companion.models.architectures import network_of
@@ -202,6 +203,8 @@ class Prior:
             return None
         if scan.mr is None:
             raise ValueError("this prior is given the person's MR, and the scan has none; use one without (with_mr)")
+        if scan.mr.ndim == 5:  # of volumes
+            return torch.stack([mr_condition(z.transpose(0, 1)).transpose(0, 1) for z in scan.mr]).to(self.device)
         return mr_condition(scan.mr).to(self.device)
 
     def times(self, factor: float) -> Prior:
@@ -226,6 +229,8 @@ def posterior(
 
     x (draw, slice, 1, y, x) and their mean (slice, 1, y, x) in kBq/mL, not cut at 0. Draw k of slice i has the seed
     `seed` + 10,000 i + k. Slices that end at the same noise level are drawn together, which changes nothing for each.
+    Scans of volumes alike, x (draw, scan, 1, z, y, x): the prior is one of independent slices then, and A, such as that
+    of oblique planes, ties them together.
     """
     draws, levels = draws or sampler.draws, sampler.last_levels(scan)
     shape = len(scan.y), *scan.A.domain_shape
@@ -248,16 +253,17 @@ def draw(
 ) -> Posterior:
     """One draw for each scan, and its mean given the step before, kBq/mL; sweeps end at the noise `last_level`."""
     A, cond = prior.scale_kbq * scan.A, prior.condition(scan)
+    D = prior.D if len(A.domain_shape) == 3 else EachSlice(prior.D)
     G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, **CONVERGED)
     if rule == GIBBS:
         levels = karras(evaluations, last_level / prior.scale_kbq, FIRST_SIGMA)
-        result = poisson_gibbs(prior.D, G, levels, seeds=seeds, device=prior.device, cond=cond)
+        result = poisson_gibbs(D, G, levels, seeds=seeds, device=prior.device, cond=cond)
         mean = result.mean
     else:
         G = GUIDED[rule](A, scan.y, scan.background, G)
         levels = karras(evaluations // G.denoiser_calls, LAST_GUIDED, FIRST_SIGMA)
         result = sample(
-            G(prior.D),
+            G(D),
             levels,
             shape=tuple(A.domain_shape),
             seeds=seeds,
