@@ -35,7 +35,7 @@ from companion.reconstruction.pet import osem
 from companion.reconstruction.rebinning import ssrb
 
 SHAPE, VOXEL_MM, RANDOMS = (17, 64, 64), 3.5, 0.2
-STRENGTHS, ITERATIONS = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02), (1, 2, 3, 4, 6)
+STRENGTHS, ITERATIONS = (0.0003, 0.001, 0.003, 0.01, 0.02, 0.05), (1, 2, 3, 4, 6)
 
 
 def ring(shape: tuple[int, int, int], voxel_mm: float) -> Cylinder:
