@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from companion.data import anatomy, volumes
+from companion.data import anatomy, volume_folder, volumes
 from companion.data.nifti import load_nifti
 from companion.data.store import open_dataset, write_dataset
 from companion.diffusion.denoisers import EDMDenoiser
@@ -14,7 +14,7 @@ from companion.diffusion.latent import LatentDenoiser, LatentSpace
 from companion.diffusion.noise import DiscreteSchedule
 from companion.evaluation import failures as evaluation_failures
 from companion.evaluation import volumes as evaluation_volumes
-from companion.evaluation.known_people import TrainingSet, check_grid
+from companion.evaluation.known_people import TrainingSet, check_grid, unseen
 from companion.models import latent_draws
 from companion.models.latent import LatentPrior
 from companion.networks.autoencoder import AutoencoderKL
@@ -199,3 +199,16 @@ def test_study_of_real_people_passes_and_of_copies_fails(prior, tmp_path):
     assert study.memory[-1]["smallest"] == pytest.approx(0, abs=1e-3)
     assert [row["volumes"] for row in study.likeness] == ["other people", "other people, reconstructed", "synthetic"]
     assert study.likeness[0]["mean"] < study.likeness[1]["mean"]  # an untrained autoencoder is unlike people
+
+
+def test_a_prior_on_patients_meets_its_own_people_anew(prior, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
+    data = prior.config["data"] | {"source": volume_folder.PATIENTS, "volumes": 10}
+    known = replace(prior, config=dict(prior.config) | {"data": data})
+    trained = TrainingSet.of(known, "none.h5", 100)
+    assert (trained.count, trained.own) == (3, False) and "companion data get heads" in trained.what
+    make = volume_folder.people(volume_folder.PATIENTS, "train", SHAPE)
+    assert torch.equal(trained[2][0], make(8).image), "every fourth is of the template"
+    assert not torch.equal(unseen(known, "none.h5", "test", 1)[0], trained[0])
+    with pytest.raises(FileNotFoundError, match="companion data get heads"):
+        volume_folder.people(volume_folder.PATIENTS, "train", SHAPE, tmp_path / "heads")

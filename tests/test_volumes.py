@@ -7,6 +7,7 @@ import torch
 
 from companion.data import anatomy, volumes
 from companion.data.nifti import Volume, save_nifti
+from companion.data.patients import anatomies
 
 
 def ball(shape=(40, 50, 44), radius=14.0, centre=(20, 24, 21)):
@@ -223,3 +224,21 @@ def test_virtual_heads_fit_their_grid_and_know_where_they_are(shape):
     assert 1200 < person.tissue_ml.sum() < 2200  # mL
     centre = person.affine @ (*(np.array(shape[::-1]) - 1) / 2, 1)
     np.testing.assert_allclose(centre[:3], anatomy.CENTRE_MM, atol=1e-4)
+
+
+def test_patients_differ_in_size_age_and_pose():
+    (icbm,), shape = anatomies(None, "train", 6.0), (32, 32, 32)
+    people = [volumes.patient(icbm, one, shape) for one in anatomy.cohort("train", 12)]
+    healthy = [volumes.virtual(one, shape) for one in anatomy.cohort("train", 12)]
+    assert torch.equal(people[5].image, volumes.patient(icbm, anatomy.Subject(5), shape).image)
+    brain, usual = (torch.stack([one.tissue_ml for one in some]) for some in (people, healthy))
+    assert 1200 < brain.sum(1).mean() < usual.sum(1).mean()
+    share, same = (ml[:, 0] / ml.sum(1) for ml in (brain, usual))
+    assert share.std() > 2 * same.std(), "some are older than others"
+    top = [
+        volumes.patient(icbm, one, shape).image.sum((1, 2)).gt(0).nonzero().max() for one in anatomy.cohort("test", 9)
+    ]
+    assert len({int(row) for row in top}) > 2
+    for one in people:
+        inside = one.image > 0
+        assert 0.97 < torch.quantile(one.image[inside], 0.995) < 1.03

@@ -109,6 +109,8 @@ SOURCES = (
     ),
 )
 
+TRAINING = tuple(source.name for source in SOURCES if source.split == "train")
+
 
 def get_heads(folder: str | Path, archives: str | Path | None = None) -> list[Path]:
     """Return the prepared heads in `folder`, fetching those that are not there.

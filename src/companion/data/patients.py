@@ -134,9 +134,20 @@ def patient(
 
     `subject` decides everything, lesions, size and protocols included. Raises ValueError for unknown contrasts.
     """
-    rng = np.random.default_rng([subject.seed, 0x9A71E47])
     shape, voxel = (len(heights), image_size, image_size), anatomy.FIELD_OF_VIEW_MM / image_size
-    points = anatomy.grid_mm(shape, voxel, heights)
+    images, maps, lesion = scanned(source, subject, contrasts, anatomy.grid_mm(shape, voxel, heights))
+    found = {c: torch.from_numpy(scaled(x.numpy(), name=c)[0])[:, None].float() for c, x in images.items()}
+    return found | {"labels": anatomy.labels_from_tissue(maps)[:, None], "lesion": lesion[:, None]}
+
+
+def scanned(
+    source: Anatomy, subject: Subject, contrasts: Sequence[str], points: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Magnitudes (z, y, x) of each contrast at points (z, y, x, 3) of MNI mm, with noise and on no common scale.
+
+    Beside them the maps (4, z, y, x): shares of CSF, grey and white matter, texture; and the share of lesions.
+    """
+    rng = np.random.default_rng([subject.seed, 0x9A71E47])
     centre = torch.tensor(anatomy.CENTRE_MM)
     size = torch.from_numpy(np.exp(rng.normal(0, 0.04) + rng.normal(0, 0.025, 3)).clip(0.85, 1.15)).float()
     at = anatomy.warp(subject, (points - centre) / size + centre)
@@ -146,15 +157,14 @@ def patient(
         at = at + _pushed(points, lesion, rng)
     maps = _atrophied(source.at(at), rng)
     shares = [lesion.weights(points) * maps[:3].sum(0) for lesion in found]
-    whole = torch.stack([s.sum(0) for s in shares]).amax(0) if shares else torch.zeros(shape)
+    whole = torch.stack([s.sum(0) for s in shares]).amax(0) if shares else torch.zeros(points.shape[:3])
     tissue = {
         k: [v * f for v, f in zip(p, np.exp(rng.normal(0, (0.02, 0.08, 0.08))), strict=True)]
         for k, p in anatomy.RELAXATION.items()
     }
     shading = (abs(rng.normal(0, 0.08)) * anatomy.smooth_field(points, subject.generator("bias"))).exp()
     images = {c: _contrast(c, maps, tissue, found, shares, rng) * shading for c in contrasts}
-    images = {c: torch.from_numpy(scaled(_scanned(x, rng), name=c)[0])[:, None].float() for c, x in images.items()}
-    return images | {"labels": anatomy.labels_from_tissue(maps)[:, None], "lesion": whole[:, None]}
+    return {c: torch.from_numpy(_noisy(x, rng)) for c, x in images.items()}, maps, whole
 
 
 def patients(
@@ -266,7 +276,7 @@ def _contrast(
     return image * texture
 
 
-def _scanned(image: Tensor, rng: np.random.Generator) -> np.ndarray:
+def _noisy(image: Tensor, rng: np.random.Generator) -> np.ndarray:
     """The magnitude with another gamma and noise, relative to its bright tissue."""
     image = image / image.flatten().quantile(0.995).clamp(min=1e-6)
     image = image.clamp(min=0) ** math.exp(rng.normal(0, 0.08))

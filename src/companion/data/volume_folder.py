@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ from tqdm.auto import tqdm
 from companion.data import anatomy, volumes
 from companion.data.intake.records import reason
 from companion.data.intake.splits import split_people, split_table
+from companion.data.patients import anatomies
 from companion.data.rows import Rows
 from companion.data.store import Prepared
+from companion.data.volumes import Person
 from companion.extras import extra
 from companion.files import project_root
 from companion.parameters import param
 
 COHORT = "virtual cohort of companion.data.anatomy (ICBM 152), T1w"
+PATIENTS = "virtual patients of companion.data.patients (ICBM 152 and real heads), T1w"
+TEMPLATES = "virtual patients of companion.data.patients (ICBM 152), T1w"
+VIRTUAL = (COHORT, PATIENTS, TEMPLATES)  # sources whose people are made anew when needed
 UNITS = {"image": "1", "tissue_ml": "mL", "affine": "mm", "scale": "as in the file"}
 
 
@@ -40,19 +46,42 @@ class Reading:
     people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
 
 
-def virtual_people(subjects: int, shape: tuple[int, ...], progress: bool = False) -> dict:
-    """What `write_dataset` takes of virtual people, all for training: others are drawn when needed."""
+def people(source: str, split: str, shape: Sequence[int], heads: Path | None = None) -> Callable[[int], Person]:
+    """Who makes person i of a split, always the same one: of `COHORT`, or of `PATIENTS`.
+
+    Patients' anatomies take turns (`patients.anatomies`): the template and the split's heads in a folder; none: the
+    template alone. Raises FileNotFoundError where a head is missing.
+    """
+    found = anatomies(heads, split, volumes.spacing(shape)[1]) if source != COHORT else []
+
+    def make(i: int) -> Person:
+        subject = anatomy.Subject(anatomy.FIRST_SEED[split] + i)
+        return volumes.patient(found[i % len(found)], subject, shape) if found else volumes.virtual(subject, shape)
+
+    return make
+
+
+def others(source: str, split: str, count: int, shape: Sequence[int]) -> Tensor:
+    """Volumes (person, 1, z, y, x) of virtual people that training never sees; patients are of the template alone."""
+    make = people(source, split, shape)
+    return torch.stack([make(i).image[None] for i in range(count)])
+
+
+def virtual_people(
+    source: str, subjects: int, shape: tuple[int, ...], heads: Path | None = None, progress: bool = False
+) -> dict:
+    """What `write_dataset` takes of virtual people, all for training: others are drawn when needed. See `people`."""
     image, tissue = np.empty((subjects, 1, *shape), np.float16), np.empty((subjects, 3), np.float32)
-    people, affine = anatomy.cohort("train", subjects), np.empty((subjects, 4, 4))
-    for i, subject in enumerate(tqdm(people, desc="people", disable=not progress)):
-        person = volumes.virtual(subject, shape)
+    affine, make = np.empty((subjects, 4, 4)), people(source, "train", shape, heads)
+    for i in tqdm(range(subjects), desc="people", disable=not progress):
+        person = make(i)
         image[i, 0], tissue[i], affine[i] = person.image, person.tissue_ml, person.affine
-    seeds = [str(subject.seed) for subject in people]
+    seeds = [str(subject.seed) for subject in anatomy.cohort("train", subjects)]
     return {
         "arrays": {"image": image, "tissue_ml": tissue, "affine": affine},
         "subjects": seeds,
         "split": {"train": seeds},
-        "source": COHORT,
+        "source": source,
         "attrs": {"voxel_mm": list(volumes.spacing(shape))},
     }
 
@@ -80,11 +109,11 @@ def read_folder(source: Path, beside: Path, r: Reading, seed: int, progress: boo
     if not used:
         raise ValueError("\n  ".join([f"no file of {source.name} can be used:", *skipped.values()]))
     shares = (1 - r.validation_share - r.test_share, r.validation_share, r.test_share)
-    people = split_people([scan.subject for scan in used.values()], shares, seed, scans.split)
-    split = {part: [name for name, scan in used.items() if scan.subject in who] for part, who in people.items()}
+    persons = split_people([scan.subject for scan in used.values()], shares, seed, scans.split)
+    split = {part: [name for name, scan in used.items() if scan.subject in who] for part, who in persons.items()}
     if progress:
-        files = {who: [n for n, s in used.items() if s.subject == who] for part in people.values() for who in part}
-        print(split_table(people, files))
+        files = {who: [n for n, s in used.items() if s.subject == who] for part in persons.values() for who in part}
+        print(split_table(persons, files))
     return {
         "arrays": arrays,
         "subjects": list(used),
@@ -120,19 +149,18 @@ def digits(subjects: int) -> dict:
 def held_out(prepared: Prepared, split: str, count: int) -> Tensor:
     """Volumes (person, 1, z, y, x) of people that training never sees, the first `count` of a split.
 
-    Of the cohort they are drawn now. Of files, where the split is empty: of the other held-out one. Raises ValueError
+    Virtual ones are drawn now. Of files, where the split is empty: of the other held-out one. Raises ValueError
     where both are empty: people of the training set are never taken for others.
     """
-    if prepared.source == COHORT:
-        shape = prepared.shapes["image"][2:]
-        return torch.stack([volumes.virtual(one, shape).image[None] for one in anatomy.cohort(split, count)])
-    others = [name for name in (split, "test", "validation") if prepared.split.get(name)]
-    if not others:
+    if prepared.source in VIRTUAL:
+        return others(prepared.source, split, count, prepared.shapes["image"][2:])
+    held = [name for name in (split, "test", "validation") if prepared.split.get(name)]
+    if not held:
         raise ValueError(
             f"{prepared.path.name} holds nobody for validation or tests; prepare it again with a validation_share or "
             "test_share above 0"
         )
-    items = prepared.sequences("image", others[0], 1)
+    items = prepared.sequences("image", held[0], 1)
     return torch.stack([items[i].float() for i in range(min(count, len(items)))])
 
 

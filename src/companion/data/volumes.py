@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import affine_transform, gaussian_filter
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from companion.data import anatomy
@@ -31,11 +32,14 @@ from companion.data.intake.kinds import (
 from companion.data.intake.look import find
 from companion.data.intake.readers import read_image
 from companion.data.intake.records import Item, Unreadable, Volume
+from companion.data.patients import Anatomy, scanned
 
 PERCENTILE, CEILING = 99.5, 1.2
 SCALE = f"1 is the {PERCENTILE}th percentile of the brain, values end at {CEILING}; outside the brain 0"
 # Grids for virtual heads, mm. Along y, 192 mm, the longest of them lose a slice of their rim in front or behind.
 SPACING = {(64, 64, 64): (3.0, 3.0, 3.0), (64, 96, 96): (2.6, 2.0, 2.0)}
+POSE_DEG = (5.0, 3.0, 3.0)  # standard deviation of how far a patient's head nods, tilts and turns
+SIZE = 0.96  # of patients to the template: its brain of 1.9 L is larger than most people's
 CC359_NAME = re.compile(r"(?P<subject>CC\d{4})_(?P<vendor>[a-z]+)_(?P<field>15|3)_(?P<age>\d+)_(?P<sex>[MF])")
 
 
@@ -246,8 +250,29 @@ def virtual(subject: anatomy.Subject, shape: Sequence[int] = (64, 64, 64), contr
     heights = anatomy.CENTRE_MM[2] + voxel_mm[0] * (torch.arange(shape[0]) - (shape[0] - 1) / 2)
     depth, height, width = shape
     drawn = anatomy.render(subject, contrast, (depth, height, width), voxel_mm[1], heights)
-    brain = drawn.tissue.sum(0) > 0.05  # voxels that the brain fills in part belong to it
-    image, _ = normalise_percentile(drawn.image.abs().numpy(), brain.numpy(), f"subject {subject.seed}")
-    tissue = drawn.tissue.sum((1, 2, 3)) * float(np.prod(voxel_mm)) / 1000
+    return _person(drawn.image.abs(), drawn.tissue, shape, subject)
+
+
+def patient(source: Anatomy, subject: anatomy.Subject, shape: Sequence[int] = (64, 64, 64)) -> Person:
+    """Return a person of `data.patients`, T1w, on the grid of `virtual`; lesions count as the tissue they lie in.
+
+    source: the anatomy that is warped, see `patients.anatomies`. The head is turned by a few degrees, as people lie.
+    """
+    depth, height, width = shape
+    voxel_mm = spacing(shape)
+    centre = torch.tensor(anatomy.CENTRE_MM)
+    heights = centre[2] + voxel_mm[0] * (torch.arange(depth) - (depth - 1) / 2)
+    turn = Rotation.from_euler("xyz", np.random.default_rng([subject.seed, 0x7042]).normal(0, POSE_DEG), degrees=True)
+    points = anatomy.grid_mm((depth, height, width), voxel_mm[1], heights) - centre
+    points = points @ torch.from_numpy(turn.as_matrix()).float() / SIZE + centre
+    images, maps, _ = scanned(source, subject, ("T1w",), points)
+    return _person(images["T1w"], maps[:3], shape, subject)
+
+
+def _person(image: Tensor, tissue: Tensor, shape: Sequence[int], subject: anatomy.Subject) -> Person:
+    brain = tissue.sum(0) > 0.05  # voxels that the brain fills in part belong to it
+    image = torch.from_numpy(normalise_percentile(image.numpy(), brain.numpy(), f"subject {subject.seed}")[0])
+    voxel_mm = spacing(shape)
+    volume_ml = tissue.sum((1, 2, 3)) * float(np.prod(voxel_mm)) / 1000
     affine = grid_affine(shape, voxel_mm, anatomy.CENTRE_MM)
-    return Person(torch.from_numpy(image), drawn.labels, tissue, affine)
+    return Person(image, anatomy.labels_from_tissue(tissue), volume_ml, affine)

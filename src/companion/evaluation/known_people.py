@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from companion.data import anatomy, volumes
-from companion.data.store import Prepared, SequenceDataset, open_dataset
-from companion.data.volume_folder import COHORT, held_out
+from companion.data.heads_download import TRAINING
+from companion.data.store import Prepared, open_dataset
+from companion.data.volume_folder import COHORT, PATIENTS, VIRTUAL, held_out, others, people
 from companion.files import project_root
 from companion.models.latent import LatentPrior
 
@@ -18,11 +20,12 @@ from companion.models.latent import LatentPrior
 def unseen(prior: LatentPrior, data: str, split: str, count: int) -> Tensor:
     """Volumes (person, 1, z, y, x) of people the prior never saw, on its grid: of the prepared file `data`.
 
-    Without that file, of the embedded cohort. Raises ValueError for a file on another grid.
+    Without that file, virtual people of its kind. Raises ValueError for a file on another grid.
     """
     path = project_root() / data
     if not path.exists():
-        return torch.stack([volumes.virtual(one, prior.shape).image[None] for one in anatomy.cohort(split, count)])
+        known = prior.config["data"].get("source", COHORT)
+        return others(known if known in VIRTUAL else COHORT, split, count, prior.shape)
     prepared = open_dataset(path, require=["image"])
     check_grid(prepared, prior)
     return held_out(prepared, split, count)
@@ -46,7 +49,7 @@ def check_grid(prepared: Prepared, prior: LatentPrior) -> None:
             f"{prepared.path} has voxels of {' x '.join(f'{v:.3g}' for v in found)} mm, the prior was trained on "
             f"{' x '.join(f'{v:.3g}' for v in known)} mm; prepare it again with voxel_mm={tuple(known)}"
         )
-    if prior.config["data"].get("source", COHORT) == COHORT != prepared.source:
+    if prior.config["data"].get("source", COHORT) in VIRTUAL and prepared.source not in VIRTUAL:
         check_content(prepared)
 
 
@@ -79,34 +82,47 @@ class TrainingSet:
 
     count: int
     shape: tuple[int, ...]
-    stored: SequenceDataset | None
+    volume: Callable[[int], Tensor]
     own: bool = True
     what: str = ""
 
     @classmethod
     def of(cls, prior: LatentPrior, data: str, most: int) -> TrainingSet:
-        """At most so many: virtual people made anew for a prior on the cohort, else those of the prepared file `data`.
+        """At most so many of the prior's own where they are virtual or in the prepared file `data`, else of that file.
 
-        Another file than the prior was trained on is searched, too, but nobody is called unmemorised by it: `own`.
+        Virtual people are made anew; of patients whose anatomy is a real head only where data/heads has it. Another
+        file than the prior was trained on is searched, too, but nobody is called unmemorised by it: `own`.
         """
         path, known = project_root() / data, prior.config["data"]
         prepared = open_dataset(path, require=["image"]) if path.exists() else None
         if prepared is not None:
             check_grid(prepared, prior)
-        if known.get("source", COHORT) == COHORT:
-            count = min(most, known["volumes"])
-            return cls(count, prior.shape, None, count == known["volumes"], f"{count} of its {known['volumes']} people")
+        source = known.get("source", COHORT)
+        wanted = min(most, known.get("volumes", most))
+        same = prepared is not None and prepared.source == source and len(prepared.rows("train")) >= wanted
+        if source in VIRTUAL and not same:
+            return cls._anew(source, prior.shape, known["volumes"], most)
         if prepared is None:
             raise FileNotFoundError(f"{path} does not exist; the prior's training volumes are searched: give its data")
         stored = prepared.sequences("image", "train", 1)
         count = min(most, len(stored))
-        own = known.get("source") == prepared.source and count == known.get("volumes")
-        return cls(count, prior.shape, stored, own, f"{count} volumes of {path.name}")
+        own = source == prepared.source and count == known.get("volumes")
+        return cls(count, prior.shape, stored.__getitem__, own, f"{count} volumes of {path.name}")
+
+    @classmethod
+    def _anew(cls, source: str, shape: tuple[int, ...], volumes: int, most: int) -> TrainingSet:
+        heads, each = project_root() / "data/heads", 1
+        if source == PATIENTS:
+            if not all((heads / f"{name}.nii.gz").exists() for name in TRAINING):
+                heads, each = None, 1 + len([name for name in TRAINING if not name.endswith("_brain")])
+        make = people(source, "train", shape, heads if source == PATIENTS else None)
+        count = min(most, math.ceil(volumes / each))
+        missing = "" if each == 1 else ", those of the template; companion data get heads brings the others"
+        what = f"{count} of its {volumes} people{missing}"
+        return cls(count, shape, lambda i: make(i * each).image, count == volumes, what)
 
     def __getitem__(self, i: int) -> Tensor:
-        if self.stored is not None:
-            return self.stored[i].reshape(1, *self.shape).float()
-        return volumes.virtual(anatomy.Subject(anatomy.FIRST_SEED["train"] + i), self.shape).image[None]
+        return self.volume(i).reshape(1, *self.shape).float()
 
     def batches(self, size: int = 50) -> Iterator[Tensor]:
         """Yield all of them, (batch, 1, z, y, x)."""

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 from companion.data import volumes
 from companion.data.store import Prepared, prepare_once
-from companion.data.volume_folder import UNITS, Reading, digits, read_folder, virtual_people
+from companion.data.volume_folder import (
+    COHORT,
+    PATIENTS,
+    TEMPLATES,
+    UNITS,
+    Reading,
+    digits,
+    read_folder,
+    virtual_people,
+)
 from companion.files import project_root
 from companion.parameters import Parameters, param
 
@@ -22,9 +31,12 @@ class PrepareData(Reading, Parameters):
     """Parameters of latent3d/1_data.ipynb."""
 
     source: str = param(
-        "cohort",
-        "cohort: the embedded one; digits: small 2D images, to check the code; else a folder "
-        "of NIfTI volumes, such as NFBS or CC359",
+        "patients",
+        "patients: virtual ones, many sizes, ages and lesions; cohort: healthy people of one template; digits: small "
+        "2D images, to check the code; else a folder of NIfTI volumes, such as NFBS or CC359",
+    )
+    heads: str | None = param(
+        None, "of patients: folder of real heads (companion data get heads); none: the template alone"
     )
     data: str = param("data/latent3d_64.h5", "where the prepared volumes go; kept when it is there already")
 
@@ -42,15 +54,19 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
         raise ValueError(f"digits have the shape (16, 16), not {p.shape}; set shape to it")
     if p.source != "digits" and (len(p.shape) != 3 or (p.voxel_mm and len(p.voxel_mm) != 3)):
         raise ValueError(f"shape {p.shape} and voxel_mm {p.voxel_mm} must have three numbers each, for z, y and x")
-    if p.source not in ("cohort", "digits"):
+    if p.source == "patients":
+        wanted["heads"] = p.heads
+    elif p.source not in ("cohort", "digits"):
         wanted |= p.pick("validation_share", "test_share", "contrast", "people", "seed")
         wanted["voxel_mm"] = p.voxel_mm or volumes.spacing(p.shape)
 
     def make() -> dict:
         if p.source == "digits":
             made = digits(p.subjects)
-        elif p.source == "cohort":
-            made = virtual_people(p.subjects, p.shape, progress)
+        elif p.source in ("cohort", "patients"):
+            heads = project_root() / p.heads if p.source == "patients" and p.heads else None
+            of = COHORT if p.source == "cohort" else PATIENTS if heads else TEMPLATES
+            made = virtual_people(of, p.subjects, p.shape, heads, progress)
         else:
             made = read_folder(project_root() / p.source, path.parent, p, p.seed, progress)
         names = made["arrays"]
