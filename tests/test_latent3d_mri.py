@@ -145,6 +145,8 @@ def test_data_pull_an_ignorant_prior_towards_the_truth(prior):
         assert made.draws[name].shape == (2, 1, *SHAPE)
     for name in ("L1 of wavelets", "total variation"):  # few readouts: what is sparse helps
         assert psnr[name] > psnr["zero-filled"]
+    assert made.draws["trusted"].shape == (2, 1, *SHAPE)
+    assert psnr["trusted"] > max(psnr["total variation"], psnr[f"{P.methods[0]} + data"]) - 0.5
     table = latent.score([made], [scan])
     assert [row["method"] for row in table] == list(made.images) and table[0]["n"] == 1
     assert latent.calibration(made.draws["projection"], scan.x) > 0
@@ -157,10 +159,28 @@ def test_held_out_readouts_tell_a_prior_that_knows_nothing(prior):
     middle = tuple(n // 2 for n in held.shape)
     assert not held[middle] and torch.equal(held[0], held[-1]), "whole readouts, none of the centre"
     assert torch.equal(seen.y[..., ~held], scan.y[..., ~held])
-    found = latent.held_out_errors(prior, errors, scan, P.methods[0], P, P, P.seed)
-    assert set(found) == {"latent prior", "total variation"} and min(found.values()) > -1e-3
-    assert latent.advice({"latent prior": 2.0, "total variation": 1.0}).startswith("WARNING")
-    assert "for the latent prior" in latent.advice({"latent prior": 0.5, "total variation": 1.0})
+    found = latent.assess(prior, errors, scan, P.methods[0], P, P, P.seed)
+    assert set(found.excess) == {"latent prior", "total variation", "both"}
+    assert found.excess["both"] <= min(found.excess.values()) + 1e-5 and 0 <= found.share <= 1 <= found.widening
+    assert latent.Verdict(0.2, 4.0, {"both": 0.5}).text.startswith("WARNING: the prior does not know this scan")
+    good = latent.Verdict(0.8, 4.0, {"both": 0.5})
+    assert "80% of the image; error bars widened by 2.00" in good.text
+    draws, other = torch.randn(3, 1, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1, *SHAPE)
+    image, wide = good.apply(draws, other)
+    assert torch.allclose(wide.mean(0, keepdim=True), image, atol=1e-5) and image.shape == other.shape
+    assert torch.allclose(wide.var(0), 4 * draws.var(0), rtol=1e-3)
+    assert torch.allclose(image, 0.8 * draws.mean(0, keepdim=True) + 0.2, atol=1e-5)
+
+
+def test_rings_weigh_what_was_held_out_by_what_is_missing():
+    plane = torch.zeros(16, 16, dtype=torch.bool)
+    held, missing = plane.clone(), ~plane
+    held[8, 9:], held[4, ::2] = True, True
+    missing[6:11, 6:11] = False
+    group, weight = latent.rings(missing.expand(3, -1, -1), held.expand(3, -1, -1))
+    assert weight[:, held].mean().item() == pytest.approx(1) and weight[:, ~held].abs().max() == 0
+    near, far = (weight[group == ring].max() for ring in (0, group.max()))
+    assert near < far, "all about the middle was measured"
 
 
 def test_little_noise_brings_the_same_code_back(prior, person):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 from companion.acquisition.mri import Scan
 from companion.diffusion.latent_guidance import Errors, LatentGuidance, explain, gradient, projection
 from companion.diffusion.noise import karras
-from companion.diffusion.sampling import Bill, sample
+from companion.diffusion.sampling import Bill, Samples, sample
 from companion.evaluation import metrics
 from companion.evaluation.tables import average, check_unique
 from companion.models.latent import LatentPrior
+from companion.operators.linear import Diagonal
 from companion.parameters import param
-from companion.reconstruction import mri as classical
+from companion.reconstruction import mri, trust
 
 GUIDANCES = {"projection": projection, "gradient": gradient}
 
@@ -52,13 +53,17 @@ class Classical:
     variation: float | None = param(0.0015, "weight of the total variation; none: without that baseline", minimum=1e-9)
     sparse_iterations: int = param(80, "steps of these two", minimum=1)
 
+    def total_variation(self, scan: Scan) -> Tensor | None:
+        """The total variation image (1, 1, z, y, x), 0 and above; None without that baseline."""
+        return replace(self, wavelets=None).images(scan).get("total variation")
+
     def images(self, scan: Scan) -> dict[str, Tensor]:
         """What they make of a scan, by name, 0 and above: they too are told that it is real."""
         methods = {
-            "zero-filled": (classical.zero_filled, 0.0, None),
-            "CG-SENSE": (classical.cg_sense, self.regularisation, 30),
-            "L1 of wavelets": (classical.l1_wavelet, self.wavelets, self.sparse_iterations),
-            "total variation": (classical.total_variation, self.variation, self.sparse_iterations),
+            "zero-filled": (mri.zero_filled, 0.0, None),
+            "CG-SENSE": (mri.cg_sense, self.regularisation, 30),
+            "L1 of wavelets": (mri.l1_wavelet, self.wavelets, self.sparse_iterations),
+            "total variation": (mri.total_variation, self.variation, self.sparse_iterations),
         }
         return {
             name: method(scan.y, scan.maps, scan.mask, weight, iterations).real.clamp(min=0)
@@ -87,13 +92,41 @@ def drawn_anew(
     return made
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What held-out readouts say of the latent prior beside total variation, without a truth.
+
+    share: of the posterior mean in the image that errs least, the rest is total variation. widening: factor on the
+    variance of the draws about that image. excess: squared error at held-out readouts, less the noise, of each image.
+    """
+
+    share: float
+    widening: float
+    excess: Mapping[str, float]
+
+    @property
+    def text(self) -> str:
+        """In words and numbers."""
+        told = ", ".join(f"{name} {value:.3g}" for name, value in self.excess.items())
+        bars = f"; error bars widened by {self.widening**0.5:.2f}" if self.widening > 1 else ""
+        says = f"held-out readouts (squared error: {told}) give the latent prior {self.share:.0%} of the image{bars}"
+        return says if self.share >= trust.LEAST_SHARE else f"WARNING: the prior does not know this scan; {says}"
+
+    def apply(self, draws: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The image (1, 1, z, y, x), in part `other`, and draws (draw, 1, z, y, x) that scatter about it."""
+        mean = draws.mean(0, keepdim=True)
+        image = mean if other is None else self.share * mean + (1 - self.share) * other
+        return image, image + self.widening**0.5 * (draws - mean)
+
+
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Real-valued images (1, 1, z, y, x) of a scan by method, draws (draw, 1, z, y, x) by method, and bills."""
+    """Real-valued images (1, 1, z, y, x) of a scan by method, draws (draw, 1, z, y, x) by method, bills, a verdict."""
 
     images: dict[str, Tensor]
     draws: dict[str, Tensor]
     bills: dict[str, Bill]
+    verdict: Verdict
 
 
 def posterior(
@@ -127,6 +160,7 @@ def with_data(decoded: Tensor, G: LatentGuidance, sigma: float) -> Tensor:
     return torch.cat([explain(x[None], v[None], G) for x, v in zip(decoded, last, strict=True)])
 
 
+TRIAL = 2  # draws from the readouts that are not held out
 HELD = 0.1  # of the readouts outside of the centre: kept back to judge methods by
 
 
@@ -151,7 +185,7 @@ def without_some(scan: Scan, share: float = HELD, seed: int = 0) -> tuple[Scan, 
 
 
 @torch.no_grad()
-def held_out_errors(
+def assess(
     prior: LatentPrior,
     errors: Errors,
     scan: Scan,
@@ -159,31 +193,43 @@ def held_out_errors(
     sampler: Sampler,
     classical: Classical,
     seed: int = 0,
-) -> dict[str, float]:
-    """Mean squared error at readouts that were held out, less the noise, of total variation and of the latent prior.
+) -> Verdict:
+    """What a scan says of the prior: some readouts are held out, and draws from the rest have to predict them.
 
-    Told without a truth, by one draw of a method and one more classical image.
+    As `companion.reconstruction.trust`, with two draws. Held-out readouts are weighed, ring by ring of k-space, by how
+    many places there were never measured: these are what the prior has to tell.
     """
     seen, held = without_some(scan, seed=seed)
-    drawn, _ = posterior(prior, errors, seen, method, sampler, [seed])
-    images = {"latent prior": drawn[f"{method} + data"].mean(0, keepdim=True)}
-    if classical.variation is not None:
-        images["total variation"] = replace(classical, wavelets=None).images(seen)["total variation"]
-    return {
-        name: (scan.A(x) - scan.y)[..., held].abs().square().mean().item() - 2 * scan.noise_std**2
-        for name, x in images.items()
-    }
+    drawn, bill = posterior(prior, errors, seen, method, sampler, range(seed, seed + TRIAL))
+    samples, other = Samples(drawn[f"{method} + data"], bill), classical.total_variation(seen)
+    group, weight = rings(scan.mask.mask == 0, held)
+    judge = Diagonal(weight.sqrt(), scan.A.range_shape, scan.y.dtype) @ scan.A
+    split = trust.Split(seen.A, seen.y, judge, weight.sqrt() * scan.y, held, group)
+    noise, share, excess = scan.noise_std * weight[held].mean().sqrt().item(), 1.0, {}
+    if other is not None:
+        share = trust.best_share(split, samples.x, other, sampler.draws)
+        excess["total variation"] = trust.predictive_score(split, samples, noise, other).excess
+    excess["latent prior"] = trust.predictive_score(split, samples, noise).excess
+    image, _ = Verdict(share, 1.0, {}).apply(samples.x, other)
+    found = trust.predictive_score(split, samples, noise, image)
+    return Verdict(share, max(1.0, found.widening), excess | {"both": found.excess})
 
 
-def advice(found: dict[str, float]) -> str:
-    """In words and numbers which image to believe, by what `held_out_errors` found."""
-    told = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-    if "total variation" not in found or found["latent prior"] <= found["total variation"]:
-        return f"held-out readouts speak for the latent prior (mean squared error: {told})"
-    return (
-        f"WARNING: held-out readouts speak against the latent prior (mean squared error: {told}): it does not know "
-        "this scan; take the classical reconstruction, total variation"
-    )
+def rings(missing: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """The ring of k-space of each held-out sample, and its weight, of mean 1: how many missing ones it speaks for.
+
+    missing, held (z, y, x), bool. Both are (z, y, x), the weight 0 where nothing is held out.
+    """
+    group = torch.zeros(held.shape, dtype=torch.long, device=held.device)
+    radius = trust.radii(held[0]).expand(held.shape)
+    group[held] = trust.bands(radius[held])
+    counts = [
+        torch.bincount(g, minlength=trust.BANDS) for g in (trust.bands(radius[missing], radius[held]), group[held])
+    ]
+    share = (counts[0] / counts[1].clamp(min=1))[group[held]]
+    weight = torch.zeros(held.shape, device=held.device)
+    weight[held] = share / share.mean()
+    return group, weight
 
 
 def score(reconstructions: Sequence[Reconstruction], scans: Sequence[Scan]) -> list[dict[str, object]]:

@@ -122,9 +122,14 @@ def radii(measured: Tensor) -> Tensor:
     return reduce(torch.add, [g.square() for g in grids]).sqrt().to(measured.device)
 
 
-def bands(radius: Tensor, count: int = BANDS) -> Tensor:
-    """For each held-out sample, given its radius, the ring of k-space that it lies in; rings hold equally many."""
-    edges = torch.quantile(radius, torch.linspace(0, 1, count + 1, device=radius.device)[1:-1])
+def bands(radius: Tensor, among: Tensor | None = None, count: int = BANDS) -> Tensor:
+    """For each sample, given its radius, the ring of k-space that it lies in; rings hold equally many of `among`.
+
+    among: radii, by default those of the samples themselves.
+    """
+    edges = torch.quantile(
+        radius if among is None else among, torch.linspace(0, 1, count + 1, device=radius.device)[1:-1]
+    )
     return torch.bucketize(radius, edges)
 
 

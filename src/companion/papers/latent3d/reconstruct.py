@@ -20,7 +20,7 @@ from companion.diffusion.latent_guidance import Errors
 from companion.evaluation.known_people import unseen
 from companion.models.latent import PRIOR, LatentPrior
 from companion.parameters import Parameters, param
-from companion.reconstruction.latent import Classical, Reconstruction, Sampler, posterior
+from companion.reconstruction.latent import Classical, Reconstruction, Sampler, assess, posterior
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ def prepare(p: ReconstructVolumes, prior: LatentPrior) -> tuple[list[Scan], Erro
 
 
 def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], errors: Errors) -> list[Reconstruction]:
-    """What each method makes of each scan; of the latent methods the mean of the draws."""
+    """What each method makes of each scan; of the latent methods the mean of the draws.
+
+    Last "trusted", draws of the first method beside total variation as far as the scan itself speaks for them.
+    """
     made = []
     for scan in scans:
         images, draws, bills = p.images(scan), {}, {}
@@ -57,5 +60,8 @@ def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], erro
             found, bills[name] = posterior(prior, errors, scan, name, p, range(p.seed, p.seed + p.draws))
             draws |= found
             images |= {label: x.mean(0, keepdim=True) for label, x in found.items()}
-        made.append(Reconstruction(images, draws, bills))
+        verdict = assess(prior, errors, scan, p.methods[0], p, p, p.seed)
+        other = images.get("total variation")
+        images["trusted"], draws["trusted"] = verdict.apply(draws[f"{p.methods[0]} + data"], other)
+        made.append(Reconstruction(images, draws, bills, verdict))
     return made
