@@ -34,6 +34,7 @@ P = mri.ReconstructVolumes(
     device="cpu",
     autocast=None,
     sparse_iterations=20,
+    voxels=None,
 )
 
 

@@ -3,6 +3,7 @@
     python tools/prior_errors.py brain/t1w --size 64
     python tools/prior_errors.py general/2d --size 128 --own heads
     python tools/prior_errors.py pet/heads --own activity --widening 2.2
+    python tools/prior_errors.py latent3d/voxels --own volumes --count 6
 
 The first model is that of images like the training set, which the prior did not see; the last that of dead leaves,
 shapes that hide each other: nothing of a head is in them, so a prior that errs on a scan as it does there does not know
@@ -28,6 +29,7 @@ from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import save_errors
 from companion.papers.general import scanned
+from companion.papers.latent3d.voxels import validation_volumes
 from companion.reconstruction.activity import MR_GIVEN
 
 SIGMAS = torch.logspace(-2.5, 1.3, 12)
@@ -55,6 +57,16 @@ def heads(count: int, size: int, kind: str = "heads") -> Tensor:
 def coarse_heads(count: int, size: int) -> Tensor:
     """The same with large pixels, where a head is small and has more edges to err at."""
     return heads(count, size // 2, "heads, large pixels")
+
+
+def brains(count: int, size: int) -> Tensor:
+    """Volumes (count, 1, z, y, x) of virtual patients of the validation split; `size` is theirs."""
+    return validation_volumes(None, count)["virtual patients"]
+
+
+def head_volumes(count: int, size: int) -> Tensor:
+    """Volumes (count, 1, z, y, x) of the validation head, warped and recoloured as in training."""
+    return validation_volumes(project_root() / "data" / "heads", count)["a real head"]
 
 
 def phased(images: list[np.ndarray]) -> Tensor:
@@ -111,6 +123,7 @@ OWN = {  # images that the error is measured on, those like the training set fir
         f"heads{MR_GIVEN}": active_with_mr,
         f"dead leaves{MR_GIVEN}": leaves_with_mr,
     },
+    "volumes": {"virtual patients": brains, "heads": head_volumes},
     "active people": {"virtual people": active_people, "dead leaves": active_leaves},
 }
 
@@ -135,7 +148,7 @@ def main(argv=None) -> None:
     for name, make in OWN[args.own].items():
         made = make(args.count, args.size)
         images, cond = made if isinstance(made, tuple) else (made, None)
-        about = f"{len(images)} images of {images.shape[-2]} x {images.shape[-1]}: {name}"
+        about = f"{len(images)} images of {' x '.join(map(str, images.shape[2:]))}: {name}"
         error = ErrorModel.fit(D, images, SIGMAS, about=about, cond=cond)
         error = replace(error, pixel_mm=PIXELS.get(name) if args.own == "heads" else None)
         errors[name] = replace(error, widening=args.widening)

@@ -253,8 +253,10 @@ def virtual(subject: anatomy.Subject, shape: Sequence[int] = (64, 64, 64), contr
     return _person(drawn.image.abs(), drawn.tissue, shape, subject)
 
 
-def patient(source: Anatomy, subject: anatomy.Subject, shape: Sequence[int] = (64, 64, 64)) -> Person:
-    """Return a person of `data.patients`, T1w, on the grid of `virtual`; lesions count as the tissue they lie in.
+def patient(
+    source: Anatomy, subject: anatomy.Subject, shape: Sequence[int] = (64, 64, 64), contrast: str = "T1w"
+) -> Person:
+    """Return a person of `data.patients` on the grid of `virtual`; lesions count as the tissue they lie in.
 
     source: the anatomy that is warped, see `patients.anatomies`. The head is turned by a few degrees, as people lie.
     """
@@ -265,8 +267,8 @@ def patient(source: Anatomy, subject: anatomy.Subject, shape: Sequence[int] = (6
     turn = Rotation.from_euler("xyz", np.random.default_rng([subject.seed, 0x7042]).normal(0, POSE_DEG), degrees=True)
     points = anatomy.grid_mm((depth, height, width), voxel_mm[1], heights) - centre
     points = points @ torch.from_numpy(turn.as_matrix()).float() / SIZE + centre
-    images, maps, _ = scanned(source, subject, ("T1w",), points)
-    return _person(images["T1w"], maps[:3], shape, subject)
+    images, maps, _ = scanned(source, subject, (contrast,), points)
+    return _person(images[contrast], maps[:3], shape, subject)
 
 
 def _person(image: Tensor, tissue: Tensor, shape: Sequence[int], subject: anatomy.Subject) -> Person:

@@ -116,10 +116,11 @@ class ErrorModel:
         gets `Measured` alone.
         """
         if not hasattr(D, "moments"):
-            return cls(Measured.fit(D, images, sigmas, seed=seed, cond=cond), None, about)
+            return cls(Measured.fit(D, images, sigmas, ndim=images.ndim - 2, seed=seed, cond=cond), None, about)
         known = Recalibrated.fit(D, images, sigmas, bins=bins, seed=seed, cond=cond)
         table = known.sigmas.cpu(), known.stated.cpu(), known.factor.cpu()
-        return cls(Measured.fit(known, images, sigmas, seed=seed + 1, cond=cond), table, about)
+        measured = Measured.fit(known, images, sigmas, ndim=images.ndim - 2, seed=seed + 1, cond=cond)
+        return cls(measured, table, about)
 
     def __call__(self, D: Denoiser, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Factor]:
         """(x0_hat, C), as `posterior_mean` asks of a covariance."""

@@ -20,14 +20,16 @@ from companion.models.latent import LatentPrior
 def unseen(prior: LatentPrior, data: str, split: str, count: int) -> Tensor:
     """Volumes (person, 1, z, y, x) of people the prior never saw, on its grid: of the prepared file `data`.
 
-    Without that file, virtual people of its kind. Raises ValueError for a file on another grid.
+    Without that file, and to validate where it has nobody for that, virtual people of the prior's kind. Raises
+    ValueError for a file on another grid.
     """
-    path = project_root() / data
+    path, known = project_root() / data, prior.config["data"].get("source", COHORT)
     if not path.exists():
-        known = prior.config["data"].get("source", COHORT)
         return others(known if known in VIRTUAL else COHORT, split, count, prior.shape)
     prepared = open_dataset(path, require=["image"])
     check_grid(prepared, prior)
+    if split == "validation" and known in VIRTUAL and not prepared.split.get(split):
+        return others(known, split, count, prior.shape)
     return held_out(prepared, split, count)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from companion.evaluation import metrics, population
+from companion.evaluation.tables import average
 from companion.models.latent import LatentPrior
 from companion.models.latent_draws import Drawing, draw
 from companion.networks.codec import Codec
@@ -25,9 +26,10 @@ def reconstruct(codec: Codec, x: Tensor, batch: int = 4) -> Tensor:
     return torch.cat(parts)
 
 
-def reconstruction_figures(x_hat: Tensor, x: Tensor) -> dict[str, tuple[float, float]]:
+def reconstruction_figures(x_hat: Tensor, x: Tensor) -> dict[str, tuple[float, float] | float]:
     """L1, PSNR, SSIM and MS-SSIM of reconstructions, mean and standard error over volumes; peak signal 1.
 
+    Of one volume the values alone.
     "brain": over voxels above 0 only, where the background cannot flatter.
     """
     brain = x > 0
@@ -39,7 +41,7 @@ def reconstruction_figures(x_hat: Tensor, x: Tensor) -> dict[str, tuple[float, f
         "SSIM (brain)": metrics.ssim(x_hat, x, 1.0, brain),
         "MS-SSIM": metrics.ms_ssim(x_hat, x, 1.0),
     }
-    return {name: metrics.mean_and_error(values) for name, values in figures.items()}
+    return {name: average(values) for name, values in figures.items()}
 
 
 HELD_OUT = "held out"  # people whom the prior never saw, in tables and figures

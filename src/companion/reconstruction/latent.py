@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from companion.acquisition.mri import Scan
+from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.latent_guidance import Errors, LatentGuidance, explain, gradient, projection
 from companion.diffusion.noise import karras
+from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sampling import Bill, Samples, sample
 from companion.evaluation import metrics
 from companion.evaluation.tables import average, check_unique
+from companion.models.architectures import network_of
 from companion.models.latent import LatentPrior
-from companion.operators.linear import Diagonal
+from companion.operators.linear import Diagonal, LinearOperator
 from companion.parameters import param
 from companion.reconstruction import mri, trust
 
@@ -55,7 +58,10 @@ class Classical:
 
     def total_variation(self, scan: Scan) -> Tensor | None:
         """The total variation image (1, 1, z, y, x), 0 and above; None without that baseline."""
-        return replace(self, wavelets=None).images(scan).get("total variation")
+        if self.variation is None:
+            return None
+        image = mri.total_variation(scan.y, scan.maps, scan.mask, self.variation, self.sparse_iterations)
+        return image.real.clamp(min=0)
 
     def images(self, scan: Scan) -> dict[str, Tensor]:
         """What they make of a scan, by name, 0 and above: they too are told that it is real."""
@@ -121,12 +127,12 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Real-valued images (1, 1, z, y, x) of a scan by method, draws (draw, 1, z, y, x) by method, bills, a verdict."""
+    """Real-valued images (1, 1, z, y, x) of a scan, draws (draw, 1, z, y, x), bills and verdicts by method."""
 
     images: dict[str, Tensor]
     draws: dict[str, Tensor]
     bills: dict[str, Bill]
-    verdict: Verdict
+    verdicts: dict[str, str]
 
 
 def posterior(
@@ -161,6 +167,42 @@ def with_data(decoded: Tensor, G: LatentGuidance, sigma: float) -> Tensor:
 
 
 TRIAL = 2  # draws from the readouts that are not held out
+
+
+def posterior_of_voxels(
+    D: Denoiser,
+    errors: Mapping[str, ErrorModel],
+    scan: Scan,
+    baseline: Classical,
+    evaluations: int,
+    iterations: int,
+    seeds: Sequence[int],
+) -> tuple[Samples, trust.Trust]:
+    """Draws of a scan by a prior of voxels, and what held-out samples say of it: `trust.reconstruct` in 3D.
+
+    Chains begin with total variation, if `baseline` has it, and the image leans on it as far as the scan asks.
+    """
+
+    def classical(_: LinearOperator, y: Tensor) -> Tensor:
+        measured = (y[0] != 0).any(0).to(scan.mask.mask.dtype)
+        image = baseline.total_variation(replace(scan, y=y, mask=replace(scan.mask, mask=measured)))
+        assert image is not None
+        return image
+
+    return trust.reconstruct(
+        AnySize(D, network_of(D).total_stride),
+        scan.A,
+        scan.y,
+        scan.noise_std,
+        errors,
+        acs=scan.mask.acs,
+        seeds=seeds,
+        evaluations=evaluations,
+        classical=None if baseline.variation is None else classical,
+        iterations=iterations,
+    )
+
+
 HELD = 0.1  # of the readouts outside of the centre: kept back to judge methods by
 
 

@@ -322,7 +322,7 @@ def assess(
 
     def draw(error: ErrorModel, sigmas: Tensor, start: Tensor | None) -> Samples:
         G = posterior_mean(split.A, split.y, noise_std, error, iterations, balance=True)
-        on = {"dtype": split.y.dtype, "device": split.y.device}
+        on = {"dtype": kind_of(split.A, split.y), "device": split.y.device}
         samples = annealed_gibbs(D, G, sigmas, seeds=range(seed, seed + draws), start=start, **on)
         bills.append(samples.bill)
         return samples
@@ -377,24 +377,30 @@ def reconstruct(
     trust: Trust | None = None,
     classical: Classical | None = None,
     extra: float = 0.5,
+    iterations: int = 30,
 ) -> tuple[Samples, Trust]:
     """Draws of a slice from all its data, after a trial by the slice itself, and what the trial found.
 
     trust: of another slice of the same scan, whose trial then serves this one too. extra: work of the trial, as a part
-    of that of the draws. The result is `Trust.apply`'s.
+    of that of the draws. iterations: conjugate-gradient steps of each evaluation. The result is `Trust.apply`'s.
     """
     if trust is None:
         split = hold_out(A, y, acs, seed=seeds[0])
         allowed = int(extra * evaluations * len(seeds))
         trust = assess(
             D, split, noise_std, errors, levels=levels, evaluations=allowed, seed=seeds[0], classical=classical,
-            final=len(seeds),
+            final=len(seeds), iterations=iterations,
         )  # fmt: skip
     image = None if classical is None else classical(A, y)
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
-    G = posterior_mean(A, y, noise_std, trust.error, balance=True)
-    samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, dtype=y.dtype, device=y.device)
+    G = posterior_mean(A, y, noise_std, trust.error, iterations, balance=True)
+    samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, dtype=kind_of(A, y), device=y.device)
     return trust.apply(samples, image), trust
+
+
+def kind_of(A: LinearOperator, y: Tensor) -> torch.dtype:
+    """The dtype of images of A whose data are y: complex ones, or real ones of the same precision."""
+    return y.dtype if A.domain_dtype.is_complex else y.dtype.to_real()
 
 
 def levels_for(noise_std: float, warm: bool, evaluations: int, levels: tuple[float, float] | None = None) -> Tensor:

@@ -18,9 +18,11 @@ from companion.acquisition.mri import Scan
 from companion.acquisition.volume import VolumeProtocol
 from companion.diffusion.latent_guidance import Errors
 from companion.evaluation.known_people import unseen
+from companion.models.checkpoint import load_denoiser
+from companion.models.errors import load_errors
 from companion.models.latent import PRIOR, LatentPrior
 from companion.parameters import Parameters, param
-from companion.reconstruction.latent import Classical, Reconstruction, Sampler, assess, posterior
+from companion.reconstruction.latent import Classical, Reconstruction, Sampler, assess, posterior, posterior_of_voxels
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class ReconstructVolumes(Classical, Sampler, VolumeProtocol, Parameters):
     )
     subjects: int = param(2, "held-out people to scan", minimum=1)
     validation_subjects: int = param(8, "other people, on whom the errors of the prior are measured", minimum=2)
+    voxels: str | None = param(
+        "latent3d/voxels", "prior of voxels to reconstruct with, beside the latent one; none: without"
+    )
+    voxel_evaluations: int = param(16, "evaluations of a draw of voxels", minimum=4)
+    voxel_iterations: int = param(10, "conjugate-gradient steps an evaluation of voxels", minimum=1)
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
 
@@ -51,17 +58,25 @@ def prepare(p: ReconstructVolumes, prior: LatentPrior) -> tuple[list[Scan], Erro
 def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], errors: Errors) -> list[Reconstruction]:
     """What each method makes of each scan; of the latent methods the mean of the draws.
 
-    Last "trusted", draws of the first method beside total variation as far as the scan itself speaks for them.
+    "trusted": draws of the first latent method beside total variation, as far as the scan itself speaks for them;
+    "voxels": the same of the prior of voxels.
     """
     made = []
+    voxels = load_denoiser(p.voxels, p.device, p.autocast) if p.voxels else None
     for scan in scans:
-        images, draws, bills = p.images(scan), {}, {}
+        images, draws, bills, seeds = p.images(scan), {}, {}, range(p.seed, p.seed + p.draws)
         for name in p.methods:
-            found, bills[name] = posterior(prior, errors, scan, name, p, range(p.seed, p.seed + p.draws))
+            found, bills[name] = posterior(prior, errors, scan, name, p, seeds)
             draws |= found
             images |= {label: x.mean(0, keepdim=True) for label, x in found.items()}
         verdict = assess(prior, errors, scan, p.methods[0], p, p, p.seed)
         other = images.get("total variation")
         images["trusted"], draws["trusted"] = verdict.apply(draws[f"{p.methods[0]} + data"], other)
-        made.append(Reconstruction(images, draws, bills, verdict))
+        verdicts = {p.methods[0]: verdict.text}
+        if p.voxels and voxels is not None:
+            known, budget = load_errors(p.voxels), (p.voxel_evaluations, p.voxel_iterations)
+            samples, found = posterior_of_voxels(voxels, known, scan, p, *budget, seeds)
+            images["voxels"], draws["voxels"], bills["voxels"] = samples.mean, samples.x, samples.bill
+            verdicts["voxels"] = found.verdict
+        made.append(Reconstruction(images, draws, bills, verdicts))
     return made

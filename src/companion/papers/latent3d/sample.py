@@ -49,6 +49,11 @@ def study(p: SampleVolumes, prior: LatentPrior, synthetic: Tensor) -> Study:
     What the autoencoder loses is lost for the prior too; only what is worse than the reconstructions is its fault.
     """
     held_out = unseen(prior, p.data, "test", p.held_out).to(p.device)
+    if len(held_out) < 4:
+        raise ValueError(
+            f"{p.data} holds {len(held_out)} people that the prior never saw; at least 4 are needed, in two halves, to "
+            "compare with: give more people, or a name that does not exist to compare with virtual ones"
+        )
     half = len(held_out) // 2
     reference, others = held_out[:half], held_out[half:]
     every = prior.decode(prior.encode(held_out)).clamp(min=0)
