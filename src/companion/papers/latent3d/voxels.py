@@ -47,7 +47,7 @@ class TrainVoxels(
     images=1500,
     crop=32,
     batch_size=4,
-    channel_mult=(1, 2, 3),
+    channel_mult=(1, 1, 2),
     P_mean=-2.0,
     steps=12000,
     learning_rate=8e-4,
