@@ -24,6 +24,7 @@ from companion.parameters import param
 from companion.reconstruction import mri, trust
 
 GUIDANCES = {"projection": projection, "gradient": gradient}
+TRIAL = 2  # draws of a trial, which some of the data judge
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,6 @@ def with_data(decoded: Tensor, G: LatentGuidance, sigma: float) -> Tensor:
     return torch.cat([explain(x[None], v[None], G) for x, v in zip(decoded, last, strict=True)])
 
 
-TRIAL = 2  # draws from the readouts that are not held out
 
 
 def posterior_of_voxels(
@@ -200,6 +200,7 @@ def posterior_of_voxels(
         evaluations=evaluations,
         classical=None if baseline.variation is None else classical,
         iterations=iterations,
+        extra=max(0.5, TRIAL * trust.LEAST_CALLS / (evaluations * len(seeds))),
     )
 
 

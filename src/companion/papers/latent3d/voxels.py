@@ -44,7 +44,7 @@ NOISY, NOISE = 0.5, 0.03  # share of the crops with noise, and its largest stand
 class TrainVoxels(
     TrainOnCrops,
     bank="data/voxels_bank",
-    images=1500,
+    images=1000,
     crop=32,
     batch_size=4,
     channel_mult=(1, 1, 2),
