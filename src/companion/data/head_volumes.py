@@ -52,7 +52,7 @@ def smooth_noise(n: int, rng: np.random.Generator, controls: int, channels: int 
     noise = torch.from_numpy(rng.normal(size=(channels, controls, controls, controls)).astype(np.float32))
     between = spline_matrix(controls, n)
     for axis in (1, 2, 3):
-        noise = torch.tensordot(noise, between, ([axis], [1])).movedim(-1, axis)
+        noise = (noise.movedim(axis, -1) @ between.T).movedim(-1, axis)
     return noise
 
 

@@ -167,8 +167,6 @@ def with_data(decoded: Tensor, G: LatentGuidance, sigma: float) -> Tensor:
     return torch.cat([explain(x[None], v[None], G) for x, v in zip(decoded, last, strict=True)])
 
 
-
-
 def posterior_of_voxels(
     D: Denoiser,
     errors: Mapping[str, ErrorModel],

@@ -76,7 +76,8 @@ def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], erro
         if p.voxels and voxels is not None:
             known, budget = load_errors(p.voxels), (p.voxel_evaluations, p.voxel_iterations)
             samples, found = posterior_of_voxels(voxels, known, scan, p, *budget, seeds)
-            images["voxels"], draws["voxels"], bills["voxels"] = samples.mean, samples.x, samples.bill
+            draws["voxels"], bills["voxels"] = samples.x, samples.bill
+            images["voxels"] = samples.x.mean(0, keepdim=True)  # about which they scatter
             verdicts["voxels"] = found.verdict
         made.append(Reconstruction(images, draws, bills, verdicts))
     return made

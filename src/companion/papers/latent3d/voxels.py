@@ -95,11 +95,16 @@ def crop(volume: Tensor, generator: Generator, size: int) -> Tensor:
 
     Axes change places and directions at random; each part has a new gain, and many have noise.
     """
-    for _ in range(8):  # volumes are half air, of which little is to be learnt
+
+    def somewhere() -> Tensor:
         corner = [int(torch.randint(n - size + 1, (), generator=generator)) for n in volume.shape[1:]]
-        part = volume[(slice(None), *(slice(c, c + size) for c in corner))]
+        return volume[(slice(None), *(slice(c, c + size) for c in corner))]
+
+    part = somewhere()
+    for _ in range(7):  # volumes are half air, of which little is to be learnt
         if (part > 0.1).float().mean() > 0.1:
             break
+        part = somewhere()
     part = part.permute(0, *(1 + torch.randperm(3, generator=generator)).tolist())
     part = part.flip([axis for axis in (1, 2, 3) if torch.rand((), generator=generator) < 0.5])
     part = part * (GAIN * torch.randn((), generator=generator)).exp()
