@@ -207,6 +207,25 @@ def test_files_that_cannot_be_right_are_refused(tmp_path, case, message):
         volumes.load_scan(scan, (8, 8, 8) if case == "small grid" else grid, (4.0, 4.0, 4.0))
 
 
+def test_the_brain_of_a_whole_head_is_found_when_asked_for(tmp_path):
+    grid = np.stack(np.meshgrid(*[(np.arange(n) - (n - 1) / 2) * 4 for n in (48, 58, 52)], indexing="ij"))
+    away = np.sqrt((grid[0] / 72) ** 2 + (grid[1] / 88) ** 2 + (grid[2] / 70) ** 2)
+    head = np.select([away < 0.15, away < 0.7, away < 1.0, away < 1.1, away < 1.25], [0.3, 1.0, 0.7, 0.05, 1.1], 0.0)
+    head = head + 0.01 * np.random.default_rng(0).random(head.shape) + 0.001
+    save_nifti(tmp_path / "sub-1_T1w.nii.gz", head, voxel_mm=4.0)
+    save_nifti(tmp_path / "sub-2_FLAIR.nii.gz", head, voxel_mm=4.0)
+    save_nifti(tmp_path / "sub-3_T1w.nii.gz", np.random.default_rng(0).random(head.shape) + 1, voxel_mm=4.0)
+    scan = {path.name: volumes.Scan("s", path) for path in tmp_path.glob("*.nii.gz")}
+    with pytest.raises(ValueError, match="strip=True"):
+        volumes.load_scan(scan["sub-1_T1w.nii.gz"], (64,) * 3, (3.0,) * 3)
+    found, _ = volumes.load_scan(scan["sub-1_T1w.nii.gz"], (64,) * 3, (3.0,) * 3, strip=True)
+    brain = (found.array > 0.5).sum() * 0.027
+    assert brain == pytest.approx(4 / 3 * np.pi * 7.2 * 8.8 * 7.0, rel=0.1), "not the scalp, mL"
+    for name, match in (("sub-2_FLAIR.nii.gz", "T1w heads only, this is FLAIR"), ("sub-3_T1w.nii.gz", "give a mask")):
+        with pytest.raises(ValueError, match=match):
+            volumes.load_scan(scan[name], (64,) * 3, (3.0,) * 3, strip=True)
+
+
 # --- the embedded cohort
 
 

@@ -43,6 +43,7 @@ class Reading:
     validation_share: float = param(0.1, "of files: share of the people to validate on", minimum=0, maximum=1)
     test_share: float = param(0.1, "of files: share of the people kept for tests", minimum=0, maximum=1)
     contrast: str | None = param(None, "of files: the one to take, as in T1w; none: T1w where there are several")
+    strip: bool = param(False, "of T1w heads without a mask: find the brain by classical steps; look at the pictures")
     people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
 
 
@@ -98,7 +99,7 @@ def read_folder(source: Path, beside: Path, r: Reading, seed: int, progress: boo
         if len(used) == r.subjects:
             break
         try:
-            volume, scale = volumes.load_scan(scan, r.shape, voxel_mm)
+            volume, scale = volumes.load_scan(scan, r.shape, voxel_mm, r.strip)
         except (ValueError, OSError) as error:
             skipped[scan.name] = reason(error)
             continue

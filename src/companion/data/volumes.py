@@ -20,6 +20,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from companion.data import anatomy
+from companion.data.head_tissues import brain_mask
 from companion.data.intake.kinds import (
     contrast_of,
     mask_of,
@@ -152,13 +153,13 @@ def _cc359(name: str) -> dict[str, object]:
     return {"age": int(named["age"]), "sex": named["sex"], "vendor": named["vendor"], "tesla": tesla}
 
 
-def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float]) -> tuple[Volume, float]:
+def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float], strip: bool = False) -> tuple[Volume, float]:
     """Return a scan on the grid `shape`, `voxel_mm` (z, y, x) around its brain's middle, and its intensity scale.
 
     Of complex volumes the magnitude. Without a mask the brain is where the volume is above 0, as in skull-stripped
-    files. Spacing is kept: nothing is stretched to fit, and the affine leads to the world of the file. Raises
-    ValueError for 4D files, NaN, labels, an empty mask, an affine that cannot be right, and a brain that the grid does
-    not hold.
+    files, or, of whole heads with `strip`, what `head_tissues.brain_mask` finds. Spacing is kept: nothing is stretched
+    to fit, and the affine leads to the world of the file. Raises ValueError for 4D files, NaN, labels, an empty mask,
+    an affine that cannot be right, a head in which no brain is found, and a brain that the grid does not hold.
     """
     volume = scan.read()
     if np.iscomplexobj(volume.array):
@@ -169,10 +170,13 @@ def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float]) -> tu
         refuse_labels(volume.array, scan.image)
     if scan.mask is None:
         mask = volume.array > 0
-        if mask.mean() > 0.9:
+        if strip:
+            mask = found_brain(volume, scan.image.name)
+        elif mask.mean() > 0.9:
             raise ValueError(
                 f"{scan.image.name}: has no mask file and no background of 0, so the brain is not marked; "
-                f"strip the skull, or add {stem(scan.image.name)}_mask.nii.gz"
+                f"strip the skull, add {stem(scan.image.name)}_mask.nii.gz, or of a T1w head give strip=True and look "
+                "at the pictures"
             )
     else:
         given = read_image(scan.mask)
@@ -194,6 +198,19 @@ def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float]) -> tu
             "give more or larger voxels"
         )
     return Volume(resample(Volume(array, volume.affine), affine, shape), affine), scale
+
+
+def found_brain(volume: Volume, name: str) -> np.ndarray:
+    """Return where the brain of a T1-weighted head is, (z, y, x) bool, by classical steps.
+
+    Raises ValueError for a file that is named as another contrast, and where no brain is found.
+    """
+    if (contrast_of(name) or "T1w") != "T1w":
+        raise ValueError(f"{name}: the brain is found in T1w heads only, this is {contrast_of(name)}; give a mask")
+    try:
+        return brain_mask(np.asarray(volume.array, np.float32), volume.voxel_mm) > 0.5
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; give a mask") from error
 
 
 def check_affine(volume: Volume, name: str | os.PathLike) -> None:

@@ -57,7 +57,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     if p.source == "patients":
         wanted["heads"] = p.heads
     elif p.source not in ("cohort", "digits"):
-        wanted |= p.pick("validation_share", "test_share", "contrast", "people", "seed")
+        wanted |= p.pick("validation_share", "test_share", "contrast", "strip", "people", "seed")
         wanted["voxel_mm"] = p.voxel_mm or volumes.spacing(p.shape)
 
     def make() -> dict:
