@@ -49,7 +49,7 @@ class TrainVoxels(
     batch_size=4,
     channel_mult=(1, 1, 2),
     P_mean=-2.0,
-    steps=12000,
+    steps=10000,
     learning_rate=8e-4,
 ):
     """Parameters of latent3d/2_train_voxels.ipynb."""
