@@ -187,18 +187,24 @@ def posterior_of_voxels(
         assert image is not None
         return image
 
+    D, most = AnySize(D, network_of(D).total_stride), evaluations * len(seeds)
+    how = {"classical": None if baseline.variation is None else classical, "iterations": iterations}
+    allowed = max(most // 2, TRIAL * trust.LEAST_CALLS)
+    split, noise_std = held_out_readouts(scan, seeds[0]), scan.noise_std
+    found = trust.assess(
+        D, split, noise_std, errors, evaluations=allowed, draws=TRIAL, seed=seeds[0], final=len(seeds), **how
+    )
     return trust.reconstruct(
-        AnySize(D, network_of(D).total_stride),
+        D,
         scan.A,
         scan.y,
-        scan.noise_std,
+        noise_std,
         errors,
         acs=scan.mask.acs,
         seeds=seeds,
         evaluations=evaluations,
-        classical=None if baseline.variation is None else classical,
-        iterations=iterations,
-        extra=max(0.5, TRIAL * trust.LEAST_CALLS / (evaluations * len(seeds))),
+        trust=found,
+        **how,
     )
 
 
@@ -225,6 +231,18 @@ def without_some(scan: Scan, share: float = HELD, seed: int = 0) -> tuple[Scan, 
     return replace(scan, y=torch.where(held, 0, scan.y), mask=mask), held
 
 
+def held_out_readouts(scan: Scan, seed: int = 0) -> trust.Split:
+    """The scan in two parts, the second of whole readouts: what lies between measured ones along z tells nothing new.
+
+    They are weighed, ring by ring of k-space, by how many places there were never measured: these are what a prior has
+    to tell.
+    """
+    seen, held = without_some(scan, seed=seed)
+    group, weight = rings(scan.mask.mask == 0, held)
+    judge = Diagonal(weight.sqrt(), scan.A.range_shape, scan.y.dtype) @ scan.A
+    return trust.Split(seen.A, seen.y, judge, weight.sqrt() * scan.y, held, group)
+
+
 @torch.no_grad()
 def assess(
     prior: LatentPrior,
@@ -235,24 +253,19 @@ def assess(
     classical: Classical,
     seed: int = 0,
 ) -> Verdict:
-    """What a scan says of the prior: some readouts are held out, and draws from the rest have to predict them.
+    """What a scan says of the prior: draws from one part of it have to predict the other, see `held_out_readouts`.
 
-    As `companion.reconstruction.trust`, with two draws. Held-out readouts are weighed, ring by ring of k-space, by how
-    many places there were never measured: these are what the prior has to tell.
+    As `companion.reconstruction.trust`, with two draws.
     """
-    seen, held = without_some(scan, seed=seed)
+    split, (seen, _) = held_out_readouts(scan, seed), without_some(scan, seed=seed)
     drawn, bill = posterior(prior, errors, seen, method, sampler, range(seed, seed + TRIAL))
-    samples, other = Samples(drawn[f"{method} + data"], bill), classical.total_variation(seen)
-    group, weight = rings(scan.mask.mask == 0, held)
-    judge = Diagonal(weight.sqrt(), scan.A.range_shape, scan.y.dtype) @ scan.A
-    split = trust.Split(seen.A, seen.y, judge, weight.sqrt() * scan.y, held, group)
-    noise, share, excess = scan.noise_std * weight[held].mean().sqrt().item(), 1.0, {}
+    samples, other, share = Samples(drawn[f"{method} + data"], bill), classical.total_variation(seen), 1.0
+    excess = {"latent prior": trust.predictive_score(split, samples, scan.noise_std).excess}
     if other is not None:
         share = trust.best_share(split, samples.x, other, sampler.draws)
-        excess["total variation"] = trust.predictive_score(split, samples, noise, other).excess
-    excess["latent prior"] = trust.predictive_score(split, samples, noise).excess
+        excess["total variation"] = trust.predictive_score(split, samples, scan.noise_std, other).excess
     image, _ = Verdict(share, 1.0, {}).apply(samples.x, other)
-    found = trust.predictive_score(split, samples, noise, image)
+    found = trust.predictive_score(split, samples, scan.noise_std, image)
     return Verdict(share, max(1.0, found.widening), excess | {"both": found.excess})
 
 
