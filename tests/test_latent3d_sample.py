@@ -14,7 +14,7 @@ from companion.diffusion.latent import LatentDenoiser, LatentSpace
 from companion.diffusion.noise import DiscreteSchedule
 from companion.evaluation import failures as evaluation_failures
 from companion.evaluation import volumes as evaluation_volumes
-from companion.evaluation.known_people import TrainingSet, check_grid, unseen
+from companion.evaluation.known_people import TrainingSet, affine_of_first, check_grid, unseen
 from companion.models import latent_draws
 from companion.models.latent import LatentPrior
 from companion.networks.autoencoder import AutoencoderKL
@@ -212,3 +212,23 @@ def test_a_prior_on_patients_meets_its_own_people_anew(prior, tmp_path, monkeypa
     assert not torch.equal(unseen(known, "none.h5", "test", 1)[0], trained[0])
     with pytest.raises(FileNotFoundError, match="companion data get heads"):
         volume_folder.people(volume_folder.PATIENTS, "train", SHAPE, tmp_path / "heads")
+
+
+def test_images_of_a_person_lie_where_the_file_says(prior, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_HOME", str(tmp_path))
+    assert np.array_equal(affine_of_first(prior, "none.h5", "test"), prior.affine)
+    where, image = prior.affine + np.eye(4, k=3) * 7, volumes.virtual(anatomy.cohort("train", 1)[0], SHAPE).image
+    write_dataset(
+        tmp_path / "own.h5",
+        {"image": torch.stack([image, image])[:, None].numpy(), "affine": np.stack([prior.affine, where])},
+        units={"image": "1", "affine": "mm"},
+        scale={"image": "made up", "affine": "1"},
+        source="somebody's scans",
+        seed=None,
+        split={"train": ["0"], "test": ["1"]},
+        attrs={"voxel_mm": list(prior.voxel_mm)},
+    )
+    assert np.array_equal(affine_of_first(prior, "own.h5", "test"), where)
+    assert torch.equal(unseen(prior, "own.h5", "test", 4)[:, 0], image[None])
+    others = unseen(prior, "own.h5", "validation", 1)
+    assert not torch.equal(others[0, 0], image), "errors are measured on virtual people, not on this one"

@@ -150,19 +150,26 @@ def digits(subjects: int) -> dict:
 def held_out(prepared: Prepared, split: str, count: int) -> Tensor:
     """Volumes (person, 1, z, y, x) of people that training never sees, the first `count` of a split.
 
-    Virtual ones are drawn now. Of files, where the split is empty: of the other held-out one. Raises ValueError
-    where both are empty: people of the training set are never taken for others.
+    Virtual ones are drawn now. Of files, of `held_out_split`, which raises ValueError where there is nobody.
     """
     if prepared.source in VIRTUAL:
         return others(prepared.source, split, count, prepared.shapes["image"][2:])
+    items = prepared.sequences("image", held_out_split(prepared, split), 1)
+    return torch.stack([items[i].float() for i in range(min(count, len(items)))])
+
+
+def held_out_split(prepared: Prepared, split: str) -> str:
+    """A split of files that training never sees: this one, or the other where it is empty.
+
+    Raises ValueError where both are empty: people of the training set are never taken for others.
+    """
     held = [name for name in (split, "test", "validation") if prepared.split.get(name)]
     if not held:
         raise ValueError(
             f"{prepared.path.name} holds nobody for validation or tests; prepare it again with a validation_share or "
             "test_share above 0"
         )
-    items = prepared.sequences("image", held[0], 1)
-    return torch.stack([items[i].float() for i in range(min(count, len(items)))])
+    return held[0]
 
 
 def histograms(x: list[Tensor], bins: int = 30) -> dict[str, tuple[list, list]]:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from companion.data import anatomy, volumes
 from companion.data.heads_download import TRAINING
 from companion.data.store import Prepared, open_dataset
-from companion.data.volume_folder import COHORT, PATIENTS, VIRTUAL, held_out, others, people
+from companion.data.volume_folder import COHORT, PATIENTS, VIRTUAL, held_out, held_out_split, others, people
 from companion.files import project_root
 from companion.models.latent import LatentPrior
 
@@ -31,6 +32,15 @@ def unseen(prior: LatentPrior, data: str, split: str, count: int) -> Tensor:
     if split == "validation" and known in VIRTUAL and not prepared.split.get(split):
         return others(known, split, count, prior.shape)
     return held_out(prepared, split, count)
+
+
+def affine_of_first(prior: LatentPrior, data: str, split: str) -> np.ndarray:
+    """From the voxels (x, y, z) of the first volume of `unseen` to mm in the world of the file that it came from."""
+    path = project_root() / data
+    prepared = open_dataset(path, require=["image"]) if path.exists() else None
+    if prepared is None or prepared.source in VIRTUAL or "affine" not in prepared.shapes:
+        return prior.affine
+    return prepared.read("affine", held_out_split(prepared, split))[0]
 
 
 def check_grid(prepared: Prepared, prior: LatentPrior) -> None:
