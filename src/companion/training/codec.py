@@ -143,7 +143,7 @@ class Autoencoder:
     channels: tuple[int, ...] = param((32, 48), "width of each level, finest first", minimum=4)
     patch: int = param(2, "of kl: the finest level works on blocks of so many voxels along each axis", minimum=1)
     num_res_blocks: int = param(1, "residual blocks a level", minimum=1)
-    latent_channels: int = param(12, "channels of the latents", minimum=1)
+    latent_channels: int = param(8, "channels of the latents", minimum=1)
     codes: int = param(512, "of vq and plain: size of the codebook", minimum=2)
 
     def network(self, dims: int) -> dict:

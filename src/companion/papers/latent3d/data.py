@@ -31,9 +31,9 @@ class PrepareData(Reading, Parameters):
     """Parameters of latent3d/1_data.ipynb."""
 
     source: str = param(
-        "patients",
-        "patients: virtual ones, many sizes, ages and lesions; cohort: healthy people of one template; digits: small "
-        "2D images, to check the code; else a folder of NIfTI volumes, such as NFBS or CC359",
+        "cohort",
+        "cohort: healthy virtual people of one template; patients: virtual ones of many sizes and ages, with lesions; "
+        "digits: small 2D images, to check the code; else a folder of NIfTI volumes, such as NFBS or CC359",
     )
     heads: str | None = param(
         None, "of patients: folder of real heads (companion data get heads); none: the template alone"
