@@ -178,7 +178,8 @@ def posterior_of_voxels(
 ) -> tuple[Samples, trust.Trust]:
     """Draws of a scan by a prior of voxels, and what held-out samples say of it: `trust.reconstruct` in 3D.
 
-    Chains begin with total variation, if `baseline` has it, and the image leans on it as far as the scan asks.
+    Chains begin with total variation, if `baseline` has it, and the image leans on it as far as the scan asks. Whole
+    readouts judge it here, which lie as far from measured ones as missing ones do, so they tell of all errors.
     """
 
     def classical(_: LinearOperator, y: Tensor) -> Tensor:
@@ -192,7 +193,16 @@ def posterior_of_voxels(
     allowed = max(most // 2, TRIAL * trust.LEAST_CALLS)
     split, noise_std = held_out_readouts(scan, seeds[0]), scan.noise_std
     found = trust.assess(
-        D, split, noise_std, errors, evaluations=allowed, draws=TRIAL, seed=seeds[0], final=len(seeds), **how
+        D,
+        split,
+        noise_std,
+        errors,
+        evaluations=allowed,
+        draws=TRIAL,
+        seed=seeds[0],
+        final=len(seeds),
+        warm_loss=1,
+        **how,
     )
     return trust.reconstruct(
         D,

@@ -300,6 +300,7 @@ def assess(
     classical: Classical | None = None,
     iterations: int = 30,
     final: int | None = None,
+    warm_loss: float = WARM_LOSS,
 ) -> Trust:
     """What a scan, in two parts, says of the prior D, for at most `evaluations` of it.
 
@@ -308,6 +309,7 @@ def assess(
     `draws` chains, as long as `evaluations` allow for `tries` candidates. First all models as they are; then the best
     one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
     elsewhere; the chains begin with its image. final: draws of the image to come, of which more scatter less.
+    warm_loss: factor on the variance of chains that begin with an image, for what held-out samples do not tell.
     At most half of the evaluations are for candidates, fewer of which are tried where those do not suffice; what
     is left prolongs the chains of the best one. Raises ValueError when there are too few for one candidate.
     """
@@ -359,7 +361,7 @@ def assess(
         score = predictive_score(split, samples, noise_std, share * mean + (1 - share) * image)
     bill = Bill(*(draws * sum(getattr(b, n) for b in bills) for n in ("denoiser_calls", "operator_calls", "seconds")))
     tried = tuple(candidate for candidate, _ in found)
-    widening = max(1.0, score.widening) * (1.0 if image is None else WARM_LOSS)
+    widening = max(1.0, score.widening) * (1.0 if image is None else warm_loss)
     return Trust(error, share, widening, best, tried, other, bill)
 
 
