@@ -62,7 +62,7 @@ def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], erro
     "voxels": the same of the prior of voxels.
     """
     made = []
-    voxels = load_denoiser(p.voxels, p.device, p.autocast) if p.voxels else None
+    voxels = (load_denoiser(p.voxels, p.device, p.autocast), load_errors(p.voxels)) if p.voxels else None
     for scan in scans:
         images, draws, bills, seeds = p.images(scan), {}, {}, range(p.seed, p.seed + p.draws)
         for name in p.methods:
@@ -73,9 +73,8 @@ def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], erro
         other = images.get("total variation")
         images["trusted"], draws["trusted"] = verdict.apply(draws[f"{p.methods[0]} + data"], other)
         verdicts = {p.methods[0]: verdict.text}
-        if p.voxels and voxels is not None:
-            known, budget = load_errors(p.voxels), (p.voxel_evaluations, p.voxel_iterations)
-            samples, found = posterior_of_voxels(voxels, known, scan, p, *budget, seeds)
+        if voxels:
+            samples, found = posterior_of_voxels(*voxels, scan, p, p.voxel_evaluations, p.voxel_iterations, seeds)
             draws["voxels"], bills["voxels"] = samples.x, samples.bill
             images["voxels"] = samples.x.mean(0, keepdim=True)  # about which they scatter
             verdicts["voxels"] = found.verdict

@@ -1,7 +1,7 @@
 """Training of a prior of voxels: volumes of brains and heads of any size, without a code in between.
 
 What an autoencoder cannot express no latent prior returns; a denoiser of voxels keeps everything, and sees no further
-than its field of view. It begins with crops of virtual patients (`data.patients`) in several contrasts and of whole
+than its field of view. It learns from crops of virtual patients (`data.patients`) in several contrasts and of whole
 real heads (`data.head_volumes`).
 """
 
