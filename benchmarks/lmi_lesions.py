@@ -58,6 +58,7 @@ def study(
         "histogram matching": (matched(given[None], inside[None], tissue)[0], None),
     }
     settings = {sdedit_name(1.0): Setting((), start=1.0, begin="source")} | {name: ABLATION[name] for name in ROWS}
+    settings |= {"recommended": prior.recommended}
     for name, one in settings.items():
         draws = translate(prior, truth if one.oracle else given, replace(one, **setting), seed=seed).draws
         support = supported(given, draws)

@@ -83,6 +83,7 @@ class Study:
     likeness: list[dict]
     diversity: list[dict]
     memory: list[dict]
+    copied: list[dict]  # by a detector of copies in disguise
     tissue: list[dict]
     neighbours: dict[str, Tensor]  # the sample that is nearest to a training volume, and that volume
     tissue_ml: dict[str, Tensor]
@@ -104,6 +105,7 @@ def verdict(s: Study) -> list[dict[str, object]]:
     """What a good generator of volumes should pass, with the numbers that decide."""
     people, synthetic = s.diversity[0]["MS-SSIM"], s.diversity[-1]["MS-SSIM"]
     held, own = s.memory[1], s.memory[-1]
+    _, novel, drawn, planted = s.copied
     rows = [
         {
             "question": "as diverse as people?",
@@ -117,6 +119,15 @@ def verdict(s: Study) -> list[dict[str, object]]:
             "found": f"{own['smallest']:.3f}, held out, reconstructed {held['smallest']:.3f}; searched {s.searched}"
             + ("" if s.searched_all else ", NOT all that the prior learned from: no answer"),
             "passes": s.searched_all and own["smallest"] >= held["smallest"],
+        },
+        {
+            "question": "nobody copied in disguise?",
+            "asked": "no sample more like a training person than held-out people are; 95 % of planted copies found",
+            "found": f"{drawn['largest']:.3f}, held out, reconstructed {novel['largest']:.3f}; {planted['copies']} of "
+            f"{planted['n']} found" + ("" if s.searched_all else "; NOT all were searched: no answer"),
+            "passes": s.searched_all
+            and drawn["largest"] <= novel["largest"]
+            and planted["copies"] >= 0.95 * planted["n"],
         },
     ]
     symmetry, people_symmetry = population.left_right(s.synthetic), population.left_right(s.reconstructed)

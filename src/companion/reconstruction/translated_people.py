@@ -33,35 +33,41 @@ class Drawing:
     solver: str = param("dpmpp_2m", "of all other rows", choices=("dpmpp_2m", "ddim", "heun", "ddpm", "dpmpp_2m_sde"))
     evaluations: int = param(30, "steps of a draw", minimum=1)
     draws: int = param(4, "draws of an image; their mean is the translation", minimum=2)
-    guidance: float = param(2.0, "classifier-free guidance of the recommended row; 1 is none", minimum=0)
+    guidance: float | None = param(
+        None, "classifier-free guidance of the recommended row; 1 is none, none: what suits the weights", minimum=0
+    )
     mirrored: bool = param(True, "half the draws of the recommended row are those of the mirrored source")
-    shading: bool = param(True, "draws of the recommended row are given the shading of their source")
+    shading: bool | None = param(
+        None, "draws of the recommended row are given the shading of their source; none: if it suits the weights"
+    )
     attraction: float = param(0.0, "weight of the gradient of the LMI in the recommended row", minimum=0)
 
-    def settings(self) -> dict[str, Setting]:
-        """The rows of the table that are drawn, in its order. Raises ValueError for two of one name."""
+    def settings(self, recommended: Setting = RECOMMENDED) -> dict[str, Setting]:
+        """The rows of the table that are drawn, in its order. Raises ValueError for two of one name.
+
+        recommended: of the weights, for what is left open.
+        """
         common = {"solver": self.solver, "evaluations": self.evaluations, "draws": self.draws}
         check_unique([sdedit_name(s) for s in self.sdedit], "rows of SDEdit")
         edited = {sdedit_name(s): Setting((), start=s, begin="source", **common) for s in self.sdedit}
         chosen = {name: replace(ABLATION[name], **common) for name in ABLATION if name in self.rows}
         if "recommended" in chosen:
-            chosen["recommended"] = self.chosen
+            chosen["recommended"] = self.chosen(recommended)
         if self.published:
             name = "published chain, cut" if self.cut else "published chain"
             chosen[name] = Setting(("cross", "self"), "published", self.published, draws=self.draws, cut=self.cut)
         return edited | chosen
 
-    @property
-    def chosen(self) -> Setting:
+    def chosen(self, recommended: Setting) -> Setting:
         """The recommended setting, with the maps, solver, evaluations, draws and guidance asked for."""
         return Setting(
             self.keep,
             self.solver,
             self.evaluations,
             draws=self.draws,
-            guidance=self.guidance,
+            guidance=recommended.guidance if self.guidance is None else self.guidance,
             mirrored=self.mirrored,
-            shading=self.shading,
+            shading=recommended.shading if self.shading is None else self.shading,
             attraction=self.attraction,
         )
 

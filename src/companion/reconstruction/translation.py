@@ -94,6 +94,7 @@ class Setting:
 BOTH = Setting(("cross", "self"))  # the paper's maps
 GUIDED = replace(BOTH, guidance=2.0, mirrored=True)
 RECOMMENDED = replace(GUIDED, keep=MAPS, shading=True)  # chosen on validation people, see docs/lmi.md
+RECOMMENDED_FOR_PATIENTS = replace(RECOMMENDED, guidance=1.5, shading=False)  # on validation patients
 ABLATION = {  # the rows of the evaluation that a network draws
     "unconditional": replace(BOTH, keep=()),
     "self LMI only": replace(BOTH, keep=("self",)),
@@ -113,6 +114,7 @@ class Translator:
     """What a checkpoint of 2_train knows: a denoiser, how it is conditioned, and the contrast that it learned.
 
     pixel_mm, size: side of the pixels of its training slices, and how many there were (y, x). channels: 1 or 3.
+    recommended: the setting that did best on its validation people.
     """
 
     D: Denoiser
@@ -121,6 +123,7 @@ class Translator:
     pixel_mm: float = anatomy.FIELD_OF_VIEW_MM / 64
     channels: int = 1
     size: tuple[int, int] = (64, 64)
+    recommended: Setting = RECOMMENDED
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", autocast: str | None = None) -> Translator:
@@ -134,6 +137,7 @@ class Translator:
             anatomy.FIELD_OF_VIEW_MM / data["image_size"][-1],
             found.config["network"]["in_channels"] - conditioning.channels,
             tuple(data["image_size"]),
+            RECOMMENDED_FOR_PATIENTS if data["source"].startswith("virtual patients") else RECOMMENDED,
         )
 
     @property

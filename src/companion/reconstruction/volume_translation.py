@@ -26,7 +26,7 @@ from companion.data.slicing import Slicing
 from companion.data.template import OnTemplate
 from companion.evaluation.support import Support, supported
 from companion.randomness import generators, randn
-from companion.reconstruction.translation import RECOMMENDED, Setting, Translator, informed, translate
+from companion.reconstruction.translation import Setting, Translator, informed, translate
 
 FILLED = 0.02  # share of the pixels of a slice that must be foreground for it to be translated
 UNITS = "1: bright tissue (99.5 % of the foreground)"
@@ -90,7 +90,7 @@ class VolumeTranslation:
 def translate_volume(
     volume: Volume,
     prior: Translator,
-    setting: Setting = RECOMMENDED,
+    setting: Setting | None = None,
     *,
     seed: int = 0,
     grid: str = "template",
@@ -104,7 +104,7 @@ def translate_volume(
 ) -> VolumeTranslation:
     """A volume of any contrast translated slice by slice, and what its source says of the result.
 
-    grid: "template", the cohort's, to which the head is registered (affine), or "own", the volume's, for heads that lie
+    setting: by default what is recommended for the prior. grid: "template", the cohort's, to which the head is registered (affine), or "own", the volume's, for heads that lie
     as the training slices do. plane: of "own". pixel_mm: side of the pixels that the network sees, by default that of
     its training slices. step_mm: distance of the slices on the template, by default half a pixel; what lies between is
     interpolated. kernel_mm: standard deviation of the Gaussian along the slices that their noise is drawn with; 0: each
@@ -112,6 +112,7 @@ def translate_volume(
     progress: says how long it will take, then shows a bar. Slices with hardly anything in them stay empty. Raises
     ValueError for volumes without anything, or as `prepare_source` and `register`.
     """
+    setting = setting or prior.recommended
     array = np.abs(volume.array) if np.iscomplexobj(volume.array) else volume.array
     volume, pixel_mm = Volume(array, volume.affine), pixel_mm or prior.pixel_mm
     if grid not in ("template", "own"):
@@ -149,7 +150,7 @@ def translate_volume(
 
 
 def translate_file(
-    path: str | Path, out: str | Path, prior: Translator, setting: Setting = RECOMMENDED, **options
+    path: str | Path, out: str | Path, prior: Translator, setting: Setting | None = None, **options
 ) -> Path:
     """The path of a NIfTI volume: that of `path` translated, with its shape and affine; see `translate_volume`.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from companion.diffusion.solvers import SOLVERS
-from companion.evaluation import population
+from companion.evaluation import copies, population
 from companion.evaluation.known_people import TrainingSet, unseen
 from companion.evaluation.segmenter import load_segmenter
 from companion.evaluation.volumes import HELD_OUT, Study
@@ -34,6 +34,7 @@ class SampleVolumes(Drawing, Parameters):
     failures: bool = param(True, "show what went wrong in the original, one cause at a time")
     held_out: int = param(32, "held-out people to compare with", minimum=4)
     training: int = param(2000, "training people among whom the nearest is looked for, at most", minimum=1)
+    planted: int = param(48, "of them, disguised, whom the detector of copies has to find", minimum=1)
     data: str = param("data/latent3d_64.h5", "prepared training volumes, from 1_data; missing: people are made anew")
     pairs: int = param(60, "pairs of volumes for MS-SSIM", minimum=1)
     features: str = param("brain/t1w", "network whose view of slices the Frechet distance compares")
@@ -71,10 +72,15 @@ def study(p: SampleVolumes, prior: LatentPrior, synthetic: Tensor) -> Study:
         "sample": synthetic[closest],
         "nearest training volume": trained[int(near["synthetic"].index[closest])],
     }
+    g = torch.Generator().manual_seed(p.seed)
+    who = torch.randperm(trained.count, generator=g)[: p.planted]
+    planted = copies.disguised(torch.stack([trained[i] for i in who.tolist()]), g).to(p.device)
+    planted = prior.decode(prior.encode(planted)).clamp(min=0)
+    copied = copies.table(copies.CopyDetector.of(trained.batches()), groups, "people, reconstructed", planted, who)
     tissue_ml, tissue = {}, []
     if p.segmenter:
         segmenter = load_segmenter(p.segmenter, "T1w", p.device)
         tissue_ml = {name: population.tissue_volumes(x, segmenter, prior.voxel_mm).cpu() for name, x in whole.items()}
         tissue = population.tissue_table(tissue_ml, HELD_OUT)
     seen = trained.what, trained.own
-    return Study(others, through, synthetic, likeness, diversity, memory, tissue, neighbours, tissue_ml, *seen)
+    return Study(others, through, synthetic, likeness, diversity, memory, copied, tissue, neighbours, tissue_ml, *seen)

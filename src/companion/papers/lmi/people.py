@@ -98,7 +98,7 @@ def study(p: Translate, people: People, progress: bool = True) -> list[Direction
     for target in p.targets:
         prior, segmenter = load_pair(p.translator(target), segmenters, target, p.device, p.autocast)
         directions += [
-            translate_people(prior, segmenter, people, source, p.settings(), p.seed, progress, target)
+            translate_people(prior, segmenter, people, source, p.settings(prior.recommended), p.seed, progress, target)
             for source in p.sources
             if source != target
         ]
