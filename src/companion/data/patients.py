@@ -88,7 +88,7 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     step = (x, y, z)
     signal = head.signal[::2, ::2, ::2].numpy()
     brain = brain_mask(signal, step)
-    signal = signal / _bias(signal, brain)
+    signal = signal / receive_bias(signal, brain)
     _, grey, white = tissue_levels(signal, brain)
     csf = fluid_level(grey, white)
     affine = np.diag([*step, 1.0])
@@ -114,7 +114,7 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     return Anatomy(head.name, torch.from_numpy(maps), torch.from_numpy(to_voxel).float())
 
 
-def _bias(signal: np.ndarray, brain: np.ndarray) -> np.ndarray:
+def receive_bias(signal: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """The receive bias of a head by N4 (Tustison et al., IEEE TMI 2010) inside its brain, of mean 1 there."""
     with extra("formats"):
         import SimpleITK as sitk

@@ -1,13 +1,13 @@
 """Has a prior copied somebody? A detector of copies in disguise, judged by copies that are planted.
 
-The distance between voxels misses a copy that is turned, shifted, mirrored, larger, brighter or blurred. Here every volume is
-first brought to the mean of the training people (affine, by gradient steps), cut to the scales between blur and shading, and
-freed from what all people share. What is left is the person, and the cosine between two of those is how alike they are.
-How alike is a copy? More than all but FALSE_ALARMS of the people held out are to anybody in the training set. And how
-often it is right, training people say who are disguised (`disguised`) and looked for.
+The distance between voxels misses a copy that is turned, shifted, mirrored, larger, brighter or blurred. Here every
+volume is first brought to the mean of the training people (affine, by gradient steps), cut to the scales between blur
+and shading, and freed from what all people share. What is left is the person, and the cosine between two of those is
+how alike they are. How alike is a copy? More than all but FALSE_ALARMS of the people held out are to anybody in the
+training set. And how often it is right, training people say who are disguised (`disguised`) and looked for.
 
-Dar et al. 2024 (arXiv 2402.01054) learn such a likeness by contrast. With one template's 100 virtual people a contrastive network
-of three layers found 1 of 4 planted copies, these steps all of them.
+Dar et al. 2024 (arXiv 2402.01054) learn such a likeness by contrast. A contrastive network of three layers found 6 of 24
+planted copies of virtual people of one template after 150 steps, in half a minute; this finds all, in six seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GAIN, NOISE = 0.2, 0.03  # largest ln of its gain, and standard deviation of its
 
 
 def disguised(x: Tensor, generator: Generator) -> Tensor:
-    """Volumes (batch, 1, z, y, x), each turned, shifted, scaled, mirrored or not, brighter or darker, blurred, noisier."""
+    """Volumes (batch, 1, z, y, x), each turned, shifted, scaled, perhaps mirrored, brighter or darker, softer, noisy."""
     n = len(x)
 
     def uniform(*shape: int) -> Tensor:
@@ -72,7 +72,7 @@ def standardised(x: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def aligned(x: Tensor, atlas: Tensor, steps: int = STEPS) -> Tensor:
-    """Volumes under the affine maps that make them most like the atlas (1, 1, z, y, x): correlation, climbed by Adam."""
+    """Volumes under the affine maps that correlate them most with the atlas (1, 1, z, y, x), found by Adam."""
     half, aim = F.avg_pool3d(x, 2), standardised(F.avg_pool3d(atlas, 2))
     still, theta = torch.eye(3, 4).expand(len(x), 3, 4), torch.zeros(len(x), 3, 4, requires_grad=True)
     optimiser = torch.optim.Adam([theta])
@@ -132,7 +132,7 @@ def band(x: Tensor) -> Tensor:
 def table(
     detector: CopyDetector, sets: Mapping[str, Tensor], novel: str, planted: Tensor, who: Tensor
 ) -> list[dict[str, object]]:
-    """How many of sets of volumes are called copies, and how many of the planted ones, `who` in the training set, are found.
+    """How many volumes of each set are called copies, and how many planted ones, `who` in the training set, are found.
 
     novel: the set of people that were not trained on, who set what is alike enough.
     """

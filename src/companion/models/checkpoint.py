@@ -111,7 +111,7 @@ class Checkpoint:
 
 
 def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
-    """The weights of 2D convolutions in channels-last order, as images come to them: an eighth to a fifth of the time."""
+    """The weights of 2D convolutions in channels-last order, as images come to them, which saves a tenth to a fifth."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 

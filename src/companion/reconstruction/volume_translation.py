@@ -104,13 +104,14 @@ def translate_volume(
 ) -> VolumeTranslation:
     """A volume of any contrast translated slice by slice, and what its source says of the result.
 
-    setting: by default what is recommended for the prior. grid: "template", the cohort's, to which the head is registered (affine), or "own", the volume's, for heads that lie
-    as the training slices do. plane: of "own". pixel_mm: side of the pixels that the network sees, by default that of
-    its training slices. step_mm: distance of the slices on the template, by default half a pixel; what lies between is
-    interpolated. kernel_mm: standard deviation of the Gaussian along the slices that their noise is drawn with; 0: each
-    has its own. source_scale, target_scale: what is 0 and 1 in the source, by default percentiles, and in the target.
-    progress: says how long it will take, then shows a bar. Slices with hardly anything in them stay empty. Raises
-    ValueError for volumes without anything, or as `prepare_source` and `register`.
+    setting: by default what is recommended for the prior. grid: "template", the cohort's, to which the head is
+    registered (affine), or "own", the volume's, for heads that lie as the training slices do. plane: of "own".
+    pixel_mm: side of the pixels that the network sees, by default that of its training slices. step_mm: distance of
+    the slices on the template, by default half a pixel; what lies between is interpolated. kernel_mm: standard
+    deviation of the Gaussian along the slices that their noise is drawn with; 0: each has its own. source_scale,
+    target_scale: what is 0 and 1 in the source, by default percentiles, and in the target. progress: says how long it
+    will take, then shows a bar. Slices with hardly anything in them stay empty. Raises ValueError for volumes without
+    anything, or as `prepare_source` and `register`.
     """
     setting = setting or prior.recommended
     array = np.abs(volume.array) if np.iscomplexobj(volume.array) else volume.array
