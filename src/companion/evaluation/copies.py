@@ -6,7 +6,7 @@ and shading, and freed from what all people share. What is left is the person, a
 how alike they are. How alike is a copy? More than all but FALSE_ALARMS of the people held out are to anybody in the
 training set. And how often it is right, training people say who are disguised (`disguised`) and looked for.
 
-Dar et al. 2024 (arXiv 2402.01054) learn such a likeness by contrast. A contrastive network of three layers found 6 of 24
+planted copies of virtual people of one template after 150 steps, half a minute; this finds all, in six seconds.
 planted copies of virtual people of one template after 150 steps, in half a minute; this finds all, in six seconds.
 """
 
@@ -30,7 +30,7 @@ GAIN, NOISE = 0.2, 0.03  # largest ln of its gain, and standard deviation of its
 
 
 def disguised(x: Tensor, generator: Generator) -> Tensor:
-    """Volumes (batch, 1, z, y, x), each turned, shifted, scaled, perhaps mirrored, brighter or darker, softer, noisy."""
+    """Volumes (batch, 1, z, y, x), turned, shifted, scaled, perhaps mirrored, brighter or darker, softer, noisy."""
     n = len(x)
 
     def uniform(*shape: int) -> Tensor:
