@@ -7,8 +7,8 @@ Heads are those that were held for validation, as they are and in disguise (`com
 drawn: knees, bellies, phantoms, and the virtual hearts. --measured: arrays (image, y, x), square, of real ones.
 Every scan draws its own coils (1 to 8), mask (R = 4 or 8, equispaced), noise (.005 to .02) and phase. Total variation,
 on which the image leans, is tuned by the scan itself; "best" is the best image, by the truth, of that one and, where
-BART is installed, of its l1 wavelets with three settings, which favours them. Thresholds are chosen on scans of
-even number; the table is of those of odd number.
+BART is installed, of its l1 wavelets with three settings, which favours them. Scans of even number are there to
+choose thresholds on; the table is of those of odd number.
 
 Columns: PSNR in dB of the best classical image and of the trusted one, and the worst loss; quantiles of the statistics
 that the verdict rests on; the share of scans that are flagged. A finished scan is not redone.
@@ -191,6 +191,8 @@ def main(argv=None) -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/verdicts"))
     args = parser.parse_args(argv)
+    if args.count < 2:
+        parser.error(f"--count {args.count}: the table is of scans of odd number, which begin with the second")
     D = load_denoiser(args.weights)
     prior = AnySize(D, network_of(D).total_stride), load_errors(args.weights)
     known, rows = families(args.heads, args.measured), []
