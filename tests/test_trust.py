@@ -156,14 +156,30 @@ def test_a_prior_of_something_else_is_found_out_and_the_classical_image_taken():
     errors = {"its own people": error_of(wrong).times(0.1)}
     options = dict(acs=4, seeds=range(4), evaluations=8, levels=LEVELS, classical=lambda A, y: x)
     result, found = trust.reconstruct(wrong, A, y, NOISE, errors, **options, extra=1.0)
-    assert not found.knows and found.share < 0.5 and found.widening >= 1
-    assert found.verdict.startswith("the prior does not know this scan") and "classical reconstruction preferred" in (
-        found.verdict
-    )
+    assert not found.knows and not found.helps and found.widening >= 1
+    assert "classical reconstruction preferred" in found.verdict
     assert torch.allclose(result.mean, x, atol=0.5 * (x - 3).abs().max())
     right, known = trust.reconstruct(D, A, y, NOISE, {"its own": error_of(D)}, **options | {"classical": None})
     assert known.knows and known.share == 1 and known.verdict.startswith("the prior knows this scan")
     assert right.mean.shape == (1, *right.x.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "chi2, share, says",
+    [
+        (0.9, 0.8, "the prior knows this scan: held-out chi-square 0.90, at most {}"),
+        (0.9, 0.1, "the prior helps little with this scan: held-out chi-square 0.90, at most {}"),
+        (3.0, 0.8, "the prior does not know this scan, yet helps: held-out chi-square 3.00, above {}"),
+        (3.0, 0.1, "the prior does not know this scan: held-out chi-square 3.00, above {}"),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_what_was_found_and_against_which_threshold(chi2, share, says):
+    one = trust.Candidate("people", 1.0, trust.Score(0.0, chi2, 1.0, 1.0))
+    found = trust.Trust(error_of(smooth_prior()), share, 1.0, one, (one,), 1.0, Bill(0, 0, 0.0))
+    assert found.verdict.startswith(says.format(f"{trust.KNOWN:g}"))
+    assert (found.fits, found.helps, found.knows) == (chi2 < 2, share > 0.5, chi2 < 2 and share > 0.5)
+    alone = dataclasses.replace(found, share=1.0, classical=None)
+    assert alone.helps and "yet" not in alone.verdict and "classical" not in alone.verdict
 
 
 def test_a_trial_costs_at_most_half_of_the_draws_and_serves_a_volume():

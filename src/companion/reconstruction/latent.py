@@ -25,6 +25,7 @@ from companion.reconstruction import mri, trust
 
 GUIDANCES = {"projection": projection, "gradient": gradient}
 TRIAL = 2  # draws of a trial, which some of the data judge
+LEAST_SHARE = 0.5  # of the posterior mean in the image, below which the prior does not know the scan
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Verdict:
         told = ", ".join(f"{name} {value:.3g}" for name, value in self.excess.items())
         bars = f"; error bars widened by {self.widening**0.5:.2f}" if self.widening > 1 else ""
         says = f"held-out readouts (squared error: {told}) give the latent prior {self.share:.0%} of the image{bars}"
-        return says if self.share >= trust.LEAST_SHARE else f"WARNING: the prior does not know this scan; {says}"
+        return says if self.share >= LEAST_SHARE else f"WARNING: the prior does not know this scan; {says}"
 
     def apply(self, draws: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
         """The image (1, 1, z, y, x), in part `other`, and draws (draw, 1, z, y, x) that scatter about it."""

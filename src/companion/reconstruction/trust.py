@@ -38,10 +38,10 @@ SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
 COLD, WARM = 5.0, 0.5  # first noise level of draws that begin with nothing, and with a classical image
 WARM_LOSS = 1.5  # true variance / that of draws that begin with an image: see "Error bars" in docs/trust.md
 LAST, LEAST = 1.0, 0.002  # last noise level, in deviations of the noise of the data, and at least
-KNOWN = 1.25  # chi-square per held-out sample above which the prior does not know the scan
+KNOWN = 1.5  # chi-square per held-out sample above which the prior does not know the scan
 BETTER = 0.05  # log score by which another error model has to beat that of the prior's own people
 LEAST_CALLS = 4  # evaluations of a chain, below which its draws are too rough to judge by
-LEAST_SHARE = 0.5  # of the posterior mean in the mixture, below which the classical image is preferred
+LEAST_SHARE = 0.2  # of the posterior mean in the mixture, below which it does not help
 
 
 # ------------------------------------------------------------------------------------------------------- splitting
@@ -250,16 +250,27 @@ class Trust:
         return self.tried[0]
 
     @property
+    def fits(self) -> bool:
+        """Whether the prior's own error model predicts the held-out samples, no surer of itself than it may be."""
+        return self.first.score.chi2 <= self.known_below
+
+    @property
+    def helps(self) -> bool:
+        """Whether held-out samples ask for the posterior mean in the image; True where it has no classical rival."""
+        return self.share >= LEAST_SHARE
+
+    @property
     def knows(self) -> bool:
-        """Whether the prior's own error model predicts the held-out samples."""
-        return self.first.score.chi2 <= self.known_below and self.share >= LEAST_SHARE
+        """Whether the prior's error model fits and its image helps. Of anatomy it says nothing (docs/trust.md)."""
+        return self.fits and self.helps
 
     @property
     def verdict(self) -> str:
-        """In words and numbers."""
-        chi2 = self.first.score.chi2
-        says = "does not know" if chi2 > self.known_below else "knows" if self.knows else "helps little with"
-        text = f"the prior {says} this scan: held-out chi-square {chi2:.2f}"
+        """In words and numbers, with the threshold."""
+        says = ("knows" if self.helps else "helps little with") if self.fits else "does not know"
+        yet = ", yet helps" if self.helps and not self.fits and self.classical is not None else ""
+        chi2 = f"{self.first.score.chi2:.2f}, {'at most' if self.fits else 'above'} {self.known_below:g}"
+        text = f"the prior {says} this scan{yet}: held-out chi-square {chi2}"
         details = []
         if (self.chosen.name, self.chosen.scale) != (self.first.name, self.first.scale):
             times = "" if self.chosen.scale == 1 else f", variance times {self.chosen.scale:g}"
