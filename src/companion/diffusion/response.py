@@ -1,11 +1,10 @@
 """What PET's operators do to an image, nearly: a filter between two maps of sensitivity, which preconditions systems.
 
 A^H A of a projector blurs everywhere alike, by about 1 / |k|, and what varies, the dose, attenuation and the counts'
-weights, does so slowly. L^H A^H A L + s^2 of a prior's covariance L L^H varies by orders of magnitude from pixel to
-pixel, though, as the prior's variance does. So its inverse is taken for a few of these variances, where each is one
-filter, and pixels lie between those: [fessler1999], "Conjugate-gradient preconditioning methods for shift-variant PET
-image reconstruction", IEEE Transactions on Image Processing 8, 688. A preconditioner changes how fast conjugate
-gradients converge, never what they converge to.
+weights, does so slowly. L^H A^H A L + noise^2 of a prior's covariance L L^H varies by orders of magnitude from pixel to
+pixel, though, as the prior's variance does. So its inverse is taken for a few of these variances, for each of which it
+is a filter, and pixels lie between them [fessler1999]. A preconditioner changes how fast conjugate gradients converge,
+never to what.
 """
 
 from __future__ import annotations
@@ -81,13 +80,10 @@ class Response:
             parts.append((share, 1 / (1 + LEAST * (i * step).exp() / middle * k)))
 
         def apply(r: Tensor) -> Tensor:
-            return (
-                sum(
-                    share * torch.fft.irfftn(gain * torch.fft.rfftn(share * r, dim=axes), s=size, dim=axes)
-                    for share, gain in parts
-                )
-                / noise**2
-            )
+            total = torch.zeros_like(r)
+            for share, gain in parts:
+                total += share * torch.fft.irfftn(gain * torch.fft.rfftn(share * r, dim=axes), s=size, dim=axes)
+            return total / noise**2
 
         return apply
 
