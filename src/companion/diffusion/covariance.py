@@ -36,16 +36,18 @@ class Factor(NamedTuple):
     """C = L L^H of a Gaussian model of p(x0 | x), per real component; both maps keep the shape of x.
 
     variance: the diagonal of L^H L, or near it, which balances systems to be solved; None where it is not known.
+    spectrum: where L is a filter between maps, its power over all frequencies (FFT order), 1 on average; None likewise.
     """
 
     L: Callable[[Tensor], Tensor]
     LH: Callable[[Tensor], Tensor]
     variance: Tensor | None = None
+    spectrum: Tensor | None = None
 
     @classmethod
     def diagonal(cls, variance: Tensor) -> "Factor":
         std = variance.clamp_min(0).sqrt()
-        return cls(lambda z: std * z, lambda x: std * x, std.square())
+        return cls(lambda z: std * z, lambda x: std * x, std.square(), torch.ones_like(std))
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,15 @@ class Measured:
         std = v.clamp_min(0).sqrt()
 
         def colour(z):  # F^H diag(sqrt s) F is Hermitian, and real for real images because s is radial
-            z = spatial_fft(gain * spatial_fft(z, self.ndim), self.ndim, inverse=True)
-            return z if x.is_complex() else z.real
+            if x.is_complex():
+                return spatial_fft(gain * spatial_fft(z, self.ndim), self.ndim, inverse=True)
+            axes, size = tuple(range(-self.ndim, 0)), z.shape[-self.ndim :]
+            half = gain[..., : size[-1] // 2 + 1]
+            return torch.fft.irfftn(half * torch.fft.rfftn(z, dim=axes), s=size, dim=axes)
 
         scale = gain.square().mean(tuple(range(-self.ndim, 0)), keepdim=True)
-        return x0_hat, Factor(lambda z: std * colour(z), lambda x: colour(std * x), scale * std.square())
+        power = gain.square() / scale
+        return x0_hat, Factor(lambda z: std * colour(z), lambda x: colour(std * x), scale * std.square(), power)
 
 
 def pixel_moments(D, x, sigma, cond, prior_std) -> tuple[Tensor, Tensor]:

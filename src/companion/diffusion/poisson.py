@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from companion.diffusion.covariance import Factor, Isotropic, PerPixel, pixel_mo
 from companion.diffusion.denoisers import Denoiser, column
 from companion.diffusion.gibbs import chain
 from companion.diffusion.guidance import Guidance, pigdm, posterior_mean
+from companion.diffusion.response import Response
 from companion.diffusion.sampling import Bill
 from companion.diffusion.symmetry import moved
 from companion.operators.counts import check_counts, counts_ratio, expected_counts
@@ -95,7 +97,16 @@ class poisson_mean(Counts):
     def near(self, m: Tensor) -> posterior_mean:
         """The Gaussian problem that stands for the counts near the image m."""
         A, y = self.whitened(m)
-        return posterior_mean(A, y, self.noise_std, self.covariance, self.iterations, self.tol)
+        return posterior_mean(A, y, self.noise_std, self.covariance, self.iterations, self.tol, response=self.response)
+
+    @cached_property
+    def response(self) -> Response | None:
+        """What the operator does to images, whitened by the counts themselves: near enough for all sweeps."""
+        if len(self.A.domain_shape) < 3:
+            return None
+        axes = tuple(range(-len(self.A.range_shape), 0))
+        root = torch.maximum(self.y, FLOOR * self.y.mean(axes, keepdim=True)).add(1).rsqrt()
+        return Response.of(Diagonal(root, self.A.range_shape) @ self.A, root)
 
     def estimate(self, D, x, sigma, cond=None):
         return self.mean(*self.covariance(D, x, sigma, cond))

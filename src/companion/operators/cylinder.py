@@ -21,7 +21,7 @@ from torch import Tensor
 from companion.operators.linear import LinearOperator, Shape, derived, unset
 from companion.operators.pet import _from_scipy, _Linear
 
-VIEWS = 2**26  # numbers of resampled views that are held at a time
+VIEWS = 2**22  # numbers of resampled views that are held at a time: what stays in the processor's cache
 FWHM = math.sqrt(8 * math.log(2))  # in standard deviations of a Gaussian
 
 
@@ -151,15 +151,14 @@ class Projector3D(LinearOperator):
         c, lead = self.scanner, x.shape[: x.ndim - 4]
         rows = x.reshape(-1, c.shape[0], math.prod(c.shape[1:]))
         pixels = rows.permute(2, 1, 0).reshape(rows.shape[2], -1)  # (pixel, z * item)
-        views = []
+        y = x.new_empty(c.bins, math.prod(c.sinogram_shape[1:-2]), len(c.theta), len(rows))  # of tof * plane
         for some in self._view_blocks(len(rows)):
             # each view: (bin, step * z, item)
             along = [(self._view(v, x)[0] @ pixels).reshape(c.bins, -1, len(rows)) for v in some]
-            block = torch.stack(along, 2).flatten(2)  # (bin, step * z, view * item)
-            planes = torch.stack([self._axial(j, x)[0] @ block[j] for j in range(c.bins)])  # (bin, tof * plane, ...)
-            views.append(planes.reshape(c.bins, -1, len(some), len(rows)))
-        y = torch.cat(views, 2).permute(3, 1, 2, 0)  # (item, tof * plane, view, bin)
-        return y.reshape(*lead, *c.sinogram_shape)
+            for j in range(c.bins):
+                block = torch.stack([view[j] for view in along], 1).flatten(1)  # (step * z, view * item)
+                y[j, :, some.start : some.stop] = (self._axial(j, x)[0] @ block).unflatten(1, (len(some), len(rows)))
+        return y.permute(3, 1, 2, 0).reshape(*lead, *c.sinogram_shape)
 
     def _backproject(self, y: Tensor) -> Tensor:
         c = self.scanner
@@ -168,19 +167,20 @@ class Projector3D(LinearOperator):
         items = rows.shape[-1]
         total = y.new_zeros(math.prod(c.shape[1:]), c.shape[0] * items)
         for some in self._view_blocks(items):
-            part = rows[:, :, some].flatten(2)
-            block = torch.stack([self._axial(j, y)[1] @ part[j] for j in range(c.bins)])  # (bin, step * z, ...)
-            block = block.reshape(*block.shape[:2], len(some), items)
-            for i, v in enumerate(some):
-                along = block[:, :, i].reshape(-1, c.shape[0] * items)
-                total += self._view(v, y)[1] @ along
+            part = rows[:, :, some.start : some.stop].flatten(2)
+            along = y.new_empty(len(some), c.bins, self._steps * c.shape[0], items)
+            for j in range(c.bins):
+                block = self._axial(j, y)[1] @ part[j]  # (step * z, view * item)
+                along[:, j] = block.unflatten(1, (len(some), items)).transpose(0, 1)
+            for v, view in zip(some, along, strict=True):
+                total.addmm_(self._view(v, y)[1], view.reshape(-1, c.shape[0] * items))
         x = total.reshape(-1, c.shape[0], items).permute(2, 1, 0)
         return x.reshape(*lead, *c.volume_shape)
 
-    def _view_blocks(self, items: int) -> list[list[int]]:
+    def _view_blocks(self, items: int) -> list[range]:
         one = self.scanner.bins * self._steps * self.scanner.shape[0] * max(1, items)
         size, count = max(1, VIEWS // one), len(self.scanner.theta)
-        return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+        return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
     @property
     def _steps(self) -> int:
