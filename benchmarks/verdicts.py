@@ -21,7 +21,6 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,6 @@ from companion.randomness import randn
 from companion.reconstruction import regularised, trust
 
 GRID = (1.0, 2.0, 4.0)  # regularisation of the classical methods, in noise^(3/2)
-tv = partial(regularised.tv, iterations=400)  # with few coils 100 leave it 6 dB short
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # (rng, size) -> magnitudes (size, size), real or complex
 
 
@@ -127,13 +125,13 @@ def study(name: str, head: bool, draw: Draw, prior, number: int, size: int) -> d
     seed = zlib.crc32(f"{name} {number}".encode())
     x, A, y, noise, acs, maps, how = scan(draw, np.random.default_rng(seed), size)
     unit = noise**1.5  # of regularisation, for any noise
-    setting = trust.best_setting(trust.hold_out(A, y, acs, seed=seed), tv, [g * unit for g in GRID])
-    images = [tv(A, y, setting)]
+    setting = trust.best_setting(trust.hold_out(A, y, acs, seed=seed), regularised.tv, [g * unit for g in GRID])
+    images = [regularised.tv(A, y, setting)]
     if shutil.which("bart"):  # its l1 wavelets
         images += [regularised.bart_pics(A, y, maps[None], g * unit, penalty="W") for g in GRID]
     samples, found = trust.reconstruct(
         D, A, y, noise, for_pixels(errors, pixel_mm(size)), acs=acs, seeds=range(seed, seed + 4),
-        classical=lambda A, y: tv(A, y, setting),
+        classical=lambda A, y: regularised.tv(A, y, setting),
     )  # fmt: skip
     scores = {c.name: c.score for c in reversed(found.tried)}  # of a name, those at scale 1
     own, leaves = found.first.score, scores.get("dead leaves", found.first.score)

@@ -25,6 +25,7 @@ from companion.operators.solve import conjugate_gradient
 from companion.reconstruction.mri import run_bart
 
 Shape = tuple[int, ...]
+FITS, EDGE = 5, 0.3  # of `tv`: conjugate-gradient steps in each iteration; shrinkage, as a share of bright tissue
 
 
 def cg(A: LinearOperator, y: Tensor, regularisation: float = 0.01, iterations: int = 50) -> Tensor:
@@ -32,28 +33,35 @@ def cg(A: LinearOperator, y: Tensor, regularisation: float = 0.01, iterations: i
     return conjugate_gradient(lambda x: A.normal(x) + regularisation * x, A.H(y), iterations=iterations, tol=1e-6)
 
 
-def tv(A: LinearOperator, y: Tensor, regularisation: float = 0.001, iterations: int | None = None) -> Tensor:
-    """The penalty sum |grad x|, isotropic, by primal-dual steps. [block2007]; [condat2013], Algorithm 3.1.
+def tv(A: LinearOperator, y: Tensor, regularisation: float = 0.001, iterations: int = 25) -> Tensor:
+    """The penalty sum |grad x|, isotropic, by ADMM (split Bregman). [block2007]; [goldstein2009], Section 4.2.
 
-    iterations: 100 on the grid, which come within 0.1 % of the least objective on a real head at R = 4, and 400 off it:
-    the centre of radial data is measured many times over, and after 100 the image lacks 2 to 3 dB.
+    iterations: of FITS conjugate-gradient steps each. 25 come within 0.1 dB of the minimum of a real head at R = 4 and
+    8, on spokes too. Primal-dual steps need 400 for that, although 100 come within 0.2 % of the least objective: what
+    is not measured moves by no more than the regularisation in each of them, and the image is 2 dB short.
 
     Raises ValueError when the regularisation is not positive.
     """
     if not regularisation > 0:
         raise ValueError(f"tv needs a positive regularisation, got {regularisation}; else use cg")
-    if iterations is None:
-        iterations = 400 if isinstance(getattr(A, "outer", None), NUFFT) else 100
-    ndim = len(A.domain_shape) - 1
-    axes = tuple(range(-ndim, 0))
+    axes = tuple(range(1 - len(A.domain_shape), 0))
     target, bound = A.H(y), largest_eigenvalue(A)
-    dual = bound / (8 * ndim)  # |grad|^2 <= 4 ndim, so that 1 / primal = bound / 2 + dual |grad|^2 = bound
-    x, u = target / bound, torch.zeros(ndim, *target.shape, dtype=target.dtype, device=target.device)
+    x = conjugate_gradient(lambda v: A.normal(v) + 1e-3 * bound * v, target, iterations=4 * FITS)
+    size = x.abs().flatten(1)
+    top = size.kthvalue(math.ceil(0.99 * size.shape[1]), 1).values.reshape(-1, *[1] * len(A.domain_shape))
+    step = EDGE * top.clamp_min(torch.finfo(top.dtype).tiny)  # differences up to it are smoothed away by one shrinkage
+    weight = regularisation / step
+    grad = _gradient(x, axes)
+    u = torch.zeros_like(grad)
     for _ in range(iterations):
-        new = x - (A.normal(x) - target + _divergence(u, axes)) / bound
-        u = u + dual * _gradient(2 * new - x, axes)
-        u = u * (regularisation / u.abs().square().sum(0).sqrt().clamp_min(regularisation))
-        x = new
+        s = grad + u
+        z = s * (1 - step / s.abs().square().sum(0).sqrt().clamp_min(1e-30)).clamp_min(0)
+        u = s - z
+        b = target + weight * _divergence(z - u, axes)
+        x = conjugate_gradient(
+            lambda v: A.normal(v) + weight * _divergence(_gradient(v, axes), axes), b, x0=x, iterations=FITS
+        )
+        grad = _gradient(x, axes)
     return x
 
 
@@ -93,16 +101,16 @@ def bart_pics(
     y: Tensor,
     maps: Tensor,
     regularisation: float = 0.001,
-    iterations: int = 100,
+    iterations: int | None = None,
     penalty: str = "W",
     timeout: float = 600.0,
 ) -> Tensor:
     """What `bart pics` makes of a single slice y `(1, coil, *k-space)`, an image `(1, set, *space)`.
 
-    maps: (set, coil, *space), the maps within A. penalty: W for l1-wavelet, T for total variation. `-w 1` switches off
-    BART's own scaling of the data. Raises FileNotFoundError when `bart` is not on PATH, ValueError for other operators
-    than Sense, on the grid or off it, and as `run_bart` does.
-    [uecker2015].
+    maps: (set, coil, *space), the maps within A. penalty: W for l1-wavelet, T for total variation. iterations: 100, of
+    total variation 400, without which it is 1 to 2 dB short. `-w 1` switches off BART's own scaling of the data.
+    Raises FileNotFoundError when `bart` is not on PATH, ValueError for other operators than Sense, on the grid or off
+    it, and as `run_bart` does. [uecker2015].
     """
     program = shutil.which("bart")
     if program is None:
@@ -110,6 +118,7 @@ def bart_pics(
     space = maps.shape[2:]
     F = getattr(A, "outer", None)
     options = ["-S", "-R", f"{penalty}:{2 ** (3 if len(space) == 3 else 2) - 1}:0:{regularisation}"]
+    iterations = (400 if penalty == "T" else 100) if iterations is None else iterations
     options += ["-i", iterations, "-w", 1] + (["-u", 1] if penalty == "T" else [])
     with tempfile.TemporaryDirectory(prefix="bart-") as folder:
         if isinstance(F, NUFFT):
