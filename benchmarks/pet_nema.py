@@ -45,7 +45,7 @@ SETTINGS = {
     "filtered MLEM": (1.0, 1.5, 2.0, 3.0),
     "MAP": (0.01, 0.03, 0.1, 0.3),
 }
-CHOSEN = {"MLEM": 20, "OSEM": 2, "filtered MLEM": 1.5, "MAP": 0.03}  # in the table of the smallest and largest sphere
+CHOSEN = {"MLEM": 40, "OSEM": 4, "filtered MLEM": 1.5, "MAP": 0.03}  # shown in the table and the pictures
 
 
 # --------------------------------------------------------------------------------------------------------- phantom
