@@ -49,9 +49,10 @@ def real_person(head: Head) -> tuple[Tensor, Tensor]:
     at = [(np.arange(SIZE) - (SIZE - 1) / 2) * VOXEL_MM / s + m for s, m in zip(step, middle, strict=True)]
     places = np.meshgrid(at[2], at[1][::-1], at[0], indexing="ij")[::-1]  # z, y from the front, x
     soft = [
-        ndimage.gaussian_filter(v, VOXEL_MM / 2.355 / step) for v in (signal * brain, *(label == k for k in range(4)))
+        ndimage.gaussian_filter(v, VOXEL_MM / 2.355 / step)
+        for v in (signal * brain, *((label == k).astype(np.float32) for k in range(4)))
     ]
-    image, *shares = (ndimage.map_coordinates(v.astype(np.float32), places, order=1) for v in soft)
+    image, *shares = (ndimage.map_coordinates(v, places, order=1) for v in soft)
     image, labels = torch.from_numpy(image / white)[:, None], torch.from_numpy(np.stack(shares)).argmax(0)[:, None]
     return image.float(), labels.to(torch.uint8)
 

@@ -1,10 +1,10 @@
-"""What PET's operators do to an image, nearly: a filter between two maps of sensitivity, which preconditions systems.
+"""What operators do to real images, nearly: a filter between two maps of sensitivity, which preconditions systems.
 
 A^H A of a projector blurs everywhere alike, by about 1 / |k|, and what varies, the dose, attenuation and the counts'
-weights, does so slowly. L^H A^H A L + noise^2 of a prior's covariance L L^H varies by orders of magnitude from pixel to
-pixel, though, as the prior's variance does. So its inverse is taken for a few of these variances, for each of which it
-is a filter, and pixels lie between them [fessler1999]. A preconditioner changes how fast conjugate gradients converge,
-never to what.
+weights, does so slowly; coils and a mask of k-space do to volumes much the same. L^H A^H A L + noise^2 of a prior's
+covariance L L^H varies by orders of magnitude from pixel to pixel, though, as the prior's variance does. So its
+inverse is taken for a few of these variances, for each of which it is a filter, and pixels lie between them
+[fessler1999]. A preconditioner changes how fast conjugate gradients converge, never to what.
 """
 
 from __future__ import annotations

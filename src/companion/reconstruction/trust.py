@@ -26,6 +26,7 @@ from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import posterior_mean
 from companion.diffusion.noise import karras
 from companion.diffusion.recalibration import ErrorModel
+from companion.diffusion.response import Response
 from companion.diffusion.sampling import Bill, Samples
 from companion.operators.linear import Composition, Diagonal, LinearOperator
 from companion.operators.mri import Mask, Sense
@@ -334,7 +335,7 @@ def assess(
     bills: list[Bill] = []
 
     def draw(error: ErrorModel, sigmas: Tensor, start: Tensor | None) -> Samples:
-        G = posterior_mean(split.A, split.y, noise_std, error, iterations, balance=True)
+        G = problem(split.A, split.y, noise_std, error, iterations)
         on = {"dtype": kind_of(split.A, split.y), "device": split.y.device}
         samples = annealed_gibbs(D, G, sigmas, seeds=range(seed, seed + draws), start=start, **on)
         bills.append(samples.bill)
@@ -406,9 +407,18 @@ def reconstruct(
         )  # fmt: skip
     image = None if classical is None else classical(A, y)
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
-    G = posterior_mean(A, y, noise_std, trust.error, iterations, balance=True)
+    G = problem(A, y, noise_std, trust.error, iterations)
     samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, dtype=kind_of(A, y), device=y.device)
     return trust.apply(samples, image), trust
+
+
+def problem(A: LinearOperator, y: Tensor, noise_std: float, error: ErrorModel, iterations: int) -> posterior_mean:
+    """The Gaussian problem of a sweep, preconditioned: of complex images by its diagonal, of real ones by what A does
+    does to them, with which 10 steps come as far in a volume as 25 with the diagonal.
+    """
+    if A.domain_dtype.is_complex:
+        return posterior_mean(A, y, noise_std, error, iterations, balance=True)
+    return posterior_mean(A, y, noise_std, error, iterations, response=Response.of(A, y.real))
 
 
 def kind_of(A: LinearOperator, y: Tensor) -> torch.dtype:
