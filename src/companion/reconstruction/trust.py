@@ -413,7 +413,7 @@ def reconstruct(
 
 
 def problem(A: LinearOperator, y: Tensor, noise_std: float, error: ErrorModel, iterations: int) -> posterior_mean:
-    """The Gaussian problem of a sweep, preconditioned: of complex images by its diagonal, of real ones by a `Response`."""
+    """The Gaussian problem of a sweep, preconditioned: if complex by its diagonal, if real by a `Response`."""
     if A.domain_dtype.is_complex:
         return posterior_mean(A, y, noise_std, error, iterations, balance=True)
     return posterior_mean(A, y, noise_std, error, iterations, response=Response.of(A, y.real))
