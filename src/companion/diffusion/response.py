@@ -54,11 +54,11 @@ class Response:
         signs = signs.to(like).expand(*batch, *shape)
         seen = torch.fft.rfftn(A.normal(signs / weight) / weight, dim=axes, norm="ortho")
         power = (torch.fft.rfftn(signs, dim=axes, norm="ortho").conj() * seen).real
-        ring = _rings(shape[1:]).to(power.device)
-        rows = power.reshape(-1, ring.numel())
-        total = rows.new_zeros(len(rows), int(ring.max()) + 1).index_add_(1, ring.flatten(), rows)
-        mean = total / torch.bincount(ring.flatten()).clamp(min=1)
-        spectrum = mean[:, ring.flatten()].reshape(power.shape)
+        ring = _rings(shape[1:]).flatten()
+        count = torch.bincount(ring).clamp(min=1).to(power.device)
+        rows, ring = power.reshape(-1, len(ring)), ring.to(power.device)
+        mean = rows.new_zeros(len(rows), len(count)).index_add_(1, ring, rows) / count
+        spectrum = mean[:, ring].reshape(power.shape)
         return cls(weight, torch.maximum(spectrum, FLOOR * spectrum.mean(axes, keepdim=True)))
 
     def inverse(self, C: Factor, noise: float) -> Callable[[Tensor], Tensor] | None:
