@@ -66,7 +66,14 @@ def study(p: SampleVolumes, prior: LatentPrior, synthetic: Tensor) -> Study:
     diversity = population.diversity_table(whole, p.pairs, p.seed)
     trained = TrainingSet.of(prior, p.data, p.training)
     groups = {"people": held_out, "people, reconstructed": every, "synthetic": synthetic}
-    memory, near = population.memory_table(groups, trained.batches(), trained.count)
+    known: list[Tensor] = []  # for the detector of copies: people who are made anew are made once
+
+    def batches():
+        for batch in trained.batches():
+            known.append(copies.coarse(batch))
+            yield batch
+
+    memory, near = population.memory_table(groups, batches(), trained.count)
     closest = int(near["synthetic"].distance.argmin())
     neighbours = {
         "sample": synthetic[closest],
@@ -76,7 +83,7 @@ def study(p: SampleVolumes, prior: LatentPrior, synthetic: Tensor) -> Study:
     who = torch.randperm(trained.count, generator=g)[: p.planted]
     planted = copies.disguised(torch.stack([trained[i] for i in who.tolist()]), g).to(p.device)
     planted = prior.decode(prior.encode(planted)).clamp(min=0)
-    copied = copies.table(copies.CopyDetector.of(trained.batches()), groups, "people, reconstructed", planted, who)
+    copied = copies.table(copies.CopyDetector.of(known), groups, "people, reconstructed", planted, who)
     tissue_ml, tissue = {}, []
     if p.segmenter:
         segmenter = load_segmenter(p.segmenter, "T1w", p.device)
