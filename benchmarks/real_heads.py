@@ -55,7 +55,7 @@ from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
 from companion.operators.noncartesian import GOLDEN, noncartesian_sense, radial_trajectory
 from companion.randomness import randn
-from companion.reconstruction import regularised, trust
+from companion.reconstruction import held_out, regularised, trust
 from companion.reconstruction.one_pass import NAME, one_pass
 
 Sheets = dict[str, dict[str, Tensor]]  # size and R -> truth or method -> (y, x)
@@ -63,6 +63,7 @@ TUNED = Path(__file__).with_name("real_heads_tuned.json")
 ACS = {"64": 4, "native": 24}
 COILS, NOISE = 8, 0.01
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LEANING = "TV and wavelets"  # in the proportion that each scan asks for
 OURS = ("prior, mean of draws", "prior, posterior mean", "prior, trusted")
 
 
@@ -108,10 +109,17 @@ def each_slice(A: LinearOperator, y: Tensor, regularisation: float, penalty: str
     return torch.cat(images)
 
 
-def classical(name: str, settings: dict) -> trust.Classical:
+def classical(name: str, settings: dict) -> held_out.Classical:
     """The method (A, y) -> image, with its setting."""
     method = methods()[name]
     return lambda A, y: method(A, y, settings[name])
+
+
+def lean(A: LinearOperator, y: Tensor, settings: dict, acs: int, seed: int) -> held_out.Blend:
+    """The mixture of two of them that held-out samples of the middle slice ask for."""
+    middle = len(y) // 2
+    split = held_out.hold_out(A, y[middle : middle + 1], acs, seed=seed)
+    return held_out.Blend.of(split, classical("TV", settings), classical("L1-wavelet", settings))
 
 
 def tune(heads: dict, args) -> dict:
@@ -196,8 +204,12 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
                 began = time.perf_counter()
                 images[weights] = one_pass(A, y, NOISE, weights)
                 rows.append(score(name, size, R, weights, images[weights], x, (time.perf_counter() - began) / len(x)))
+            began = time.perf_counter()
+            leaning = lean(A, y, tuned, ACS[size], seed)
+            images[LEANING] = leaning(A, y)
+            rows.append(score(name, size, R, LEANING, images[LEANING], x, (time.perf_counter() - began) / len(x)))
             plain, trusted, verdict, seconds = reconstruct(
-                D, for_pixels(errors, pixel_mm(size, affine)), A, y, classical("TV", tuned), ACS[size], seed, args
+                D, for_pixels(errors, pixel_mm(size, affine)), A, y, leaning, ACS[size], seed, args
             )
             draws = torch.stack([s.x for s in plain], 1)
             images[OURS[0]] = draws.mean(0)
@@ -223,7 +235,7 @@ def pixel_mm(size: str, affine: np.ndarray) -> float:
     return 3.25 if size == "64" else float(np.linalg.norm(affine[:3, :3], axis=0).min())
 
 
-def reconstruct(D, errors, A, y, tv, acs, seed, args):
+def reconstruct(D, errors, A, y, leaning, acs, seed, args):
     """Plain and trusted samples of all slices, the verdict of the middle one, seconds a slice of both."""
     sigmas, own = trust.levels_for(NOISE, True, args.evaluations), next(iter(errors.values()))
     seeds, found, spent = [range(seed + 8 * i, seed + 8 * i + args.draws) for i in range(len(y))], None, [0.0, 0.0]
@@ -231,13 +243,13 @@ def reconstruct(D, errors, A, y, tv, acs, seed, args):
     began = time.perf_counter()
     middle = len(y) // 2
     found = trust.assess(
-        D, trust.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, seed=seed,
-        evaluations=args.evaluations * args.draws, classical=tv, final=args.draws,
+        D, held_out.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, seed=seed,
+        evaluations=args.evaluations * args.draws, classical=leaning, final=args.draws,
     )  # fmt: skip
     spent[1] += time.perf_counter() - began
     for i, draws in enumerate(seeds):
         one, began = y[i : i + 1], time.perf_counter()
-        image = tv(A, one)
+        image = leaning(A, one)
         plain.append(
             annealed_gibbs(D, posterior_mean(A, one, NOISE, own, balance=True), sigmas, seeds=draws, start=image)
         )

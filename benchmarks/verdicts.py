@@ -42,7 +42,7 @@ from companion.models.errors import for_pixels, load_errors
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import sense
 from companion.randomness import randn
-from companion.reconstruction import regularised, trust
+from companion.reconstruction import held_out, regularised, trust
 
 GRID = (1.0, 2.0, 4.0)  # regularisation of the classical methods, in noise^(3/2)
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # (rng, size) -> magnitudes (size, size), real or complex
@@ -119,19 +119,26 @@ def scan(draw: Draw, rng: np.random.Generator, size: int):
     return x, A, y, noise, acs, maps, {"coils": coils, "R": R, "noise": noise}
 
 
+def tuned(split: held_out.Split, method, unit: float) -> held_out.Classical:
+    """The method with the regularisation that held-out samples ask for."""
+    setting = held_out.best_setting(split, method, [g * unit for g in GRID])
+    return lambda A, y: method(A, y, setting)
+
+
 def study(name: str, head: bool, draw: Draw, prior, number: int, size: int) -> dict:
     """What the verdict said of one scan, and what is true."""
     D, errors = prior
     seed = zlib.crc32(f"{name} {number}".encode())
     x, A, y, noise, acs, maps, how = scan(draw, np.random.default_rng(seed), size)
     unit = noise**1.5  # of regularisation, for any noise
-    setting = trust.best_setting(trust.hold_out(A, y, acs, seed=seed), regularised.tv, [g * unit for g in GRID])
-    images = [regularised.tv(A, y, setting)]
+    split = held_out.hold_out(A, y, acs, seed=seed)
+    leaning = held_out.Blend.of(split, *(tuned(split, f, unit) for f in (regularised.tv, regularised.wavelet)))
+    images = [method(A, y) for method in (leaning.first, leaning.second)]
     if shutil.which("bart"):  # its l1 wavelets
         images += [regularised.bart_pics(A, y, maps[None], g * unit, penalty="W") for g in GRID]
     samples, found = trust.reconstruct(
         D, A, y, noise, for_pixels(errors, pixel_mm(size)), acs=acs, seeds=range(seed, seed + 4),
-        classical=lambda A, y: regularised.tv(A, y, setting),
+        classical=leaning,
     )  # fmt: skip
     scores = {c.name: c.score for c in reversed(found.tried)}  # of a name, those at scale 1
     own, leaves = found.first.score, scores.get("dead leaves", found.first.score)

@@ -12,7 +12,7 @@ from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, fft
 from companion.papers.real_scan import RealScan, prepare, write
 from companion.randomness import randn
-from companion.reconstruction import regularised, trust
+from companion.reconstruction import held_out, regularised, trust
 
 SIZE = 64
 
@@ -96,9 +96,9 @@ def test_images_are_written_with_their_size_and_place(tmp_path):
 def test_a_scan_tunes_total_variation_for_itself(tmp_path):
     case = prepare(form(tmp_path, "virtual", image_size=SIZE))
     m = case.m.one(0)
-    split = trust.hold_out(m.A, m.y, acs=16)
+    split = held_out.hold_out(m.A, m.y, acs=16)
     settings = [1e-5, 2e-3, 1.0]
-    assert trust.best_setting(split, regularised.tv, settings) == 2e-3
+    assert held_out.best_setting(split, regularised.tv, settings) == 2e-3
 
 
 def test_levels_end_at_the_noise_and_begin_lower_with_an_image():

@@ -17,7 +17,7 @@ from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
 from companion.operators.noncartesian import GOLDEN, noncartesian_sense, radial_trajectory
 from companion.randomness import randn
-from companion.reconstruction import trust
+from companion.reconstruction import held_out, trust
 
 SIZE, COILS, NOISE = 16, 4, 0.05
 LEVELS = (0.1, 5.0)
@@ -47,16 +47,16 @@ def test_the_two_parts_are_the_scan_and_the_centre_stays(kind, mask_shape):
     mask = cartesian_mask(mask_shape, 3, kind, acs=4)
     A = sense(birdcage_maps((SIZE, SIZE), COILS), mask)
     y = A.mask(randn((1, *A.range_shape), torch.complex64, torch.Generator().manual_seed(0)))
-    split = trust.hold_out(A, y, acs=4, share=0.2, seed=1)
+    split = held_out.hold_out(A, y, acs=4, share=0.2, seed=1)
     assert torch.equal(split.y + split.held_y, y)
     assert not (split.A.mask.mask.bool() & split.held).any(), "no sample is both seen and held out"
     assert torch.equal(split.A.mask.mask.bool() | split.held, mask.mask.bool().expand(SIZE, SIZE))
     middle = slice(SIZE // 2 - 2, SIZE // 2 + 2)
     assert not split.held[:, middle].any() if kind == "equispaced" else not split.held[middle, middle].any()
     assert abs(split.held.sum() / mask.mask.expand(SIZE, SIZE).sum() - 0.2) < 0.06
-    other = trust.hold_out(A, y, acs=4, share=0.2, seed=2)
+    other = held_out.hold_out(A, y, acs=4, share=0.2, seed=2)
     assert not torch.equal(other.held, split.held)
-    assert torch.equal(trust.hold_out(A, y, acs=4, share=0.2, seed=1).held, split.held)
+    assert torch.equal(held_out.hold_out(A, y, acs=4, share=0.2, seed=1).held, split.held)
 
 
 def test_samples_off_the_grid_fall_in_two_scans():
@@ -65,23 +65,23 @@ def test_samples_off_the_grid_fall_in_two_scans():
     A = noncartesian_sense(birdcage_maps((SIZE, SIZE), COILS), k)
     x = randn((1, *A.domain_shape), torch.complex64, torch.Generator().manual_seed(0))
     y = A(x)
-    split = trust.hold_out(A, y, acs=4, share=0.2, seed=1)
+    split = held_out.hold_out(A, y, acs=4, share=0.2, seed=1)
     assert split.y.shape[-1] + split.held_y.shape[-1] == len(k) and len(split.held) == round(0.2 * len(k))
     assert torch.allclose(split.A(x), split.y, atol=1e-4) and torch.allclose(split.held_A(x), split.held_y, atol=1e-4)
     assert split.held_A.outer.trajectory.norm(dim=-1).min() > 2, "the centre, from which maps come, is seen"
     radius = split.held_A.outer.trajectory.norm(dim=-1)
-    assert radius[split.group == 0].max() <= radius[split.group == trust.BANDS - 1].min()
+    assert radius[split.group == 0].max() <= radius[split.group == held_out.BANDS - 1].min()
     samples = Samples(x + 0.1 * randn((3, *x.shape[1:]), x.dtype, torch.Generator().manual_seed(2)), None, None, None)
-    score = trust.predictive_score(split, samples, NOISE)
+    score = held_out.predictive_score(split, samples, NOISE)
     assert score.chi2 < 2 and score.spread > 0
 
 
 def test_a_scan_of_nothing_but_its_centre_cannot_be_split():
     A = sense(birdcage_maps((8, 8), 2), torch.tensor([0.0, 0, 1, 1, 1, 1, 0, 0]))
     with pytest.raises(ValueError, match="nothing can be held out"):
-        trust.hold_out(A, A.mask(torch.ones(1, 2, 8, 8, dtype=torch.complex64)), acs=4)
+        held_out.hold_out(A, A.mask(torch.ones(1, 2, 8, 8, dtype=torch.complex64)), acs=4)
     with pytest.raises(ValueError, match="2 slices"):
-        trust.hold_out(A, torch.ones(2, 2, 8, 8, dtype=torch.complex64), acs=4)
+        held_out.hold_out(A, torch.ones(2, 2, 8, 8, dtype=torch.complex64), acs=4)
 
 
 def test_any_operator_can_be_split():
@@ -89,7 +89,7 @@ def test_any_operator_can_be_split():
     A = sense(birdcage_maps((SIZE, SIZE), COILS), torch.ones(SIZE))
     x = randn((1, 1, SIZE, SIZE), torch.complex64, torch.Generator().manual_seed(0))
     y = A(x)
-    ours, theirs = trust.hold_out(Identity(A.range_shape) @ A, y, seed=3), trust.hold_out(2.0 * A, 2 * y, seed=3)
+    ours, theirs = held_out.hold_out(Identity(A.range_shape) @ A, y, seed=3), held_out.hold_out(2.0 * A, 2 * y, seed=3)
     assert torch.equal(ours.held, theirs.held) and torch.allclose(theirs.A(x), 2 * ours.A(x), atol=1e-5)
     assert torch.allclose(theirs.A.normal(x), 4 * ours.A.normal(x), atol=1e-4)
     assert torch.allclose(ours.A(x), ours.y, atol=1e-5) and torch.allclose(ours.held_A(x), ours.held_y, atol=1e-5)
@@ -99,7 +99,7 @@ def test_the_right_law_has_chi_square_1_and_the_best_log_score():
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(20000, generator=generator) + 0.1
     residual = ((spread + 0.2) / 2).sqrt() * randn((20000,), torch.complex64, generator)
-    scores = {f: trust.gaussian_score(residual, f * spread, 0.2) for f in (0.25, 0.5, 1, 2, 4)}
+    scores = {f: held_out.gaussian_score(residual, f * spread, 0.2) for f in (0.25, 0.5, 1, 2, 4)}
     assert abs(scores[1].chi2 - 1) < 0.03 and abs(scores[1].widening - 1) < 0.05
     assert scores[0.25].chi2 > 1.5 and scores[4].chi2 < 0.6
     assert max(scores, key=lambda f: scores[f].log_score) == 1
@@ -113,10 +113,10 @@ def test_draws_of_the_exact_posterior_predict_what_was_held_out():
     for seed in range(10):
         x = D.draw(1, torch.Generator().manual_seed(seed), torch.complex64)
         A, y = scan(x, seed=seed)
-        split = trust.hold_out(A, y, acs=4, share=0.25, seed=seed)
+        split = held_out.hold_out(A, y, acs=4, share=0.25, seed=seed)
         G = posterior_mean(split.A, split.y, NOISE, error, iterations=40)
         samples = annealed_gibbs(D, G, karras(5, *LEVELS), seeds=range(4))
-        chi2.append(trust.predictive_score(split, samples, NOISE).chi2)
+        chi2.append(held_out.predictive_score(split, samples, NOISE).chi2)
     assert abs(sum(chi2) / len(chi2) - 1) < 0.12
 
 
@@ -127,7 +127,7 @@ def test_the_scale_of_the_error_is_found():
     for seed in range(3):
         x = D.draw(1, torch.Generator().manual_seed(100 + seed), torch.complex64)
         A, y = scan(x, seed=seed)
-        split = trust.hold_out(A, y, acs=4, share=0.25, seed=seed)
+        split = held_out.hold_out(A, y, acs=4, share=0.25, seed=seed)
         found = trust.assess(D, split, NOISE, {"wide": right.times(8), "right": right}, levels=LEVELS)
         chosen.append(found.chosen.name)
         assert found.bill.denoiser_calls <= 60
@@ -140,12 +140,33 @@ def test_the_mixture_with_a_classical_image_is_the_best_one():
     D = smooth_prior()
     x = D.draw(1, torch.Generator().manual_seed(3), torch.complex64)
     A, y = scan(x)
-    split = trust.hold_out(A, y, acs=4, share=0.25)
+    split = held_out.hold_out(A, y, acs=4, share=0.25)
     off = D.draw(1, torch.Generator().manual_seed(4), torch.complex64)
-    assert trust.best_share(split, x, x + off) > 0.85
-    assert trust.best_share(split, x + off, x) < 0.15
-    assert abs(trust.best_share(split, x + off, x - off) - 0.5) < 0.1
-    assert trust.best_share(split, x, x) == 1
+    assert held_out.best_share(split, x, x + off) > 0.85
+    assert held_out.best_share(split, x + off, x) < 0.15
+    assert abs(held_out.best_share(split, x + off, x - off) - 0.5) < 0.1
+    assert held_out.best_share(split, x, x) == 1
+
+
+def test_two_classical_methods_are_mixed_and_one_that_is_no_use_is_not_asked():
+    D = smooth_prior()
+    x = D.draw(1, torch.Generator().manual_seed(3), torch.complex64)
+    A, y = scan(x)
+    split = held_out.hold_out(A, y, acs=4, share=0.25)
+    off = D.draw(1, torch.Generator().manual_seed(4), torch.complex64)
+    both = held_out.Blend.of(split, lambda A, y: x + off, lambda A, y: x - off)
+    assert abs(both.share - 0.5) < 0.1 and (both(A, y) - x).norm() < 0.2 * off.norm()
+    asked = []
+
+    def useless(A, y):
+        asked.append(len(y))
+        return x + 100 * off
+
+    first, second = (held_out.Blend.of(split, *pair) for pair in ((lambda A, y: x, useless), (useless, lambda A, y: x)))
+    assert first.share > 0.99 and second.share < 0.01 and asked == [1, 1]
+    for one in (held_out.Blend(lambda A, y: x, useless, 1.0), held_out.Blend(useless, lambda A, y: x, 0.0)):
+        assert torch.equal(one(A, y), x)
+    assert asked == [1, 1]
 
 
 def test_a_prior_of_something_else_is_found_out_and_the_classical_image_taken():
@@ -174,7 +195,7 @@ def test_a_prior_of_something_else_is_found_out_and_the_classical_image_taken():
     ],
 )  # fmt: skip
 def test_the_verdict_says_what_was_found_and_against_which_threshold(chi2, share, says):
-    one = trust.Candidate("people", 1.0, trust.Score(0.0, chi2, 1.0, 1.0))
+    one = trust.Candidate("people", 1.0, held_out.Score(0.0, chi2, 1.0, 1.0))
     found = trust.Trust(error_of(smooth_prior()), share, 1.0, one, (one,), 1.0, Bill(0, 0, 0.0))
     assert found.verdict.startswith(says.format(f"{trust.KNOWN:g}"))
     assert (found.fits, found.helps, found.knows) == (chi2 < 2, share > 0.5, chi2 < 2 and share > 0.5)
@@ -209,7 +230,7 @@ def test_a_trial_costs_at_most_half_of_the_draws_and_serves_a_volume():
 
 def test_error_bars_are_widened_about_the_image():
     x = randn((4, 1, 5, 5), torch.complex64, torch.Generator().manual_seed(0))
-    score = trust.Score(0.0, 3.0, 4.0, 1.0)
+    score = held_out.Score(0.0, 3.0, 4.0, 1.0)
     one = trust.Candidate("people", 1.0, score)
     found = trust.Trust(error_of(smooth_prior()), 0.25, 4.0, one, (one,), 1.0, Bill(0, 0, 0.0))
     classical = torch.ones(1, 1, 5, 5, dtype=torch.complex64)

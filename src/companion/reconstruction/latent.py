@@ -21,7 +21,7 @@ from companion.models.architectures import network_of
 from companion.models.latent import LatentPrior
 from companion.operators.linear import Diagonal, LinearOperator
 from companion.parameters import param
-from companion.reconstruction import mri, trust
+from companion.reconstruction import held_out, mri, trust
 
 GUIDANCES = {"projection": projection, "gradient": gradient}
 TRIAL = 2  # draws of a trial, which some of the data judge
@@ -242,7 +242,7 @@ def without_some(scan: Scan, share: float = HELD, seed: int = 0) -> tuple[Scan, 
     return replace(scan, y=torch.where(held, 0, scan.y), mask=mask), held
 
 
-def held_out_readouts(scan: Scan, seed: int = 0) -> trust.Split:
+def held_out_readouts(scan: Scan, seed: int = 0) -> held_out.Split:
     """The scan in two parts, the second of whole readouts: what lies between measured ones along z tells nothing new.
 
     They are weighed, ring by ring of k-space, by how many places there were never measured: these are what a prior has
@@ -251,7 +251,7 @@ def held_out_readouts(scan: Scan, seed: int = 0) -> trust.Split:
     seen, held = without_some(scan, seed=seed)
     group, weight = rings(scan.mask.mask == 0, held)
     judge = Diagonal(weight.sqrt(), scan.A.range_shape, scan.y.dtype) @ scan.A
-    return trust.Split(seen.A, seen.y, judge, weight.sqrt() * scan.y, held, group)
+    return held_out.Split(seen.A, seen.y, judge, weight.sqrt() * scan.y, held, group)
 
 
 @torch.no_grad()
@@ -271,12 +271,12 @@ def assess(
     split, (seen, _) = held_out_readouts(scan, seed), without_some(scan, seed=seed)
     drawn, bill = posterior(prior, errors, seen, method, sampler, range(seed, seed + TRIAL))
     samples, other, share = Samples(drawn[f"{method} + data"], bill), classical.total_variation(seen), 1.0
-    excess = {"latent prior": trust.predictive_score(split, samples, scan.noise_std).excess}
+    excess = {"latent prior": held_out.predictive_score(split, samples, scan.noise_std).excess}
     if other is not None:
-        share = trust.best_share(split, samples.x, other, sampler.draws)
-        excess["total variation"] = trust.predictive_score(split, samples, scan.noise_std, other).excess
+        share = held_out.best_share(split, samples.x, other, sampler.draws)
+        excess["total variation"] = held_out.predictive_score(split, samples, scan.noise_std, other).excess
     image, _ = Verdict(share, 1.0, {}).apply(samples.x, other)
-    found = trust.predictive_score(split, samples, scan.noise_std, image)
+    found = held_out.predictive_score(split, samples, scan.noise_std, image)
     return Verdict(share, max(1.0, found.widening), excess | {"both": found.excess})
 
 
@@ -286,10 +286,11 @@ def rings(missing: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     missing, held (z, y, x), bool. Both are (z, y, x), the weight 0 where nothing is held out.
     """
     group = torch.zeros(held.shape, dtype=torch.long, device=held.device)
-    radius = trust.radii(held[0]).expand(held.shape)
-    group[held] = trust.bands(radius[held])
+    radius = held_out.radii(held[0]).expand(held.shape)
+    group[held] = held_out.bands(radius[held])
     counts = [
-        torch.bincount(g, minlength=trust.BANDS) for g in (trust.bands(radius[missing], radius[held]), group[held])
+        torch.bincount(g, minlength=held_out.BANDS)
+        for g in (held_out.bands(radius[missing], radius[held]), group[held])
     ]
     share = (counts[0] / counts[1].clamp(min=1))[group[held]]
     weight = torch.zeros(held.shape, device=held.device)

@@ -66,23 +66,35 @@ def tv(A: LinearOperator, y: Tensor, regularisation: float = 0.001, iterations: 
 
 
 def wavelet(
-    A: LinearOperator, y: Tensor, regularisation: float = 0.001, iterations: int = 100, wave: str = "db4"
+    A: LinearOperator,
+    y: Tensor,
+    regularisation: float = 0.001,
+    iterations: int = 100,
+    wave: str = "db2",
+    seed: int = 0,
 ) -> Tensor:
-    """The penalty |W x|_1 with an orthonormal wavelet transform, by FISTA. [lustig2007]; [beck2009]."""
+    """The penalty |W x|_1 with an orthonormal wavelet transform, by FISTA. [lustig2007]; [beck2009].
+
+    Each iteration shrinks a randomly shifted image, which stands in for a transform without a grid of its own and is
+    worth 0.5 to 1.3 dB of a head. [figueiredo2003]. seed: of the shifts, and so the result has one.
+    """
     from sigpy.wavelet import fwt, get_wavelet_shape, iwt
 
     space = A.domain_shape[1:]
+    axes = tuple(range(-len(space), 0))
     target, bound = A.H(y), largest_eigenvalue(A)
     _, slices = get_wavelet_shape(space, wave_name=wave)
+    rng = np.random.default_rng(seed)
 
     def shrink(x: Tensor) -> Tensor:
+        shift = [int(rng.integers(n)) for n in space]
         out = []
-        for image in x.reshape(-1, *space).cpu().numpy():
+        for image in x.roll(shift, axes).reshape(-1, *space).cpu().numpy():
             coefficients = fwt(image, wave_name=wave)
             size = np.abs(coefficients)
             coefficients *= np.maximum(1 - regularisation / bound / np.maximum(size, 1e-12), 0)
             out.append(iwt(coefficients, space, slices, wave_name=wave))
-        return torch.from_numpy(np.stack(out)).reshape(x.shape).to(x)
+        return torch.from_numpy(np.stack(out)).reshape(x.shape).to(x).roll([-n for n in shift], axes)
 
     x = momentum = target / bound
     t = 1.0

@@ -6,17 +6,14 @@ A few measured samples are held out. Draws made from the rest predict them; how 
 - whether the error bars are right (chi-square per sample, 1 for the right law) and by how much to widen them,
 - whether the posterior mean or a classical image comes closer, and in which mixture of both the error is least.
 
-Then the image is drawn from all data. Everything is judged by linear predictions of samples, so any operator will do: a
-`Split` says how data fall in two parts, `hold_out` makes one for MRI on and off the grid, and scoring knows nothing of
-either.
-docs/trust.md has the formulas, the thresholds and how they were set.
+Then the image is drawn from all data. `reconstruction.held_out` splits scans and scores images and draws; docs/trust.md
+has the formulas, the thresholds and how they were set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -28,13 +25,9 @@ from companion.diffusion.noise import karras
 from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.response import Response
 from companion.diffusion.sampling import Bill, Samples
-from companion.operators.linear import Composition, Diagonal, LinearOperator
-from companion.operators.mri import Mask, Sense
-from companion.operators.noncartesian import NUFFT
+from companion.operators.linear import LinearOperator
+from companion.reconstruction.held_out import Classical, Score, Split, best_share, hold_out, predictive_score
 
-Classical = Callable[[LinearOperator, Tensor], Tensor]  # (A, y) -> image (batch, *A.domain_shape)
-
-BANDS = 6  # rings of k-space in which predicted variances are pooled
 SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
 COLD, WARM = 5.0, 0.5  # first noise level of draws that begin with nothing, and with a classical image
 WARM_LOSS = 1.5  # true variance / that of draws that begin with an image: see "Error bars" in docs/trust.md
@@ -43,176 +36,6 @@ KNOWN = 1.5  # chi-square per held-out sample above which the prior does not kno
 BETTER = 0.05  # log score by which another error model has to beat that of the prior's own people
 LEAST_CALLS = 4  # evaluations of a chain, below which its draws are too rough to judge by
 LEAST_SHARE = 0.2  # of the posterior mean in the mixture, below which it does not help
-
-
-# ------------------------------------------------------------------------------------------------------- splitting
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """A scan in two parts: y = A x + noise is what draws see, held_y = held_A x + noise judges them.
-
-    held: the samples of held_y that count, True, shaped to broadcast to it. group: for each of them which pool of
-    predicted variances it belongs to, integers from 0, shaped like `held`.
-    """
-
-    A: LinearOperator
-    y: Tensor
-    held_A: LinearOperator
-    held_y: Tensor
-    held: Tensor
-    group: Tensor
-
-
-def hold_out(A: LinearOperator, y: Tensor, acs: int = 0, share: float = 0.1, seed: int = 0) -> Split:
-    """The split of data y (1, coil, *space), 0 where not measured, that holds out `share` of the samples, at random.
-
-    The `acs` central samples along every axis that is undersampled stay with the draws (off the grid those within
-    acs / 2 cycles per field of view), so that maps made from them are not touched. Single samples, of all coils at
-    once: their neighbours on a measured line tell much of them, and a prior that is surer of itself than it should be
-    is found out by not listening. Off the grid, y (1, coil, sample), each part has its own trajectory and data.
-    Raises ValueError where nothing is left to hold out, and for more than one slice.
-    """
-    if len(y) != 1:
-        raise ValueError(f"got data of {len(y)} slices; hold out of one, (1, coil, *space): it speaks for the others")
-    measured = (y[0] != 0).any(0)
-    F = A.outer if isinstance(A, Composition) and isinstance(A.outer, NUFFT) else None
-    radius = radii(measured) if F is None else F.trajectory.norm(dim=-1)
-    free = measured.clone()
-    if acs and F is not None:
-        free &= radius > acs / 2
-    elif acs:
-        free[centre_of(measured, acs)] = False
-    places = free.flatten().nonzero()[:, 0]
-    if not len(places):
-        raise ValueError(f"all measured samples lie in the centre of {acs} lines; nothing can be held out")
-    number = min(max(1, round(share * measured.sum().item())), len(places))
-    chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:number]
-    held = torch.zeros_like(measured).flatten()
-    held[places[chosen.to(places.device)]] = True
-    held = held.reshape(measured.shape)
-    if F is not None and isinstance(A, Composition):
-        seen, other = (replace(A, outer=replace(F, trajectory=F.trajectory[m])) for m in (~held, held))
-        return Split(seen, y[..., ~held], other, y[..., held], torch.ones_like(held[held]), bands(radius[held]))
-    seen, other = (masked(A, part) for part in (measured & ~held, held))
-    group = torch.zeros(held.shape, dtype=torch.long, device=held.device)
-    group[held] = bands(radius[held])
-    return Split(seen, torch.where(held, 0, y), other, torch.where(held, y, 0), held, group)
-
-
-def masked(A: LinearOperator, part: Tensor) -> LinearOperator:
-    """A for some of its samples, `part` (*space) True, and zeros for the others."""
-    if isinstance(A, Sense):
-        return replace(A, mask=Mask(part.to(A.mask.mask.dtype), A.range_shape))
-    return Diagonal(part.to(A.domain_dtype.to_real()), A.range_shape, A.range_dtype) @ A
-
-
-def centre_of(measured: Tensor, acs: int) -> tuple[slice, ...]:
-    """The slices of the calibration centre: `acs` wide along axes on which the mask depends, whole along the others."""
-    axes = range(measured.ndim)
-    depends = [not torch.equal(measured, measured.narrow(axis, 0, 1).expand_as(measured)) for axis in axes]
-    return tuple(
-        slice(n // 2 - acs // 2, n // 2 - acs // 2 + acs) if changes else slice(0, n)
-        for n, changes in zip(measured.shape, depends, strict=True)
-    )
-
-
-def radii(measured: Tensor) -> Tensor:
-    """The distance (*space) of samples from the middle of k-space, as a share of its width."""
-    grids = torch.meshgrid(*[(torch.arange(n) - n // 2) / n for n in measured.shape], indexing="ij")
-    return reduce(torch.add, [g.square() for g in grids]).sqrt().to(measured.device)
-
-
-def bands(radius: Tensor, among: Tensor | None = None, count: int = BANDS) -> Tensor:
-    """For each sample, given its radius, the ring of k-space that it lies in; rings hold equally many of `among`.
-
-    among: radii, by default those of the samples themselves.
-    """
-    edges = torch.quantile(
-        radius if among is None else among, torch.linspace(0, 1, count + 1, device=radius.device)[1:-1]
-    )
-    return torch.bucketize(radius, edges)
-
-
-# --------------------------------------------------------------------------------------------------------- scoring
-
-
-@dataclass(frozen=True)
-class Score:
-    """How held-out samples fell under a predictive law, per complex sample.
-
-    log_score: mean log density, higher is better. chi2: mean squared residual over its predicted variance, 1 for the
-    right law. excess: mean squared residual less the noise, what the image misses. spread: the predicted part of it.
-    """
-
-    log_score: float
-    chi2: float
-    excess: float
-    spread: float
-
-    @property
-    def widening(self) -> float:
-        """The factor that makes the predicted spread the found one, as a ratio of variances."""
-        return max(self.excess, 0.0) / max(self.spread, 1e-30)
-
-
-def predictive_score(split: Split, samples: Samples, noise_std: float, image: Tensor | None = None) -> Score:
-    """The score of held-out data under N(mean, variance of the draws + noise), variances pooled in groups.
-
-    The mean is `image` (1, *shape), by default the average of the conditional means; to its own predicted error, the
-    variance of the posterior, that of an average over few draws is added.
-    """
-    means = samples.x if samples.mean is None else samples.mean
-    n = len(means)
-    draws, centres = (pick(split.held_A(x), split.held) for x in (samples.x, means))
-    mean = centres.mean(0) if image is None else pick(split.held_A(image), split.held)[0]
-    power = (draws - draws.mean(0)).abs().square().sum(0) / (n - 1)
-    power = power + (centres - centres.mean(0)).abs().square().sum(0) / ((n - 1) * n)
-    group = split.group[split.held].expand_as(power)
-    spread = pooled(power, group)
-    return gaussian_score(pick(split.held_y, split.held)[0] - mean, spread, 2 * noise_std**2)
-
-
-def gaussian_score(residual: Tensor, spread: Tensor, noise: float) -> Score:
-    """The score of complex residuals under N_C(0, spread + noise), both E|.|^2 of a complex sample."""
-    power, variance = residual.abs().square().double(), spread.double() + noise
-    chi2 = power / variance
-    log_score = -((torch.pi * variance).log() + chi2).mean().item()
-    return Score(log_score, chi2.mean().item(), power.mean().item() - noise, spread.double().mean().item())
-
-
-def pick(values: Tensor, held: Tensor) -> Tensor:
-    """The held-out samples (batch, coil, sample) of data (batch, coil, *space)."""
-    return values.flatten(-held.ndim)[..., held.flatten()]
-
-
-def pooled(power: Tensor, group: Tensor) -> Tensor:
-    """`power` with each value replaced by the mean of its group."""
-    size = int(group.max()) + 1
-    total = torch.zeros(size, dtype=torch.float64, device=power.device)
-    total.index_add_(0, group.flatten(), power.flatten().double())
-    count = torch.bincount(group.flatten(), minlength=size).clamp_min(1)
-    return (total / count)[group]
-
-
-def best_share(split: Split, means: Tensor, other: Tensor, draws: int | None = None) -> float:
-    """The share of the mean of `means` (n, *shape) in its mixture with `other` (1, *shape), 0 to 1, that predicts
-    held-out data best.
-
-    draws: of so many such means, by default of the n; what their scatter adds to the error of few is taken off.
-    """
-    ours, theirs, wanted = (
-        pick(split.held_A(means), split.held),
-        *(pick(x, split.held) for x in (split.held_A(other), split.held_y)),
-    )
-    n, mean = len(ours), ours.mean(0, keepdim=True)
-    step = mean - theirs
-    power = step.abs().square().sum()
-    if draws is not None and n > 1:
-        power = power - (ours - mean).abs().square().sum() / (n - 1) * (1 / n - 1 / draws)
-    if power <= 0:
-        return 1.0
-    return ((step.conj() * (wanted - theirs)).real.sum() / power).clamp(0, 1).item()
 
 
 # --------------------------------------------------------------------------------------------------------- verdict
@@ -432,18 +255,3 @@ def levels_for(noise_std: float, warm: bool, evaluations: int, levels: tuple[flo
     """
     low, high = levels or (max(LAST * noise_std, LEAST), WARM if warm else COLD)
     return karras(evaluations, sigma_min=low, sigma_max=max(high, 2 * low))
-
-
-def best_setting(
-    split: Split, method: Callable[[LinearOperator, Tensor, float], Tensor], settings: Sequence[float]
-) -> float:
-    """The setting of method(A, y, setting) -> image whose image of the first part predicts the held-out samples best.
-
-    No truth and no other people are needed: every scan tunes its classical reconstruction for itself.
-    """
-
-    def residual(setting: float) -> float:
-        image = method(split.A, split.y, setting)
-        return (pick(split.held_y, split.held) - pick(split.held_A(image), split.held)).abs().square().mean().item()
-
-    return min(settings, key=residual)
