@@ -75,10 +75,11 @@ def test_a_head_is_scanned_here_nose_up_whatever_its_orientation(tmp_path):
         prepare(form(tmp_path, tmp_path / "a"))
 
 
-def test_a_3d_scan_and_nothing_are_refused(tmp_path):
-    np.save(tmp_path / "scan.npy", kspace(slices(2)).numpy()[None])
-    with pytest.raises(ValueError, match="3D scan"):
-        prepare(form(tmp_path, tmp_path / "scan.npy", axes="slice coil z y x"))
+def test_a_3d_scan_falls_into_slices_and_nothing_is_refused(tmp_path):
+    k = fft(birdcage_maps((SIZE, SIZE), 4)[:, None] * slices(24).movedim(1, 0), 3)  # coil, z, y, x
+    np.save(tmp_path / "scan.npy", k[None].numpy())
+    case = prepare(form(tmp_path, tmp_path / "scan.npy", axes="slice coil z y x"))
+    assert "along y" in case.scan.about["slices"] and case.m.y.shape[2:] == (24, SIZE)
     with pytest.raises(FileNotFoundError):
         prepare(form(tmp_path, tmp_path / "none.h5"))
 

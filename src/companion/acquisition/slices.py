@@ -1,14 +1,16 @@
-"""One slice of a head scanned here: k-space as receive coils would see it."""
+"""Scans as slices: of a raw file, of a 3D scan along its readout, of a head that is scanned here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from companion.acquisition.measurement import hybrid_slices
 from companion.data import anatomy
 from companion.data.axial import canonical
 from companion.data.intake.look import look
@@ -33,7 +35,7 @@ def scan_of(
         raise ValueError(f"{path} holds {len(found.items)} scans: {names}. Name one of them as source")
     (item,) = found.items
     if item.what.kind == "k-space":
-        scan = item.read(**({} if axes is None else {"axes": axes}))
+        scan = as_slices(item.read(**({} if axes is None else {"axes": axes})))
         i = len(scan.kspace) // 2 if index is None else index
         return f"{item.name}, slice {i}", scan, i
     volume = item.read(**({"frame": 0} if item.what.axes[0] == "t" else {}))
@@ -68,9 +70,49 @@ def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: Sequence[float]
     return raw_scan("simulated", k + noise_std * noise, voxel_mm=voxel_mm)
 
 
+def as_slices(scan: RawScan) -> RawScan:
+    """A 3D scan as slices along its fully sampled readout y (else along x or z), each with two phase encodes.
+
+    An inverse transform along that axis, which keeps the noise; what oversampling adds at both ends is cut off. A scan
+    of slices is returned as it is. Raises ValueError where all three axes are undersampled, and for several volumes.
+    """
+    if scan.ndim == 2:
+        return scan
+    if len(scan.kspace) != 1:
+        raise ValueError(f"got {len(scan.kspace)} volumes, {tuple(scan.kspace.shape)}; choose one of them")
+    whole = [torch.equal(scan.mask, scan.mask.narrow(a, 0, 1).expand_as(scan.mask)) for a in (-3, -2, -1)]
+    if not any(whole):
+        raise ValueError(
+            "all three axes of this 3D scan are undersampled, so it does not fall into slices: reconstruct it whole "
+            "(prepare_kspace with ndim=3)"
+        )
+    axis = next(a for a in (-2, -1, -3) if whole[a])
+    factor = scan.oversampling[axis]
+
+    def cut(k: Tensor, size: int) -> Tensor:  # k-space (coil, z, y, x), of `size` along the axis, as slices
+        lacking = size - k.shape[axis]
+        pad = [0, 0] * (-axis - 1) + [size // 2 - k.shape[axis] // 2]
+        slices = hybrid_slices(torch.nn.functional.pad(k, (*pad, lacking - pad[-1])), axis)
+        kept = round(size / factor)
+        return slices[size // 2 - kept // 2 :][:kept]
+
+    size = scan.kspace.shape[axis]
+    others = [a for a in (-3, -2, -1) if a != axis]
+    return replace(
+        scan,
+        kspace=cut(scan.kspace[0], size),
+        mask=scan.mask.select(axis, 0),
+        voxel_mm=None if scan.voxel_mm is None else tuple(scan.voxel_mm[a] for a in (axis, *others)),
+        calibration=None if scan.calibration is None else cut(scan.calibration[0], size),
+        oversampling=tuple(scan.oversampling[a] for a in others),
+        shift=tuple(scan.shift[a] for a in others) if scan.shift else (),
+        about={**scan.about, "slices": f"along {'zyx'[axis]}, the readout of a 3D scan"},
+    )
+
+
 def centred_affine(voxel_mm: tuple[float, float, float] | None, shape) -> np.ndarray:
-    """The affine of a slice of `shape` (y, x), y downwards, its middle at 0; voxels of 1 mm where none are known."""
-    z, y, x = voxel_mm or (1.0, 1.0, 1.0)
-    affine = np.diag([x, -y, z, 1.0])
-    affine[:2, 3] = -x * (shape[1] - 1) / 2, y * (shape[0] - 1) / 2
+    """The affine of slices ([z,] y, x), y downwards, the middle at 0; voxels of 1 mm where none are known."""
+    step = np.array([1, -1, 1]) * (voxel_mm or (1.0, 1.0, 1.0))[::-1]
+    affine = np.diag([*step, 1.0])
+    affine[:3, 3] = -step * (np.array([*shape[::-1], 1])[:3] - 1) / 2
     return affine

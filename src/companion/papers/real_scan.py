@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from companion.acquisition.measurement import LEAST, Measurement, prepare_scan, reference_image
@@ -26,6 +25,9 @@ from companion.models.checkpoint import load_denoiser
 from companion.models.errors import for_pixels, load_errors
 from companion.operators.masks import cartesian_mask
 from companion.parameters import Parameters, param
+from companion.reconstruction.held_out import Classical
+from companion.reconstruction.trust import Trust
+from companion.reconstruction.whole_scan import Volume, reconstruct_slices
 
 VIRTUAL = "virtual"
 FULL = 0.6  # share of k-space above which a scan counts as fully sampled: it may be undersampled here, and judged
@@ -54,6 +56,7 @@ class RealScan(Parameters, out="runs/general/real_scan/notebook"):
     seconds: float | None = param(
         None, "time for draws and trial, which then says how many evaluations; none: as many as given", minimum=1
     )
+    all_slices: bool = param(False, "reconstruct every slice of the scan, as this one; a run that was stopped goes on")
     autocast: str | None = param("auto", "number format inside the network", choices=("auto", "bfloat16", None))
 
     def before_start(self) -> None:
@@ -66,17 +69,17 @@ class RealScan(Parameters, out="runs/general/real_scan/notebook"):
 class Case:
     """One slice: its data y = A x + n, and the image of all of k-space, where all of it was measured.
 
-    scan: as it came, and what it says of itself. kept: the samples that are used, (*space). m: the measurement of
-    those. reference: (1, 1, y, x) magnitudes in the units of m. affine: of voxel indices (x, y, z) to mm; from the
-    middle of the slice where the file does not say where it lies.
+    scan: as it came, and what it says of itself. lines: (*space) those kept of fully sampled data, None: all that was
+    measured. kept: the samples that are used, (*space). m: the measurement of
+    those. reference: (1, 1, y, x) magnitudes in the units of m.
     """
 
     name: str
     scan: RawScan
+    lines: Tensor | None
     kept: Tensor
     m: Measurement
     reference: Tensor | None
-    affine: np.ndarray
 
     @property
     def pixel_mm(self) -> float | None:
@@ -87,8 +90,8 @@ class Case:
 def prepare(p: RealScan) -> Case:
     """The slice that the notebook is about.
 
-    Raises FileNotFoundError or Unreadable for a source that cannot be read, ValueError for several scans, a slice that
-    is not there, a 3D scan, and data without a fully sampled centre.
+    A 3D scan falls into slices along its readout. Raises FileNotFoundError or Unreadable for a source that cannot be
+    read, ValueError for several scans, a slice that is not there, and data without a fully sampled centre.
     """
     if p.source == VIRTUAL:
         pixel = anatomy.FIELD_OF_VIEW_MM / p.image_size
@@ -97,21 +100,18 @@ def prepare(p: RealScan) -> Case:
     else:
         path = (project_root() / Path(p.source).expanduser()).resolve()
         name, scan, i = scan_of(path, p.axes, p.slice, p.coils, p.noise_std, p.seed)
-    if scan.ndim != 2:
-        raise ValueError(
-            f"{name} is a 3D scan, {tuple(scan.kspace.shape)}, and one slice is asked for: transform it along its "
-            "readout first (companion.acquisition.measurement.hybrid_slices)"
-        )
     if not 0 <= i < len(scan.kspace):
         raise ValueError(f"slice={i}: {name} has slices 0 to {len(scan.kspace) - 1}")
     kept = scan.mask[min(i, len(scan.mask) - 1), 0] != 0
     full = kept.float().mean().item() > FULL
+    lines = None
     if full and p.acceleration is not None:
-        lines = cartesian_mask(tuple(kept.shape), p.acceleration, p.mask, acs=min(p.acs, kept.shape[-1]), seed=p.seed)
-        kept = kept & (lines.mask != 0)
+        acs = min(p.acs, kept.shape[-1])
+        lines = cartesian_mask(tuple(kept.shape), p.acceleration, p.mask, acs=acs, seed=p.seed).mask.expand(kept.shape)
+        kept = kept & (lines != 0)
     m = with_real_noise(prepare_scan(scan, slice(i, i + 1), mask=kept.float()).to(p.device))
     reference = reference_image(scan.kspace[i].to(p.device), m) if full and m.y.shape[2:] == kept.shape else None
-    return Case(name, scan, kept, m, reference, centred_affine(scan.voxel_mm, m.y.shape[2:]))
+    return Case(name, scan, lines, kept, m, reference)
 
 
 def prior(
@@ -122,11 +122,32 @@ def prior(
     return EachSet(AnySize(D, network_of(D).total_stride)), for_pixels(load_errors(weights), pixel_mm)
 
 
+def whole(
+    p: RealScan,
+    case: Case,
+    D: Denoiser,
+    found: Trust,
+    classical: Classical,
+    evaluations: int,
+    progress: bool = True,
+) -> Volume:
+    """All slices of the scan as the one that was asked; those that are done are kept under `p.out`."""
+    m = case.m.one(0)
+    each = m.cost(D, p.draws, evaluations)
+    print(f"{len(case.scan.kspace)} slices, {each} for each")
+    return reconstruct_slices(
+        D, case.scan, case.lines, m, found, classical,
+        seeds=range(p.seed, p.seed + p.draws), evaluations=evaluations, folder=project_root() / p.out / "slices",
+        progress=progress,
+    )  # fmt: skip
+
+
 def write(case: Case, folder: Path, **images: Tensor) -> list[Path]:
-    """Each of the magnitudes (1, y, x) as a NIfTI file and as a DICOM series; all files."""
+    """Each of the magnitudes (slice, y, x) as a NIfTI file and as a DICOM series; all files."""
     paths = []
     for name, image in images.items():
         array = image.abs().cpu().numpy()
-        paths.append(save_nifti(folder / f"{name}.nii.gz", array, affine=case.affine))
-        paths += write_dicom(folder / f"dicom_{name}", array, case.affine, f"companion: {name}")
+        affine = centred_affine(case.scan.voxel_mm, array.shape)
+        paths.append(save_nifti(folder / f"{name}.nii.gz", array, affine=affine))
+        paths += write_dicom(folder / f"dicom_{name}", array, affine, f"companion: {name}")
     return paths
