@@ -122,7 +122,7 @@ def prior(
     return EachSet(AnySize(D, network_of(D).total_stride)), for_pixels(load_errors(weights), pixel_mm)
 
 
-def whole(
+def study_all(
     p: RealScan,
     case: Case,
     D: Denoiser,
