@@ -143,10 +143,13 @@ def study(name: str, head: bool, draw: Draw, prior, number: int, size: int) -> d
     scores = {c.name: c.score for c in reversed(found.tried)}  # of a name, those at scale 1
     own, leaves = found.first.score, scores.get("dead leaves", found.first.score)
     draws, error = samples.x.var(0).sum().item(), (samples.mean - x).abs().square().sum().item()
+    step = samples.mean - leaning(A, y)  # share * (posterior mean - classical image)
+    best_share = found.share * ((step.conj() * (x - samples.mean + step)).real.sum() / step.abs().square().sum()).item()
     return {
         "family": name, "head": head, "number": number, "size": size, **how, "verdict": found.verdict,
         "knows": found.knows, "best": max(metrics.psnr(image, x).item() for image in images),
         "trusted": metrics.psnr(samples.mean, x).item(), "calibration": draws / error,
+        "share": found.share, "best share": best_share if found.share > 0 else None,
         "statistics": {
             "chi-square": own.chi2, "minus log score": -own.log_score, "chi-square, dead leaves": leaves.chi2,
             "log score, dead leaves - own": leaves.log_score - own.log_score, "widening": own.widening,
