@@ -10,7 +10,9 @@ all fares well: it says what became of the anatomy; whether the contrast is the 
 judge say.
 
 *The supervised network* is a plain U-Net, trained to give the target of a source on pairs of the patients' own cohort.
-Zero-shot translation has no pairs; what this network lacks on real people, too, the cohort's appearance lacks.
+Zero-shot translation has no pairs; what this network lacks on real people, too, the cohort's appearance lacks. *The
+zero-shot one* is the same, trained on sources made of the target as LMI's are (`data.remap`): it tells what is lost for
+want of pairs from what the conditions and draws lose.
 
 Both are trained once and kept in `--out`, as translations are; what was stopped goes on there.
 """
@@ -23,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +34,7 @@ from torch.utils.data import TensorDataset
 
 from companion.data import patients
 from companion.data.contrast_folder import Reading, read_volumes
+from companion.data.remap import remapped
 from companion.evaluation import metrics, tables
 from companion.evaluation.segmenter import Segmenter, any_contrast, load_segmenter, train_segmenter, unseen_parts
 from companion.evaluation.support import head, supported
@@ -44,7 +48,8 @@ from companion.training.loop import TrainConfig, train
 
 CONTRASTS = ("T1w", "T2w")
 TISSUES = ("CSF", "grey", "white")
-TRUE, SUPERVISED, LMI = "true target", "supervised U-Net", "LMI, recommended"
+TRUE, LMI = "true target", "LMI, recommended"
+SUPERVISED, ZERO_SHOT = "supervised U-Net", "zero-shot U-Net"
 VIRTUAL, REAL = "virtual patients", "real people"
 SHOWN = 6  # slices of a contact sheet
 
@@ -92,8 +97,13 @@ def same_settings(path: Path, settings: Mapping[str, object]) -> None:
         aside.write_text(json.dumps(settings, indent=1))
 
 
-def supervised(x: Tensor, y: Tensor, steps: int, folder: Path, progress: bool = False) -> nn.Module:
-    """A U-Net that gives y of x, slices (slice, 1, y, x), by squared error; mirrored at random. Kept in the folder."""
+def regression(
+    x: Tensor, y: Tensor, steps: int, folder: Path, paired: bool = True, progress: bool = False
+) -> nn.Module:
+    """A U-Net that gives y of x, slices (slice, 1, y, x), by squared error; mirrored at random. Kept in the folder.
+
+    paired: else x is the share of lesions, and sources are made of y in a contrast that nobody has seen.
+    """
     options = {
         "in_channels": 1,
         "model_channels": 32,
@@ -121,6 +131,7 @@ def supervised(x: Tensor, y: Tensor, steps: int, folder: Path, progress: bool = 
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor], generator: Generator) -> Tensor:
         mirrored = torch.rand(len(batch[0]), 1, 1, 1, generator=generator) < 0.5
         given, true = (torch.where(mirrored, v.flip(-1), v) for v in batch)
+        given = given if paired else remapped(true, generator, lesion=given)
         return (network(given, given.new_zeros(len(given))).float() - true).square().flatten(1).mean(1)
 
     result = train(UNet(**options), loss, TensorDataset(x, y), config, folder, about=options, progress=progress)
@@ -203,14 +214,15 @@ def levels(people: People, judge: Segmenter, images: Mapping[str, Tensor], sourc
 
 
 def sheet(people: People, source: str, target: str, images: Mapping[str, Tensor], judge: Segmenter) -> dict:
-    """Rows of `figures.image_grid`: source, truth, methods, and the judge's labels of some of them."""
+    """Rows of `figures.image_grid`: source, truth, what methods made of it, and the judge's labels of some of them."""
     of = {"source": people.images[source], TRUE: people.images[target], **images}
+    shown = {name: x for name, x in of.items() if name not in (CONSTANT, "no translation")}
     judged = ("source", TRUE, SUPERVISED, LMI)
-    segmented = {f"{name}\nsegmented": people.segmented(judge, of[name]) / 3 for name in judged}
-    flat = {name.replace(", ", "\n"): x.flatten(0, 1) for name, x in (of | segmented).items()}
+    shown |= {f"{name} segmented": people.segmented(judge, of[name]) / 3 for name in judged}
+    flat = {"\n".join(wrap(name, 13)): x.flatten(0, 1) for name, x in shown.items()}
     count = len(next(iter(flat.values())))
     chosen = torch.linspace(0, count - 1, min(SHOWN, count)).round().int().tolist()
-    return {f"{people.name} {i}": {name: x[i] for name, x in flat.items()} for i in chosen}
+    return {f"slice {i}": {name: x[i] for name, x in flat.items()} for i in chosen}
 
 
 def real(pairs: Path, out: Path, slices: int) -> dict[str, Tensor]:
@@ -225,19 +237,23 @@ def main(words: list[str] | None = None) -> list[dict]:
     parser.add_argument("--heads", type=Path, default=None, help="companion data get heads; none: the template alone")
     parser.add_argument("--pairs", type=Path, default=None, help="a folder of real people with T1w and T2w volumes")
     parser.add_argument("--pair-slices", type=int, default=8)
+    parser.add_argument("--sources", nargs="+", default=list(CONTRASTS), choices=CONTRASTS)
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--patients", type=int, default=16, help="to judge with")
     parser.add_argument("--people", type=int, default=240, help="to train on")
     parser.add_argument("--slices", type=int, default=6, help="of each of them")
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--judge-steps", type=int, default=1600)
-    parser.add_argument("--steps", type=int, default=2000, help="of the supervised networks")
+    parser.add_argument("--judge-steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1500, help="of the supervised networks")
+    parser.add_argument("--zero-shot-steps", type=int, default=1500, help="of those that see no pairs; 0: none")
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--evaluations", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/judges"))
     asked = parser.parse_args(words)
     out, size = asked.out, asked.image_size
-    same_settings(out / "settings.json", {k: str(v) for k, v in vars(asked).items() if k not in ("out", "pairs")})
+    same_settings(
+        out / "settings.json", {k: str(v) for k, v in vars(asked).items() if k not in ("out", "pairs", "sources")}
+    )
 
     def tissue() -> dict[str, Tensor]:
         known = patients.anatomies(asked.heads, "train", patients.PIXELS_MM[0])
@@ -257,10 +273,14 @@ def main(words: list[str] | None = None) -> list[dict]:
         path = out / f"real {asked.pairs.name}.safetensors"
         groups.append(People(REAL, kept(path, lambda: real(asked.pairs, out, asked.pair_slices))))
     rows, means = [], []
-    for source, target in (CONTRASTS, CONTRASTS[::-1]):
+    for source in asked.sources:
+        target = CONTRASTS[1 - CONTRASTS.index(source)]
         way = f"{source} to {target}"
         x, y = (training[c].flatten(0, 1) for c in (source, target))
-        network = supervised(x, y, asked.steps, out / way, progress=True)
+        networks = {SUPERVISED: regression(x, y, asked.steps, out / way, progress=True)}
+        if steps := asked.zero_shot_steps:
+            x = training["lesion"].flatten(0, 1)
+            networks[ZERO_SHOT] = regression(x, y, steps, out / f"to {target}", paired=False, progress=True)
         prior = Translator.load(f"lmi/patients/{target.lower()}", autocast="auto")
         judges = {"any contrast": judge, "cohort's": load_segmenter(f"segmenter/{target.lower()}", target)}
         for people in groups:
@@ -274,8 +294,7 @@ def main(words: list[str] | None = None) -> list[dict]:
                 sdedit_name(1.0): by_network[sdedit_name(1.0)],
                 LMI: by_network[LMI],
                 f"{LMI}, mended": by_network[f"{LMI}, mended"],
-                SUPERVISED: predicted(network, given),
-            }
+            } | {name: predicted(network, given) for name, network in networks.items()}
             rows += [{"direction": way} | row for row in scores(people, images, truth, judges)]
             means += levels(people, judge, {k: v for k, v in images.items() if k in (LMI, SUPERVISED)}, source, target)
             figure = figures.image_grid(sheet(people, source, target, images, judge))

@@ -91,16 +91,17 @@ def test_of_real_people_only_agreement_is_said():
 def test_a_supervised_network_learns_a_map_of_grey_levels(tmp_path):
     x = torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     x = torch.nn.functional.interpolate(x, size=(16, 16), mode="bilinear")
-    network = bench.supervised(x, 0.8 - 0.5 * x, 60, tmp_path)
+    network = bench.regression(x, 0.8 - 0.5 * x, 60, tmp_path)
     made = bench.predicted(network, x[None])[0]
     assert (made - (0.8 - 0.5 * x)).square().mean() < 0.5 * (0.5 * x).var(), "better than the mean"
 
 
 def test_the_benchmark_goes_on_where_it_was(tmp_path, capsys):
-    tiny = "--people 4 --slices 1 --patients 2 --judge-steps 2 --steps 2 --draws 1 --evaluations 2".split()
+    tiny = "--people 4 --slices 1 --patients 2 --draws 1 --evaluations 2".split()
+    tiny += "--judge-steps 2 --steps 2 --zero-shot-steps 2".split()
     rows = bench.main([*tiny, "--out", str(tmp_path)])
     made = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    assert len(made) == 3 + 3 + 2, "three sets of people, three networks, two directions"
+    assert len(made) == 3 + 5 + 2, "three sets of people, five networks, two directions"
     assert bench.main([*tiny, "--out", str(tmp_path)]) == rows
     assert made == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     by = {(r["direction"], r["method"]): r for r in rows}
