@@ -49,6 +49,7 @@ PROTOCOLS = {
     "FLAIR": ({"repetition_ms": (7000, 11000), "echo_ms": (90, 140), "inversion_ms": (2100, 2700)},),
 }
 HEALTHY = 0.35  # share of people without a lesion
+PIXELS_MM = (2.0, 2.5, 3.0, 3.5)  # of `tissue_slices`
 UNKNOWN = ((0.6, 1.0), (300.0, 4200.0), (25.0, 1500.0))  # density, T1 and T2 (ms) of what no list has
 
 
@@ -184,6 +185,38 @@ def patients(
             for name, x in patient(known[i % len(known)], subject, contrasts, heights, image_size).items():
                 found.setdefault(name, []).append(x)
     return {name: torch.stack(stacks) for name, stacks in found.items()}
+
+
+def tissue_slices(
+    sources: Sequence[Anatomy], split: str, count: int, per_subject: int, image_size: int = 64, progress: bool = False
+) -> Tensor:
+    """What so many people of a split are made of, in no contrast: slices (subject * slice, 5, y, x).
+
+    CSF, grey and white matter, lesions, whose shares add up to the brain's, and the texture. sources: anatomies
+    low-passed for the smallest of `PIXELS_MM`, which take turns, as the sizes of pixels do; an image of small pixels
+    shows a part of the brain, anywhere.
+    """
+    found: dict[int, Tensor] = {}
+    for k, pixel in enumerate(PIXELS_MM):
+        known = [_softened(source, PIXELS_MM[0], pixel) for source in sources]
+        turn = list(enumerate(anatomy.cohort(split, count)))[k :: len(PIXELS_MM)]
+        for j, (i, subject) in enumerate(tqdm(turn, desc=f"{pixel:g} mm", disable=not progress)):
+            shape = (per_subject, image_size, image_size)
+            points = anatomy.grid_mm(shape, pixel, anatomy.slice_heights(subject, per_subject))
+            room = max(0.0, anatomy.FIELD_OF_VIEW_MM - image_size * pixel) / 2
+            points[..., :2] += room * (2 * torch.rand(2, generator=subject.generator("place")) - 1)
+            _, maps, lesion = scanned(known[j % len(known)], subject, (), points)
+            covered = (lesion / maps[:3].sum(0).clamp(min=1e-3)).clamp(0, 1)
+            parts = [*(maps[:3] * (1 - covered)), maps[:3].sum(0) * covered, maps[3]]
+            found[i] = torch.stack(parts, 1)
+    return torch.cat([found[i] for i in range(count)])
+
+
+def _softened(source: Anatomy, from_mm: float, to_mm: float) -> Anatomy:
+    """An anatomy low-passed for larger voxels than it is."""
+    sigma = math.sqrt(to_mm**2 - from_mm**2) / 2.355 * source.to_voxel[:3, :3].det().abs().item() ** (1 / 3)
+    maps = [torch.from_numpy(gaussian_filter(m.numpy(), sigma)) for m in source.maps] if sigma else source.maps
+    return Anatomy(source.name, torch.stack(list(maps)), source.to_voxel)
 
 
 def draw_lesions(maps: Tensor, points: Tensor, rng: np.random.Generator) -> list[Lesion]:

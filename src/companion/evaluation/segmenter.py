@@ -8,6 +8,11 @@
 
 Trained with soft labels, the tissue fractions themselves, on slices of one contrast. Images of another contrast it
 judges wrongly: the Dice overlap of a translation says whether software made for the target contrast can read it.
+
+    S = train_segmenter(*unseen_parts(tissue_slices(...)), augment=any_contrast)
+
+reads any contrast, for it never saw a real one: every image in its training had grey values of its own (SynthSeg,
+Billot et al., Medical Image Analysis 2023, arXiv 2107.09559). It shares no grey levels with the cohort of translators.
 """
 
 from __future__ import annotations
@@ -15,13 +20,15 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
@@ -149,10 +156,14 @@ def train_segmenter(
     seed: int = 0,
     config: Mapping | None = None,
     progress: bool = False,
+    augment: Callable[[tuple[Tensor, Tensor], Generator], tuple[Tensor, Tensor]] | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Segmenter:
     """Return a segmenter trained on images (slice, 1, y, x) of one contrast and their shares (slice, 4, y, x).
 
-    Cross entropy with soft labels; images are mirrored, and vary a little in gain and noise.
+    Cross entropy with soft labels; where shares are 0 nothing is asked. Images are mirrored, and vary a little in gain
+    and noise. augment: makes an image and its shares of what `images` holds of a slice, anew each time, as
+    `any_contrast`. folder: keeps the training, which goes on from there; none: nothing is kept.
     """
     if images.shape[:1] != shares.shape[:1] or images.shape[2:] != shares.shape[2:] or shares.shape[1] != 4:
         raise ValueError(
@@ -174,11 +185,11 @@ def train_segmenter(
         channels_last=True,
         seed=seed,
         device="cpu",
-        checkpoint_every=steps,
+        checkpoint_every=steps if folder is None else min(steps, 200),
         log_every=50,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(network, _loss, TensorDataset(images, shares), about, folder, progress=progress)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as kept:
+        result = train(network, _loss, TensorDataset(images, shares), about, kept, augment=augment, progress=progress)
     return Segmenter(result.ema.eval().requires_grad_(False))
 
 
@@ -191,6 +202,41 @@ def _loss(network: nn.Module, batch: tuple[Tensor, Tensor], generator: Generator
     x = x + NOISE * noise * torch.randn(x.shape, generator=generator, device=generator.device)
     logits = network(x, x.new_zeros(len(x)))
     return -(shares * logits.float().log_softmax(1)).sum(1).flatten(1).mean(1)
+
+
+def unseen_parts(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return parts (slice, 5, y, x) of `patients.tissue_slices` and their shares (slice, 4, y, x), none in lesions."""
+    return parts, torch.cat([(1 - parts[:, :4].sum(1, keepdim=True)).clamp(min=0), parts[:, :3]], 1)
+
+
+def any_contrast(item: tuple[Tensor, Tensor], generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return an image (1, y, x) in [0, 1] in a contrast that nobody has seen, and its shares, as they were.
+
+    item: parts (5, y, x) and shares of one slice, see `unseen_parts`. Each tissue and the lesions have a Gaussian of
+    grey values, mean between 0 and 1, standard deviation up to 0.06, fine and coarse; texture, shading, blur and noise
+    are drawn.
+    """
+    parts, shares = item
+    tissue, texture = parts[:4], parts[4:].clamp(min=0.1)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=parts.device)
+
+    def smooth(count: int, side: int) -> Tensor:
+        field = torch.randn(1, count, side, side, generator=generator, device=parts.device)
+        return F.interpolate(field, size=parts.shape[1:], mode="bicubic", align_corners=True)[0]
+
+    fine = torch.randn(tissue.shape, generator=generator, device=parts.device)
+    grey = rand(4, 1, 1) + 0.06 * (rand(4, 1, 1) * fine + rand(4, 1, 1) * smooth(4, 12))
+    image = (tissue * grey.clamp(min=0)).sum(0, keepdim=True) * texture ** (2 * rand(1) - 1)
+    image = image * (0.2 * rand(1) * smooth(1, 4)).exp()
+    blurred = F.avg_pool2d(F.pad(image[None], [1] * 4, mode="replicate"), 3, 1)[0]
+    image = torch.lerp(image, blurred, rand(1).square())
+    noise = 0.04 * rand(1).square() * torch.randn(image.shape, generator=generator, device=parts.device)
+    image = image + noise * (tissue.sum(0, keepdim=True) > 0.02)  # stripped
+    bright = image[tissue.sum(0, keepdim=True) > 0.5]
+    top = bright.quantile(0.99).clamp(min=0.05) if len(bright) else 1.0
+    return (image / top).clamp(0, 1), shares
 
 
 def save_segmenter(folder: str | os.PathLike, segmenter: Segmenter, config: Mapping, record: Mapping) -> Path:
