@@ -287,8 +287,8 @@ def draw(
     """
     A, cond = prior.scale_kbq * scan.A, prior.condition(scan)
     D = prior.D if len(A.domain_shape) == 3 else EachSlice(prior.D)
-    steps = CONVERGED if len(A.domain_shape) == 3 else CONVERGED | {"tol": RESIDUAL}
-    G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, **steps)
+    G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, **CONVERGED)
+    G = G if len(A.domain_shape) == 3 else replace(G, tol=RESIDUAL)
     if rule == GIBBS:
         levels = karras(evaluations, last_level / prior.scale_kbq, FIRST_SIGMA)
         image = None
