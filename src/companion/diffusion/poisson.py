@@ -144,6 +144,7 @@ def poisson_gibbs(
     seeds: str | int | Iterable[int] | Sequence[Generator],
     tails: float | None = 8.0,
     window: int = 3,
+    start: Tensor | None = None,
     device: torch.device | str = "cpu",
     cond: Tensor | None = None,
     callback: Callable[[dict], None] | None = None,
@@ -173,7 +174,7 @@ def poisson_gibbs(
 
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     levels = levels[:-1] if levels[-1] == 0 else levels
-    samples = chain(sweep, D, levels, G, 1, seeds, G.y.dtype, device, cond, None, callback, progress)
+    samples = chain(sweep, D, levels, G, 1, seeds, G.y.dtype, device, cond, None, callback, progress, start)
     assert samples.mean is not None  # of the last sweep
     return Posterior(samples.x, samples.mean, samples.bill)
 

@@ -10,8 +10,12 @@ All images are in kBq/mL. Whatever is tuned is tuned on validation people, at ea
 from __future__ import annotations
 
 import math
+import resource
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +47,7 @@ from companion.randomness import randn
 from companion.reconstruction import trust_counts
 from companion.reconstruction.condition import BLIND_SIGMA, condition
 from companion.reconstruction.mr_guided import map_bowsher
-from companion.reconstruction.pet import GRIDS, METHODS, oracle_stop, tune
+from companion.reconstruction.pet import GRIDS, METHODS, mlem, oracle_stop, tune
 
 NEAR = 2.0  # pixels from slice to slice, up to which the slices beside one help it
 ORACLE, GUESS, ANCHORED = "MLEM, oracle stop", "network", "network + likelihood"
@@ -130,6 +134,12 @@ FIRST_SIGMA = 10.0  # network units: noise level at which draws begin, an image 
 LAST_GUIDED = 0.01  # last noise level of guided samplers, which do not draw from what is left at the end
 
 CONVERGED = {"iterations": 16, "tol": 3e-5}  # of conjugate gradients: draws to 0.2 %, far less than they differ by
+
+WARM, SEEN = 1.0, 10  # noise level, network units, at which draws of volumes begin, and from which iteration of MLEM
+
+RESIDUAL = 1e-2  # of volumes, relative, of conjugate gradients, within the same number of steps: no worse draws
+
+HELD = 12, 40  # sinograms and volumes that a draw of a volume holds at a time
 
 LEVEL_STEP = math.log(1.1)  # last noise levels are rounded to 10 %, so that many slices share one
 
@@ -223,22 +233,36 @@ GUIDED: dict[str, Callable[..., Counts]] = {  # samplers to compare with: of A, 
 
 
 def posterior(
-    prior: Prior, scan: Scan, sampler: Sampler, seed: int = 0, rule: str = GIBBS, draws: int | None = None
+    prior: Prior,
+    scan: Scan,
+    sampler: Sampler,
+    seed: int = 0,
+    rule: str = GIBBS,
+    draws: int | None = None,
+    warm: float | None = WARM,
 ) -> Posterior:
     """Posterior draws of all scans by annealed Gibbs sweeps, or by one of the GUIDED samplers.
 
     x (draw, slice, 1, y, x) and their mean (slice, 1, y, x) in kBq/mL, not cut at 0. Draw k of slice i has the seed
     `seed` + 10,000 i + k. Slices that end at the same noise level are drawn together, which changes nothing for each.
     Scans of volumes alike, x (draw, scan, 1, z, y, x): the prior is one of independent slices then, and A, such as that
-    of oblique planes, ties them together.
+    of oblique planes, ties them together. `cost` says beforehand what they will take.
+    warm: Gibbs sweeps of volumes begin at this noise level, network units, from SEEN iterations of MLEM, with those of
+    the `evaluations` that are left below it: noise drowns what that image gets wrong, as far as the counts do not say
+    it anyway. None: from noise that drowns everything, as slices do. [zhang2024] (sweeps forget where they began).
     """
     draws, levels = draws or sampler.draws, sampler.last_levels(scan)
+    begin = None
+    if warm is not None and rule == GIBBS and len(scan.A.domain_shape) == 4:
+        begin = mlem(scan.y, scan.A, scan.background, iterations=SEEN).x
     shape = len(scan.y), *scan.A.domain_shape
     x, mean, bills = torch.empty(draws, *shape), torch.empty(shape), []
     for level in levels.unique().tolist():
         index = (levels == level).nonzero().flatten()
         seeds = [seed + 10_000 * i + k for k in range(draws) for i in index.tolist()]
-        found = draw(prior, scan.some(index.repeat(draws), prior.device), sampler.evaluations, level, seeds, rule)
+        start = None if begin is None or warm is None else (begin[index.repeat(draws)], warm)
+        some = scan.some(index.repeat(draws), prior.device)
+        found = draw(prior, some, sampler.evaluations, level, seeds, rule, start)
         x[:, index], means = (v.unflatten(0, (draws, len(index))) for v in (found.x, found.mean))
         mean[index] = means.mean(0)
         if prior.widening != 1:
@@ -249,15 +273,28 @@ def posterior(
 
 
 def draw(
-    prior: Prior, scan: Scan, evaluations: int, last_level: float, seeds: Sequence[int], rule: str = GIBBS
+    prior: Prior,
+    scan: Scan,
+    evaluations: int,
+    last_level: float,
+    seeds: Sequence[int],
+    rule: str = GIBBS,
+    start: tuple[Tensor, float] | None = None,
 ) -> Posterior:
-    """One draw for each scan, and its mean given the step before, kBq/mL; sweeps end at the noise `last_level`."""
+    """One draw for each scan, and its mean given the step before, kBq/mL; sweeps end at the noise `last_level`.
+
+    start: images of the scans, kBq/mL, and the noise level, network units, at which sweeps begin with them.
+    """
     A, cond = prior.scale_kbq * scan.A, prior.condition(scan)
     D = prior.D if len(A.domain_shape) == 3 else EachSlice(prior.D)
     G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, **CONVERGED)
+    G = G if len(A.domain_shape) == 3 else replace(G, tol=RESIDUAL)
     if rule == GIBBS:
         levels = karras(evaluations, last_level / prior.scale_kbq, FIRST_SIGMA)
-        result = poisson_gibbs(D, G, levels, seeds=seeds, device=prior.device, cond=cond)
+        image = None
+        if start is not None:
+            image, levels = start[0] / prior.scale_kbq, below(levels, start[1])
+        result = poisson_gibbs(D, G, levels, seeds=seeds, start=image, device=prior.device, cond=cond)
         mean = result.mean
     else:
         G = GUIDED[rule](A, scan.y, scan.background, G)
@@ -273,6 +310,58 @@ def draw(
         )
         mean = result.x
     return Posterior(prior.scale_kbq * result.x.cpu(), prior.scale_kbq * mean.cpu(), result.bill)
+
+
+def below(levels: Tensor, first: float) -> Tensor:
+    """Those of decreasing levels that are `first` or less, the last above 0 in any case, and their 0."""
+    return levels[levels <= max(first, levels[-2].item())]
+
+
+class Cost(NamedTuple):
+    """What draws will take: seconds of processor time of all of them, and GiB of memory at most."""
+
+    seconds: float
+    gib: float
+
+    def __str__(self) -> str:
+        return f"about {self.seconds / 60:.1f} min of processor time and {self.gib:.1f} GiB"
+
+
+def cost(prior: Prior, scan: Scan, sampler: Sampler, draws: int | None = None, warm: float | None = WARM) -> Cost:
+    """The `Cost` of `posterior` of volumes here, at most: from one projection with its adjoint, and a few slices.
+
+    The trial makes the tables of the projector, which are kept. Counted are the steps of conjugate gradients, one
+    solution for every evaluation and one for the mean, and the arrays that they hold at a time, beside the most that
+    the process has held so far. Raises ValueError for slices.
+    """
+    if len(scan.A.domain_shape) != 4:
+        raise ValueError(
+            f"images of shape {tuple(scan.A.domain_shape)}; what is foreseen is the cost of volumes, 4 axes"
+        )
+    A, cond = scan.A, prior.condition(scan)
+    draws, volume = draws or sampler.draws, torch.ones(1, *A.domain_shape)
+    level = sampler.last_levels(scan).min().item() / prior.scale_kbq
+    levels = karras(sampler.evaluations, level, FIRST_SIGMA)
+    sweeps = len(levels if warm is None else below(levels, warm)) - 1
+    few = min(4, A.domain_shape[1])
+    x, cond = volume[:, :, :few].to(prior.device), None if cond is None else cond[:1, :, :few]
+    sigma = torch.ones(1, device=prior.device)
+    spent = {}
+    for name, trial in {
+        "projections": lambda: A.normal(volume),
+        "slices": lambda: EachSlice(prior.D).moments(x, sigma, cond),
+    }.items():
+        for _ in range(2):  # the first prepares
+            start = time.process_time()
+            trial()
+            spent[name] = time.process_time() - start
+    steps = (sweeps + 1) * (CONVERGED["iterations"] + 2)
+    each = steps * spent["projections"] + sweeps * spent["slices"] * A.domain_shape[1] / few
+    held = HELD[0] * math.prod(A.range_shape) + HELD[1] * math.prod(A.domain_shape)
+    count, mlem_too = draws * len(scan.y), len(scan.y) * (SEEN + 1) * spent["projections"]
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Cost(count * each + mlem_too, (peak + 4 * count * held) / 2**30)
 
 
 @dataclass(frozen=True, eq=False)
