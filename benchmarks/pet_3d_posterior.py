@@ -146,7 +146,7 @@ def scans(person: Fine, size: Size, dose: float, seed: int) -> tuple[Scan, Scan,
     y, estimate = thin(y, dose, [seed]), dose * estimate
     factors = dose * gain * (-(P(mu) / pairs)).exp()  # of the mean line of a plane
     A = Diagonal(factors, c.sinogram_shape) @ P @ Blur(c.shape, size.voxel_mm, DETECTOR.fwhm_mm)
-    whole = Scan(truth, y, A, estimate, person.mr)
+    whole = Scan(truth, y, A, estimate, person.mr, step=1.0)  # cubes
     beam = ParallelBeam(size.shape[1:], c.theta, c.bins, size.voxel_mm, c.bin_mm)
     y, weights, estimate = (ssrb(v, c)[0].transpose(0, 1) for v in (y, pairs * factors, estimate))
     slices = Scan(truth[0].transpose(0, 1), y, emission_model(beam, weights, DETECTOR.fwhm_mm), estimate)

@@ -82,3 +82,20 @@ def test_the_posterior_of_a_volume_seen_by_oblique_lines_is_that_of_linear_algeb
     assert ((draws.mean(0) - truth) / spread).square().mean().sqrt() < 3 * (1 / 400) ** 0.5
     ratio = (draws - draws.mean(0)).square().mean(0) / spread.square()
     assert 0.9 < ratio.mean() < 1.1
+
+
+def test_slices_are_cut_along_each_axis_in_turn():
+    x, sigma = draw(2, 1, 4, 6, 5).real, torch.tensor([0.5, 2.0])
+    cond = draw(1, 2, 4, 6, 5, seed=1).real
+
+    def D(x, sigma, cond):
+        """What tells the planes apart: the mean of a slice, the shape of a slice."""
+        down = torch.arange(x.shape[-2])[:, None]
+        return x - x.mean((-2, -1), keepdim=True) + 100 * x.shape[-1] + down + cond[:, :1]
+
+    turning, still = EachSlice(D, turning=True), EachSlice(D)
+    z, y = torch.arange(4)[:, None, None], torch.arange(6)[:, None]
+    for planes, width, down in (((-2, -1), 5, y), ((-3, -1), 5, 3 - z), ((-3, -2), 6, 3 - z), ((-2, -1), 5, y)):
+        found = turning(x, sigma, cond)
+        assert torch.allclose(found, x - x.mean(planes, keepdim=True) + 100 * width + down + cond[:, :1], atol=1e-4)
+    assert torch.equal(still(x, sigma, cond), still(x, sigma, cond))

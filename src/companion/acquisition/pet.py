@@ -44,7 +44,8 @@ class Scan:
     x: the truth, None of a patient. background: expected counts of randoms and scatter, as y. mr (slice, 1, y, x): an
     MR of the same person on the same pixels, in any unit; None: there is none. step: distance from each slice to the
     next, in pixels, where they are those of one volume from one end to the other; None: nothing is known of that.
-    Scans of volumes, `volume` or of oblique planes, alike: x (scan, 1, z, y, x), y (scan, *A.range_shape).
+    Scans of volumes, `volume` or of oblique planes, alike: x (scan, 1, z, y, x), y (scan, *A.range_shape); with a step
+    of 1 their voxels are cubes.
     """
 
     x: Tensor | None
@@ -73,7 +74,8 @@ class Scan:
             None if v is None else v.expand(len(self.y), *v.shape[1:])[index].to(device)
             for v in (self.x, self.background, self.mr)
         )
-        return Scan(x, self.y[index].to(device), _rows(self.A, index).to(device), b, mr)
+        step = self.step if len(self.A.domain_shape) == 4 else None  # a selection of slices has none
+        return Scan(x, self.y[index].to(device), _rows(self.A, index).to(device), b, mr, step)
 
     def volume(self) -> Scan:
         """The same slices as one scan of a volume, x (1, 1, z, y, x), y (1, 1, z, angle, bin)."""

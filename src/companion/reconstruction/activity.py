@@ -246,7 +246,8 @@ def posterior(
     x (draw, slice, 1, y, x) and their mean (slice, 1, y, x) in kBq/mL, not cut at 0. Draw k of slice i has the seed
     `seed` + 10,000 i + k. Slices that end at the same noise level are drawn together, which changes nothing for each.
     Scans of volumes alike, x (draw, scan, 1, z, y, x): the prior is one of independent slices then, and A, such as that
-    of oblique planes, ties them together. `cost` says beforehand what they will take.
+    of oblique planes, ties them together; where voxels are cubes (a `step` of 1), sweeps cut them along z, y and x
+    in turn. `cost` says beforehand what they will take.
     warm: Gibbs sweeps of volumes begin at this noise level, network units, from SEEN iterations of MLEM, with those of
     the `evaluations` that are left below it: noise drowns what that image gets wrong, as far as the counts do not say
     it anyway. None: from noise that drowns everything, as slices do. [zhang2024] (sweeps forget where they began).
@@ -286,7 +287,7 @@ def draw(
     start: images of the scans, kBq/mL, and the noise level, network units, at which sweeps begin with them.
     """
     A, cond = prior.scale_kbq * scan.A, prior.condition(scan)
-    D = prior.D if len(A.domain_shape) == 3 else EachSlice(prior.D)
+    D = prior.D if len(A.domain_shape) == 3 else EachSlice(prior.D, turning=scan.step == 1)
     G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, **CONVERGED)
     G = G if len(A.domain_shape) == 3 else replace(G, tol=RESIDUAL)
     if rule == GIBBS:
