@@ -13,6 +13,7 @@ from companion.data.head_mr import mr_condition
 from companion.data.pet import Slices, held_out
 from companion.diffusion.covariance import Measured
 from companion.diffusion.exact import GaussianDenoiser
+from companion.diffusion.sets import EachSlice
 from companion.evaluation import activity, metrics
 from companion.evaluation import doses as evaluation_doses
 from companion.evaluation.intervals import Drawn, interval_table
@@ -387,6 +388,30 @@ def test_warm_draws_of_a_volume_are_those_of_linear_algebra(warm):
     away = ((found.mean.flatten() - mean) / spread).square().mean().sqrt()
     assert away < 0.2, "of a standard deviation; chance is 0.16 or less"
     assert 0.85 < (found.x.flatten(1).var(0) / spread.square()).mean() < 1.15
+
+
+def test_volumes_of_enough_cubes_are_cut_in_turn_and_no_volume_is_widened(monkeypatch):
+    turned = []
+
+    class Cut(EachSlice):
+        def __init__(self, D, turning=False):
+            super().__init__(D, turning)
+            turned.append(turning)
+
+    monkeypatch.setattr(reconstruction_activity, "EachSlice", Cut)
+    c = Cylinder((8, 8, 8), (6.0, 6.0), 8, 10, 5.0, 3, 8.0, 80.0)
+    scan = Scan(None, torch.full((1, *c.sinogram_shape), 5.0), 0.1 * Projector3D(c))
+    sampler, error = Sampler(draws=2, evaluations=2), Measured(torch.tensor([1.0]), torch.ones(1, 1))
+
+    def x(scan, widening=1.0):
+        return reconstruction_activity.posterior(Prior(Told(), 25.0, error, widening=widening), scan, sampler).x
+
+    cubes = dataclasses.replace(scan, step=1.0)
+    assert torch.equal(x(cubes), x(cubes, widening=4.0))
+    monkeypatch.setattr(reconstruction_activity, "LEAST_ROWS", 8)
+    for one in (cubes, scan, dataclasses.replace(scan, step=2.0)):
+        x(one)
+    assert turned == [False, False, True, False, False]
 
 
 def test_the_cost_of_a_volume_is_told_and_grows_with_its_draws():

@@ -135,6 +135,7 @@ LAST_GUIDED = 0.01  # last noise level of guided samplers, which do not draw fro
 
 CONVERGED = {"iterations": 16, "tol": 3e-5}  # of conjugate gradients: draws to 0.2 %, far less than they differ by
 
+LEAST_ROWS = 32  # of a volume along each axis, from which slices in any plane show enough of a head to be judged
 WARM, SEEN = 1.0, 10  # noise level, network units, at which draws of volumes begin, and from which iteration of MLEM
 
 RESIDUAL = 1e-2  # of volumes, relative, of conjugate gradients, within the same number of steps: no worse draws
@@ -166,7 +167,7 @@ class Prior:
     """A denoiser, the kBq/mL that are 1 for it, and what is known about its error.
 
     with_mr: it is given the MR of the scans that it is asked about. widening: factor on the variance of its draws about
-    their mean, see `ErrorModel`.
+    their mean, of slices, see `ErrorModel`.
     """
 
     D: Denoiser
@@ -246,8 +247,9 @@ def posterior(
     x (draw, slice, 1, y, x) and their mean (slice, 1, y, x) in kBq/mL, not cut at 0. Draw k of slice i has the seed
     `seed` + 10,000 i + k. Slices that end at the same noise level are drawn together, which changes nothing for each.
     Scans of volumes alike, x (draw, scan, 1, z, y, x): the prior is one of independent slices then, and A, such as that
-    of oblique planes, ties them together; where voxels are cubes (a `step` of 1), sweeps cut them along z, y and x
-    in turn. `cost` says beforehand what they will take.
+    of oblique planes, ties them together; where voxels are cubes (a `step` of 1), LEAST_ROWS of them or more along each
+    axis, sweeps cut them across z, y, x in turn. Draws of volumes are not widened: `Prior.widening` is that of slices
+    by themselves. `cost` says beforehand what they will take.
     warm: Gibbs sweeps of volumes begin at this noise level, network units, from SEEN iterations of MLEM, with those of
     the `evaluations` that are left below it: noise drowns what that image gets wrong, as far as the counts do not say
     it anyway. None: from noise that drowns everything, as slices do. [zhang2024] (sweeps forget where they began).
@@ -266,7 +268,7 @@ def posterior(
         found = draw(prior, some, sampler.evaluations, level, seeds, rule, start)
         x[:, index], means = (v.unflatten(0, (draws, len(index))) for v in (found.x, found.mean))
         mean[index] = means.mean(0)
-        if prior.widening != 1:
+        if prior.widening != 1 and len(scan.A.domain_shape) == 3:
             middle = x[:, index].mean(0)
             x[:, index] = middle + prior.widening**0.5 * (x[:, index] - middle)
         bills.append(found.bill)
@@ -287,7 +289,8 @@ def draw(
     start: images of the scans, kBq/mL, and the noise level, network units, at which sweeps begin with them.
     """
     A, cond = prior.scale_kbq * scan.A, prior.condition(scan)
-    D = prior.D if len(A.domain_shape) == 3 else EachSlice(prior.D, turning=scan.step == 1)
+    turning = scan.step == 1 and min(A.domain_shape[1:]) >= LEAST_ROWS
+    D = prior.D if len(A.domain_shape) == 3 else EachSlice(prior.D, turning)
     G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, **CONVERGED)
     G = G if len(A.domain_shape) == 3 else replace(G, tol=RESIDUAL)
     if rule == GIBBS:
