@@ -70,8 +70,8 @@ class Case:
     """One slice: its data y = A x + n, and the image of all of k-space, where all of it was measured.
 
     scan: as it came, and what it says of itself. lines: (*space) those kept of fully sampled data, None: all that was
-    measured. kept: the samples that are used, (*space). m: the measurement of
-    those. reference: (1, 1, y, x) magnitudes in the units of m.
+    measured. kept: the samples that are used, (*space). m: the measurement of those. reference: (1, 1, y, x) magnitudes
+    in the units of m.
     """
 
     name: str
