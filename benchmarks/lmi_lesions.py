@@ -61,7 +61,7 @@ def study(
     settings |= {"recommended": prior.recommended}
     for name, one in settings.items():
         draws = translate(prior, truth if one.oracle else given, replace(one, **setting), seed=seed).draws
-        support = supported(given, draws)
+        support = supported(given, draws, sides=True)
         found[name] = (draws.mean(0), support)
         if name == "recommended":
             found["recommended, mended"] = (support.mended(draws.mean(0)), support)

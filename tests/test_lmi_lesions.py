@@ -78,6 +78,20 @@ def test_what_the_source_holds_and_the_draw_has_not_is_marked():
     assert back["fate"] == "kept" and 0.5 < back["contrast"] < 1.2, "the person's own relation brings it back"
 
 
+def test_a_lesion_that_the_draw_explains_as_fluid_is_told_by_the_other_side():
+    (person,) = anatomy.cohort("test", 1)
+    lesion = draw_lesion(person, "oedema", "large", seed=1)
+    height = torch.tensor([lesion.centre_mm[2]])
+    ill, healthy = (patient_slices(person, one, ("T1w", "T2w"), height)["T1w"] for one in (lesion, None))
+    inside = (patient_slices(person, lesion, ("T1w",), height)["lesion"] > 0.5) & (ill > 0)
+    draws = 1 - ill[None]  # a draw that follows the source everywhere leaves nothing unexplained
+    told, well = supported(ill, draws, sides=True), supported(healthy, 1 - healthy[None], sides=True)
+    assert told.unsupported[inside].float().mean() < 0.2, "the draw contradicts nothing"
+    assert told.lopsided[inside].float().mean() > 0.5 and told.marked[inside].float().mean() > 0.5
+    assert "other side" in told.verdict and well.lopsided.float().mean() < 0.02
+    assert not supported(ill, draws).lopsided.any(), "not asked: slices need not have their middle in the middle"
+
+
 def test_a_translation_of_somebody_else_is_doubtful():
     a, b = (patient_slices(p, None, ("T1w", "T2w"), torch.tensor([z]))
             for p, z in zip(anatomy.cohort("test", 2), (10.0, 40.0), strict=True))  # fmt: skip

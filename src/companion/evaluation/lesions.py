@@ -69,7 +69,7 @@ def fates(
 
     "seen": whether the lesion shows in the truth and in the source; "fate": kept (sign and half of the contrast) or
     lost; "contrast" of the translation over the true one; "volume" likewise; "invented"; and of `support` "marked", the
-    share of the lesion that is marked as unsupported, and "flagged", that of the tissue elsewhere.
+    share of the lesion that is marked, and "flagged", that of the tissue elsewhere.
     """
     inside = lesion > 0.5
     true, made, given = (contrast(v, inside) for v in (truth, x, source))
@@ -92,9 +92,9 @@ def fates(
             }
         if support is not None:
             elsewhere = tissue[i] & ~around(lesion[i : i + 1])[0]
-            row["flagged"] = support.unsupported[i][elsewhere].float().mean().item()
+            row["flagged"] = support.marked[i][elsewhere].float().mean().item()
             if there:
-                row["marked"] = support.unsupported[i][inside[i]].float().mean().item()
+                row["marked"] = support.marked[i][inside[i]].float().mean().item()
         rows.append(row)
     return rows
 

@@ -5,17 +5,22 @@ look nor the spread of the draws betrays it. The source does: it has grey levels
 
     found = supported(source, draws)       # (slice, 1, y, x) in [0, 1], (draw, slice, 1, y, x)
     found.unsupported                      # True where the source holds what the draws have not
+    found.marked                           # the same, and with sides=True where the source is unlike its other side
     found.own                              # what this person's own relation of draws to source would put there
     found.verdict                          # in words and numbers
 
 The source is regressed on each draw: value there, mean and extremes nearby, all slices of the person together, by least
 squares with Cauchy weights, so that a lesion does not bend the curve that it is judged by. What is left, in robust
 standard deviations, averaged over neighbours and draws, is large where source and draw do not tell of the same tissue.
+
+What is as dark as fluid in the source may be fluid or a lesion. A prior that draws fluid contradicts nothing, and no
+such comparison tells. But heads have two sides: a lesion that one of them has shows in the source itself (`lopsided`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +36,8 @@ KNOTS, NEARBY, ROUNDS = 9, 5, 6  # of the curve at a pixel, of that of its neigh
 LIMIT = 1.2  # standard deviations from which a pixel's neighbourhood is unsupported, see docs/lmi.md
 LEAST_WIDTH = 0.04  # of bright tissue, of what is left: good draws are not held to their own noise
 LEAST = 6  # pixels of a region that is marked
+LOPSIDED = 0.03  # of bright tissue, what the other side must lack nearby for a pixel to be marked, see docs/lmi.md
+REACH = 2  # pixels within which the other side is searched: real heads are not symmetric
 LOW = (
     0.65  # of the information usual between translations and sources, below which a slice is doubtful; strangers: 0.56
 )
@@ -40,16 +47,23 @@ USUAL = 0.135  # that information: normalised LMI of 7 x 7 patches, mean over ti
 @dataclass(frozen=True, eq=False)
 class Support:
     """All (slice, 1, y, x): `residual`, signed, what draws leave of the source in standard deviations; `unsupported`,
-    True where it is too large; `spread`, standard deviation of the draws; `own`, the translation that this person's own
+    True where it is too large; `lopsided`, True where the source is unlike its other side, nowhere if that was not
+    asked; `spread`, standard deviation of the draws; `own`, the translation that this person's own
     relation of draws to source gives. information (slice,): mean LMI of source and translation in the tissue, or NaN.
     """
 
     residual: Tensor
     unsupported: Tensor
+    lopsided: Tensor
     spread: Tensor
     own: Tensor
     information: Tensor
     tissue: Tensor
+
+    @property
+    def marked(self) -> Tensor:
+        """Where a translation is not to be believed, for either reason, (slice, 1, y, x), bool."""
+        return self.unsupported | self.lopsided
 
     @property
     def share(self) -> Tensor:
@@ -68,6 +82,8 @@ class Support:
         share = (self.unsupported & self.tissue).sum().item() / max(1, tissue)
         bad, known = int(self.doubtful.sum()), int(self.information.isfinite().sum())
         told = f"{share:.1%} of the tissue is not supported by the source: the prior insists there"
+        if (more := (self.lopsided & ~self.unsupported).sum().item() / max(1, tissue)) > 0:
+            told += f"; {more:.1%} more is unlike the other side of the head: what is drawn there may not be"
         if bad:
             told += f"; {bad} of {known} slices are doubtful as a whole"
         shared = self.information[self.information.isfinite()].mean().item() / USUAL if known else float("nan")
@@ -79,8 +95,11 @@ class Support:
         return x + weight * (self.own - x)
 
 
-def supported(source: Tensor, draws: Tensor, limit: float = LIMIT) -> Support:
-    """What the source (slice, 1 or 3, y, x) in [0, 1] says of its translations (draw, slice, 1 or 3, y, x)."""
+def supported(source: Tensor, draws: Tensor, limit: float = LIMIT, sides: bool = False) -> Support:
+    """What the source (slice, 1 or 3, y, x) in [0, 1] says of its translations (draw, slice, 1 or 3, y, x).
+
+    sides: compare the sides of the source too; the middle of the head must lie in the middle of x, as on the template.
+    """
     given = grey(source).double()
     images = torch.stack([grey(d).double() for d in draws])
     mean, tissue = images.mean(0), head(given)
@@ -97,7 +116,24 @@ def supported(source: Tensor, draws: Tensor, limit: float = LIMIT) -> Support:
     information = torch.where(count > 50, (shared * tissue).flatten(1).sum(1) / count.clamp(min=1), torch.nan)
     spread = images.std(0) if len(images) > 1 else torch.zeros_like(mean)
     smooth, spread, own = (v.to(source.dtype) for v in (smooth, spread, torch.where(tissue, own, mean)))
-    return Support(smooth, marked, spread, own, information.to(source.dtype), tissue)
+    unlike = lopsided(flat, tissue) if sides else torch.zeros_like(tissue)
+    return Support(smooth, marked, unlike, spread, own, information.to(source.dtype), tissue)
+
+
+def lopsided(image: Tensor, tissue: Tensor, limit: float = LOPSIDED) -> Tensor:
+    """Where images (slice, 1, y, x) of even brightness are unlike their other side, bool: regions of `LEAST` pixels.
+
+    A pixel's value, mean of 3 x 3, is compared with the range of values that the mirror image has within `REACH`
+    pixels; what it lies beyond that range is averaged over its neighbours again. tissue: bool, as the images.
+    """
+    other = tissue.flip(-1)
+    mine, theirs = _nearby(image, tissue, 3), _nearby(image.flip(-1), other, 3)
+    width = 2 * REACH + 1
+    high = F.max_pool2d(torch.where(other, theirs, -torch.inf), width, 1, REACH)
+    low = -F.max_pool2d(torch.where(other, -theirs, -torch.inf), width, 1, REACH)
+    beyond = (mine - high).clamp(min=0) - (low - mine).clamp(min=0)
+    beyond = _nearby(torch.where(tissue & other, beyond, 0), tissue, 3)
+    return _regions((beyond.abs() > limit) & tissue)
 
 
 def head(image: Tensor) -> Tensor:
@@ -154,10 +190,10 @@ def hats(x: Tensor, knots: int) -> Tensor:
     return (1 - (at - torch.arange(knots).to(x).view(1, -1, 1, 1)).abs()).clamp(min=0)
 
 
-def _nearby(x: Tensor, inside: Tensor) -> Tensor:
-    """The mean of x (slice, 1, y, x) over the tissue of 5 x 5 pixels; errors of borders, of both signs, cancel."""
-    weight = F.avg_pool2d(inside.to(x), 5, 1, 2)
-    return torch.where(inside, F.avg_pool2d(torch.where(inside, x, 0), 5, 1, 2) / weight.clamp(min=1e-6), 0)
+def _nearby(x: Tensor, inside: Tensor, width: int = 5) -> Tensor:
+    """Mean of x (slice, 1, y, x) over the tissue of width x width pixels; errors of borders, of both signs, cancel."""
+    pool = partial(F.avg_pool2d, kernel_size=width, stride=1, padding=width // 2)
+    return torch.where(inside, pool(torch.where(inside, x, 0)) / pool(inside.to(x)).clamp(min=1e-6), 0)
 
 
 def _regions(marked: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class VolumeTranslation:
     def unsupported(self) -> np.ndarray:
         """Where the prior insists, (z, y, x) on the source's own grid, from 0 to 1."""
         marked = torch.zeros_like(self.slices)
-        marked[self.filled] = self.support.unsupported.to(marked)
+        marked[self.filled] = self.support.marked.to(marked)
         return self.slicing.assemble(marked)
 
     @property
@@ -83,7 +83,7 @@ class VolumeTranslation:
         first = save_nifti(out, self.volume, affine=affine, units=f"{self.contrast} {WARNING}; {self.scale.units}")
         stem = out.name.removesuffix(".gz").removesuffix(".nii")
         beside = out.with_name(f"{stem}_unsupported.nii.gz")
-        note = "1: source does not support the translation, the prior insists"
+        note = "1: not supported by the source, or unlike the other side"
         return first, save_nifti(beside, self.unsupported, affine=affine, units=note)
 
 
@@ -147,7 +147,8 @@ def translate_volume(
     made = torch.zeros_like(slices)
     made[filled] = draws.mean(0).clamp(0, None)
     scale = target_scale or Scale(0, 1, UNITS)
-    return VolumeTranslation(slices, made, filled, supported(shown, draws), slicing, scale, prior.contrast)
+    support = supported(shown, draws, sides=grid == "template")
+    return VolumeTranslation(slices, made, filled, support, slicing, scale, prior.contrast)
 
 
 def translate_file(
