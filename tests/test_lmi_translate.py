@@ -249,6 +249,7 @@ def test_embedded_is_a_name_here_too():
     targets = ("T1w", "T2w", "PDw")
     assert [virtual.translator(t) for t in targets] == ["lmi/t1w", "lmi/t2w", "lmi/pdw"]
     assert [own.translator(t) for t in targets] == ["lmi/patients/t1w", "lmi/patients/t2w", "lmi/pdw"]
+    assert own.translator("FLAIR") == "lmi/patients/flair"
     assert lmi_people.Translate(volume="scan.nii.gz").translator("T1w") == "lmi/patients/t1w"
     assert lmi_people.Translate(weights="mine/{target}").translator("T2w") == "mine/t2w"
     assert lmi_people.named("embedded", "PDw", lmi_people.SEGMENTERS) == "segmenter/pdw"

@@ -17,7 +17,7 @@ from companion.reconstruction.translated_people import Direction, Drawing, trans
 from companion.reconstruction.translation import Translator
 
 WEIGHTS, SEGMENTERS = "lmi/{target}", "segmenter/{target}"  # what the name "embedded" stands for
-PATIENTS, KNOWN_PATIENTS = "lmi/patients/{target}", ("T1w", "T2w")  # and for scans of one's own
+PATIENTS, KNOWN_PATIENTS = "lmi/patients/{target}", ("T1w", "T2w", "FLAIR")  # and for scans of one's own
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Translate(Drawing, Parameters):
     sources: tuple[str, ...] = param(CONTRASTS, "contrasts to translate from")
     weights: str = param(
         "embedded",
-        "translators, {target} for the contrast; embedded: lmi/{target}, for your own scans lmi/patients/t1w, t2w",
+        "translators, {target} for the contrast; embedded: lmi/{target}, for your own scans lmi/patients/t1w, t2w, flair",
     )
     segmenters: str | None = param("segmenter/{target}", "segmenters that know only the target; none: no Dice")
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
