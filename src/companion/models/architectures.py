@@ -22,7 +22,6 @@ from companion.models.deepinv import DIRECT, RAM
 from companion.models.unrolled import Unrolled
 from companion.networks.autoencoder import AutoencoderKL, VQModel
 from companion.networks.causal_unet import CausalUNet
-from companion.networks.classifier import Classifier
 from companion.networks.ddim_unet import DDIMUNet
 from companion.networks.diffusers_unet import DiffusersUNet
 from companion.networks.diffusion_unet import DiffusionUNet
@@ -50,7 +49,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "Unrolled": Unrolled,  # reconstructions: no "denoiser" either
     "RAM": RAM,
     "DIRECT": DIRECT,
-    "Classifier": Classifier,  # one logit an image
 }
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "EDMDenoiser": EDMDenoiser,
