@@ -125,7 +125,7 @@ def test_virtual_people_look_like_heads_and_drawings_do_not():
     assert sum(organ.look(D, x).like for x in heads) >= 7
     draws = (benchmark.knee, benchmark.belly, benchmark.phantom)
     others = [noisy(draw(rng(seed), 64), seed) for draw in draws for seed in range(6)]
-    assert sum(organ.look(D, x).like for x in others) <= 4
+    assert sum(organ.look(D, x).like for x in others) <= 6
 
 
 @pytest.mark.skipif(not (HEADS / "heads.json").exists(), reason="companion data get heads")
