@@ -45,8 +45,9 @@ class Canvas:
             self.x = -self.x
         self.image = np.zeros((self.n, self.n), np.float32)
 
-    def blob(self, y, x, ry, rx, angle=0.0, waves=0.08) -> np.ndarray:
-        """Where a round thing with a wavy contour is, (n, n) bool."""
+    def blob(self, *place: float, waves: float = 0.08) -> np.ndarray:
+        """Where a round thing with a wavy contour is, (n, n) bool; place: y, x, its radii along them, its angle."""
+        y, x, ry, rx, angle = (*place, 0.0)[:5]
         a, b = self.y - y, self.x - x
         c, s = math.cos(angle), math.sin(angle)
         a, b = (a * c - b * s) / ry, (a * s + b * c) / rx
@@ -55,8 +56,9 @@ class Canvas:
             bound = bound + waves / k * self.rng.normal() * np.cos(k * theta + self.rng.uniform(0, 2 * math.pi))
         return np.hypot(a, b) <= bound
 
-    def box(self, y, x, ry, rx, angle=0.0, power=4.0) -> np.ndarray:
-        """Where a rounded rectangle is."""
+    def box(self, *place: float, power: float = 4.0) -> np.ndarray:
+        """Where a rounded rectangle is; place: as of a blob."""
+        y, x, ry, rx, angle = (*place, 0.0)[:5]
         a, b = self.y - y, self.x - x
         c, s = math.cos(angle), math.sin(angle)
         return abs((a * c - b * s) / ry) ** power + abs((a * s + b * c) / rx) ** power <= 1
@@ -127,7 +129,7 @@ def limb_across(c: Canvas, t: Tissues, rng: np.random.Generator) -> None:
             by, bx, b = *(rng.normal(0, 0.3 * r, 2) + (y, x)), r * rng.uniform(0.12, 0.35)
             angle, squash = rng.uniform(0, 3), rng.uniform(0.7, 1)
             c.bone(
-                lambda k, a=(by, bx, b, angle, squash): c.blob(a[0], a[1], a[2] * k, a[2] * k * a[4], a[3], 0.05),
+                lambda k, a=(by, bx, b, angle, squash): c.blob(a[0], a[1], a[2] * k, a[2] * k * a[4], a[3], waves=0.05),
                 t,
                 inner,
             )
@@ -330,10 +332,10 @@ def heart(c: Canvas, t: Tissues, rng: np.random.Generator) -> None:
     r, angle = rng.uniform(0.2, 0.42), rng.uniform(0, 3)
     long = rng.uniform(1, 1.8) if rng.random() < 0.5 else 1.0
     c.paint(c.blob(0, -0.1, 1.5 * r, 1.7 * r * long**0.5), t["fat"])
-    c.paint(c.blob(0.02, -0.22 - 0.4 * r, 0.9 * r, 0.75 * r, angle / 4, 0.15), t["blood"])
-    c.paint(c.blob(0, 0.1, r, r * long, angle, 0.04), t["muscle"])
+    c.paint(c.blob(0.02, -0.22 - 0.4 * r, 0.9 * r, 0.75 * r, angle / 4, waves=0.15), t["blood"])
+    c.paint(c.blob(0, 0.1, r, r * long, angle, waves=0.04), t["muscle"])
     wall = rng.uniform(0.45, 0.8)
-    cavity = c.paint(c.blob(0, 0.1, r * wall, r * wall * long, angle, 0.08), t["blood"])
+    cavity = c.paint(c.blob(0, 0.1, r * wall, r * wall * long, angle), t["blood"])
     for _ in range(int(rng.integers(3))):
         c.paint(c.blob(*(rng.normal(0, 0.3 * r, 2) + (0, 0.1)), 0.12 * r, 0.12 * r), t["muscle"], cavity)
     for _ in range(int(rng.integers(6))):

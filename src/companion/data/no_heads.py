@@ -53,7 +53,7 @@ def phantom(c: Canvas, t: Tissues, rng: np.random.Generator) -> None:
             shape = (
                 c.blob(*place, r, r, waves=0)
                 if rng.random() < 0.6
-                else c.box(*place, r, r * rng.uniform(0.4, 1.5), rng.uniform(0, 3), 8)
+                else c.box(*place, r, r * rng.uniform(0.4, 1.5), rng.uniform(0, 3), power=8)
             )
             c.paint(shape, rng.uniform(0.2, 1))
         return
@@ -61,7 +61,7 @@ def phantom(c: Canvas, t: Tissues, rng: np.random.Generator) -> None:
     shape = (
         c.blob(0, 0, r, r * rng.uniform(0.75, 1), waves=0)
         if rng.random() < 0.6
-        else c.box(0, 0, r, r * rng.uniform(0.5, 1), 0, 10)
+        else c.box(0, 0, r, r * rng.uniform(0.5, 1), power=10)
     )
     inside = c.paint(shape, level)
     for _ in range(int(rng.integers(1, 4))):
@@ -74,7 +74,7 @@ def phantom(c: Canvas, t: Tissues, rng: np.random.Generator) -> None:
                 c.paint(c.blob(y + (i - 1) * step, x + (j - 1) * step, size, size, waves=0), value, inside)
         elif kind == 1:  # line pairs
             wave = np.sin((c.x if rng.random() < 0.5 else c.y) * 2 * math.pi / step * 2) > 0
-            c.paint(wave, value, inside & c.box(y, x, *rng.uniform(0.1, 0.5, 2), 0, 20))
+            c.paint(wave, value, inside & c.box(y, x, *rng.uniform(0.1, 0.5, 2), power=20))
         elif kind == 2:  # a ring of tubes
             for a in np.linspace(0, 2 * math.pi, int(rng.integers(4, 16)))[:-1]:
                 c.paint(
@@ -83,7 +83,7 @@ def phantom(c: Canvas, t: Tissues, rng: np.random.Generator) -> None:
                     inside,
                 )
         elif kind == 3:  # blocks and wedges
-            c.paint(c.box(y, x, *rng.uniform(0.03, 0.4, 2), rng.uniform(0, 3), 20), value, inside)
+            c.paint(c.box(y, x, *rng.uniform(0.03, 0.4, 2), rng.uniform(0, 3), power=20), value, inside)
         elif kind == 4:  # a bubble, a level
             c.paint(c.y < rng.uniform(-0.8, -0.3), 0.0, inside)
         elif kind == 5:  # grid
@@ -92,7 +92,7 @@ def phantom(c: Canvas, t: Tissues, rng: np.random.Generator) -> None:
         else:  # ellipses, few or many
             for _ in range(int(rng.integers(2, 14))):
                 c.paint(
-                    c.blob(*rng.uniform(-0.6, 0.6, 2), *rng.uniform(0.03, 0.4, 2), rng.uniform(0, 3), 0),
+                    c.blob(*rng.uniform(-0.6, 0.6, 2), *rng.uniform(0.03, 0.4, 2), rng.uniform(0, 3), waves=0),
                     rng.uniform(0, 1),
                     inside,
                 )
@@ -137,7 +137,9 @@ def drawn(rng: np.random.Generator, size: int = 128, others: Sequence[Other] = (
     if others and rng.random() < 0.4:
         lent = others[int(rng.integers(len(others)))](rng, size)
         lent = np.abs(lent - gaussian_filter(lent, size / 12))  # detail without its place
-        grain = zoom(lent, (size + 2 * MARGIN) * FINE / size, order=1) / max(float(np.quantile(lent, 0.95)), 1e-3)
+        grain = np.asarray(zoom(lent, (size + 2 * MARGIN) * FINE / size, order=1)) / max(
+            float(np.quantile(lent, 0.95)), 1e-3
+        )
     canvas = Canvas(rng, size, grain=grain)
     among = BODIES if rng.random() < 0.68 else THINGS
     among[int(rng.integers(len(among)))](canvas, draw_tissues(rng), rng)
@@ -164,6 +166,6 @@ def collage(rng: np.random.Generator, size: int, others: Sequence[Other]) -> np.
     if rng.random() < 0.5:
         c = Canvas(rng, size)
         edge = MARGIN * FINE
-        where = c.blob(0, 0, *rng.uniform(0.5, 1, 2), rng.uniform(0, 3), 0.2)[edge:-edge:FINE, edge:-edge:FINE]
+        where = c.blob(0, 0, *rng.uniform(0.5, 1, 2), rng.uniform(0, 3), waves=0.2)[edge:-edge:FINE, edge:-edge:FINE]
         image = image * where
     return image.astype(np.float32)

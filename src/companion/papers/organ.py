@@ -232,4 +232,4 @@ def calibrated(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    print(fit_organ(*sys.argv[1:]))
+    print(fit_organ(sys.argv[1]))
