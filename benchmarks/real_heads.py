@@ -46,6 +46,7 @@ from companion.diffusion.denoisers import AnySize
 from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import posterior_mean
 from companion.evaluation import metrics
+from companion.evaluation.organ import known_to
 from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
 from companion.models.checkpoint import describe_source, load_denoiser
@@ -245,6 +246,7 @@ def reconstruct(D, errors, A, y, leaning, acs, seed, args):
     found = trust.assess(
         D, held_out.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, seed=seed,
         evaluations=args.evaluations * args.draws, classical=leaning, final=args.draws,
+        organ=known_to(args.weights),
     )  # fmt: skip
     spent[1] += time.perf_counter() - began
     for i, draws in enumerate(seeds):

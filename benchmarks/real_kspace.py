@@ -41,6 +41,7 @@ from companion.diffusion.denoisers import AnySize
 from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sets import EachSet
 from companion.evaluation import metrics
+from companion.evaluation.organ import known_to
 from companion.evaluation.tables import markdown
 from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
@@ -208,6 +209,7 @@ def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None
         "calibration": None,
         "coverage": None,
         "chi-square": None,
+        "looks like its organ": None,
         "verdict": "",
         "seconds": seconds,
         "memory (GiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -262,6 +264,7 @@ def evaluate(
         seeds=range(args.seed, args.seed + args.draws),
         evaluations=args.evaluations,
         classical=leaning,
+        organ=known_to(args.weights),
     )
     seconds = time.perf_counter() - began
     images["one draw"], images["trusted"] = samples.x[:1], samples.mean
@@ -271,6 +274,8 @@ def evaluate(
         rows.append(row(case, "posterior mean", images["posterior mean"], seconds))
     rows.append(row(case, "trusted", images["trusted"], seconds, samples.x))
     rows[-1] |= {"chi-square": found.chosen.score.chi2, "verdict": found.verdict}
+    if found.look is not None:
+        rows[-1] |= {"looks like its organ": found.look.probability}
     return rows, images
 
 

@@ -11,7 +11,8 @@ BART is installed, of its l1 wavelets with three settings, which favours them. S
 choose thresholds on; the table is of those of odd number.
 
 Columns: PSNR in dB of the best classical image and of the trusted one, and the worst loss; quantiles of the statistics
-that the verdict rests on; the share of scans that are flagged. A finished scan is not redone.
+that the verdict rests on; the share of scans that are flagged, by held-out samples, by what the prior
+sees (`benchmarks/looks.py` asks that alone), by either. A finished scan is not redone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from companion.data.phase import add_phase
 from companion.data.random_scans import random_maps
 from companion.diffusion.denoisers import AnySize
 from companion.evaluation import metrics
+from companion.evaluation.organ import Organ, known_to
 from companion.evaluation.tables import markdown
 from companion.files import atomic_write
 from companion.models.architectures import network_of
@@ -125,10 +127,15 @@ def tuned(split: held_out.Split, method, unit: float) -> held_out.Classical:
     return lambda A, y: method(A, y, setting)
 
 
-def study(name: str, head: bool, draw: Draw, prior, number: int, size: int) -> dict:
+def seed_of(name: str, number: int) -> int:
+    """The seed of a scan of a family."""
+    return zlib.crc32(f"{name} {number}".encode())
+
+
+def study(name: str, head: bool, draw: Draw, prior, organ: Organ | None, number: int, size: int) -> dict:
     """What the verdict said of one scan, and what is true."""
     D, errors = prior
-    seed = zlib.crc32(f"{name} {number}".encode())
+    seed = seed_of(name, number)
     x, A, y, noise, acs, maps, how = scan(draw, np.random.default_rng(seed), size)
     unit = noise**1.5  # of regularisation, for any noise
     split = held_out.hold_out(A, y, acs, seed=seed)
@@ -138,7 +145,7 @@ def study(name: str, head: bool, draw: Draw, prior, number: int, size: int) -> d
         images += [regularised.bart_pics(A, y, maps[None], g * unit, penalty="W") for g in GRID]
     samples, found = trust.reconstruct(
         D, A, y, noise, for_pixels(errors, pixel_mm(size)), acs=acs, seeds=range(seed, seed + 4),
-        classical=leaning,
+        classical=leaning, organ=organ,
     )  # fmt: skip
     scores = {c.name: c.score for c in reversed(found.tried)}  # of a name, those at scale 1
     own, leaves = found.first.score, scores.get("dead leaves", found.first.score)
@@ -147,13 +154,15 @@ def study(name: str, head: bool, draw: Draw, prior, number: int, size: int) -> d
     best_share = found.share * ((step.conj() * (x - samples.mean + step)).real.sum() / step.abs().square().sum()).item()
     return {
         "family": name, "head": head, "number": number, "size": size, **how, "verdict": found.verdict,
-        "knows": found.knows, "best": max(metrics.psnr(image, x).item() for image in images),
+        "knows": found.knows, "looks": found.look is None or found.look.like, "accepted": found.accepted,
+        "best": max(metrics.psnr(image, x).item() for image in images),
         "trusted": metrics.psnr(samples.mean, x).item(), "calibration": draws / error,
         "share": found.share, "best share": best_share if found.share > 0 else None,
         "statistics": {
             "chi-square": own.chi2, "minus log score": -own.log_score, "chi-square, dead leaves": leaves.chi2,
             "log score, dead leaves - own": leaves.log_score - own.log_score, "widening": own.widening,
             "excess / classical": own.excess / max(found.classical or 0.0, 1e-9), "classical share": 1 - found.share,
+            **({} if found.look is None else {f"not a {found.look.organ}": 1 - found.look.probability}),
         },
     }  # fmt: skip
 
@@ -175,7 +184,9 @@ def report(rows: list[dict]) -> str:
     for name in dict.fromkeys(row["family"] for row in rows):
         group = [row for row in rows if row["family"] == name]
         gain = np.array([row["trusted"] - row["best"] for row in group])
-        line = {"family": name, "n": len(group), "flagged": f"{np.mean([not row['knows'] for row in group]):.0%}"}
+        line = {"family": name, "n": len(group)}
+        for title, key in (("flagged", "accepted"), ("by held-out samples", "knows"), ("by its looks", "looks")):
+            line[title] = f"{np.mean([not row[key] for row in group]):.0%}"
         for key in ("chi-square", "classical share"):
             values = np.quantile([row["statistics"][key] for row in group], (0.1, 0.5, 0.9))
             line[f"{key}, 10, 50, 90 %"] = " ".join(f"{v:.2f}" for v in values)
@@ -202,14 +213,14 @@ def main(argv=None) -> None:
     if args.count < 2:
         parser.error(f"--count {args.count}: the table is of scans of odd number, which begin with the second")
     D = load_denoiser(args.weights)
-    prior = AnySize(D, network_of(D).total_stride), load_errors(args.weights)
+    prior, organ = (AnySize(D, network_of(D).total_stride), load_errors(args.weights)), known_to(args.weights)
     known, rows = families(args.heads, args.measured), []
     key = describe_source(args.weights).sha256[:8]
     for number in range(args.count):
         for name, (head, draw) in known.items():
             done = args.out / "scans" / f"{key} {name} {args.size} {number}.json"
             if not done.exists():
-                found = study(name, head, draw, prior, number, args.size)
+                found = study(name, head, draw, prior, organ, number, args.size)
                 with atomic_write(done) as path:
                     path.write_text(json.dumps(found) + "\n")
                 print(name, number, f"{found['best']:.1f} {found['trusted']:.1f} dB", found["verdict"], flush=True)

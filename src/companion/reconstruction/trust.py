@@ -6,6 +6,9 @@ A few measured samples are held out. Draws made from the rest predict them; how 
 - whether the error bars are right (chi-square per sample, 1 for the right law) and by how much to widen them,
 - whether the posterior mean or a classical image comes closer, and in which mixture of both the error is least.
 
+What no sample says is whether the prior ever saw such anatomy: a prior of heads helps with knees, by their edges. A
+readout of the prior's features (`evaluation.organ.known_to`) looks at the classical image; only the verdict changes.
+
 Then the image is drawn from all data. `reconstruction.held_out` splits scans and scores images and draws; docs/trust.md
 has the formulas, the thresholds and how they were set.
 """
@@ -25,6 +28,7 @@ from companion.diffusion.noise import karras
 from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.response import Response
 from companion.diffusion.sampling import Bill, Samples
+from companion.evaluation.organ import Look, Organ
 from companion.operators.linear import LinearOperator
 from companion.reconstruction.held_out import Classical, Score, Split, best_share, hold_out, predictive_score
 
@@ -58,6 +62,7 @@ class Trust:
     widening: factor on the variance of the draws around the image. chosen: the candidate that `error` is; tried: all.
     first: the candidate of the prior's own people at scale 1, by which the prior is judged to know the scan or not.
     classical: squared error of the classical image on held-out samples, less the noise; bill: the cost of the trial.
+    look: what a readout of the prior's features said of the classical image; None where nothing was asked.
     """
 
     error: ErrorModel
@@ -68,6 +73,7 @@ class Trust:
     classical: float | None
     bill: Bill
     known_below: float = field(default=KNOWN, repr=False)
+    look: Look | None = None
 
     @property
     def first(self) -> Candidate:
@@ -89,13 +95,25 @@ class Trust:
         return self.fits and self.helps
 
     @property
+    def accepted(self) -> bool:
+        """Whether the prior knows the scan, and it looks like what the prior learnt from, where that was asked."""
+        return self.knows and (self.look is None or self.look.like)
+
+    @property
     def verdict(self) -> str:
-        """In words and numbers, with the threshold."""
+        """In words and numbers, with the thresholds."""
         says = ("knows" if self.helps else "helps little with") if self.fits else "does not know"
         yet = ", yet helps" if self.helps and not self.fits and self.classical is not None else ""
-        chi2 = f"{self.first.score.chi2:.2f}, {'at most' if self.fits else 'above'} {self.known_below:g}"
-        text = f"the prior {says} this scan{yet}: held-out chi-square {chi2}"
-        details = []
+        text = f"the prior {says} this scan{yet}"
+        if self.look is not None and not self.look.like:
+            says = ("fits" if self.helps else "fits, and helps little") if self.fits else f"does not fit{yet}"
+            text = (
+                f"this {self.look}, from which the prior learnt: what it adds here is edges, not anatomy; "
+                f"its error model {says}"
+            )
+        text += f": held-out chi-square {self.first.score.chi2:.2f}, {'at most' if self.fits else 'above'} "
+        text += f"{self.known_below:g}"
+        details = [f"it {self.look}"] if self.look is not None and self.look.like else []
         if (self.chosen.name, self.chosen.scale) != (self.first.name, self.first.scale):
             times = "" if self.chosen.scale == 1 else f", variance times {self.chosen.scale:g}"
             details.append(f"errors as measured on {self.chosen.name}{times}")
@@ -136,6 +154,7 @@ def assess(
     iterations: int = 30,
     final: int | None = None,
     warm_loss: float = WARM_LOSS,
+    organ: Organ | None = None,
 ) -> Trust:
     """What a scan, in two parts, says of the prior D, for at most `evaluations` of it.
 
@@ -145,6 +164,7 @@ def assess(
     one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
     elsewhere; the chains begin with its image. final: draws of the image to come, of which more scatter less.
     warm_loss: factor on the variance of chains that begin with an image, for what held-out samples do not tell.
+    organ: the readout of what D learnt from; it looks at the classical image, and at nothing where there is none.
     At most half of the evaluations are for candidates, fewer of which are tried where those do not suffice; what
     is left prolongs the chains of the best one. Raises ValueError when there are too few for one candidate.
     """
@@ -197,7 +217,8 @@ def assess(
     bill = Bill(*(draws * sum(getattr(b, n) for b in bills) for n in ("denoiser_calls", "operator_calls", "seconds")))
     tried = tuple(candidate for candidate, _ in found)
     widening = max(1.0, score.widening) * (1.0 if image is None else warm_loss)
-    return Trust(error, share, widening, best, tried, other, bill)
+    look = None if organ is None or image is None else organ.look(D, image)
+    return Trust(error, share, widening, best, tried, other, bill, look=look)
 
 
 def reconstruct(
@@ -215,18 +236,20 @@ def reconstruct(
     classical: Classical | None = None,
     extra: float = 0.5,
     iterations: int = 30,
+    organ: Organ | None = None,
 ) -> tuple[Samples, Trust]:
     """Draws of a slice from all its data, after a trial by the slice itself, and what the trial found.
 
     trust: of another slice of the same scan, whose trial then serves this one too. extra: work of the trial, as a part
-    of that of the draws. iterations: conjugate-gradient steps of each evaluation. The result is `Trust.apply`'s.
+    of that of the draws. iterations: conjugate-gradient steps of each evaluation. organ: as in `assess`. The result is
+    `Trust.apply`'s.
     """
     if trust is None:
         split = hold_out(A, y, acs, seed=seeds[0])
         allowed = int(extra * evaluations * len(seeds))
         trust = assess(
             D, split, noise_std, errors, levels=levels, evaluations=allowed, seed=seeds[0], classical=classical,
-            final=len(seeds), iterations=iterations,
+            final=len(seeds), iterations=iterations, organ=organ,
         )  # fmt: skip
     image = None if classical is None else classical(A, y)
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
