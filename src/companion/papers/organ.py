@@ -1,6 +1,6 @@
 """The readout that says whether a scan shows a head: fitted to features of a prior, of heads and of what is none.
 
-    python -m companion.papers.organ general/2d         # minutes; the prior's errors.json then has it
+    python -m companion.papers.organ general/2d         # half an hour; the prior's errors.json then has it
 
 The prior that learnt from heads predicts anything with edges, so held-out samples do not tell what it was not shown
 (docs/trust.md). Heads are slices of the training heads in any plane, place and contrast; what is none is drawn
@@ -197,7 +197,7 @@ def labels_of(images: Bank) -> Tensor:
 
 
 def fit_organ(
-    prior: str, heads: str = "data/heads", bank: str = "data/organ_bank", images: int = 2048, validation: int = 512
+    prior: str, heads: str = "data/heads", bank: str = "data/organ_bank", images: int = 12288, validation: int = 512
 ) -> dict[str, float]:
     """Return what was found of a readout that is now a part of a prior's errors.json.
 
