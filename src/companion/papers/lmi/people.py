@@ -32,7 +32,7 @@ class Translate(Drawing, Parameters):
     sources: tuple[str, ...] = param(CONTRASTS, "contrasts to translate from")
     weights: str = param(
         "embedded",
-        "translators, {target} for the contrast; embedded: lmi/{target}, for your own scans lmi/patients/t1w, t2w, flair",
+        "translators, {target} for the contrast; embedded: lmi/{target}, for your own scans lmi/patients/{target}",
     )
     segmenters: str | None = param("segmenter/{target}", "segmenters that know only the target; none: no Dice")
     image_size: int = param(64, "pixels along y and x of the embedded cohort", minimum=16)
