@@ -14,7 +14,7 @@ from companion.diffusion.sets import EachSlice
 from companion.operators.counts import poisson_counts
 from companion.operators.cylinder import Cylinder, Projector3D
 from companion.operators.linear import Identity
-from companion.reconstruction import activity
+from companion.reconstruction import activity, trust_counts
 from companion.reconstruction.activity import Prior, Sampler, schedule, trusted
 
 
@@ -158,3 +158,17 @@ def test_posteriors_at_hand_are_not_drawn_again(monkeypatch):
     two = Scan(None, scan.y.repeat(2, 1, 1, 1, 1), scan.A)
     with pytest.raises(ValueError, match="those of one scan, got 2"):
         trusted({"nothing": prior}, two, lambda part: flat, sampler, at_hand={"nothing": found})
+
+
+def test_a_wrong_background_outside_of_the_body_does_not_choose_the_mixture():
+    """Half of the bins see the body. Outside, counts are fewer than estimated, which `mean` follows with < 0."""
+    body = torch.cat([torch.ones(1, 1, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)], -1)
+    A, background = Identity((1, 2, 4, 8), torch.float32), torch.full((1, 1, 2, 4, 8), 50.0)
+    truth, other = 200 * body, 180 * body
+    mean = 160 * body - 10 * (1 - body)  # worse than `other` where there is something
+    held = Scan(None, truth + background - 10 * (1 - body), 1.0 * A, background)
+    assert trust_counts.best_share(held, mean, other).item() == 0
+    slices = Scan(None, held.y[0].transpose(0, 1), Identity((1, 4, 8), torch.float32), background[0].transpose(0, 1))
+    of_slices = trust_counts.best_share(slices, *(v[0].transpose(0, 1) for v in (mean, other)))
+    assert (of_slices > 0).all(), "the same of slices, where all bins count"
+    assert trust_counts.best_share(held, truth, other).item() == 1

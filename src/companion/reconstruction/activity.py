@@ -70,7 +70,8 @@ def trusted(
     """
     if at_hand and len(scan.y) != 1:
         raise ValueError(f"posteriors at hand are those of one scan, got {len(scan.y)}; draw those of several anew")
-    short = Sampler(min(3, sampler.draws), min(12, sampler.evaluations), sampler.last_noise)
+    few = 3 if len(scan.A.domain_shape) == 3 else 2  # so many bins say of two how far draws vary
+    short = Sampler(min(few, sampler.draws), min(12, sampler.evaluations), sampler.last_noise)
     trial = {name: on_trial(one, short, seed) for name, one in priors.items()}
     trusts = trust_counts.assess(scan, trial, by_map, seed=seed)
     whole = {name: drawer(one, sampler, seed) for name, one in priors.items()}
