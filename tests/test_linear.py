@@ -16,7 +16,7 @@ from companion.operators.linear import (
     check_finite,
 )
 from companion.operators.solve import conjugate_gradient
-from companion.operators.stacked import Stacked
+from companion.operators.stacked import Stacked, Tied
 
 REAL, COMPLEX = torch.float32, torch.complex64
 
@@ -205,3 +205,21 @@ def test_cg_refuses_nan_and_indefinite():
         conjugate_gradient(lambda x: x * float("nan"), b)
     with pytest.raises(ValueError, match="x0 has shape"):
         conjugate_gradient(N, b, x0=b[0])
+
+
+def test_tied_slices_are_data_and_differences_in_one_row():
+    generator = torch.Generator().manual_seed(0)
+    A = Diagonal(torch.rand(2, 1, 3, 4, 5, generator=generator) + 0.1, (1, 3, 4, 5))
+    root = torch.rand(2, 1, 2, 4, 5, generator=generator)
+    T = Tied(A, root)
+    assert T.range_shape == (60 + 40,) and T.batch_shape == (2,)
+    assert adjoint_error(T) < 1e-5
+    x = torch.randn(2, 1, 3, 4, 5, generator=generator)
+    rows, ties = T(x).split([60, 40], -1)
+    assert torch.equal(rows, A(x).flatten(1))
+    assert torch.allclose(ties, (root * (x[:, :, 1:] - x[:, :, :-1])).flatten(1))
+    assert torch.allclose(T.normal(x), T.H(T(x)), atol=1e-5)
+    with pytest.raises(ValueError, match=r"slices of \(1, z, y, x\) are tied"):
+        Tied(Identity((1, 4, 5), REAL), root)
+    with pytest.raises(ValueError, match="weights"):
+        Tied(A, torch.ones(7, 4, 5))

@@ -13,13 +13,9 @@ from companion.data.head_mr import mr_condition
 from companion.data.pet import Slices, held_out
 from companion.diffusion.covariance import Measured
 from companion.diffusion.exact import GaussianDenoiser
-from companion.diffusion.sets import EachSlice
 from companion.evaluation import activity, metrics
 from companion.evaluation import doses as evaluation_doses
 from companion.evaluation.intervals import Drawn, interval_table
-from companion.operators.counts import poisson_counts
-from companion.operators.cylinder import Cylinder, Projector3D
-from companion.operators.linear import Identity
 from companion.papers.pet import study as pet_study
 from companion.papers.pet.study import Enhance
 from companion.reconstruction import activity as reconstruction_activity
@@ -348,7 +344,7 @@ def test_the_posterior_of_a_volume_is_that_of_its_slices(people):
     scan = ladder(people, parameters(fractions=(0.02,), factors=()))[0].scan
     sampler = Sampler(draws=8, evaluations=8, last_noise=1.0)
     slices = reconstruction_activity.posterior(prior, scan, sampler)
-    volume = reconstruction_activity.posterior(prior, scan.volume(), sampler)
+    volume = reconstruction_activity.posterior(prior, scan.volume(), sampler, warm=None)  # the same levels
     assert volume.x.shape == (8, 1, 1, 3, SIZE, SIZE) and volume.mean.shape == (1, 1, 3, SIZE, SIZE)
     spread = slices.x.var(0).sum().item()
     assert volume.x.var(0).sum().item() == pytest.approx(spread, rel=0.1)
@@ -360,70 +356,6 @@ def test_the_posterior_of_a_volume_is_that_of_its_slices(people):
         told, dataclasses.replace(scan, mr=mr).volume(), Sampler(draws=2, evaluations=2)
     )
     assert torch.allclose(seen.mean[0].transpose(0, 1) / 25, mr_condition(mr)[:, :1], atol=0.05)
-
-
-@pytest.mark.parametrize("warm", [reconstruction_activity.WARM, None])
-def test_warm_draws_of_a_volume_are_those_of_linear_algebra(warm):
-    """Oblique lines, a Gaussian prior of each slice, many counts: the law is nearly Gaussian and known."""
-    c = Cylinder((3, 8, 8), (6.0, 6.0), 8, 10, 5.0, 3, 8.0, 80.0, span=3)
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
-    near = torch.exp(-((torch.arange(8)[:, None] - torch.arange(8)) ** 2) / 3.0).double()
-    std = torch.full((64,), 0.3).double()
-    C = std[:, None] * torch.kron(near, near) * std + 1e-4 * torch.eye(64)
-    D = GaussianDenoiser((1 + torch.exp(-(x**2 + y**2))).double()[None], C)
-    prior = Prior(D, 25.0, Measured.fit(D, D.draw(60, torch.Generator().manual_seed(0)).float()))
-    image = 25 * D.draw(3, torch.Generator().manual_seed(1)).float().transpose(0, 1)[None]
-    A = Projector3D(c)
-    A = (2e5 / A(image).sum().item()) * A
-    scan = Scan(image, poisson_counts(A(image) + 3.0, [0]), A, torch.full((1, *c.sinogram_shape), 3.0))
-    found = reconstruction_activity.posterior(prior, scan, Sampler(draws=40, evaluations=12, last_noise=1.0), warm=warm)
-    M = A(torch.eye(192).reshape(192, *c.volume_shape)).flatten(1).mT.double()
-    weights = 1 / (A(image) + 3.0).flatten().double()
-    within = torch.linalg.inv(torch.block_diag(*[625 * C] * 3))
-    precision = M.mT @ (weights[:, None] * M) + within
-    middle = 25 * D.mean.float().expand(3, 8, 8).flatten().double()
-    pull = M.mT @ (weights * (scan.y.flatten() - 3.0).double()) + within @ middle
-    mean = torch.linalg.solve(precision, pull)
-    spread = torch.linalg.inv(precision).diagonal().sqrt()
-    away = ((found.mean.flatten() - mean) / spread).square().mean().sqrt()
-    assert away < 0.2, "of a standard deviation; chance is 0.16 or less"
-    assert 0.85 < (found.x.flatten(1).var(0) / spread.square()).mean() < 1.15
-
-
-def test_volumes_of_enough_cubes_are_cut_in_turn_and_no_volume_is_widened(monkeypatch):
-    turned = []
-
-    class Cut(EachSlice):
-        def __init__(self, D, turning=False):
-            super().__init__(D, turning)
-            turned.append(turning)
-
-    monkeypatch.setattr(reconstruction_activity, "EachSlice", Cut)
-    c = Cylinder((8, 8, 8), (6.0, 6.0), 8, 10, 5.0, 3, 8.0, 80.0)
-    scan = Scan(None, torch.full((1, *c.sinogram_shape), 5.0), 0.1 * Projector3D(c))
-    sampler, error = Sampler(draws=2, evaluations=2), Measured(torch.tensor([1.0]), torch.ones(1, 1))
-
-    def x(scan, widening=1.0):
-        return reconstruction_activity.posterior(Prior(Told(), 25.0, error, widening=widening), scan, sampler).x
-
-    cubes = dataclasses.replace(scan, step=1.0)
-    assert torch.equal(x(cubes), x(cubes, widening=4.0))
-    monkeypatch.setattr(reconstruction_activity, "LEAST_ROWS", 8)
-    for one in (cubes, scan, dataclasses.replace(scan, step=2.0)):
-        x(one)
-    assert turned == [False, False, True, False, False]
-
-
-def test_the_cost_of_a_volume_is_told_and_grows_with_its_draws():
-    c = Cylinder((3, 8, 8), (6.0, 6.0), 8, 10, 5.0, 3, 8.0, 80.0)
-    scan = Scan(None, torch.ones(1, *c.sinogram_shape), Projector3D(c))
-    prior = Prior(Told(), 25.0, Measured(torch.tensor([1.0]), torch.ones(1, 1)))
-    few, many = (reconstruction_activity.cost(prior, scan, Sampler(draws=n)) for n in (2, 2000))
-    assert 0 < few.seconds < many.seconds and 0 < few.gib < many.gib
-    assert "min of processor time" in str(few)
-    flat = Scan(None, torch.ones(1, 1, 4, 4), Identity((1, 4, 4), torch.float32))
-    with pytest.raises(ValueError, match="of volumes"):
-        reconstruction_activity.cost(prior, flat, Sampler())
 
 
 def test_a_study_calibrates_its_intervals_on_further_people(people):

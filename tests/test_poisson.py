@@ -1,5 +1,6 @@
 """Samplers that have seen counts, against posteriors known by importance sampling."""
 
+import dataclasses
 import math
 from functools import cache
 
@@ -240,3 +241,42 @@ def test_truths_rank_evenly_among_the_draws_and_not_among_narrower_ones(backgrou
     p, ranks = known.ranks(draw, cases=60)
     assert p > 0.05 and ranks.shape == (60, 5) and 0 <= ranks.min() and ranks.max() <= 9
     assert known.ranks(narrow, cases=60)[0] < 0.01
+
+
+def volume_of_counts(ties: float) -> poisson_mean:
+    """Two slices that no line ties together, and 50 counts in each pixel."""
+    A = 5.0 * Identity((1, 2, SIZE, SIZE), torch.float32)
+    y = poisson_counts(torch.full((1, 1, 2, SIZE, SIZE), 50.0), [0])
+    return poisson_mean(A, y, covariance=Measured(torch.tensor([1.0]), torch.ones(1, 1)), ties=ties)
+
+
+def test_ties_have_the_value_of_the_relative_difference_prior():
+    G = volume_of_counts(1.5)
+    a, b = 4.0, 10.0
+    m = torch.stack([torch.full((SIZE, SIZE), v) for v in (a, b)])[None, None]
+    value = 0.5 * (G.tied(m) * (b - a)).square()
+    exact = 1.5 * (b - a) ** 2 / (a + b + 2 * (b - a))  # [nuyts2002], gamma 2
+    assert value.shape == (1, 1, 1, SIZE, SIZE) and torch.allclose(value, torch.tensor(exact), rtol=0.02)
+    assert torch.isfinite(G.tied(torch.zeros_like(m))).all(), "an empty image is tied, too"
+    assert G.near(m).A.range_shape == (3 * SIZE**2,) and volume_of_counts(0.0).near(m).A.range_shape != (3 * SIZE**2,)
+
+
+def test_ties_draw_neighbouring_slices_together_and_means_are_averaged():
+    """A flat prior of each pixel, N(10, 9): what a tie does to a pair of pixels is known in closed form."""
+    D = GaussianDenoiser(torch.full((1, 2, SIZE, SIZE), 10.0).double(), 9 * torch.eye(2 * SIZE**2).double())
+    levels = [6.0, 4.0, 3.0, 2.0, 1.0]
+
+    def drawn(ties: float, averaged: int = 1):
+        C = Measured.fit(D, D.draw(40, torch.Generator().manual_seed(0)).float(), levels, bins=1)
+        G = dataclasses.replace(volume_of_counts(ties), covariance=C)
+        return poisson_gibbs(D, G, levels, seeds=range(60), tails=None, averaged=averaged)
+
+    free, tied, averaged = drawn(0.0), drawn(10.0), drawn(10.0, 4)
+    alone, weight = 1 / 9 + 25 / 50, 2 * 10.0 / 20  # the latter of equal voxels; less of those that differ
+    apart, together = (found.x.diff(dim=2).var(0).mean().item() for found in (free, tied))
+    assert apart == pytest.approx(2 / alone, rel=0.1)
+    assert 1 <= together / (2 / (alone + 2 * weight)) < 1.25
+    assert torch.equal(averaged.x, tied.x), "means take nothing from the draws"
+    assert (averaged.mean - tied.mean).abs().max() > 0
+    spread, less = (f.mean.var(0).mean().item() for f in (tied, averaged))
+    assert less < 0.6 * spread, "of means of sweeps that forget"

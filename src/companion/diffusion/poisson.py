@@ -44,10 +44,12 @@ from companion.diffusion.symmetry import moved
 from companion.operators.counts import check_counts, counts_ratio, expected_counts
 from companion.operators.linear import Diagonal, LinearOperator, check_finite
 from companion.operators.pet import sensitivity
+from companion.operators.stacked import Tied
 from companion.randomness import randn
 
 # No bin's variance is below this share of the mean bin's: a line through nothing but air must not weigh infinitely.
 FLOOR = 0.05
+EDGES = 2.0  # gamma of the relative difference prior between slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +90,22 @@ class poisson_mean(Counts):
     """E[x0 | x, y] when p(x0 | x) = N(D(x), C) and counts are whitened at D(x): `posterior_mean` for counts.
 
     covariance, iterations, tol: as there; `Measured` is best. `draw` is what `annealed_gibbs` needs.
+    ties: of volumes, the prior is times exp(-ties * relative difference prior [nuyts2002] between each voxel and the
+    one above it), which a prior of independent slices does not know; in 1 / unit of x, and the same at every dose. Near
+    an image it is a quadratic, as the counts are. [chung2023mbir] (total variation between slices). 0: none.
     """
 
     covariance: Callable = PerPixel()
     iterations: int = 30
     tol: float = 1e-3
+    ties: float = 0.0
 
     def near(self, m: Tensor) -> posterior_mean:
-        """The Gaussian problem that stands for the counts near the image m."""
+        """The Gaussian problem that stands for the counts, and for the ties, near the image m."""
         A, y = self.whitened(m)
+        if self.ties:
+            flat, A = y.flatten(-len(self.A.range_shape)), Tied(A, self.tied(m))
+            y = F.pad(flat, (0, A.range_shape[0] - flat.shape[-1]))
         return posterior_mean(A, y, self.noise_std, self.covariance, self.iterations, self.tol, response=self.response)
 
     @cached_property
@@ -107,6 +116,13 @@ class poisson_mean(Counts):
         axes = tuple(range(-len(self.A.range_shape), 0))
         root = torch.maximum(self.y, FLOOR * self.y.mean(axes, keepdim=True)).add(1).rsqrt()
         return Response.of(Diagonal(root, self.A.range_shape) @ self.A, root)
+
+    def tied(self, m: Tensor) -> Tensor:
+        """The roots (batch, 1, z - 1, y, x) of the weights of squared differences that stand for the ties near m."""
+        m = m.clamp(min=0)
+        sums, change = m[..., 1:, :, :] + m[..., :-1, :, :], m.diff(dim=-3).abs()
+        least = FLOOR * m.mean((-4, -3, -2, -1), keepdim=True) + 1e-12
+        return (2 * self.ties / (sums + EDGES * change + least)).sqrt()
 
     def estimate(self, D, x, sigma, cond=None):
         return self.mean(*self.covariance(D, x, sigma, cond))
@@ -126,7 +142,8 @@ class poisson_mean(Counts):
 
 @dataclass(frozen=True)
 class Posterior:
-    """`x` (draw, *shape) draws in the order of the seeds; `mean`, alike: E[x0 | the noisy image of the last sweep, y].
+    """`x` (draw, *shape) draws in the order of the seeds; `mean`, alike: E[x0 | the noisy image of the last sweep, y],
+    or its average over the last sweeps.
 
     Their averages over draws are the same posterior mean, that of `mean` with less Monte-Carlo noise (Rao, Blackwell).
     """
@@ -145,6 +162,7 @@ def poisson_gibbs(
     tails: float | None = 8.0,
     window: int = 3,
     start: Tensor | None = None,
+    averaged: int = 1,
     device: torch.device | str = "cpu",
     cond: Tensor | None = None,
     callback: Callable[[dict], None] | None = None,
@@ -158,7 +176,8 @@ def poisson_gibbs(
     t is a Gaussian of unknown width: given the clean image z of the last sweep its variance is that of D times
     (tails + sum of (z - D)^2 / variance) / (tails + pixels) over the patch, so wherever counts contradict D, D is
     believed less, and elsewhere nothing changes. With a denoiser that states its variance only, a table of its real
-    error (`Recalibrated`, `Measured`) is part of the recipe. Other arguments as for `annealed_gibbs`.
+    error (`Recalibrated`, `Measured`) is part of the recipe. averaged: over how many of the last sweeps the mean is
+    averaged, each of which costs a solution by CG more. Other arguments as for `annealed_gibbs`.
     [lange1989] (robust t); [zhang2024] for the sweeps.
     """
 
@@ -169,9 +188,16 @@ def poisson_gibbs(
         seen = Widened(seen, z, tails, window) if tails is not None and step else seen
         x0_hat, C = data.covariance(seen, x, level, cond)
         near = data.near(x0_hat)
-        z, last = near.draw(x0_hat, C, draws), step == len(levels) - 1
-        return z, near.mean(x0_hat, C) if last else None
+        z = near.draw(x0_hat, C, draws)
+        if step >= len(levels) - averaged:
+            means.append(near.mean(x0_hat, C))
+        if step < len(levels) - 1:
+            return z, None
+        mean = torch.stack(means).mean(0)
+        means.clear()  # the next batch has its own
+        return z, mean
 
+    means: list[Tensor] = []
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     levels = levels[:-1] if levels[-1] == 0 else levels
     samples = chain(sweep, D, levels, G, 1, seeds, G.y.dtype, device, cond, None, callback, progress, start)

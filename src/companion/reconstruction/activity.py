@@ -55,16 +55,33 @@ WITH_MR = "MR-guided MAP"
 
 
 def trusted(
-    priors: Mapping[str, Prior], scan: Scan, by_map: trust_counts.Classical, sampler: Sampler, seed: int = 0
+    priors: Mapping[str, Prior],
+    scan: Scan,
+    by_map: trust_counts.Classical,
+    sampler: Sampler,
+    seed: int = 0,
+    at_hand: Mapping[str, Posterior] | None = None,
 ) -> trust_counts.Trusted:
     """Each scan as its own counts ask: by one of the priors, or by a classical method.
 
-    The trial sees two thirds of the counts, in few and short draws; see `reconstruction.trust_counts`.
+    The trial sees two thirds of the counts, in few and short draws; see `reconstruction.trust_counts`. at_hand: of some
+    priors the `posterior` of the scan, one, with this sampler and seed, which is then not drawn again. ValueError for
+    that of several.
     """
-    short = Sampler(min(3, sampler.draws), min(12, sampler.evaluations), sampler.last_noise)
+    if at_hand and len(scan.y) != 1:
+        raise ValueError(f"posteriors at hand are those of one scan, got {len(scan.y)}; draw those of several anew")
+    few = 3 if len(scan.A.domain_shape) == 3 else 2  # so many bins say of two how far draws vary
+    short = Sampler(min(few, sampler.draws), min(12, sampler.evaluations), sampler.last_noise)
     trial = {name: on_trial(one, short, seed) for name, one in priors.items()}
     trusts = trust_counts.assess(scan, trial, by_map, seed=seed)
-    return trust_counts.reconstruct(scan, trusts, {n: drawer(one, sampler, seed) for n, one in priors.items()}, by_map)
+    whole = {name: drawer(one, sampler, seed) for name, one in priors.items()}
+    whole |= {name: kept(whole[name], found) for name, found in (at_hand or {}).items()}
+    return trust_counts.reconstruct(scan, trusts, whole, by_map)
+
+
+def kept(draw: trust_counts.Draw, found: Posterior) -> trust_counts.Draw:
+    """The same draws, those of the error at face value already `found`."""
+    return lambda part, scale: found if scale == 1 else draw(part, scale)
 
 
 def drawer(prior: Prior, sampler: Sampler, seed: int = 0) -> trust_counts.Draw:
@@ -137,6 +154,8 @@ CONVERGED = {"iterations": 16, "tol": 3e-5}  # of conjugate gradients: draws to 
 
 LEAST_ROWS = 32  # of a volume along each axis, from which slices in any plane show enough of a head to be judged
 WARM, SEEN = 1.0, 10  # noise level, network units, at which draws of volumes begin, and from which iteration of MLEM
+LAST_WARM = 0.3  # where they end, if not above: in less noise they harden what is open, and the mean gets worse
+TIES = 1.2  # of neighbouring slices a pixel apart, 1 / network unit, see `poisson_mean`
 
 RESIDUAL = 1e-2  # of volumes, relative, of conjugate gradients, within the same number of steps: no worse draws
 
@@ -246,13 +265,14 @@ def posterior(
 
     x (draw, slice, 1, y, x) and their mean (slice, 1, y, x) in kBq/mL, not cut at 0. Draw k of slice i has the seed
     `seed` + 10,000 i + k. Slices that end at the same noise level are drawn together, which changes nothing for each.
-    Scans of volumes alike, x (draw, scan, 1, z, y, x): the prior is one of independent slices then, and A, such as that
-    of oblique planes, ties them together; where voxels are cubes (a `step` of 1), LEAST_ROWS of them or more along each
-    axis, sweeps cut them across z, y, x in turn. Draws of volumes are not widened: `Prior.widening` is that of slices
-    by themselves. `cost` says beforehand what they will take.
+    Scans of volumes alike, x (draw, scan, 1, z, y, x): the prior is one of independent slices then, which A, such as
+    that of oblique planes, and TIES between neighbours hold together, those of a known `step` up to NEAR; where voxels
+    are cubes (a `step` of 1), LEAST_ROWS of them or more along each axis, sweeps cut them across z, y, x in turn. Draws
+    of volumes are not widened: `Prior.widening` is that of slices by themselves. `cost` says what they will take.
     warm: Gibbs sweeps of volumes begin at this noise level, network units, from SEEN iterations of MLEM, with those of
-    the `evaluations` that are left below it: noise drowns what that image gets wrong, as far as the counts do not say
-    it anyway. None: from noise that drowns everything, as slices do. [zhang2024] (sweeps forget where they began).
+    the `evaluations` that are left below it, and end at LAST_WARM or above: noise drowns what that image gets wrong, as
+    far as the counts do not say it anyway. The mean is then that of all sweeps. None: from noise that drowns everything
+    to the last level, as slices do. [zhang2024] (sweeps forget where they began).
     """
     draws, levels = draws or sampler.draws, sampler.last_levels(scan)
     begin = None
@@ -292,13 +312,16 @@ def draw(
     turning = scan.step == 1 and min(A.domain_shape[1:]) >= LEAST_ROWS
     D = prior.D if len(A.domain_shape) == 3 else EachSlice(prior.D, turning)
     G = poisson_mean(A, scan.y, background=scan.background, covariance=prior.error, **CONVERGED)
-    G = G if len(A.domain_shape) == 3 else replace(G, tol=RESIDUAL)
+    if len(A.domain_shape) == 4:
+        near = scan.step is not None and scan.step <= NEAR
+        G = replace(G, tol=RESIDUAL, ties=TIES / scan.step if near and scan.step else 0.0)
     if rule == GIBBS:
-        levels = karras(evaluations, last_level / prior.scale_kbq, FIRST_SIGMA)
-        image = None
-        if start is not None:
-            image, levels = start[0] / prior.scale_kbq, below(levels, start[1])
-        result = poisson_gibbs(D, G, levels, seeds=seeds, start=image, device=prior.device, cond=cond)
+        image, warm = (None, None) if start is None else (start[0] / prior.scale_kbq, start[1])
+        levels = schedule(evaluations, last_level / prior.scale_kbq, warm)
+        averaged = 1 if warm is None else len(levels)
+        result = poisson_gibbs(
+            D, G, levels, seeds=seeds, start=image, averaged=averaged, device=prior.device, cond=cond
+        )
         mean = result.mean
     else:
         G = GUIDED[rule](A, scan.y, scan.background, G)
@@ -316,9 +339,15 @@ def draw(
     return Posterior(prior.scale_kbq * result.x.cpu(), prior.scale_kbq * mean.cpu(), result.bill)
 
 
-def below(levels: Tensor, first: float) -> Tensor:
-    """Those of decreasing levels that are `first` or less, the last above 0 in any case, and their 0."""
-    return levels[levels <= max(first, levels[-2].item())]
+def schedule(evaluations: int, last: float, warm: float | None) -> Tensor:
+    """Noise levels, network units, of so many sweeps that end at `last`, and their 0.
+
+    warm: those of them that are as low as that or the last, of a schedule that ends at LAST_WARM or above.
+    """
+    if warm is None:
+        return karras(evaluations, last, FIRST_SIGMA)
+    levels = karras(evaluations, max(last, LAST_WARM), FIRST_SIGMA)
+    return levels[levels <= max(warm, levels[-2].item())]
 
 
 class Cost(NamedTuple):
@@ -335,7 +364,7 @@ def cost(prior: Prior, scan: Scan, sampler: Sampler, draws: int | None = None, w
     """The `Cost` of `posterior` of volumes here, at most: from one projection with its adjoint, and a few slices.
 
     The trial makes the tables of the projector, which are kept. Counted are the steps of conjugate gradients, one
-    solution for every evaluation and one for the mean, and the arrays that they hold at a time, beside the most that
+    solution for every evaluation and one for each mean, and the arrays that they hold at a time, beside the most that
     the process has held so far. Raises ValueError for slices.
     """
     if len(scan.A.domain_shape) != 4:
@@ -345,8 +374,7 @@ def cost(prior: Prior, scan: Scan, sampler: Sampler, draws: int | None = None, w
     A, cond = scan.A, prior.condition(scan)
     draws, volume = draws or sampler.draws, torch.ones(1, *A.domain_shape)
     level = sampler.last_levels(scan).min().item() / prior.scale_kbq
-    levels = karras(sampler.evaluations, level, FIRST_SIGMA)
-    sweeps = len(levels if warm is None else below(levels, warm)) - 1
+    sweeps = len(schedule(sampler.evaluations, level, warm)) - 1
     few = min(4, A.domain_shape[1])
     x, cond = volume[:, :, :few].to(prior.device), None if cond is None else cond[:1, :, :few]
     sigma = torch.ones(1, device=prior.device)
@@ -359,7 +387,8 @@ def cost(prior: Prior, scan: Scan, sampler: Sampler, draws: int | None = None, w
             start = time.process_time()
             trial()
             spent[name] = time.process_time() - start
-    steps = (sweeps + 1) * (CONVERGED["iterations"] + 2)
+    solutions = sweeps + 1 if warm is None else 2 * sweeps
+    steps = solutions * (CONVERGED["iterations"] + 2)
     each = steps * spent["projections"] + sweeps * spent["slices"] * A.domain_shape[1] / few
     held = HELD[0] * math.prod(A.range_shape) + HELD[1] * math.prod(A.domain_shape)
     count, mlem_too = draws * len(scan.y), len(scan.y) * (SEEN + 1) * spent["projections"]

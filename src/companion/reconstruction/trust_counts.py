@@ -33,6 +33,7 @@ KEPT = 2 / 3  # of the counts: what draws see in the trial
 SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
 GROUPS = 8  # of bins by their expected counts, in which predicted variances are pooled
 LEAST_SHARE = 0.5  # of the posterior mean in the mixture, below which the classical image is preferred
+OUTSIDE = 0.5  # of the background: expected trues below which a bin's line misses the body, or nearly so
 SIGNIFICANT = 3.0  # standard errors of chi-square by which a scan contradicts a prior
 KNOWN = 1.05  # chi-square per bin up to which a prior knows a scan in any case
 
@@ -112,9 +113,16 @@ def one_score(residual: Tensor, noise: Tensor, power: Tensor) -> Score:
 
 
 def best_share(held: Scan, mean: Tensor, other: Tensor) -> Tensor:
-    """The share (slice,), 0 to 1, of `mean` in its mixture with `other` that predicts held-out counts best."""
+    """The share (slice,), 0 to 1, of `mean` in its mixture with `other` that predicts held-out counts best.
+
+    Of volumes bins with fewer expected trues than OUTSIDE times their background are left out. An estimate of scatter
+    that is some per cent off shows nearly alone there, in both parts of the counts alike: a posterior mean follows it
+    with negative activity in air, and what cannot be negative does not, so that the share would be that of the error.
+    """
     ours, theirs = (predicted_counts(held, x) for x in (mean, other))
     weight = 1 / torch.maximum(theirs, 0.05 * theirs.mean((-2, -1), keepdim=True) + 1e-6)
+    if held.background is not None and len(held.A.domain_shape) == 4:
+        weight = weight * (theirs > (1 + OUTSIDE) * held.background.double())
     step = ours - theirs
     found = (weight * step * (held.y.double() - theirs)).flatten(1).sum(1)
     power = (weight * step.square()).flatten(1).sum(1)
