@@ -33,7 +33,7 @@ def rng(seed: int) -> np.random.Generator:
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
-@pytest.mark.parametrize("draw", {*BODIES, *no_heads.THINGS}, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("draw", dict.fromkeys((*BODIES, *no_heads.THINGS)), ids=lambda f: f.__name__)
 def test_every_kind_is_drawn_anew_by_every_seed(draw):
     def image(seed):
         canvas = Canvas(rng(seed), 24)
