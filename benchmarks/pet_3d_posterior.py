@@ -169,13 +169,13 @@ def by_osem(scan: Scan, iterations: float) -> Tensor:
 
 
 def by_map(scan: Scan, strength: float) -> Tensor:
-    return bsrem(scan.y, scan.A, scan.background, strength=strength, iterations=12, subsets=16).x
+    return bsrem(scan.y, scan.A, scan.background, strength=strength, iterations=12, subsets=8).x
 
 
 def by_bowsher(scan: Scan, strength: float) -> Tensor:
     assert scan.mr is not None
     alike = bowsher_weights(scan.mr)
-    return bsrem(scan.y, scan.A, scan.background, strength=strength, alike=alike, iterations=12, subsets=16).x
+    return bsrem(scan.y, scan.A, scan.background, strength=strength, alike=alike, iterations=12, subsets=8).x
 
 
 def stacked(x: Tensor) -> Tensor:
