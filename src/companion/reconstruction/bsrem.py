@@ -23,6 +23,8 @@ from companion.reconstruction.pet import (
     relative_difference,
 )
 
+FALL = 0.01  # share of the log posterior gained: more than iterations near the maximum fluctuate by
+
 
 @torch.no_grad()
 def bsrem(
@@ -49,9 +51,11 @@ def bsrem(
     does the image settle at the maximum (BSREM [depierro2001], in the form of [ahn2003]). memory: each subset's last
     gradient stands in for it while the others step, so that little of the contradiction is left (SAGA [defazio2014];
     for this prior [twyman2023]). It takes an image for each subset; without it relaxation must be larger, the more so
-    the more subsets. With three angles a subset (16 of 48) it was seen to diverge for a large volume, with six not:
-    look at the image, and take fewer subsets. The start is one iteration of OSEM. An item's result does not depend on
-    the others.
+    the more subsets. Kept gradients make steps unstable where a subset sees little (few angles, few counts), so two
+    things guard them: the preconditioner stays as it is at the beginning of an iteration, or else a gradient kept from
+    a bad image makes a voxel grow exponentially until its subset's turn comes; and an item whose log posterior, added
+    up over the subsets on the way, falls by more than FALL of what it has gained takes steps of half the length then.
+    The start is one iteration of OSEM. An item's result does not depend on the others.
     Raises ValueError as `osem` and `map_rdp`, and for a negative relaxation.
     """
     if not relaxation >= 0:
@@ -66,16 +70,27 @@ def bsrem(
         x = _start(y, A, x0, _inverse(total))
     floor = 1e-6 * _mean(x) + 1e-30
     kept, whole = [torch.zeros_like(x) for _ in parts] if memory else [], torch.zeros_like(x)
+    pace = torch.ones_like(floor)
+    first = before = best = torch.zeros(len(x))  # heights of the log posterior
     for k in range(1, iterations + 1):
+        start, height = x, 0.0
         for i, part in enumerate(parts):
-            _, slope, curvature = relative_difference(x, gamma, ndim, alike)
-            own = part.A.H(counts_ratio(part.y, expected_counts(part.A, x, part.background))) - part.total
+            penalty, slope, curvature = relative_difference(x, gamma, ndim, alike)
+            expected = expected_counts(part.A, x, part.background)
+            own = part.A.H(counts_ratio(part.y, expected)) - part.total
+            fit = (torch.xlogy(part.y, expected) - expected).double().flatten(1).sum(1)
+            height = height + fit - weight.flatten().double() * penalty / subsets
             gradient = subsets * own
             if memory:
                 gradient = gradient if k == 1 else gradient - subsets * kept[i] + whole
                 kept[i], whole = own, whole + own - kept[i]
-            step = torch.where(seen, gradient - weight * slope, 0.0) / (1 + relaxation * (k - 1))
-            x = _faded((x + step / (total / (x + floor) + 2 * weight * curvature).clamp(min=1e-30)).clamp(min=0))
+            step = pace * torch.where(seen, gradient - weight * slope, 0.0) / (1 + relaxation * (k - 1))
+            at = start if memory and k > 1 else x
+            x = _faded((x + step / (total / (at + floor) + 2 * weight * curvature).clamp(min=1e-30)).clamp(min=0))
+        if memory and k > 1:
+            fallen = before - height > FALL * (best - first)
+            pace = torch.where(fallen.reshape(pace.shape), pace / 2, pace)
+        first, before, best = (height,) * 3 if k == 1 else (first, height, torch.maximum(best, height))
         if callback is not None:
             callback(k, x)
     return Reconstruction(x, torch.full((len(y),), iterations, device=y.device))
