@@ -240,7 +240,7 @@ def reconstruct(D, errors, A, y, leaning, acs, seed, args):
     """Plain and trusted samples of all slices, the verdict of the middle one, seconds a slice of both."""
     sigmas, own = trust.levels_for(NOISE, True, args.evaluations), next(iter(errors.values()))
     seeds, found, spent = [range(seed + 8 * i, seed + 8 * i + args.draws) for i in range(len(y))], None, [0.0, 0.0]
-    plain, trusted = [], []
+    plain, trusted, shares = [], [], []
     began = time.perf_counter()
     middle = len(y) // 2
     found = trust.assess(
@@ -260,9 +260,10 @@ def reconstruct(D, errors, A, y, leaning, acs, seed, args):
         same = (found.chosen.name, found.chosen.scale) == (found.first.name, found.first.scale)
         G = posterior_mean(A, one, NOISE, found.error, balance=True)
         again = plain[-1] if same else annealed_gibbs(D, G, sigmas, seeds=draws, start=image)
-        trusted.append(found.apply(again, image))
+        shares.append(found.of(A, again, image))
+        trusted.append(shares[-1].apply(again, image))
         spent[1] += time.perf_counter() - began + (same * plain[-1].bill.seconds * args.draws)
-    return plain, trusted, found, [s / len(y) for s in spent]
+    return plain, trusted, shares[middle], [s / len(y) for s in spent]
 
 
 # ---------------------------------------------------------------------------------------------------------- report

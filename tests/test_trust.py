@@ -14,10 +14,10 @@ from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sampling import Bill, Samples
 from companion.operators.linear import Identity
 from companion.operators.masks import cartesian_mask
-from companion.operators.mri import birdcage_maps, sense
+from companion.operators.mri import Fourier, birdcage_maps, fft, sense
 from companion.operators.noncartesian import GOLDEN, noncartesian_sense, radial_trajectory
 from companion.randomness import randn
-from companion.reconstruction import held_out, trust
+from companion.reconstruction import held_out, regularised, trust
 
 SIZE, COILS, NOISE = 16, 4, 0.05
 LEVELS = (0.1, 5.0)
@@ -148,6 +148,42 @@ def test_the_mixture_with_a_classical_image_is_the_best_one():
     assert held_out.best_share(split, x, x) == 1
 
 
+@pytest.mark.parametrize(("bias", "scatter"), [(0.1, 0.0), (0.3, 0.0), (0.1, 0.5), (0.0, 0.4)])
+def test_what_held_out_samples_say_is_right_where_nothing_was_measured(bias, scatter):
+    """Means that err by as much everywhere; a classical image that knows nothing of what was not measured."""
+    g = torch.Generator().manual_seed(6)
+    D = smooth_prior()
+    x = D.draw(1, g, torch.complex64)
+    A, y = scan(x)
+    split = held_out.hold_out(A, y, acs=4, share=0.25)
+    noise = [randn((n, *x.shape[1:]), x.dtype, g) for n in (1, 4)]
+    means = x + bias * noise[0] + scatter * noise[1]
+    classical = regularised.cg(A, y, 1e-3)
+    of_part = regularised.cg(split.A, split.y, 1e-3)
+    share, found = held_out.share_and_bias(split, means, of_part, len(means))
+    assert share == held_out.best_share(split, means, of_part, len(means))
+    beyond = held_out.share_beyond(A, means, classical, share, found)
+    open_places = A.mask.mask == 0
+    d, e = (fft(A.coils.forward(v)) * open_places for v in (means.mean(0, keepdim=True) - classical, x - classical))
+    best = (d.conj() * e).real.sum() / d.abs().square().sum()
+    assert share <= beyond and abs(beyond - best.clamp(max=1)) < 0.1
+    one = held_out.share_beyond(A, means[:1], classical, share, found)
+    assert one == share == held_out.share_beyond(Fourier((1, *x.shape[2:])), means, classical, share, found)
+
+
+def test_the_image_of_a_scan_leans_less_on_a_classical_one_than_its_measured_samples_ask():
+    D = smooth_prior()
+    x = D.draw(1, torch.Generator().manual_seed(5), torch.complex64)
+    A, y = scan(x)
+    how = dict(acs=4, seeds=range(4), evaluations=16, levels=LEVELS, classical=lambda A, y: regularised.cg(A, y, 0.01))
+    result, found = trust.reconstruct(D, A, y, NOISE, {"its own": error_of(D)}, **how)
+    assert found.bias is not None and found.held_share <= found.share <= 1
+    again, same = trust.reconstruct(D, A, y, NOISE, {}, trust=found, **how)
+    assert same.share == found.share and torch.equal(again.mean, result.mean)
+    whole = trust.assess(D, held_out.hold_out(A, y, 4), NOISE, {"its own": error_of(D)}, levels=LEVELS, beside=False)
+    assert whole.bias is None and whole.of(A, result, x) is whole
+
+
 def test_two_classical_methods_are_mixed_and_one_that_is_no_use_is_not_asked():
     D = smooth_prior()
     x = D.draw(1, torch.Generator().manual_seed(3), torch.complex64)
@@ -170,11 +206,11 @@ def test_two_classical_methods_are_mixed_and_one_that_is_no_use_is_not_asked():
 
 
 def test_a_prior_of_something_else_is_found_out_and_the_classical_image_taken():
-    """The scan is a texture about 0; the prior expects one about 3 and is sure of it."""
+    """The scan is a texture about 0; the prior expects one about 3."""
     D, wrong = smooth_prior(), smooth_prior(mean=3.0)
     x = D.draw(1, torch.Generator().manual_seed(5), torch.complex64)
     A, y = scan(x)
-    errors = {"its own people": error_of(wrong).times(0.1)}
+    errors = {"its own people": error_of(wrong)}
     options = dict(acs=4, seeds=range(4), evaluations=8, levels=LEVELS, classical=lambda A, y: x)
     result, found = trust.reconstruct(wrong, A, y, NOISE, errors, **options, extra=1.0)
     assert not found.knows and not found.helps and found.widening >= 1

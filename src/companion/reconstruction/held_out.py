@@ -2,8 +2,8 @@
 
 Everything is judged by linear predictions of samples, so any operator will do: a `Split` says how data fall in two
 parts, `hold_out` makes one for MRI on and off the grid, and scoring knows nothing of either. No truth is needed to tune
-a classical method (`best_setting`), to mix two images (`best_share`, `Blend`), or to ask whether error bars are right
-(`predictive_score`). docs/trust.md has the formulas.
+a classical method (`best_setting`), to mix two images (`best_share`, `share_beyond`, `Blend`), or to ask whether error
+bars are right (`predictive_score`). docs/trust.md has the formulas.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from companion.diffusion.sampling import Samples
 from companion.operators.linear import Composition, Diagonal, LinearOperator
-from companion.operators.mri import Mask, Sense
+from companion.operators.mri import Mask, Sense, fft
 from companion.operators.noncartesian import NUFFT
 
 Classical = Callable[[LinearOperator, Tensor], Tensor]  # (A, y) -> image (batch, *A.domain_shape)
@@ -181,6 +181,12 @@ def best_share(split: Split, means: Tensor, other: Tensor, draws: int | None = N
 
     draws: of so many such means, by default of the n; what their scatter adds to the error of few is taken off.
     """
+    return share_and_bias(split, means, other, draws)[0]
+
+
+def share_and_bias(split: Split, means: Tensor, other: Tensor, draws: int | None = None) -> tuple[float, float]:
+    """`best_share`, and by how much the mean of so many draws errs at a held-out place, all coils together, beyond what
+    an image made of the data could explain: (1 - share) times its squared difference from `other`."""
     ours, theirs, wanted = (
         pick(split.held_A(means), split.held),
         *(pick(x, split.held) for x in (split.held_A(other), split.held_y)),
@@ -191,8 +197,34 @@ def best_share(split: Split, means: Tensor, other: Tensor, draws: int | None = N
     if draws is not None and n > 1:
         power = power - (ours - mean).abs().square().sum() / (n - 1) * (1 / n - 1 / draws)
     if power <= 0:
-        return 1.0
-    return ((step.conj() * (wanted - theirs)).real.sum() / power).clamp(0, 1).item()
+        return 1.0, 0.0
+    share = (step.conj() * (wanted - theirs)).real.sum() / power  # below 0 where the mean is worse than nothing
+    return share.clamp(0, 1).item(), ((1 - share).clamp(min=0) * power / split.held.sum()).item()
+
+
+def share_beyond(A: LinearOperator, means: Tensor, other: Tensor, share: float, bias: float) -> float:
+    """The share of the mean of `means` (n, *shape) in its mixture with `other` where nothing was measured, at least
+    `share`, given share and bias of single held-out samples, which lie beside measured ones.
+
+    A mean of draws from the right posterior leaves an error that no image made of the data explains, and its best share
+    is 1. Held-out samples ask for less as far as it errs beyond that, by its bias. Where nothing was measured it is
+    taken to err so by as much at each place, and by the scatter of the few draws. But there both images differ by far
+    more, since the classical one has nothing to go by, so that the best share, 1 - error / squared difference, is
+    larger. `share` itself for one draw, and for an A that is no Cartesian scan.
+    """
+    n = len(means)
+    if not isinstance(A, Sense) or n < 2 or share == 1:
+        return share
+    open_places = A.mask.mask == 0
+
+    def missed(x: Tensor) -> Tensor:
+        k = fft(A.coils.forward(x), A.coils.ndim).abs().square()
+        return torch.where(open_places, k, 0).sum()
+
+    mean = means.mean(0, keepdim=True)
+    places = open_places.expand(*A.range_shape)[0].sum()
+    wrong = bias * places + missed(means - mean) / ((n - 1) * n)
+    return max(share, (1 - wrong / missed(mean - other).clamp(min=1e-30)).item())
 
 
 # ------------------------------------------------------------------------------------------- classical images

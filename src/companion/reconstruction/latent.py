@@ -202,7 +202,7 @@ def posterior_of_voxels(
         draws=TRIAL,
         seed=seeds[0],
         final=len(seeds),
-        warm_loss=1,
+        beside=False,
         **how,
     )
     return trust.reconstruct(

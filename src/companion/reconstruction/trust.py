@@ -30,7 +30,15 @@ from companion.diffusion.response import Response
 from companion.diffusion.sampling import Bill, Samples
 from companion.evaluation.organ import Look, Organ
 from companion.operators.linear import LinearOperator
-from companion.reconstruction.held_out import Classical, Score, Split, best_share, hold_out, predictive_score
+from companion.reconstruction.held_out import (
+    Classical,
+    Score,
+    Split,
+    hold_out,
+    predictive_score,
+    share_and_bias,
+    share_beyond,
+)
 
 SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
 COLD, WARM = 5.0, 0.5  # first noise level of draws that begin with nothing, and with a classical image
@@ -58,8 +66,11 @@ class Candidate:
 class Trust:
     """What a scan says of a prior.
 
-    error: the model of its error to draw with. share: of the posterior mean in the image, the rest is classical.
-    widening: factor on the variance of the draws around the image. chosen: the candidate that `error` is; tried: all.
+    error: the model of its error to draw with. share: of the posterior mean in the image, the rest is classical; of a
+    trial (`assess`) that for which held-out samples ask, of an image (`of`) what follows from it for all that was not
+    measured. held_share, bias: what held-out samples said, see `held_out.share_beyond`; bias is None where whole
+    readouts were held out, which tell of that themselves. widening: factor on the variance of the draws around the
+    image. chosen: the candidate that `error` is; tried: all.
     first: the candidate of the prior's own people at scale 1, by which the prior is judged to know the scan or not.
     classical: squared error of the classical image on held-out samples, less the noise; bill: the cost of the trial.
     look: what a readout of the prior's features said of the classical image; None where nothing was asked.
@@ -74,6 +85,8 @@ class Trust:
     bill: Bill
     known_below: float = field(default=KNOWN, repr=False)
     look: Look | None = None
+    held_share: float = 1.0
+    bias: float | None = None
 
     @property
     def first(self) -> Candidate:
@@ -125,6 +138,13 @@ class Trust:
             details.append(f"{1 - self.share:.0%} of the image is classical")
         return "; ".join([text, *details])
 
+    def of(self, A: LinearOperator, samples: Samples, classical: Tensor | None = None) -> Trust:
+        """The same for an image of all data: `share` is that of the mean of these draws beside the classical image."""
+        if classical is None or self.bias is None:
+            return self
+        means = samples.x if samples.mean is None else samples.mean
+        return replace(self, share=share_beyond(A, means, classical, self.held_share, self.bias))
+
     def apply(self, samples: Samples, classical: Tensor | None = None) -> Samples:
         """Draws and mean of all data, leaning on the classical image (1, *shape) as far as the scan asks.
 
@@ -153,7 +173,7 @@ def assess(
     classical: Classical | None = None,
     iterations: int = 30,
     final: int | None = None,
-    warm_loss: float = WARM_LOSS,
+    beside: bool = True,
     organ: Organ | None = None,
 ) -> Trust:
     """What a scan, in two parts, says of the prior D, for at most `evaluations` of it.
@@ -163,7 +183,8 @@ def assess(
     `draws` chains, as long as `evaluations` allow for `tries` candidates. First all models as they are; then the best
     one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
     elsewhere; the chains begin with its image. final: draws of the image to come, of which more scatter less.
-    warm_loss: factor on the variance of chains that begin with an image, for what held-out samples do not tell.
+    beside: held-out samples lie beside measured ones, and say too little of what lies between measured lines; False
+    where whole readouts were held out: then bars are not widened by WARM_LOSS, and the share is that of the image.
     organ: the readout of what D learnt from; it looks at the classical image, and at nothing where there is none.
     At most half of the evaluations are for candidates, fewer of which are tried where those do not suffice; what
     is left prolongs the chains of the best one. Raises ValueError when there are too few for one candidate.
@@ -208,17 +229,19 @@ def assess(
         low = low or levels_for(noise_std, True, 2)[1].item()
         samples = draw(error, levels_for(noise_std, True, left, (low, min(high, WARM))), samples.x)
         score = predictive_score(split, samples, noise_std)
-    share, other = 1.0, None
+    share, bias, other = 1.0, None, None
     if image is not None:
         means = samples.x if samples.mean is None else samples.mean
-        mean, share = means.mean(0, keepdim=True), best_share(split, means, image, final)
+        mean = means.mean(0, keepdim=True)
+        share, bias = share_and_bias(split, means, image, final)
         other = predictive_score(split, samples, noise_std, image).excess
         score = predictive_score(split, samples, noise_std, share * mean + (1 - share) * image)
     bill = Bill(*(draws * sum(getattr(b, n) for b in bills) for n in ("denoiser_calls", "operator_calls", "seconds")))
     tried = tuple(candidate for candidate, _ in found)
-    widening = max(1.0, score.widening) * (1.0 if image is None else warm_loss)
+    widening = max(1.0, score.widening) * (WARM_LOSS if beside and image is not None else 1.0)
     look = None if organ is None or image is None else organ.look(D, image)
-    return Trust(error, share, widening, best, tried, other, bill, look=look)
+    held = {"held_share": share, "bias": bias if beside else None}
+    return Trust(error, share, widening, best, tried, other, bill, look=look, **held)
 
 
 def reconstruct(
@@ -255,6 +278,7 @@ def reconstruct(
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
     G = problem(A, y, noise_std, trust.error, iterations)
     samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, dtype=kind_of(A, y), device=y.device)
+    trust = trust.of(A, samples, image)
     return trust.apply(samples, image), trust
 
 

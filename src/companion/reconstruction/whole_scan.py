@@ -65,7 +65,7 @@ def reconstruct_slices(
     """
     if scan.ndim != 2:
         raise ValueError(f"got {tuple(scan.kspace.shape)}, a 3D scan; make slices of it first (as_slices)")
-    first = (lines, D, found.error, found.share, found.widening, list(seeds), evaluations, like.scale)
+    first = (lines, D, found.error, found.held_share, found.bias, found.widening, list(seeds), evaluations, like.scale)
     made_from = fingerprint(*first)
     shape, empty = (len(scan.kspace), *like.y.shape[2:]), {}
     images = torch.zeros(2, *shape)
