@@ -11,8 +11,9 @@ from companion.data.head_sequences import draw_gaps, head_sequence, leaves_seque
 from companion.data.heads import bias_field, bias_fields, prepare_head, texture, textures
 from companion.data.phase import OWN_CONSTANT, add_phase
 from companion.data.sequences import brightness, shown_sequences
-from companion.diffusion.symmetry import symmetries_of
+from companion.diffusion.symmetry import Symmetries, symmetries_of
 from companion.models.architectures import build, network_of
+from companion.models.folder import save_checkpoint
 from companion.networks.causal_unet import CONTEXT_BRANCH, CausalUNet
 from companion.papers.aid import data as aid
 from companion.papers.aid import prior as aid_prior
@@ -131,19 +132,24 @@ def test_a_step_of_training_moves_the_context_branch_alone(prepared, tmp_path):
         data=str(prepared.path), out=str(tmp_path / "out"), validation="none", stage="second", window=2,
         model_channels=32, channel_mult=(1, 1), num_heads=0, context_heads=2, scanned=True, crop=16,
         phase_spacing_mm=None, mirror=False, batch_size=2, steps=2, warmup=1, checkpoint_every=1, context_noise=0.1,
+        start_from=str(tmp_path / "single"), autocast=None,
     )  # fmt: skip
+    single = sequence_config(replace(p, model="single"), prepared, True, aid_prior.SYMMETRIES)
+    D = build(single).eval()
+    for i, tensor in enumerate(D.parameters()):
+        torch.nn.init.normal_(tensor, std=0.05, generator=torch.Generator().manual_seed(i))
+    save_checkpoint(tmp_path / "single", D, single, {"steps": 0})
     result, config = aid_prior.train(p, progress=False)
-    assert result.finished and config["denoiser"]["symmetries"] == ["mirror", "turn", "phase"]
-    before = build(config)
-    torch.manual_seed(p.seed)
-    before.load_state_dict(build(config).state_dict())
-    changed = {
-        name for name, tensor in network_of(result.model).state_dict().items()
-        if not torch.equal(tensor, network_of(before).state_dict()[name])
-    }  # fmt: skip
-    assert changed and all(name.startswith(CONTEXT_BRANCH) for name in changed)
-    assert symmetries_of(before).turn
-    with pytest.raises(ValueError, match="set phase_spacing_mm: null, not 3.25"):
+    assert result.finished and symmetries_of(result.model) == Symmetries(mirror=True, turn=True, phase=True)
+    main, trained = network_of(D).state_dict(), network_of(result.model).state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in main.items())
+    assert trained.keys() - main.keys() == {name for name in trained if name.startswith(CONTEXT_BRANCH)}
+    assert any(trained[name].any() for name in trained if name.endswith("modulation.1.weight"))
+    x, sigma = torch.randn(1, 1, 16, 16, dtype=torch.complex64), torch.tensor([0.3])
+    with torch.no_grad():
+        assert torch.allclose(result.model(x, sigma), D(x, sigma), atol=1e-3)
+        assert not torch.equal(result.model(x, sigma, x[:, None]), result.model(x, sigma))
+    with pytest.raises(ValueError, match=r"set phase_spacing_mm: null, not 3.25"):
         aid_prior.train(replace(p, phase_spacing_mm=3.25), progress=False)
 
 
