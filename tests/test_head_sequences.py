@@ -13,11 +13,15 @@ from companion.data.phase import OWN_CONSTANT, add_phase
 from companion.data.sequences import brightness, shown_sequences
 from companion.diffusion.symmetry import Symmetries, symmetries_of
 from companion.models.architectures import build, network_of
+from companion.models.checkpoint import describe, load_denoiser
+from companion.models.errors import load_errors
 from companion.models.folder import save_checkpoint
 from companion.networks.causal_unet import CONTEXT_BRANCH, CausalUNet
 from companion.papers.aid import data as aid
 from companion.papers.aid import prior as aid_prior
+from companion.papers.aid.reconstruct import weights_of
 from companion.papers.general import crop, scanned
+from companion.reconstruction.sequence import CONTEXT_GIVEN, Prior
 from companion.training.sequences import sequence_config
 
 
@@ -159,3 +163,33 @@ def test_context_has_heads_of_its_own(prepared):
     p = aid_prior.TrainSequence(num_heads=0, context_heads=2)
     assert sequence_config(p, prepared, True)["network"]["context_heads"] == 2
     assert "context_heads" not in sequence_config(aid_prior.TrainSequence(), prepared, True)["network"]
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def test_without_context_aid_heads_is_its_main_branch():
+    about, D = describe("aid/heads"), load_denoiser("aid/heads", autocast=None)
+    general = describe("general/2d")["network"]
+    single = build({"network": general, "denoiser": about["denoiser"], "data": about["data"]}).eval()
+    state = network_of(D).state_dict()
+    network_of(single).load_state_dict({k: v for k, v in state.items() if not k.startswith(CONTEXT_BRANCH)})
+    x = torch.randn(2, 1, 32, 16, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.1, 1.0])
+    with torch.no_grad():
+        for ours, theirs in zip(D.moments(x, sigma), single.moments(x, sigma), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        assert not torch.allclose(D(x, sigma, x[:, None]), D(x, sigma), atol=1e-3)
+    assert about["data"]["magnitude_q99"] == pytest.approx(0.72, abs=0.01)
+
+
+def test_errors_are_kept_beside_aid_heads():
+    prior, errors = Prior.load("aid/heads", ""), load_errors("aid/heads")
+    near = prior.known(errors, 1.0)
+    assert near.alone is errors["heads"] and near.given is errors[f"heads{CONTEXT_GIVEN}"]
+    far = prior.known(errors, 3.25)
+    assert far.given is errors[f"heads, large pixels{CONTEXT_GIVEN}"]
+    with pytest.raises(ValueError, match="expected some alone and, of a prior of sequences"):
+        prior.known(load_errors("general/2d"), 1.0)
+    assert weights_of(None, "brain") == "aid/brain" and weights_of(None, "scan.h5") == "aid/heads"
+    assert weights_of("mine", "brain") == "mine"

@@ -64,7 +64,8 @@ def head_sequence(
     thickness = min(GAP_MM[1], float(np.median(gaps)) if len(gaps) else pixel) * rng.uniform(0.5, 1)
     tone = draw_contrast(head.levels.numpy(), rng)
     seed, span = int(rng.integers(2**62)), float(np.ptp(heights))
-    factors = textures(n, rng, gaps * fine / pixel) * bias_fields(n, rng, heights * math.pi / 2 / BIAS_MM)
+    grain = textures(n, rng, (gaps * fine / pixel).tolist())
+    factors = grain * bias_fields(n, rng, (heights * math.pi / 2 / BIAS_MM).tolist())
     stack = []
     for height, factor in zip(heights, factors, strict=True):
         image = section(head, plane, tone, thickness, height)

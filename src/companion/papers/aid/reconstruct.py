@@ -109,7 +109,7 @@ def prepare(p: Reconstruct) -> list[Case]:
         if p.method == "annealed_gibbs":  # the others do not ask how wrong the prior is
             size, voxel = max(alike[0].shape[1:]), alike[0].voxel_mm
             priors = {
-                name: prior.known(load_errors(checkpoint), voxel and voxel[-1])
+                name: prior.known(load_errors(checkpoint), voxel[-1] if voxel else None)
                 if checkpoint in KNOWN
                 else measured(prior, size, p.spacing_mm, p.seed)
                 for (name, prior), checkpoint in zip(loaded.items(), (weights, single), strict=True)
