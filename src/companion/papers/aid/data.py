@@ -7,7 +7,6 @@ before it (Luo, Huang, Uecker 2024, arXiv 2405.14327).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from companion.data import head_sequences
 from companion.data.sequences import Reading, folder
@@ -48,12 +47,6 @@ class PrepareData(Reading, Parameters):
     codec_range: tuple[float, float] = param((-1.0, 1.0), "what 0 and 1 of an image are for the autoencoder")
 
 
-def stacks(p: PrepareData, scratch: Path, progress: bool = True) -> dict[str, object]:
-    """What `write_dataset` stores of stacks of the real heads, see `head_sequences.sequence_arrays`."""
-    options = p.pick("image_size", "frames", "subjects", "validation_share", "seed")
-    return head_sequences.sequence_arrays(project_root() / p.heads, **options, scratch=scratch, progress=progress)
-
-
 def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     """The prepared sequences (sequence, frame, 1, y, x), made and stored once as HDF5.
 
@@ -65,8 +58,14 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
         wanted = p.pick(*common, "spacing_mm")
         return prepare_once(path, wanted, lambda: sequence_arrays(**wanted, progress=progress), ["magnitude"])
     if p.source == HEADS:
-        wanted = p.pick(*common, "validation_share", "seed")
-        return prepare_once(path, wanted, lambda: stacks(p, path.parent, progress), ["signal"])
+        options = p.pick(*common[1:], "validation_share", "seed")
+        folder_of_heads, scratch = project_root() / p.heads, path.parent
+        return prepare_once(
+            path,
+            {"source": HEADS} | options,
+            lambda: head_sequences.sequence_arrays(folder_of_heads, **options, scratch=scratch, progress=progress),
+            ["signal"],
+        )
     shares = (1 - p.validation_share - p.test_share, p.validation_share, p.test_share)
     wanted = p.pick(*common, *(field.name for field in fields(Reading)), "validation_share", "test_share", "seed")
     return prepare_once(path, wanted, lambda: folder(p.source, p, p.subjects, shares, p.seed, path.parent, progress))
