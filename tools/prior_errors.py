@@ -2,6 +2,7 @@
 
     python tools/prior_errors.py brain/t1w --size 64
     python tools/prior_errors.py general/2d --size 128 --own heads
+    python tools/prior_errors.py aid/heads --size 128 --own stacks
     python tools/prior_errors.py pet/heads --own activity --widening 2.2
     python tools/prior_errors.py latent3d/voxels --own volumes --count 6
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from companion.data.head_sequences import head_sequence, leaves_sequence
 from companion.data.heads import dead_leaves, head_image
 from companion.data.heads_download import load_heads
 from companion.data.virtual import slices
@@ -31,8 +33,10 @@ from companion.models.errors import save_errors
 from companion.papers.general import scanned
 from companion.papers.latent3d.voxels import validation_volumes
 from companion.reconstruction.activity import MR_GIVEN
+from companion.reconstruction.sequence import CONTEXT_GIVEN, drawn
 
 SIGMAS = torch.logspace(-2.5, 1.3, 12)
+SLICES = 4  # of a stack
 PIXELS = {"heads": (0.75, 1.3), "heads, large pixels": (2.5, 3.5)}  # mm
 
 
@@ -57,6 +61,34 @@ def heads(count: int, size: int, kind: str = "heads") -> Tensor:
 def coarse_heads(count: int, size: int) -> Tensor:
     """The same with large pixels, where a head is small and has more edges to err at."""
     return heads(count, size // 2, "heads, large pixels")
+
+
+def stacks(count: int, size: int, kind: str = "heads") -> tuple[Tensor, Tensor]:
+    """The same as stacks of slices about a pixel or 3 mm apart: the last slice of each, and those before it."""
+    known = load_heads(project_root() / "data" / "heads", "validation")
+    made = []
+    for i, pixel in enumerate(np.geomspace(*PIXELS[kind], count)):
+        gap = max(3.0, pixel) if i % 2 else pixel
+        made.append(
+            head_sequence(known[0], np.random.default_rng(30_000 + i), size, SLICES, pixel, [gap] * (SLICES - 1))
+        )
+    return last_of(made)
+
+
+def coarse_stacks(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """The same with large pixels."""
+    return stacks(count, size // 2, "heads, large pixels")
+
+
+def leaves_stacks(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """The same of dead leaves."""
+    return last_of([leaves_sequence(np.random.default_rng(seed), size, SLICES) for seed in range(count)])
+
+
+def last_of(made: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The last slices (stack, 1, y, x) of stacks as scans, and the slices before them with errors as draws have."""
+    x = scanned(torch.from_numpy(np.stack(made))[:, :, None], Generator().manual_seed(3))
+    return x[:, -1], drawn(x, 4)[:, :-1]
 
 
 def brains(count: int, size: int) -> Tensor:
@@ -117,6 +149,14 @@ def leaves_with_mr(count: int, size: int) -> tuple[Tensor, Tensor]:
 OWN = {  # images that the error is measured on, those like the training set first
     "people": {"virtual people": people, "dead leaves": leaves},
     "heads": {"heads": heads, "heads, large pixels": coarse_heads, "dead leaves": leaves},
+    "stacks": {
+        "heads": heads,
+        "heads, large pixels": coarse_heads,
+        "dead leaves": leaves,
+        f"heads{CONTEXT_GIVEN}": stacks,
+        f"heads, large pixels{CONTEXT_GIVEN}": coarse_stacks,
+        f"dead leaves{CONTEXT_GIVEN}": leaves_stacks,
+    },
     "activity": {
         "heads": activity,
         "dead leaves": active_leaves,
@@ -150,7 +190,8 @@ def main(argv=None) -> None:
         images, cond = made if isinstance(made, tuple) else (made, None)
         about = f"{len(images)} images of {' x '.join(map(str, images.shape[2:]))}: {name}"
         error = ErrorModel.fit(D, images, SIGMAS, about=about, cond=cond)
-        error = replace(error, pixel_mm=PIXELS.get(name) if args.own == "heads" else None)
+        pixels = PIXELS.get(name.removesuffix(CONTEXT_GIVEN)) if args.own in ("heads", "stacks") else None
+        error = replace(error, pixel_mm=pixels)
         errors[name] = replace(error, widening=args.widening)
     print(save_errors(args.name, errors))
 

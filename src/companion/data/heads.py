@@ -15,6 +15,7 @@ Images are real and signed, as ringing makes them; `companion.data.phase` makes 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -88,15 +89,17 @@ def head_image(head: Head, rng: np.random.Generator, size: int = 128, pixel_mm: 
     n = (size + 2 * MARGIN) * fine
     plane = draw_plane(head, rng, n, pixel / fine)
     thickness = pixel * rng.uniform(0.5, 1.5) if rng.random() < 0.7 else rng.uniform(pixel, max(5.0, pixel))
-    steps = min(3, max(1, round(thickness / 1.0)))
-    offsets = [(i + 0.5) / steps - 0.5 for i in range(steps)]
-    tone = draw_contrast(head.levels.numpy(), rng)
-    image = np.asarray(
-        np.mean([tone(head.at(plane.shifted(thickness * o)).numpy()) for o in offsets], 0, dtype=np.float32)
-    )
+    image = section(head, plane, draw_contrast(head.levels.numpy(), rng), thickness)
     image = add_lesions(image, rng, pixel / fine)
     image = image * texture(n, rng) * bias_field(n, rng)
     return resolution(image, rng, size, fine)
+
+
+def section(head: Head, plane: Plane, tone: Callable, thickness_mm: float, height_mm: float = 0.0) -> np.ndarray:
+    """Return the signal (n, n) of a slice of a head, `tone` of it, `height_mm` away from a plane."""
+    steps = min(3, max(1, round(thickness_mm / 1.0)))
+    heights = [height_mm + thickness_mm * ((i + 0.5) / steps - 0.5) for i in range(steps)]
+    return np.asarray(np.mean([tone(head.at(plane.shifted(h)).numpy()) for h in heights], 0, dtype=np.float32))
 
 
 def draw_pixel_mm(rng: np.random.Generator) -> float:
@@ -226,8 +229,14 @@ def draw_contrast(levels: np.ndarray, rng: np.random.Generator):
     return tone
 
 
-def add_lesions(image: np.ndarray, rng: np.random.Generator, spacing_mm: float) -> np.ndarray:
-    """Return the image with spots, masses with rings, oedema or cavities, in one image of three."""
+def add_lesions(
+    image: np.ndarray, rng: np.random.Generator, spacing_mm: float, height_mm: float | None = None, span_mm: float = 0.0
+) -> np.ndarray:
+    """Return the image with spots, masses with rings, oedema or cavities, in one image of three.
+
+    height_mm: of this slice of a stack `span_mm` high, from its middle; lesions then are balls that each slice cuts
+    anew, the same ones where generators of one seed are given.
+    """
     if rng.random() > 0.33:
         return image
     n = len(image)
@@ -239,7 +248,10 @@ def add_lesions(image: np.ndarray, rng: np.random.Generator, spacing_mm: float) 
         radius = rng.uniform(1, 4) if many else rng.uniform(6, 30)
         y, x = rng.uniform(0.1, 0.9, 2) * n
         stretch = np.exp(rng.normal(0, 0.3))
-        far = np.hypot((line[:, None] - y) * stretch, (line - x) / stretch) * spacing_mm / radius + 0.25 * ragged
+        far = np.hypot((line[:, None] - y) * stretch, (line - x) / stretch) * spacing_mm / radius
+        if height_mm is not None:
+            far = np.hypot(far, (height_mm - rng.uniform(-0.5, 0.5) * (span_mm + radius)) / radius)
+        far = far + 0.25 * ragged
         for reach in (1.0,) if many else (rng.uniform(1.3, 2.2), 1.0, rng.uniform(0.4, 0.8)):  # oedema, rim, core
             soft = rng.uniform(0.03, 0.4)
             weight = tissue / (1 + np.exp(np.clip((far - reach) / (0.25 * soft), -30, 30)))
@@ -252,21 +264,44 @@ def add_lesions(image: np.ndarray, rng: np.random.Generator, spacing_mm: float) 
 
 def texture(n: int, rng: np.random.Generator) -> np.ndarray:
     """Return factors (n, n) about 1 whose variation has a power law spectrum, mostly of a few per cent."""
+    return textures(n, rng, [])[0]
+
+
+def textures(n: int, rng: np.random.Generator, gaps: Sequence[float]) -> np.ndarray:
+    """Return the factors (1 + gaps, n, n) of `texture` in slices so many points apart: what is fine changes soonest."""
     amplitude = abs(rng.normal(0, 0.04))
     frequency = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)) + 1 / n
-    noise = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(n, n))) * frequency ** -rng.uniform(0.5, 1.6), s=(n, n))
-    return (1 + amplitude * noise / noise.std()).clip(0.2, 3).astype(np.float32)
+    spectra = [np.fft.rfft2(rng.normal(size=(n, n)))]
+    law = frequency ** -rng.uniform(0.5, 1.6)
+    for gap in gaps:
+        alike = np.exp(-2 * math.pi * gap * frequency)
+        spectra.append(alike * spectra[-1] + np.sqrt(1 - alike**2) * np.fft.rfft2(rng.normal(size=(n, n))))
+    noise = np.stack([np.fft.irfft2(spectrum * law, s=(n, n)) for spectrum in spectra])
+    return (1 + amplitude * noise / noise.std((1, 2), keepdims=True)).clip(0.2, 3).astype(np.float32)
 
 
 def bias_field(n: int, rng: np.random.Generator) -> np.ndarray:
     """Return smooth factors (n, n) about 1, as receive coils leave them."""
-    return (abs(rng.normal(0, 0.2)) * smooth_noise(n, rng, int(rng.integers(4, 6)))[0]).exp().clamp(0.3, 2).numpy()
+    return bias_fields(n, rng, [0.0])[0]
 
 
-def dead_leaves(rng: np.random.Generator, size: int = 128) -> np.ndarray:
+def bias_fields(n: int, rng: np.random.Generator, turns: Sequence[float]) -> np.ndarray:
+    """Return the factors (turns, n, n) of `bias_field` of slices; two that are a quarter turn apart have nothing in
+    common. turns: radians, one for each slice."""
+    strength = abs(rng.normal(0, 0.2))
+    one, *other = smooth_noise(n, rng, int(rng.integers(4, 6)), channels=1 if len(turns) == 1 else 2)
+    fields = [math.cos(turn) * one + (math.sin(turn) * other[0] if other else 0) for turn in turns]
+    return (strength * torch.stack(fields)).exp().clamp(0.3, 2).numpy()
+
+
+def dead_leaves(
+    rng: np.random.Generator, size: int = 128, height: float | None = None, span: float = 0.0
+) -> np.ndarray:
     """Return an image (size, size) float32 of textured discs and polygons that hide each other, of all sizes.
 
     Radii follow r^-3, the law that makes the image look alike at every scale (Lee, Mumford and Huang 2001).
+    height: of this slice of a stack `span` high, pixels from its middle; leaves then are balls that each slice cuts
+    anew, the same ones where generators of one seed are given.
     """
     fine = 2 if rng.random() < 0.7 else 1
     n = (size + 2 * MARGIN) * fine
@@ -276,6 +311,9 @@ def dead_leaves(rng: np.random.Generator, size: int = 128) -> np.ndarray:
     for _ in range(int(rng.integers(20, 160))):
         radius = (low**-2 + rng.random() * (high**-2 - low**-2)) ** -0.5
         y, x = rng.uniform(0, n, 2)
+        cut = 1.0
+        if height is not None:
+            cut = 1 - ((height * fine - rng.uniform(-0.5, 0.5) * (span * fine + 2 * radius)) / radius) ** 2
         reach = 1.6 * radius
         rows = slice(max(0, int(y - reach)), min(n, int(y + reach) + 2))
         columns = slice(max(0, int(x - reach)), min(n, int(x + reach) + 2))
@@ -283,7 +321,8 @@ def dead_leaves(rng: np.random.Generator, size: int = 128) -> np.ndarray:
         angle, stretch = rng.uniform(0, math.pi), np.exp(rng.normal(0, 0.3))
         a = (dx * math.cos(angle) + dy * math.sin(angle)) * stretch
         b = (dy * math.cos(angle) - dx * math.sin(angle)) / stretch
-        inside = np.maximum(abs(a), abs(b)) < 0.8 * radius if rng.random() < 0.3 else np.hypot(a, b) < radius
+        edge_at = radius * math.sqrt(max(cut, 0.0))
+        inside = np.maximum(abs(a), abs(b)) < 0.8 * edge_at if rng.random() < 0.3 else np.hypot(a, b) < edge_at
         slope = rng.normal(0, 0.15, 2) / radius
         value = rng.random() * (rng.random() > 0.1) * (1 + slope[0] * a + slope[1] * b)
         part = image[rows, columns]

@@ -233,7 +233,7 @@ def windows_table(prepared: Prepared, window: int) -> list[dict[str, object]]:
 
 
 def image_name(prepared: Prepared) -> str:
-    """The name of the array of frames in a prepared file: "image", "magnitude" or "latent"."""
+    """The name of the array of frames in a prepared file: "image", "magnitude", "signal" or "latent"."""
     return next(iter(prepared.shapes))
 
 
@@ -244,7 +244,7 @@ def shown_sequences(prepared: Prepared, count: int, spacing_mm: float, seed: int
     x = torch.stack([whole[i] for i in range(min(count, len(whole)))])
     if x.is_complex():
         return x
-    return anatomy.random_sequence_phase(x, spacing_mm, torch.Generator().manual_seed(seed))
+    return anatomy.random_sequence_phase(x.float(), spacing_mm, torch.Generator().manual_seed(seed))
 
 
 def published_blocks(frames: list[int], length: int) -> list[list[tuple[int, int]]]:
@@ -273,5 +273,5 @@ def brightness(prepared: Prepared, count: int = 64) -> float:
     """
     name, shape = next(iter(prepared.shapes.items()))
     whole = prepared.sequences(name, "train", shape[1])
-    levels = [torch.quantile(whole[i].abs().flatten(), 0.99).item() for i in range(min(count, len(whole)))]
+    levels = [torch.quantile(whole[i].abs().float().flatten(), 0.99).item() for i in range(min(count, len(whole)))]
     return round(sum(levels) / len(levels), 4)

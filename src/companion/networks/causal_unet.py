@@ -41,6 +41,7 @@ class CausalUNet(UNet):
     complicated_x0: deep context groups, num_complicated + 2 pairs of blocks a level instead of one.
     pos_emb: deep groups know the position in the window.
     use_causal_gated: transformer blocks have causal gates (and no position).
+    context_heads: attention heads over frames; by default num_heads, which may be 0 for a main branch without any.
     context: what a new frame attends to: "full", as in training, or "last", as the published code samples.
     options: those of UNet.
     """
@@ -58,6 +59,7 @@ class CausalUNet(UNet):
         pos_emb: bool = False,
         use_causal_gated: bool = False,
         context: str = "full",
+        context_heads: int | None = None,
         **options,
     ):
         super().__init__(in_channels, model_channels, out_channels, **options, entry_width=1 + concat_cond)
@@ -66,7 +68,7 @@ class CausalUNet(UNet):
         self.cache: ConditionCache | None = None
         self.check_context()
         emb, dims = 4 * model_channels, self.dims
-        num_heads = options.get("num_heads", 1)
+        num_heads = context_heads or options.get("num_heads", 1) or 1
         dropout, scale_shift = options.get("dropout", 0.0), options.get("use_scale_shift_norm", False)
         pairs = num_complicated + 2 if complicated_x0 else 1
 

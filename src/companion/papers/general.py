@@ -76,11 +76,14 @@ def bank_image(heads: Sequence[Head], rng: np.random.Generator) -> np.ndarray:
 
 
 def crop(image: Tensor, generator: Generator, size: int) -> Tensor:
-    """Return a random part (1, size, size) of an image, mirrored and turned by quarters at random, with a new gain."""
+    """Return a random part (1, size, size) of an image, mirrored and turned by quarters at random, with a new gain.
+
+    A stack (slice, 1, y, x) is treated as one image.
+    """
     top, left, turns, flip = (int(torch.randint(n, (), generator=generator)) for n in
-                              (image.shape[1] - size + 1, image.shape[2] - size + 1, 4, 2))  # fmt: skip
-    part = image[:, top : top + size, left : left + size].rot90(turns, (1, 2))
-    part = part.flip(2) if flip else part
+                              (image.shape[-2] - size + 1, image.shape[-1] - size + 1, 4, 2))  # fmt: skip
+    part = image[..., top : top + size, left : left + size].rot90(turns, (-2, -1)).float()
+    part = part.flip(-1) if flip else part
     return (part * (GAIN * torch.randn((), generator=generator)).exp()).contiguous()
 
 
@@ -95,10 +98,12 @@ def prior_loss(
 def scanned(image: Tensor, generator: Generator) -> Tensor:
     """Return complex images (batch, 1, y, x) of real ones: a new phase, and the noise of a scan in most of them.
 
+    Stacks of slices (batch, slice, 1, y, x) get one amount of noise and phases that change slowly, see `add_phase`.
+
     Half of the noisy ones got it as magnitudes (Rician, in phase with the signal), the others as complex k-space.
     """
     on = {"generator": generator, "device": generator.device}
-    shape = (len(image), 1, 1, 1)
+    shape = (len(image), *[1] * (image.ndim - 1))
     low, high = (math.log(v) for v in NOISE)
     std = (low + (high - low) * torch.rand(shape, **on)).exp() * (torch.rand(shape, **on) < NOISY)
     magnitude = (torch.rand(shape, **on) < 0.5).to(image.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from companion.diffusion.denoisers import AnySize, Denoiser, inner_denoiser
 from companion.diffusion.guidance import Guidance, ddnm, dds, diffpir, dps, landweber, pigdm, posterior_mean
 from companion.diffusion.langevin import langevin
 from companion.diffusion.noise import karras
+from companion.diffusion.recalibration import ErrorModel
 from companion.diffusion.sampling import Samples
 from companion.diffusion.sequence import SequenceSamples, add, draw_sequence, reconstruct_sequence
 from companion.diffusion.solvers import ddim
 from companion.evaluation import metrics, tables
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
+from companion.models.errors import for_pixels
 from companion.operators.linear import LinearOperator
 from companion.parameters import param
 from companion.randomness import randn
@@ -31,6 +33,7 @@ from companion.reconstruction.kept import Kept
 
 FIRST_SIGMA = 5.0  # noise level at which posterior draws begin: an image is invisible in it
 CONTEXT_ERROR = 0.05  # deviation of drawn slices from the truth, roughly
+CONTEXT_GIVEN = ", slices given"  # ends the name of an error that was measured with a window of context
 GUIDANCES: dict[str, Callable[..., Guidance]] = {
     "annealed_gibbs": posterior_mean,
     "published": landweber,
@@ -83,8 +86,8 @@ class Prior:
     """
 
     D: Denoiser
-    alone: Measured | None = None
-    given: Measured | None = None
+    alone: Measured | ErrorModel | None = None
+    given: Measured | ErrorModel | None = None
     window: int = 0
     start: str | None = None
 
@@ -126,14 +129,39 @@ class Prior:
         blank = torch.zeros_like(images[:1, None]) if self.start == "blank" else None
         alone, given = Measured.fit(self.D, images, seed=seed, cond=blank), None
         if self.window:
-            error = CONTEXT_ERROR * randn(x.shape, x.dtype, torch.Generator().manual_seed(seed), x.device)
-            context = (x + error)[:, -1 - self.window : -1]
-            given = Measured.fit(self.D, x[:, -1], seed=seed, cond=context)
+            given = Measured.fit(self.D, x[:, -1], seed=seed, cond=drawn(x, seed)[:, -1 - self.window : -1])
         return replace(self, alone=alone, given=given)
+
+    def known(self, errors: Mapping[str, ErrorModel], pixel_mm: float | None = None) -> Prior:
+        """The same with its errors as they are kept beside its weights (`models.errors.load_errors`): those of its own
+        images, measured at pixels nearest to `pixel_mm`.
+
+        Raises ValueError where none was measured with context though this prior takes some.
+        """
+        nearest = for_pixels(errors, pixel_mm)
+        alone = [error for name, error in nearest.items() if not name.endswith(CONTEXT_GIVEN)]
+        given = [error for name, error in nearest.items() if name.endswith(CONTEXT_GIVEN)]
+        if not alone or (self.window and not given):
+            raise ValueError(
+                f"errors were measured of {', '.join(errors)}; expected some alone and, of a prior of sequences, some "
+                f"whose names end in {CONTEXT_GIVEN!r}: measure them with tools/prior_errors.py"
+            )
+        return replace(self, alone=alone[0], given=given[0] if self.window else None)
+
+
+def drawn(x: Tensor, seed: int) -> Tensor:
+    """True slices x with errors as large as those of drawn ones, roughly: what a prior's error with context is
+    measured with."""
+    return x + CONTEXT_ERROR * randn(x.shape, x.dtype, torch.Generator().manual_seed(seed), x.device)
 
 
 def guidance(
-    method: str, A: LinearOperator, y: Tensor, noise_std: float, error: Measured | None, peak: float | None = None
+    method: str,
+    A: LinearOperator,
+    y: Tensor,
+    noise_std: float,
+    error: Measured | ErrorModel | None,
+    peak: float | None = None,
 ) -> Guidance:
     """What data of one slice do to a prior: with its measured error, if known, where the method asks for it.
 

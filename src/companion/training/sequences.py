@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ class SequenceModel(UNetSize):
     )
     window: int = param(8, "frames of context, seq_len", minimum=1)
     attention_resolutions: tuple[int, ...] = param((), "strides at which the main branch attends over pixels")
-    num_heads: int = param(4, "attention heads", minimum=1)
+    num_heads: int = param(4, "attention heads; 0: none over pixels", minimum=0)
+    context_heads: int | None = param(None, "attention heads over frames; none: num_heads", minimum=1)
     concat_cond: bool = param(False, "context joins by concatenation, as published; else by connectors")
     num_complicated: int = param(-1, "further pairs of blocks a context group; -1: simple groups", minimum=-1)
     pos_emb: bool = param(False, "further pairs know the position in the window")
@@ -49,10 +51,10 @@ def start(network: Any, given: nn.Module) -> None:
         network.load_state_dict(given.state_dict())
 
 
-def sequence_config(m: SequenceModel, prepared: Prepared, add_phase: bool) -> dict:
+def sequence_config(m: SequenceModel, prepared: Prepared, add_phase: bool, symmetries: Sequence[str] = ()) -> dict:
     """What `architectures.build` makes the denoiser from, for the sequences of a prepared file.
 
-    add_phase: whether stored magnitudes become complex images in training.
+    add_phase: whether stored magnitudes become complex images in training. symmetries: of the law of the sequences.
     """
     name, shape = next(iter(prepared.shapes.items()))
     as_complex = add_phase or prepared.sequences(name, "train", 1)[0].is_complex()
@@ -71,8 +73,10 @@ def sequence_config(m: SequenceModel, prepared: Prepared, add_phase: bool) -> di
         "complicated_x0": m.num_complicated >= 0,
         "num_complicated": max(m.num_complicated, 0),
     }
+    sequence |= {} if m.context_heads is None else {"context_heads": m.context_heads}
     scales = {"sigma_data": m.sigma_data, "variance_channels": 1, "cond_scale": round(1 / m.sigma_data, 3)}
     denoiser = {"name": "EDMDenoiser"} | scales if edm else DDPM
+    denoiser |= {"symmetries": list(symmetries)} if symmetries else {}
     data = {
         "source": prepared.source,
         "scale": prepared.scale[name],

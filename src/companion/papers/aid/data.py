@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from companion.data import head_sequences
 from companion.data.sequences import Reading, folder
 from companion.data.store import Prepared, prepare_once
 from companion.data.virtual import SOURCES, sequence_arrays
 from companion.files import project_root
 from companion.parameters import Parameters, param
+
+HEADS = "heads"  # source: stacks of slices of real heads
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,20 @@ class PrepareData(Reading, Parameters):
 
     source: str = param(
         "brain",
-        "brain or heart: the embedded cohorts; else a folder of fastMRI (.h5), NIfTI, .npy or BART (.cfl) files",
+        "brain or heart: the embedded cohorts; heads: stacks of slices of real heads, warped and recoloured; else a "
+        "folder of fastMRI (.h5), NIfTI, .npy or BART (.cfl) files",
     )
     data: str = param("data/aid_brain_64.h5", "where the prepared sequences go; kept when it is there already")
     spacing_mm: float = param(3.25, "distance of neighbouring slices of virtual people", minimum=0.1)
-    subjects: int = param(1500, "virtual people, or at most so many files", minimum=1)
+    heads: str = param("data/heads", "source heads: folder of the real heads")
+    subjects: int = param(1500, "virtual people, stacks of heads, or at most so many files", minimum=1)
     window: int = param(8, "frames of context, to count the windows that training will see", minimum=1)
-    validation_share: float = param(0.1, "of files: share of the patients to validate on", minimum=0, maximum=1)
+    validation_share: float = param(
+        0.1,
+        "of files: share of the patients to validate on; of heads: so many more stacks of the one held for it",
+        minimum=0,
+        maximum=1,
+    )
     test_share: float = param(0.1, "of files: share of the patients kept for tests", minimum=0, maximum=1)
     codec: str | None = param(
         None,
@@ -47,6 +57,15 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     if p.source in SOURCES:
         wanted = p.pick(*common, "spacing_mm")
         return prepare_once(path, wanted, lambda: sequence_arrays(**wanted, progress=progress), ["magnitude"])
+    if p.source == HEADS:
+        options = p.pick(*common[1:], "validation_share", "seed")
+        folder_of_heads, scratch = project_root() / p.heads, path.parent
+        return prepare_once(
+            path,
+            {"source": HEADS} | options,
+            lambda: head_sequences.sequence_arrays(folder_of_heads, **options, scratch=scratch, progress=progress),
+            ["signal"],
+        )
     shares = (1 - p.validation_share - p.test_share, p.validation_share, p.test_share)
     wanted = p.pick(*common, *(field.name for field in fields(Reading)), "validation_share", "test_share", "seed")
     return prepare_once(path, wanted, lambda: folder(p.source, p, p.subjects, shares, p.seed, path.parent, progress))

@@ -32,6 +32,8 @@ from companion.reconstruction import mri as baselines
 from companion.reconstruction.sequence import Prior, Sampler, csgm, reconstruct, score
 
 EMBEDDED_SINGLE, GENERAL = "brain/t1w", "general/2d"  # single-image priors of virtual people, and of anybody
+EMBEDDED_HEADS = "aid/heads"  # sequence prior of anybody
+KNOWN = (GENERAL, EMBEDDED_HEADS)  # their errors on real heads are kept beside the weights
 MODELS = {"AID": "full", "AID, newest slice only": "last", "single image": None}  # name -> context
 CSGM = "CSGM-Langevin"
 TUNING_SLICES = 3  # of a volume: enough to tune the classical methods on
@@ -48,7 +50,11 @@ class Reconstruct(Sampler, Protocol, Parameters):
     """Parameters of aid/4_reconstruct.ipynb."""
 
     source: str = param("brain", "brain: held-out virtual people; else a fastMRI HDF5 file or a folder of them")
-    weights: str = param(EMBEDDED, "sequence prior: an embedded or published name, a folder, hf:owner/name")
+    weights: str | None = param(
+        None,
+        "sequence prior: an embedded or published name, a folder, hf:owner/name; "
+        f"none: {EMBEDDED} for virtual people, {EMBEDDED_HEADS} for scans",
+    )
     single: str | None = param(
         None, f"single-image prior to compare with; none: {EMBEDDED_SINGLE} for virtual people, {GENERAL} for scans"
     )
@@ -82,7 +88,8 @@ def prepare(p: Reconstruct) -> list[Case]:
     Raises FileNotFoundError or ValueError when there is nothing to reconstruct, ValueError where the intensity scale
     can neither be found nor is given.
     """
-    like = examples(brightness_of(p.weights, required=p.scale is None), p.spacing_mm)
+    weights, single = weights_of(p.weights, p.source), single_of(p.single, p.source)
+    like = examples(brightness_of(weights, required=p.scale is None), p.spacing_mm)
     people = Cohort(p.image_size, p.spacing_mm, p, like, p.seed)
     if p.source == "brain":
         scans = [people.scan("test", i, p.frames, p.coils, p.noise_std) for i in range(p.subjects)]
@@ -90,11 +97,8 @@ def prepare(p: Reconstruct) -> list[Case]:
         paths = fastmri_files(project_root() / p.source, p.subjects)
         scans = [read_fastmri(path, p, like, frames=p.frames, seed=p.seed) for path in paths]
     loaded = {
-        name: Prior.load(weights, default, p.device, p.autocast)
-        for name, weights, default in (
-            ("AID", p.weights, EMBEDDED),
-            ("single image", single_of(p.single, p.source), EMBEDDED_SINGLE),
-        )
+        name: Prior.load(checkpoint, default, p.device, p.autocast)
+        for name, checkpoint, default in (("AID", weights, EMBEDDED), ("single image", single, EMBEDDED_SINGLE))
     }
     groups: dict[tuple, list[Scan]] = {}
     for scan in scans:
@@ -103,12 +107,13 @@ def prepare(p: Reconstruct) -> list[Case]:
     for alike in groups.values():
         priors = loaded
         if p.method == "annealed_gibbs":  # the others do not ask how wrong the prior is
-            size = max(alike[0].shape[1:])
-            priors = {name: measured(prior, size, p.spacing_mm, p.seed) for name, prior in loaded.items()}
-            if single_of(p.single, p.source) == GENERAL:  # measured on real heads, once
-                priors["single image"] = replace(
-                    loaded["single image"], alone=next(iter(load_errors(GENERAL).values()))
-                )
+            size, voxel = max(alike[0].shape[1:]), alike[0].voxel_mm
+            priors = {
+                name: prior.known(load_errors(checkpoint), voxel[-1] if voxel else None)
+                if checkpoint in KNOWN
+                else measured(prior, size, p.spacing_mm, p.seed)
+                for (name, prior), checkpoint in zip(loaded.items(), (weights, single), strict=True)
+            }
         others, few = range(100, 100 + p.validation_subjects * p.classical), min(p.frames, TUNING_SLICES)
         if p.source == "brain":
             validation = [people.scan("validation", i, few, p.coils, p.noise_std) for i in others]
@@ -116,6 +121,11 @@ def prepare(p: Reconstruct) -> list[Case]:
             validation = [people.like_scan(alike[0], i, few) for i in others]
         cases.append(Case(alike, validation, priors, people))
     return cases
+
+
+def weights_of(weights: str | None, source: str) -> str:
+    """The name of the sequence prior, where none is given the one that suits the source."""
+    return weights or (EMBEDDED if source == "brain" else EMBEDDED_HEADS)
 
 
 def single_of(single: str | None, source: str) -> str:
