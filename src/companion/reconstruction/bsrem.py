@@ -71,9 +71,9 @@ def bsrem(
     floor = 1e-6 * _mean(x) + 1e-30
     kept, whole = [torch.zeros_like(x) for _ in parts] if memory else [], torch.zeros_like(x)
     pace = torch.ones_like(floor)
-    first = before = best = torch.zeros(len(x))  # heights of the log posterior
+    first = before = best = torch.zeros(len(x), dtype=torch.float64, device=x.device)  # heights of the log posterior
     for k in range(1, iterations + 1):
-        start, height = x, 0.0
+        start, height = x, torch.zeros_like(first)
         for i, part in enumerate(parts):
             penalty, slope, curvature = relative_difference(x, gamma, ndim, alike)
             expected = expected_counts(part.A, x, part.background)
