@@ -87,3 +87,13 @@ def tiny_notebook(tmp_path, monkeypatch):
     path = tmp_path / "tiny.ipynb"
     nbformat.write(nb.new_notebook(cells=cells), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A ball of 60 mm radius with shells, on voxels of 4 x 4 x 5 mm."""
+    from companion.data.heads import prepare_head
+
+    axes = [(np.arange(n) - (n - 1) / 2) * v for n, v in zip((40, 44, 36), (4, 4, 5), strict=True)]
+    radius = np.sqrt(sum(a**2 for a in np.meshgrid(*axes, indexing="ij")))
+    return prepare_head("ball", np.where(radius < 60, 0.6 + 0.4 * np.cos(radius / 8), 0), (4, 4, 5))

@@ -8,7 +8,7 @@ import torch
 
 from companion.data import head_sequences
 from companion.data.head_sequences import draw_gaps, head_sequence, leaves_sequence
-from companion.data.heads import bias_field, bias_fields, prepare_head, texture, textures
+from companion.data.heads import bias_field, bias_fields, texture, textures
 from companion.data.phase import OWN_CONSTANT, add_phase
 from companion.data.sequences import brightness, shown_sequences
 from companion.diffusion.symmetry import Symmetries, symmetries_of
@@ -23,14 +23,6 @@ from companion.papers.aid.reconstruct import weights_of
 from companion.papers.general import crop, scanned
 from companion.reconstruction.sequence import CONTEXT_GIVEN, Prior
 from companion.training.sequences import sequence_config
-
-
-@pytest.fixture(scope="module")
-def head():
-    """A ball of 60 mm radius with shells, on voxels of 4 x 4 x 5 mm."""
-    axes = [(np.arange(n) - (n - 1) / 2) * v for n, v in zip((40, 44, 36), (4, 4, 5), strict=True)]
-    radius = np.sqrt(sum(a**2 for a in np.meshgrid(*axes, indexing="ij")))
-    return prepare_head("ball", np.where(radius < 60, 0.6 + 0.4 * np.cos(radius / 8), 0), (4, 4, 5))
 
 
 def rng(*seed):
