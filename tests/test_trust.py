@@ -171,6 +171,18 @@ def test_what_held_out_samples_say_is_right_where_nothing_was_measured(bias, sca
     assert one == share == held_out.share_beyond(Fourier((1, *x.shape[2:])), means, classical, share, found)
 
 
+def test_where_hardly_anything_is_missing_the_share_is_that_of_the_measured_samples():
+    g = torch.Generator().manual_seed(6)
+    x, other = (smooth_prior().draw(1, g, torch.complex64) for _ in range(2))
+    means = x + 0.1 * randn((4, *x.shape[1:]), x.dtype, g)
+    whole = torch.ones(SIZE, SIZE)
+    most = whole.clone()
+    most[0, 0] = 0
+    for mask, off in ((whole, 1e-6), (most, 0.01)):
+        A = sense(birdcage_maps((SIZE, SIZE), COILS), mask)
+        assert held_out.share_beyond(A, means, other, 0.3, 0.01) == pytest.approx(0.3, abs=off)
+
+
 def test_the_image_of_a_scan_leans_less_on_a_classical_one_than_its_measured_samples_ask():
     D = smooth_prior()
     x = D.draw(1, torch.Generator().manual_seed(5), torch.complex64)

@@ -203,28 +203,30 @@ def share_and_bias(split: Split, means: Tensor, other: Tensor, draws: int | None
 
 
 def share_beyond(A: LinearOperator, means: Tensor, other: Tensor, share: float, bias: float) -> float:
-    """The share of the mean of `means` (n, *shape) in its mixture with `other` where nothing was measured, at least
-    `share`, given share and bias of single held-out samples, which lie beside measured ones.
+    """The share of the mean of `means` (n, *shape) in its mixture with `other` for all of k-space, at least `share`,
+    given share and bias of single held-out samples, which lie beside measured ones.
 
     A mean of draws from the right posterior leaves an error that no image made of the data explains, and its best share
     is 1. Held-out samples ask for less as far as it errs beyond that, by its bias. Where nothing was measured it is
     taken to err so by as much at each place, and by the scatter of the few draws. But there both images differ by far
     more, since the classical one has nothing to go by, so that the best share, 1 - error / squared difference, is
-    larger. `share` itself for one draw, and for an A that is no Cartesian scan.
+    larger. Measured places ask for `share`. It is `share` itself where all was measured, for one draw, and for an A
+    that is no Cartesian scan.
     """
     n = len(means)
     if not isinstance(A, Sense) or n < 2 or share == 1:
         return share
     open_places = A.mask.mask == 0
 
-    def missed(x: Tensor) -> Tensor:
+    def power(x: Tensor) -> tuple[Tensor, Tensor]:  # where nothing was measured, and where something was
         k = fft(A.coils.forward(x), A.coils.ndim).abs().square()
-        return torch.where(open_places, k, 0).sum()
+        return torch.where(open_places, k, 0).sum(), torch.where(open_places, 0, k).sum()
 
     mean = means.mean(0, keepdim=True)
     places = open_places.expand(*A.range_shape)[0].sum()
-    wrong = bias * places + missed(means - mean) / ((n - 1) * n)
-    return max(share, (1 - wrong / missed(mean - other).clamp(min=1e-30)).item())
+    missed, seen = power(mean - other)
+    wrong = bias * places + power(means - mean)[0] / ((n - 1) * n)
+    return max(share, (1 - (wrong + (1 - share) * seen) / (missed + seen).clamp(min=1e-30)).item())
 
 
 # ------------------------------------------------------------------------------------------- classical images
