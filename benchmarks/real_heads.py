@@ -40,8 +40,8 @@ import torch
 from torch import Tensor
 
 from companion.data import anatomy
-from companion.data.axial import head_slices
 from companion.data.intake.look import find
+from companion.data.upright import head_slices
 from companion.diffusion.denoisers import AnySize
 from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import posterior_mean

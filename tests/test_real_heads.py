@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from companion.acquisition.slices import scan_of
 from companion.data.nifti import save_nifti
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -41,6 +42,35 @@ def test_any_orientation_gives_the_same_slices_nose_up(size, width):
     assert rows[:half].sum() > rows[half:].sum(), "the front is brighter and lies on top"
     with pytest.raises(ValueError, match="empty"):
         bench.head_slices(np.zeros((20, 20, 20)), affine, size, 3)
+
+
+@pytest.mark.parametrize("name, thick, bright", [("sagittal", (6, 1, 1), 0), ("coronal", (1, 5, 1), 1)])
+def test_slices_that_are_thick_are_cut_as_they_were_acquired(tmp_path, name, thick, bright):
+    axes = [np.linspace(-1, 1, round(180 / v)) for v in thick]
+    x, y, z = np.meshgrid(*axes, indexing="ij")
+    array = np.where(x**2 + y**2 + z**2 < 0.9, 1 + 0.4 * y + 0.2 * z, 0).astype(np.float32)
+    image = nibabel.Nifti1Image(array, np.diag([*thick, 1.0])).as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
+    flat = np.asarray(image.dataobj).transpose(2, 1, 0)
+    for size, width in (("64", 64), ("native", 240)):
+        shown = bench.head_slices(flat, image.affine, size, 3)
+        assert shown.shape == (3, 1, width, width)
+        there = shown[1, 0] > 0.3
+        assert abs(there.any(0).sum() - there.any(1).sum()) <= 2, "a ball stays round"
+        half = width // 2
+        assert shown[1, 0, :half].sum() > shown[1, 0, half:].sum(), "the top lies on top"
+        left, right = shown[1, 0, :, :half].sum(), shown[1, 0, :, half:].sum()
+        assert left > right * (1.1 if name == "sagittal" else 0.95), "the nose points left"
+    nibabel.save(image, tmp_path / "head.nii.gz")
+    told, scan, _ = scan_of(tmp_path / "head.nii.gz", None, None, 2, 0.01)
+    assert f"{name} slice {len(axes[bright]) // 2}" in told
+    assert scan.voxel_mm == (max(thick), 1, 1) and scan.kspace.shape[2:] == (184, 184)
+
+
+def test_voxels_of_a_head_that_is_scanned_here_are_those_of_its_axial_slices(tmp_path):
+    image = nibabel.Nifti1Image(np.ones((40, 32, 24), np.float32), np.diag([2.0, 3.0, 4.0, 1.0]))
+    nibabel.save(image.as_reoriented(np.array([[2, 1], [0, 1], [1, 1]])), tmp_path / "head.nii")
+    told, scan, _ = scan_of(tmp_path / "head.nii", None, 5, 2, 0.01)
+    assert "axial slice 5" in told and scan.voxel_mm == (4, 3, 2)
 
 
 @pytest.mark.parametrize("radial", [False, True])

@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 
 from companion.acquisition.measurement import hybrid_slices
 from companion.data import anatomy
-from companion.data.axial import canonical
 from companion.data.intake.look import look
 from companion.data.intake.records import Volume
 from companion.data.raw.scan import RawScan, raw_scan
+from companion.data.upright import canonical, cut_of
 from companion.operators.mri import birdcage_maps, fft
 from companion.randomness import randn
 
@@ -26,8 +26,9 @@ def scan_of(
     """A name, raw k-space and the index of the slice in it, of the only scan of a file or folder.
 
     axes: names of the stored axes of arrays that do not tell them. index: of the slice; none: the middle one. A head as
-    NIfTI or DICOM is scanned here: that slice of it alone, with `coils` and `noise_std`. Raises FileNotFoundError or
-    Unreadable for what cannot be read, ValueError for several scans or a slice that is not there.
+    NIfTI or DICOM is scanned here: that slice of it alone, with `coils` and `noise_std`; an axial one, or one as it was
+    acquired where axial pixels would be long (`data.upright`). Raises FileNotFoundError or Unreadable for what cannot
+    be read, ValueError for several scans or a slice that is not there.
     """
     found = look(path)
     if len(found.items) != 1:
@@ -39,28 +40,26 @@ def scan_of(
         i = len(scan.kspace) // 2 if index is None else index
         return f"{item.name}, slice {i}", scan, i
     volume = item.read(**({"frame": 0} if item.what.axes[0] == "t" else {}))
-    x = head(volume)
+    x, voxel_mm, cut = head(volume)
     i = len(x) // 2 if index is None else index
     if not i < len(x):
-        raise ValueError(f"slice={i}: {item.name} has axial slices 0 to {len(x) - 1}")
-    return (
-        f"{item.name}, axial slice {i}, scanned here",
-        simulated(x[i : i + 1], coils, noise_std, volume.voxel_mm, seed),
-        0,
-    )
+        raise ValueError(f"slice={i}: {item.name} has {cut} slices 0 to {len(x) - 1}")
+    return f"{item.name}, {cut} slice {i}, scanned here", simulated(x[i : i + 1], coils, noise_std, voxel_mm, seed), 0
 
 
-def head(volume: Volume) -> Tensor:
-    """Complex axial slices (slice, 1, y, x) of a volume from below up, nose up, sides of a multiple of 8 pixels.
+def head(volume: Volume) -> tuple[Tensor, tuple[float, float, float], str]:
+    """Complex slices (slice, 1, y, x) of a volume, upright, sides of a multiple of 8 pixels; their voxels; their plane.
 
-    1 is the 99th percentile of the tissue; the phase is smooth.
+    Axial ones from below up, where those have no long pixels. Voxels are (z, y, x), mm, z across the slices. 1 is the
+    99th percentile of the tissue; the phase is smooth.
     """
-    signal, _ = canonical(volume.array, volume.affine)
+    signal, voxel = canonical(volume.array, volume.affine)
+    cut = cut_of(voxel)
     bright = np.percentile(signal[signal > 0.08 * np.percentile(signal, 99.9)], 99)
-    x = torch.from_numpy((signal / bright).astype(np.float32)).permute(2, 1, 0).flip(1)[:, None]
+    x = torch.from_numpy(np.ascontiguousarray(cut.upright(signal / bright), np.float32))[:, None]
     height, width = (-n % 8 for n in x.shape[-2:])
     x = torch.nn.functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-    return anatomy.random_phase(x, Generator().manual_seed(0))
+    return anatomy.random_phase(x, Generator().manual_seed(0)), cut.spacing(voxel), cut.name
 
 
 def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: Sequence[float], seed: int = 0) -> RawScan:

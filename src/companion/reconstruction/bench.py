@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from companion.data import anatomy
-from companion.data.axial import head_slices
 from companion.data.heads import dead_leaves
 from companion.data.intake.look import find
+from companion.data.upright import head_slices
 from companion.data.virtual import slices
 from companion.diffusion.denoisers import AnySize, Denoiser, moments_of
 from companion.diffusion.noise import karras
