@@ -1,4 +1,4 @@
-"""Upright slices of a head in a volume of any orientation, in known units: axial, or as acquired where they are thick."""
+"""Upright slices of a head in a volume of any orientation, in known units: axial, or as acquired if those are thick."""
 
 from __future__ import annotations
 
