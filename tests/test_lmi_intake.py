@@ -7,13 +7,14 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from scipy.ndimage import distance_transform_edt
 
 from companion.data import anatomy, contrast_folder
 from companion.data.cohort import called, standard
 from companion.data.contrast_people import People
 from companion.data.dicom.write import write_dicom
 from companion.data.nifti import Volume, save_nifti
-from companion.data.registration import Registration
+from companion.data.registration import REACH_MM, Registration, register, template, to_template
 from companion.data.template import OnTemplate, slab_heights
 from companion.evaluation import metrics
 from companion.evaluation.translation import summary, verdict
@@ -117,3 +118,27 @@ def test_a_head_of_any_size_lies_on_the_template_and_back(size):
     back = whole.assemble(whole.cut(head.array))
     inside = head.array > 0.1
     assert back.shape == head.array.shape and np.corrcoef(back[inside], head.array[inside])[0, 1] > 0.95
+
+
+def whole_head(size: float, step: float = 2.5) -> Volume:
+    """The template with a dark skull, a bright scalp and a neck, `size` times as large."""
+    shape = (100, 100, 84)
+    points = anatomy.grid_mm(shape, step)
+    maps = anatomy.tissue_maps(None, points, step)
+    brain = anatomy.image_from_tissue(anatomy.cohort("test", 1)[0], maps, "T1w").numpy().clip(0)
+    far = distance_transform_edt(maps[:3].sum(0).numpy() < 0.5, sampling=step)
+    x, y, z = points.numpy().transpose(3, 0, 1, 2)
+    image = np.where((far > 9) & (far <= 16), 1.3 * brain.max(), brain)
+    image = np.where((z < -60) & (np.hypot(x, y + 20) < 55) & (far > 8), 0.7 * brain.max(), image)
+    return Volume(image.astype(np.float32), np.diag([size, size, size, 1]) @ anatomy.affine(shape, step))
+
+
+def test_the_scalp_of_a_whole_head_is_not_taken_for_the_end_of_its_brain():
+    head, (fixed, far) = whole_head(0.9), template()
+    outline = register(head, fixed, "affine", inside=far <= REACH_MM, centred=True)
+    assert outline.scale > 1.1, "mutual information alone shrinks the whole head"
+    place = OnTemplate.of(head, (64, 64), heights=slab_heights(4))
+    assert place.found.scale == pytest.approx(0.9, rel=0.03) and place.stripped
+    huge = Volume(head.array, np.diag([1.7, 1.7, 1.7, 1]) @ head.affine)
+    with pytest.raises(ValueError, match="this brain would have .* mL, expected 500 to 3400"):
+        to_template(huge)

@@ -9,6 +9,7 @@ largest component, geodesic dilation), and a mixture of three Gaussians gives th
 
 from __future__ import annotations
 
+from itertools import product
 from typing import cast
 
 import numpy as np
@@ -16,6 +17,10 @@ from scipy import ndimage
 
 COARSE_MM = 2.0  # grid on which the brain is looked for
 BRAIN_ML = (700.0, 2100.0)  # volumes that a brain may have; the search goes on outside
+TYPICAL_ML = (1100.0, 1900.0)  # that most have: looked for first, for thin cuts join the scalp, thick ones lose gyri
+LEVELS = (0.36, 0.42, 0.48, 0.3, 0.54, 0.6)  # of bright tissue, above which there is tissue
+TRIALS = ((TYPICAL_ML, (2, 3)), (BRAIN_ML, (2, 3, 1, 4)))  # volumes, and coarse voxels that are eroded
+BELOW_TOP_MM = 40.0  # of the head, at most, that a brain begins: muscles of face and neck hang together, too
 CLOSING = 4  # coarse voxels: sulci and ventricles that are narrower are closed
 
 
@@ -29,15 +34,15 @@ def brain_mask(signal: np.ndarray, voxel_mm) -> np.ndarray:
     coarse = ndimage.zoom(np.asarray(signal, np.float32), voxel_mm / COARSE_MM, order=1, grid_mode=True, mode="nearest")
     coarse = ndimage.gaussian_filter(coarse, 0.4)
     bright = np.percentile(coarse[coarse > 0.1 * np.percentile(coarse, 99.5)], 95)
+    top = _top(coarse > LEVELS[0] * bright)
     found, volumes = None, []
-    for low in (0.36, 0.42, 0.48, 0.3, 0.54, 0.6):
-        tissue = (coarse > low * bright) & (coarse < 1.35 * bright)
-        for radius in (2, 3, 1, 4):
-            core = _core(tissue, radius)
+    for (least, most), radii in TRIALS:
+        for low, radius in product(LEVELS, radii):
+            core = _core((coarse > low * bright) & (coarse < 1.35 * bright), radius)
             if core is None:
                 continue
             volumes.append(core.sum() * COARSE_MM**3 / 1e3)
-            if BRAIN_ML[0] < volumes[-1] < BRAIN_ML[1]:
+            if least < volumes[-1] < most and top - _top(core) < BELOW_TOP_MM / COARSE_MM:
                 found = core
                 break
         if found is not None:
@@ -45,8 +50,8 @@ def brain_mask(signal: np.ndarray, voxel_mm) -> np.ndarray:
     if found is None:
         raise ValueError(
             f"no connected tissue of {BRAIN_ML[0]:g} to {BRAIN_ML[1]:g} mL in this image, but of "
-            f"{', '.join(f'{v:.0f}' for v in volumes) or 'none'}: expected a whole T1-weighted head, axes to "
-            "right, front, top"
+            f"{', '.join(f'{v:.0f}' for v in sorted(set(volumes))) or 'none'}: expected a whole T1-weighted head, axes "
+            "to right, front, top"
         )
     smooth = ndimage.gaussian_filter(found.astype(np.float32), 0.7)
     grid = np.meshgrid(
@@ -54,6 +59,11 @@ def brain_mask(signal: np.ndarray, voxel_mm) -> np.ndarray:
         indexing="ij",
     )
     return ndimage.map_coordinates(smooth, grid, order=1, mode="nearest").astype(np.float32)
+
+
+def _top(inside: np.ndarray) -> int:
+    """The highest level at which a mask (x, y, z) holds more than a few voxels."""
+    return int(np.flatnonzero(inside.sum((0, 1)) > 20)[-1:].sum())
 
 
 def _depth(inside: np.ndarray) -> np.ndarray:

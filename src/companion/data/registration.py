@@ -14,12 +14,16 @@ import torch
 
 from companion.data import anatomy
 from companion.data.alignment import resample
-from companion.data.intensity import percentile_scale
+from companion.data.head_tissues import brain_mask
+from companion.data.intensity import FOREGROUND, percentile_scale
 from companion.data.nifti import Volume
 from companion.extras import extra
 
 STEP_MM = 3.0  # of the grids on which volumes are compared
 BINS = 32
+BRAIN_MM = 1.0  # grid on which a brain is looked for
+WHOLE = 0.2  # share of the foreground outside of its brain from which a head is whole, not skull-stripped
+SIZES_ML = (500.0, 3400.0)  # of a brain that fits the template, with its fluid; a fifth larger than the template: 3200
 REACH_MM = 9.0  # around the template's brain, within which a head is compared with it
 SIZES = (1.0, 0.72, 0.8, 0.9, 1.1, 1.22, 1.35)  # of a head beside the template, tried before the search
 KINDS = {"rigid": "Euler3DTransform", "similarity": "Similarity3DTransform", "affine": "AffineTransform"}
@@ -64,28 +68,27 @@ def moved(volume: Volume, found: Registration) -> Volume:
 
 
 def register(
-    moving: Volume, fixed: Volume, kind: str = "rigid", *, inside: np.ndarray | None = None, centred: bool = False
+    moving: Volume,
+    fixed: Volume,
+    kind: str = "rigid",
+    *,
+    inside: np.ndarray | None = None,
+    centred: bool = False,
+    first: Registration | None = None,
 ) -> Registration:
     """How `moving` lies to `fixed`, of one head or one kind of head in any contrasts.
 
     inside: mask (z, y, x) on the grid of `fixed`, in which they are compared. centred: begin with the centres of mass
-    on one another, not with the worlds as the files give them. Raises ValueError for other kinds, or a failed search.
+    on one another, not with the worlds as the files give them. first: where an affine search begins. Raises ValueError
+    for other kinds, or a failed search.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown registration {kind!r}; use {', '.join(KINDS)}")
     with extra("formats"):
         import SimpleITK as sitk
     target, source = (_image(sitk, upright(v)) for v in (fixed, moving))
-    search = sitk.ImageRegistrationMethod()
-    search.SetNumberOfThreads(1)  # sums in another order would end elsewhere
-    search.SetMetricAsMattesMutualInformation(BINS)
-    search.SetMetricSamplingStrategy(search.REGULAR)
-    search.SetMetricSamplingPercentagePerLevel([1.0, 0.5, 0.35])
-    search.SetInterpolator(sitk.sitkLinear)
-    if inside is not None:
-        mask = upright(Volume(inside.astype(np.float32), fixed.affine))
-        search.SetMetricFixedMask(_image(sitk, Volume((mask.array > 0.5).astype(np.uint8), mask.affine)))
-    start = _start(sitk, search, target, source, kind, centred)
+    search = _search(sitk, fixed, inside)
+    start = _affine(sitk, first) if first else _start(sitk, search, target, source, kind, centred)
     search.SetOptimizerAsRegularStepGradientDescent(2.0, 0.02, 120, relaxationFactor=0.6)
     search.SetOptimizerScalesFromPhysicalShift()
     search.SetShrinkFactorsPerLevel([4, 2, 1])
@@ -103,6 +106,20 @@ def register(
     matrix[:3, :3] = np.stack([np.array(start.TransformPoint(tuple(e))) - origin for e in np.eye(3)], 1)
     matrix[:3, 3] = origin
     return Registration(tuple(map(tuple, matrix.tolist())), kind, (before, after), _shift(matrix, fixed))
+
+
+def _search(sitk, fixed: Volume, inside: np.ndarray | None):
+    """SimpleITK's registration by mutual information, in a mask (z, y, x) on the grid of `fixed`."""
+    search = sitk.ImageRegistrationMethod()
+    search.SetNumberOfThreads(1)  # sums in another order would end elsewhere
+    search.SetMetricAsMattesMutualInformation(BINS)
+    search.SetMetricSamplingStrategy(search.REGULAR)
+    search.SetMetricSamplingPercentagePerLevel([1.0, 0.5, 0.35])
+    search.SetInterpolator(sitk.sitkLinear)
+    if inside is not None:
+        mask = upright(Volume(inside.astype(np.float32), fixed.affine))
+        search.SetMetricFixedMask(_image(sitk, Volume((mask.array > 0.5).astype(np.uint8), mask.affine)))
+    return search
 
 
 def _start(sitk, search, target, source, kind: str, centred: bool):
@@ -129,15 +146,73 @@ def _information(search, target, source, transform) -> float:
     return -search.MetricEvaluate(target, source)
 
 
-def to_template(volume: Volume, kind: str = "affine") -> Registration:
-    """How a head, stripped or whole, in any contrast, lies to the template of the virtual cohort (MNI)."""
-    fixed, inside = template()
-    return register(volume, fixed, kind, inside=inside, centred=True)
+def to_template(*volumes: Volume, kind: str = "affine") -> Registration:
+    """How a head, stripped or whole, in any contrast, lies to the template of the virtual cohort (MNI).
+
+    The template has a brain only. A whole head would gladly be shrunk until its scalp lies where that brain ends, for
+    outlines are most of the mutual information. So the head's brain alone is tried, too (`head_tissues.brain_mask`),
+    and what counts is how much both tell of each other *inside* the brain. volumes: contrasts of one person in one
+    world, of which the one that tells most speaks for all. Raises ValueError where none can be registered.
+    """
+    fixed, far = template()
+    options = {"inside": far <= REACH_MM, "centred": True}
+    found, failed = [], None
+    for volume in volumes:
+        for shown in (volume, brain_alone(volume)):
+            if shown is None:
+                continue
+            try:
+                place = None if shown is volume else register(shown, fixed, "similarity", **options)
+                if place is None or kind == "affine":
+                    place = register(shown, fixed, kind, first=place, **options)
+                found.append((information(volume, fixed, place, far <= 0), place))
+            except ValueError as error:
+                failed = error
+    if not found:
+        raise failed or ValueError("give at least one volume")
+    best = max(found, key=lambda pair: pair[0])[1]
+    brain_ml = (far <= 0).sum() * STEP_MM**3 / 1e3 * best.scale**3
+    if not SIZES_ML[0] < brain_ml < SIZES_ML[1]:
+        raise ValueError(
+            f"registered to the template, this brain would have {brain_ml:.0f} mL, expected {SIZES_ML[0]:g} to "
+            f"{SIZES_ML[1]:g}: it lies wrong; give the brain alone (skull-stripped), or keep the volume's own grid"
+        )
+    return best
+
+
+def brain_alone(volume: Volume) -> Volume | None:
+    """A whole head with all but its brain set to 0; None where none is found, or where there is nothing else."""
+    step = Volume(np.abs(volume.array), volume.affine)
+    head = upright(step, BRAIN_MM)
+    try:
+        brain = brain_mask(head.array.transpose(2, 1, 0), (BRAIN_MM,) * 3).transpose(2, 1, 0)
+    except ValueError:
+        return None
+    filled = percentile_scale(head.array).apply(head.array) > FOREGROUND
+    if (filled & (brain < 0.5)).sum() < WHOLE * filled.sum():
+        return None
+    return Volume(head.array * (brain > 0.3), head.affine)
+
+
+def information(moving: Volume, fixed: Volume, found: Registration, inside: np.ndarray) -> float:
+    """Mattes' mutual information in nats of two volumes, `found` to lie so, within a mask (z, y, x) of the fixed one."""
+    with extra("formats"):
+        import SimpleITK as sitk
+    target, source = (_image(sitk, upright(v)) for v in (fixed, moving))
+    return _information(_search(sitk, fixed, inside), target, source, _affine(sitk, found))
+
+
+def _affine(sitk, found: Registration):
+    """A registration as SimpleITK's affine transform."""
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(found.array[:3, :3].ravel().tolist())
+    transform.SetTranslation(found.array[:3, 3].tolist())
+    return transform
 
 
 @lru_cache(maxsize=1)
 def template() -> tuple[Volume, np.ndarray]:
-    """The cohort's template as a T1w volume of `STEP_MM`, and the mask (z, y, x) of its brain and `REACH_MM` around."""
+    """The cohort's template as a T1w volume of `STEP_MM`, and how far (z, y, x) its voxels are from its brain, mm."""
     from scipy.ndimage import distance_transform_edt
 
     z, y, x = (round(mm / STEP_MM) for mm in (190.0, 220.0, 190.0))
@@ -146,7 +221,7 @@ def template() -> tuple[Volume, np.ndarray]:
     values = {t: anatomy.signal("T1w", *anatomy.RELAXATION[t]) for t in anatomy.TISSUES}
     image = torch.tensordot(torch.tensor([values[t] for t in anatomy.TISSUES]), maps[:3], 1) * maps[3]
     far = np.asarray(distance_transform_edt(maps[:3].sum(0).numpy() < 0.5, sampling=STEP_MM))
-    return Volume(image.numpy(), anatomy.affine(shape, STEP_MM)), far <= REACH_MM
+    return Volume(image.numpy(), anatomy.affine(shape, STEP_MM)), far
 
 
 def upright(volume: Volume, step_mm: float = STEP_MM) -> Volume:
