@@ -41,6 +41,7 @@ from torch import Tensor
 
 from companion.data import anatomy
 from companion.data.axial import head_slices
+from companion.data.intake.kinds import refuse_labels
 from companion.data.intake.look import find
 from companion.diffusion.denoisers import AnySize
 from companion.diffusion.gibbs import annealed_gibbs
@@ -329,12 +330,15 @@ def heads_of(folder: Path) -> tuple[dict, dict[str, str]]:
             left[item.name] = f"shape {item.what.shape}: not a volume"
             continue
 
-        def load(item=item):
-            frames = item.what.axes[0] == "t"
-            volume = item.reader.read((*item.files, *item.what.parts), **({"frame": 0} if frames else {}))
+        frames = item.what.shape[0] if item.what.axes[0] == "t" else 1
+        name = item.name if frames == 1 else f"{item.name}, frame 0 of {frames}"
+
+        def load(item=item, several=frames > 1):
+            volume = item.read(**({"frame": 0} if several else {}))
+            refuse_labels(volume.array, item.path)
             return volume.array, volume.affine
 
-        heads[item.name] = load
+        heads[name] = load
     return heads, left
 
 

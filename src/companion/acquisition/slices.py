@@ -10,57 +10,83 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from companion.acquisition.measurement import hybrid_slices
+from companion.acquisition.measurement import hybrid_slices, without_oversampling
 from companion.data import anatomy
-from companion.data.axial import canonical
+from companion.data.axial import canonical, refuse_long_pixels
+from companion.data.intake.kinds import refuse_labels
 from companion.data.intake.look import look
-from companion.data.intake.records import Volume
-from companion.data.raw.scan import RawScan, raw_scan
+from companion.data.intake.records import Item, Volume
+from companion.data.raw.scan import RawScan, chosen_of, raw_scan, read_kspace
 from companion.operators.mri import birdcage_maps, fft
 from companion.randomness import randn
 
 
 def scan_of(
-    path: Path, axes: str | None, index: int | None, coils: int, noise_std: float, seed: int = 0
+    path: Path,
+    axes: str | None,
+    index: int | None,
+    coils: int,
+    noise_std: float,
+    seed: int = 0,
+    which: str | None = None,
 ) -> tuple[str, RawScan, int]:
     """A name, raw k-space and the index of the slice in it, of the only scan of a file or folder.
 
-    axes: names of the stored axes of arrays that do not tell them. index: of the slice; none: the middle one. A head as
-    NIfTI or DICOM is scanned here: that slice of it alone, with `coils` and `noise_std`. Raises FileNotFoundError or
-    Unreadable for what cannot be read, ValueError for several scans or a slice that is not there.
+    axes: names of the stored axes of arrays that do not tell them. index: of the slice; none: the middle one. which: of
+    several repetitions, contrasts or frames, as in "repetition 0"; of an image the frame, by default the first, as the
+    name says. A head as NIfTI or DICOM is scanned here: that slice of it alone, with `coils` and `noise_std`. Raises
+    FileNotFoundError or Unreadable for what cannot be read, ValueError for several scans, what is neither an image nor
+    k-space, or a slice that is not there, and as `head`.
     """
-    found = look(path)
-    if len(found.items) != 1:
-        names = ", ".join(item.name for item in found.items[:8]) or "; ".join(found.left.values())
-        raise ValueError(f"{path} holds {len(found.items)} scans: {names}. Name one of them as source")
-    (item,) = found.items
+    item = only_scan(path)
     if item.what.kind == "k-space":
-        scan = as_slices(item.read(**({} if axes is None else {"axes": axes})))
+        scan = as_slices(read_kspace(item, axes, which))
         i = len(scan.kspace) // 2 if index is None else index
         return f"{item.name}, slice {i}", scan, i
-    volume = item.read(**({"frame": 0} if item.what.axes[0] == "t" else {}))
-    x = head(volume)
+    chosen = chosen_of(which) if which else {}
+    frames = item.what.shape[0] if item.what.axes[0] == "t" else 1
+    if unknown := set(chosen) - ({"frame"} if frames > 1 else set()):
+        raise ValueError(f"which={which!r}: {item.name} has no {', '.join(sorted(unknown))} to choose")
+    frame = chosen.get("frame", 0)
+    volume = item.read(**({"frame": frame} if frames > 1 else {}))
+    refuse_labels(volume.array, item.path)
+    x, voxel_mm = head(volume, item.name)
     i = len(x) // 2 if index is None else index
     if not i < len(x):
         raise ValueError(f"slice={i}: {item.name} has axial slices 0 to {len(x) - 1}")
-    return (
-        f"{item.name}, axial slice {i}, scanned here",
-        simulated(x[i : i + 1], coils, noise_std, volume.voxel_mm, seed),
-        0,
-    )
+    name = item.name if frames == 1 else f"{item.name}, frame {frame} of {frames}"
+    return f"{name}, axial slice {i}, scanned here", simulated(x[i : i + 1], coils, noise_std, voxel_mm, seed), 0
 
 
-def head(volume: Volume) -> Tensor:
-    """Complex axial slices (slice, 1, y, x) of a volume from below up, nose up, sides of a multiple of 8 pixels.
+def only_scan(path: Path, kinds: Sequence[str] = ("image", "k-space")) -> Item:
+    """The only scan of these kinds in a file or folder; FileNotFoundError, or ValueError that says what there is."""
+    found = look(path)
+    if not found.items:
+        reasons = "; ".join(dict.fromkeys(found.left.values())) or "it has no files"
+        raise ValueError(f"{path} holds no scan that can be used: {reasons}")
+    fits = [item for item in found.items if item.what.kind in kinds]
+    if len(fits) != 1:
+        names = ", ".join(f"{item.name} ({item.what.kind})" for item in (fits or found.items)[:8])
+        if fits:
+            raise ValueError(f"{path} holds {len(fits)} scans: {names}. Name one of them as source")
+        raise ValueError(f"{path} holds no {' or '.join(kinds)}, but {names}")
+    return fits[0]
 
-    1 is the 99th percentile of the tissue; the phase is smooth.
+
+def head(volume: Volume, name: str = "the volume") -> tuple[Tensor, tuple[float, float, float]]:
+    """Complex axial slices (slice, 1, y, x) of a volume from below up, nose up, and their voxel size (z, y, x) in mm.
+
+    Sides are multiples of 8 pixels; 1 is the 99th percentile of the tissue; the phase is smooth. Raises ValueError as
+    `axial.canonical` and for pixels that are not nearly square.
     """
-    signal, _ = canonical(volume.array, volume.affine)
+    signal, voxel = canonical(volume.array, volume.affine, name)
+    refuse_long_pixels(voxel, signal.shape, name)
     bright = np.percentile(signal[signal > 0.08 * np.percentile(signal, 99.9)], 99)
     x = torch.from_numpy((signal / bright).astype(np.float32)).permute(2, 1, 0).flip(1)[:, None]
     height, width = (-n % 8 for n in x.shape[-2:])
     x = torch.nn.functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
-    return anatomy.random_phase(x, Generator().manual_seed(0))
+    z, y, mm = (float(v) for v in voxel[::-1])
+    return anatomy.random_phase(x, Generator().manual_seed(0)), (z, y, mm)
 
 
 def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: Sequence[float], seed: int = 0) -> RawScan:
@@ -73,11 +99,12 @@ def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: Sequence[float]
 def as_slices(scan: RawScan) -> RawScan:
     """A 3D scan as slices along its fully sampled readout y (else along x or z), each with two phase encodes.
 
-    An inverse transform along that axis, which keeps the noise; what oversampling adds at both ends is cut off. A scan
-    of slices is returned as it is. Raises ValueError where all three axes are undersampled, and for several volumes.
+    An inverse transform along that axis, which keeps the noise; what oversampling adds at both ends is cut off, of a
+    scan of slices along every fully sampled axis. Raises ValueError where all three axes are undersampled, and for
+    several volumes.
     """
     if scan.ndim == 2:
-        return scan
+        return without_oversampling(scan)
     if len(scan.kspace) != 1:
         raise ValueError(f"got {len(scan.kspace)} volumes, {tuple(scan.kspace.shape)}; choose one of them")
     whole = [torch.equal(scan.mask, scan.mask.narrow(a, 0, 1).expand_as(scan.mask)) for a in (-3, -2, -1)]
