@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 from torch import Tensor
@@ -233,8 +234,9 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
 
 
 def pixel_mm(size: str, affine: np.ndarray) -> float:
-    """The side of the pixels of a size, mm."""
-    return 3.25 if size == "64" else float(np.linalg.norm(affine[:3, :3], axis=0).min())
+    """The smaller side of the axial pixels of a size, mm, in whatever order the file stores its axes."""
+    across = nibabel.orientations.io_orientation(affine)[:, 0] < 2
+    return 3.25 if size == "64" else float(np.linalg.norm(affine[:3, :3], axis=0)[across].min())
 
 
 def reconstruct(D, errors, A, y, leaning, acs, seed, args):
