@@ -100,7 +100,7 @@ class Case:
 
 def cases(path: Path, args) -> Iterator[Case]:
     """All masks and accelerations of the middle slices of a file; ValueError or OSError for what cannot serve."""
-    scan = as_slices(read_kspace(only_scan(path, ("k-space",)), args.axes, args.which))
+    scan = as_slices(read_kspace(only_scan(path, ("k-space",))[0], args.axes, args.which))
     count = len(scan.kspace)
     first = max(0, (count - args.slices) // 2)
     for i in range(first, min(count, first + args.slices)):

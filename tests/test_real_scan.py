@@ -97,8 +97,12 @@ def test_what_is_no_image_of_magnitudes_is_not_scanned(tmp_path):
             prepare(form(tmp_path, tmp_path / f"{name}.nii.gz"))
     series = nibabel.Nifti1Image(np.stack([array, 0.5 * array], -1).transpose(2, 1, 0, 3), np.diag([3.25, 3.25, 5, 1]))
     nibabel.save(series, tmp_path / "series.nii.gz")
-    assert "frame 0 of 2" in prepare(form(tmp_path, tmp_path / "series.nii.gz")).name
-    assert "frame 1 of 2" in prepare(form(tmp_path, tmp_path / "series.nii.gz", which="frame 1")).name
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "series.nii.gz").rename(tmp_path / "folder" / "series.nii.gz")
+    (tmp_path / "folder" / "cut.nii.gz").write_bytes(b"")
+    case = prepare(form(tmp_path, tmp_path / "folder"))
+    assert "frame 0 of 2" in case.name and "left out: cut.nii.gz: empty" in str(case.scan)
+    assert "frame 1 of 2" in prepare(form(tmp_path, tmp_path / "folder", which="frame 1")).name
 
 
 def test_gaps_make_undersampled_and_oversampling_is_cut_before_anything_is_judged(tmp_path):

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from companion.acquisition.measurement import hybrid_slices, without_oversampling
 from companion.data import anatomy
 from companion.data.axial import canonical, refuse_long_pixels
+from companion.data.cohort import some
 from companion.data.intake.kinds import refuse_labels
 from companion.data.intake.look import look
 from companion.data.intake.records import Item, Volume
@@ -38,11 +39,11 @@ def scan_of(
     FileNotFoundError or Unreadable for what cannot be read, ValueError for several scans, what is neither an image nor
     k-space, or a slice that is not there, and as `head`.
     """
-    item = only_scan(path)
+    item, left = only_scan(path)
     if item.what.kind == "k-space":
         scan = as_slices(read_kspace(item, axes, which))
         i = len(scan.kspace) // 2 if index is None else index
-        return f"{item.name}, slice {i}", scan, i
+        return f"{item.name}, slice {i}", replace(scan, about={**scan.about, **left}), i
     chosen = chosen_of(which) if which else {}
     frames = item.what.shape[0] if item.what.axes[0] == "t" else 1
     if unknown := set(chosen) - ({"frame"} if frames > 1 else set()):
@@ -55,11 +56,15 @@ def scan_of(
     if not i < len(x):
         raise ValueError(f"slice={i}: {item.name} has axial slices 0 to {len(x) - 1}")
     name = item.name if frames == 1 else f"{item.name}, frame {frame} of {frames}"
-    return f"{name}, axial slice {i}, scanned here", simulated(x[i : i + 1], coils, noise_std, voxel_mm, seed), 0
+    scan = simulated(x[i : i + 1], coils, noise_std, voxel_mm, seed)
+    return f"{name}, axial slice {i}, scanned here", replace(scan, about=left), 0
 
 
-def only_scan(path: Path, kinds: Sequence[str] = ("image", "k-space")) -> Item:
-    """The only scan of these kinds in a file or folder; FileNotFoundError, or ValueError that says what there is."""
+def only_scan(path: Path, kinds: Sequence[str] = ("image", "k-space")) -> tuple[Item, dict[str, str]]:
+    """The only scan of these kinds in a file or folder, and {"left out": what else is there, and why}, if anything is.
+
+    Raises FileNotFoundError, or ValueError that says what there is.
+    """
     found = look(path)
     if not found.items:
         reasons = "; ".join(dict.fromkeys(found.left.values())) or "it has no files"
@@ -70,7 +75,9 @@ def only_scan(path: Path, kinds: Sequence[str] = ("image", "k-space")) -> Item:
         if fits:
             raise ValueError(f"{path} holds {len(fits)} scans: {names}. Name one of them as source")
         raise ValueError(f"{path} holds no {' or '.join(kinds)}, but {names}")
-    return fits[0]
+    others = {item.name: f"{item.what.kind}, not used" for item in found.items if item is not fits[0]}
+    left = some([f"{name}: {why}" for name, why in (others | dict(found.left)).items()])
+    return fits[0], {"left out": left} if left else {}
 
 
 def head(volume: Volume, name: str = "the volume") -> tuple[Tensor, tuple[float, float, float]]:
@@ -125,7 +132,7 @@ def as_slices(scan: RawScan) -> RawScan:
 
     size = scan.kspace.shape[axis]
     others = [a for a in (-3, -2, -1) if a != axis]
-    return replace(
+    found = replace(
         scan,
         kspace=cut(scan.kspace[0], size),
         mask=scan.mask.select(axis, 0),
@@ -135,6 +142,7 @@ def as_slices(scan: RawScan) -> RawScan:
         shift=tuple(scan.shift[a] for a in others) if scan.shift else (),
         about={**scan.about, "slices": f"along {'zyx'[axis]}, the readout of a 3D scan"},
     )
+    return without_oversampling(found)  # of the other axes
 
 
 def centred_affine(voxel_mm: tuple[float, float, float] | None, shape) -> np.ndarray:
