@@ -35,7 +35,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,8 +46,10 @@ from companion.acquisition.simulated import simulate
 from companion.data import head_phantoms as phantoms
 from companion.data.head_activity import active_head
 from companion.data.heads import prepare_head
+from companion.data.intake.kinds import refuse_labels
 from companion.data.intake.look import find
 from companion.data.pet import Slices, held_out
+from companion.data.upright import canonical
 from companion.evaluation import metrics
 from companion.evaluation.activity import score
 from companion.evaluation.tables import markdown
@@ -77,10 +78,10 @@ TRIAL = {"draws": 3, "evaluations": 12}
 
 def fine_slices(array: np.ndarray, affine: np.ndarray, activity: bool, args) -> tuple[Slices, Tensor | None]:
     """Slices of `phantoms.FINE` pixels of a volume (z, y, x) and, of tissues, their MR: its activity, or theirs."""
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(np.abs(array).astype(np.float32).T, affine))
-    head = prepare_head("head", np.asarray(image.dataobj), image.header.get_zooms()[:3])
+    signal, voxel_mm = canonical(array, affine)
+    head = prepare_head("head", signal, voxel_mm)
     if activity:
-        return own_activity(head, float(np.percentile(array[array > 0.1 * array.max()], 99)), args.slices), None
+        return own_activity(head, float(np.percentile(signal[signal > 0.1 * signal.max()], 99)), args.slices), None
     active = active_head(head)
     flat = phantoms.flattened(active)
     return (
@@ -120,11 +121,15 @@ def heads_of(folder: str, args) -> tuple[dict, dict[str, str]]:
         stem = item.name.lower().split(".")[0]
         activity = bool(item.what.units) or "activity" in stem or stem.endswith("_pet")
 
-        def load(item=item, activity=activity):
-            volume = item.read()
+        frames = item.what.shape[0] if item.what.axes[0] == "t" else 1
+        name = item.name if frames == 1 else f"{item.name}, frame 0 of {frames}"
+
+        def load(item=item, activity=activity, several=frames > 1):
+            volume = item.read(**({"frame": 0} if several else {}))
+            refuse_labels(volume.array, item.path)
             return fine_slices(volume.array, volume.affine, activity, args)
 
-        heads[item.name] = load
+        heads[name] = load
     return heads, left
 
 

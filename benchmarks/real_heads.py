@@ -35,13 +35,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 from torch import Tensor
 
 from companion.data import anatomy
+from companion.data.intake.kinds import refuse_labels
 from companion.data.intake.look import find
-from companion.data.upright import head_slices
+from companion.data.upright import cut_of, head_slices
 from companion.diffusion.denoisers import AnySize
 from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import posterior_mean
@@ -210,7 +212,7 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
             images[LEANING] = leaning(A, y)
             rows.append(score(name, size, R, LEANING, images[LEANING], x, (time.perf_counter() - began) / len(x)))
             plain, trusted, verdict, seconds = reconstruct(
-                D, for_pixels(errors, pixel_mm(size, affine)), A, y, leaning, ACS[size], seed, args
+                D, for_pixels(errors, pixel_mm(size, array, affine)), A, y, leaning, ACS[size], seed, args
             )
             draws = torch.stack([s.x for s in plain], 1)
             images[OURS[0]] = draws.mean(0)
@@ -231,9 +233,12 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
     return rows, pictures
 
 
-def pixel_mm(size: str, affine: np.ndarray) -> float:
-    """The side of the pixels of a size, mm."""
-    return 3.25 if size == "64" else float(np.linalg.norm(affine[:3, :3], axis=0).min())
+def pixel_mm(size: str, array: np.ndarray, affine: np.ndarray) -> float:
+    """The smaller side of the pixels of a size, mm, in whatever order the file stores its axes."""
+    order = np.argsort(nibabel.orientations.io_orientation(affine)[:, 0])  # of x, y and z among the stored axes
+    voxel = np.linalg.norm(affine[:3, :3], axis=0)[order]
+    shape = np.array(array.shape[::-1])[order]
+    return 3.25 if size == "64" else min(cut_of(voxel, tuple(shape)).spacing(voxel)[1:])
 
 
 def reconstruct(D, errors, A, y, leaning, acs, seed, args):
@@ -329,12 +334,15 @@ def heads_of(folder: Path) -> tuple[dict, dict[str, str]]:
             left[item.name] = f"shape {item.what.shape}: not a volume"
             continue
 
-        def load(item=item):
-            frames = item.what.axes[0] == "t"
-            volume = item.reader.read((*item.files, *item.what.parts), **({"frame": 0} if frames else {}))
+        frames = item.what.shape[0] if item.what.axes[0] == "t" else 1
+        name = item.name if frames == 1 else f"{item.name}, frame 0 of {frames}"
+
+        def load(item=item, several=frames > 1):
+            volume = item.read(**({"frame": 0} if several else {}))
+            refuse_labels(volume.array, item.path)
             return volume.array, volume.affine
 
-        heads[item.name] = load
+        heads[name] = load
     return heads, left
 
 

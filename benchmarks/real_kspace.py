@@ -33,9 +33,10 @@ from torch import Tensor
 
 from companion.acquisition.measurement import Measurement, prepare_scan, reference_image
 from companion.acquisition.redundancy import redundancy
+from companion.acquisition.slices import as_slices, only_scan
 from companion.data import anatomy
-from companion.data.intake.readers import read_image, sniff
-from companion.data.raw.scan import RawScan
+from companion.data.intake.readers import read_image
+from companion.data.raw.scan import gapless, read_kspace
 from companion.diffusion.covariance import FIT_SIGMAS
 from companion.diffusion.denoisers import AnySize
 from companion.diffusion.recalibration import ErrorModel
@@ -49,6 +50,7 @@ from companion.models.checkpoint import load_denoiser
 from companion.models.errors import load_errors
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import fft
+from companion.papers.real_scan import FULL
 from companion.randomness import randn
 from companion.reconstruction import held_out, regularised, trust
 from companion.reconstruction.one_pass import NAME, one_pass
@@ -96,27 +98,21 @@ class Case:
         return size > 0.05 * torch.quantile(size.flatten(), 0.99)
 
 
-def read_scan(path: Path, axes: str | None) -> RawScan:
-    what, reader = sniff(path)
-    options = {} if axes is None else {"axes": axes}
-    return reader.read((path, *what.parts), **options)
-
-
 def cases(path: Path, args) -> Iterator[Case]:
-    """All masks and accelerations of the middle slices of a file."""
-    scan = read_scan(path, args.axes)
-    if scan.ndim != 2 or scan.mask.mean() < 0.6:
-        raise SystemExit(
-            f"{path}: {scan}\nneeds slices of fully sampled k-space; {scan.mask.mean():.0%} was measured in "
-            f"{scan.ndim} dimensions"
-        )
+    """All masks and accelerations of the middle slices of a file; ValueError or OSError for what cannot serve."""
+    scan = as_slices(read_kspace(only_scan(path, ("k-space",))[0], args.axes, args.which))
     count = len(scan.kspace)
     first = max(0, (count - args.slices) // 2)
     for i in range(first, min(count, first + args.slices)):
+        measured = scan.mask[min(i, len(scan.mask) - 1), 0]
+        if measured.mean() < FULL or not gapless(measured):
+            raise ValueError(
+                f"{path}: {scan}\nneeds fully sampled k-space; of slice {i}, {measured.mean():.0%} was measured"
+            )
         for kind in args.kinds:
             for R in args.accelerations:
                 mask = cartesian_mask(scan.kspace.shape[-2:], R, KINDS[kind], acs=args.acs, seed=args.seed + i).mask
-                m = prepare_scan(scan, slice(i, i + 1), mask=mask * scan.mask[:1, 0], brightness=args.brightness)
+                m = prepare_scan(scan, slice(i, i + 1), mask=mask * measured, brightness=args.brightness)
                 found = redundancy(m)
                 print(f"{path.name}, slice {i}, {kind}, R = {R}\n{m.found}\nredundancy  {found}", flush=True)
                 m = m.with_noise(found.noise_std)
@@ -286,6 +282,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--weights", default="general/2d")
     parser.add_argument("--heads", type=Path, nargs="*", default=[], help="validation heads, image files")
     parser.add_argument("--axes", help="names of the stored axes of arrays that do not tell them, as in 'coil y x'")
+    parser.add_argument("--which", help="of several repetitions, contrasts or frames, as in 'repetition 0'")
     parser.add_argument("--accelerations", type=float, nargs="+", default=[4, 8])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--methods", nargs="+", help="classical methods; default all, BART's where it is installed")
@@ -301,22 +298,35 @@ def main(argv=None) -> list[dict]:
     args = parser.parse_args(argv)
     rows, sheets, fitted = [], [], {}
     args.out.mkdir(parents=True, exist_ok=True)
+    left = {}
     for path in args.files:
-        for case in cases(path, args):
-            shape = tuple(case.reference.shape[-2:])
-            images = validation_images(shape, args.heads, args.validation, args.seed)
-            if shape not in fitted:
-                fitted[shape] = prior(args.weights, images, args)
-            methods = {n: f for n, f in classical(case.m).items() if args.methods is None or n in args.methods}
-            weights = tuned(case, images[: max(1, args.validation // 2)], methods)
-            some, pictures = evaluate(case, *fitted[shape], methods, weights, args)
-            for line in some:
-                line["regularisation"] = weights.get(line["method"])
-                print({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
-            rows += some
-            sheets.append((case, pictures))
-            write(args, rows, sheets)
+        try:
+            for case in cases(path, args):
+                some, pictures = scored(case, fitted, args)
+                rows += some
+                sheets.append((case, pictures))
+                write(args, rows, sheets)
+        except (ValueError, OSError) as error:  # what was done of it stays
+            left[path] = error
+            print(f"left out: {error}", flush=True)
+    if not rows:
+        raise SystemExit("no file could be used:\n" + "\n".join(map(str, left.values())))
     return rows
+
+
+def scored(case: Case, fitted: dict, args) -> tuple[list[dict], dict[str, Tensor]]:
+    """`evaluate` of a case, its classical methods tuned; fitted: shape -> prior and its errors, filled here."""
+    shape = tuple(case.reference.shape[-2:])
+    images = validation_images(shape, args.heads, args.validation, args.seed)
+    if shape not in fitted:
+        fitted[shape] = prior(args.weights, images, args)
+    methods = {n: f for n, f in classical(case.m).items() if args.methods is None or n in args.methods}
+    weights = tuned(case, images[: max(1, args.validation // 2)], methods)
+    rows, pictures = evaluate(case, *fitted[shape], methods, weights, args)
+    for line in rows:
+        line["regularisation"] = weights.get(line["method"])
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
+    return rows, pictures
 
 
 def write(args, rows: list[dict], sheets: list[tuple[Case, dict[str, Tensor]]]) -> None:

@@ -116,6 +116,12 @@ def test_noise_that_cannot_be_found_is_refused_in_words():
 # ------------------------------------------------------------------------------------------------- centre and echo
 
 
+def test_a_coil_that_is_a_copy_of_another_is_named_in_words():
+    noise = torch.randn(3, 40, 40, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="sums of others"):
+        _ = noise_of_edges(torch.cat([noise, noise[:1]])).whitening
+
+
 def test_the_centre_is_found_wherever_it_is():
     mask = torch.zeros(40, 50)
     mask[5:21, 20:41] = 1

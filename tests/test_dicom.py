@@ -16,6 +16,7 @@ from companion.data.dicom.series import choose_series, find_series, join_dicom, 
 from companion.data.dicom.suv import suv_of
 from companion.data.dicom.write import WARNING, write_dicom
 from companion.data.intake.look import look
+from companion.data.intake.readers import read_image
 from companion.data.intake.records import Unreadable
 
 MR, ENHANCED, PET = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.128"
@@ -240,6 +241,33 @@ def test_time_series_have_frames(tmp_path):
         read_dicom(files)
     with pytest.raises(Unreadable, match="fewer in slices"):
         read_dicom(files[:-1], frame=0)
+
+
+def test_copies_count_once_and_one_file_stands_for_its_series(tmp_path):
+    array, affine = known()
+    files = write(tmp_path / "d", array, affine)
+    for i, file in enumerate(files[:2]):
+        (tmp_path / "d" / f"copy {i}").write_bytes(file.read_bytes())
+    (item,) = look(tmp_path / "d").items
+    assert item.what.shape == array.shape and item.what.about["copies of the same images, left out"] == 2
+    assert np.array_equal(item.read().array, read_image(files[3]).array)
+    assert look(files[3]).items[0].what.shape == array.shape
+    same = write(tmp_path / "e", array, affine, SOPInstanceUID="1.2.3")  # of a careless anonymiser
+    assert np.array_equal(read_dicom(same).array, read_dicom(files).array)
+
+
+def test_a_data_set_without_a_file_header_is_read(tmp_path):
+    array, affine = known()
+    for implicit in (True, False):
+        folder = tmp_path / str(implicit)
+        for file in write(folder, array, affine):
+            d = pydicom.dcmread(file)
+            del d.file_meta
+            pydicom.dcmwrite(
+                file.with_suffix(".dcm"), d, implicit_vr=implicit, little_endian=True, enforce_file_format=False
+            )
+            file.unlink()
+        assert np.array_equal(read_image(next(folder.iterdir())).array, read_dicom(sorted(folder.iterdir())).array)
 
 
 def enhanced(path, array, affine, components=("MAGNITUDE",), echoes=(3.0,), slope=1.0, intercept=0.0):

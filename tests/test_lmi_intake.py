@@ -83,6 +83,21 @@ def test_one_person_in_a_folder_meets_the_embedded_weights(tmp_path, monkeypatch
         replace(asked, targets=("MPRAGE",)).before_start()
 
 
+def test_a_whole_head_beside_a_stripped_one_is_cut_to_the_brain(tmp_path):
+    one, other = whole_brain("T1w"), whole_brain("T2w")
+    far = distance_transform_edt(one.array == 0) * 4.0
+    other.array[(far > 8) & (far < 25)] = other.array.max()  # a scalp
+    for name, v in (("T1w", one), ("T2w", other)):
+        save_nifti(tmp_path / "anna" / f"{name}.nii.gz", 900 * v.array, affine=v.affine)
+    p = lmi_data.PrepareData(
+        source=str(tmp_path), data=str(tmp_path / "d.h5"), contrasts=("T1", "T2"), slices_per_subject=4
+    )
+    data = lmi_data.prepare(p, progress=False)
+    assert data.attrs["subjects"][data.subjects[0]]["slicing"]["stripped"]
+    t1, t2 = (data.read(name) > 0.1 for name in ("T1w", "T2w"))
+    assert (t2 & ~t1).mean() < 0.05 * t1.mean() + 0.05 and (t1 & t2).mean() > 0.8 * t1.mean()
+
+
 def test_contrasts_that_do_not_fit_are_refused_with_their_shift(tmp_path):
     turn = np.eye(4)
     turn[1, 3] = 8.0

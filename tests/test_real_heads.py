@@ -40,6 +40,7 @@ def test_any_orientation_gives_the_same_slices_nose_up(size, width):
     rows = straight[0, 0].sum(1)
     half = width // 2
     assert rows[:half].sum() > rows[half:].sum(), "the front is brighter and lies on top"
+    assert bench.pixel_mm(size, np.eye(4)[[2, 0, 1, 3]] @ np.diag([2, 0.5, 3, 1])) == (3.25 if size == "64" else 2)
     with pytest.raises(ValueError, match="empty"):
         bench.head_slices(np.zeros((20, 20, 20)), affine, size, 3)
 
@@ -67,7 +68,8 @@ def test_slices_that_are_thick_are_cut_as_they_were_acquired(tmp_path, name, thi
 
 
 def test_voxels_of_a_head_that_is_scanned_here_are_those_of_its_axial_slices(tmp_path):
-    image = nibabel.Nifti1Image(np.ones((40, 32, 24), np.float32), np.diag([2.0, 3.0, 4.0, 1.0]))
+    array = np.random.default_rng(0).uniform(0.5, 1, (40, 32, 24)).astype(np.float32)
+    image = nibabel.Nifti1Image(array, np.diag([2.0, 3.0, 4.0, 1.0]))
     nibabel.save(image.as_reoriented(np.array([[2, 1], [0, 1], [1, 1]])), tmp_path / "head.nii")
     told, scan, _ = scan_of(tmp_path / "head.nii", None, 5, 2, 0.01)
     assert "axial slice 5" in told and scan.voxel_mm == (4, 3, 2)

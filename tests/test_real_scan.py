@@ -1,13 +1,17 @@
 """real_scan: from files of several kinds to one measured slice, and what is refused."""
 
+from dataclasses import replace
+
 import nibabel
 import numpy as np
 import pytest
 import torch
 
-from companion.acquisition.measurement import Measurement
+from companion.acquisition.measurement import Measurement, prepare_scan
+from companion.acquisition.slices import as_slices
 from companion.data import anatomy
 from companion.data.nifti import save_nifti
+from companion.data.raw.scan import gapless, raw_scan
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, fft
 from companion.papers.real_scan import RealScan, prepare, write
@@ -67,12 +71,60 @@ def test_a_head_is_scanned_here_nose_up_whatever_its_orientation(tmp_path):
     )
     nibabel.save(turned, tmp_path / "b" / "t1.nii.gz")
     one, other = (prepare(form(tmp_path, tmp_path / name, slice=7)) for name in "ab")
+    assert one.scan.voxel_mm == other.scan.voxel_mm == (5, 3.25, 3.25), "of the slices, not of the stored axes"
     assert "scanned here" in one.name and torch.allclose(one.m.y, other.m.y, atol=1e-4)
     found, truth = one.reference[0, 0].abs(), torch.from_numpy(array[7, ::-1].copy())
     assert torch.corrcoef(torch.stack([found.flatten(), truth.flatten()]))[0, 1] > 0.99
     save_nifti(tmp_path / "a" / "other.nii.gz", array, voxel_mm=(5, 3.25, 3.25))
     with pytest.raises(ValueError, match="holds 2 scans.*Name one of them"):
         prepare(form(tmp_path, tmp_path / "a"))
+
+
+def test_what_is_no_image_of_magnitudes_is_not_scanned(tmp_path):
+    array = slices(12)[:, 0].abs().numpy()
+    brain = array > 0.2
+    cases = {
+        "hu": (1000 * array - 1024, (5, 3.25, 3.25), "far below 0.*HU"),
+        "standardised": (np.where(brain, (array - 0.5) / 0.2, 0), (5, 3.25, 3.25), "far below 0"),
+        "long in every plane": (array, (3.25, 5.5, 9), "nearly square"),
+        "empty": (0 * array, (5, 3.25, 3.25), "empty"),
+        "regions": (brain.astype(np.uint8) + (array > 0.6), (5, 3.25, 3.25), "label map"),
+        "head_seg": (brain.astype(np.uint8), (5, 3.25, 3.25), "no image or k-space"),
+    }
+    for name, (values, voxel_mm, words) in cases.items():
+        save_nifti(tmp_path / f"{name}.nii.gz", values, voxel_mm=voxel_mm)
+        with pytest.raises(ValueError, match=words):
+            prepare(form(tmp_path, tmp_path / f"{name}.nii.gz"))
+    series = nibabel.Nifti1Image(np.stack([array, 0.5 * array], -1).transpose(2, 1, 0, 3), np.diag([3.25, 3.25, 5, 1]))
+    nibabel.save(series, tmp_path / "series.nii.gz")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "series.nii.gz").rename(tmp_path / "folder" / "series.nii.gz")
+    (tmp_path / "folder" / "cut.nii.gz").write_bytes(b"")
+    case = prepare(form(tmp_path, tmp_path / "folder"))
+    assert "frame 0 of 2" in case.name and "left out: cut.nii.gz: empty" in str(case.scan)
+    assert "frame 1 of 2" in prepare(form(tmp_path, tmp_path / "folder", which="frame 1")).name
+
+
+def test_gaps_make_undersampled_and_oversampling_is_cut_before_anything_is_judged(tmp_path):
+    k, lines = kspace(slices(1)), torch.zeros(SIZE)
+    lines[::2], lines[SIZE // 2 - 12 : SIZE // 2 + 12] = 1, 1
+    assert lines.mean() > 0.6 and not gapless(lines.expand(SIZE, SIZE)) and gapless((lines * 0 + 1)[None])
+    np.save(tmp_path / "scan.npy", (k * lines).numpy())
+    case = prepare(form(tmp_path, tmp_path / "scan.npy", axes="slice coil y x"))
+    assert case.reference is None and torch.equal(case.kept, (lines != 0).expand(SIZE, SIZE)), "as it was measured"
+    wide = torch.nn.functional.pad(slices(1), (0, 0, SIZE // 2, SIZE // 2))
+    k = fft(birdcage_maps((2 * SIZE, SIZE), 4) * wide)
+    calibration = k[..., SIZE - 24 : SIZE + 24, SIZE // 2 - 12 : SIZE // 2 + 12]
+    scan = raw_scan("scan", k, oversampling=(2.0, 1.0), calibration=calibration)
+    cut = as_slices(scan)
+    assert (
+        cut.kspace.shape[-2:] == (SIZE, SIZE) and cut.calibration.shape[-2:] == (24, 24) and cut.oversampling == (1, 1)
+    )
+    noise = torch.randn(4, 500, dtype=torch.complex64, generator=torch.Generator().manual_seed(2))
+    for one in (scan, cut):
+        m = prepare_scan(replace(one, noise=0.01 * noise))
+        image = m.A.H(m.y)[0, 0].abs()
+        assert torch.corrcoef(torch.stack([image.flatten(), slices(1).abs().flatten()]))[0, 1] > 0.98
 
 
 def test_a_3d_scan_falls_into_slices_and_nothing_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from companion.acquisition.noise import Noise, mix, noise_of_edges, noise_of_sca
 from companion.data.raw.scan import RawScan
 from companion.operators.linear import LinearOperator, check_finite
 from companion.operators.masks import CartesianMask
-from companion.operators.mri import Sense, Shape, crop_kspace, ifft
+from companion.operators.mri import Sense, Shape, centre_crop, crop_kspace, ifft
 from companion.operators.soft_sense import soft_sense
 
 KEPT_ENERGY = 0.999  # of the signal, by the virtual coils that coil compression keeps
@@ -188,7 +188,8 @@ def prepare_kspace(
     coils: virtual coils to keep; None: the fewest with KEPT_ENERGY of the signal. sets: of coil maps, 1 or 2; None: 2
     where the field of view folds, see `espirit`. calibration: fully sampled centre of a scan of its own, (coil, *box)
     or (slice, coil, *box), instead of this one's. maps: (coil, *space) in raw coils, instead of any estimate.
-    oversampling: of each axis of space; the field of view is cut by it, along fully sampled axes only.
+    oversampling: of each axis of space; the field of view is cut by it, along fully sampled axes only, and that of the
+    calibration, which is sampled as densely.
     brightness: what 99 % of the object's pixels in the low-resolution image shall not exceed; None: units of the noise.
 
     Raises ValueError for data that are not finite or all zero, an oversampled axis that is undersampled, and when no
@@ -196,6 +197,8 @@ def prepare_kspace(
     """
     kspace, mask = _with_slices(kspace, mask, ndim)
     if oversampling is not None:
+        if calibration is not None:
+            calibration = calibration_without_oversampling(calibration, tuple(kspace.shape[-ndim:]), oversampling)
         kspace, mask = remove_oversampling(kspace, mask, oversampling)
     space = tuple(kspace.shape[-ndim:])
     echo = echo_of(kspace, ndim)
@@ -246,8 +249,7 @@ def prepare_scan(scan: RawScan, slices: slice | None = None, **options) -> Measu
     """
     part = slice(None) if slices is None else slices
     kspace, mask = scan.kspace[part], scan.mask[part] if len(scan.mask) > 1 else scan.mask
-    full = [torch.equal(mask, mask.narrow(a, 0, 1).expand_as(mask)) for a in range(-scan.ndim, 0)]
-    factors = tuple(f if whole else 1.0 for f, whole in zip(scan.oversampling, full, strict=True))
+    factors = _removable(scan.oversampling, mask)
     told = {"mask": mask, "noise": scan.noise, "ndim": scan.ndim, "oversampling": factors if factors else None}
     if scan.calibration is not None:
         told["calibration"] = scan.calibration[part]
@@ -313,6 +315,49 @@ def remove_oversampling(kspace: Tensor, mask: Tensor, factors: tuple[float, ...]
         kspace = crop_kspace(kspace.movedim(axis, -1), (width,)).movedim(-1, axis)
         mask = mask.narrow(axis, 0, width)
     return kspace * mask, mask
+
+
+def calibration_without_oversampling(calibration: Tensor, space: Shape, factors: tuple[float, ...]) -> Tensor:
+    """A calibration scan (..., *box) of a grid `space`, its field of view cut as `remove_oversampling` cuts others.
+
+    The box is put among zeros, cut in image space, and taken out again; it has fewer samples then, which lie as far
+    apart as those of the image.
+    """
+    for axis, (n, factor) in zip(range(-len(factors), 0), zip(space, factors, strict=True), strict=True):
+        if factor == 1:
+            continue
+        box = calibration.movedim(axis, -1)
+        have, width = box.shape[-1], round(n / factor)
+        before = n // 2 - have // 2
+        cut = crop_kspace(torch.nn.functional.pad(box, (before, n - have - before)), (width,))
+        calibration = centre_crop(cut, (min(width, round(have / factor)),)).movedim(-1, axis)
+    return calibration
+
+
+def without_oversampling(scan: RawScan) -> RawScan:
+    """A scan of slices whose field of view is cut along its fully sampled axes, noise and voxels unchanged."""
+    factors = _removable(scan.oversampling, scan.mask)
+    if all(f == 1 for f in factors):
+        return scan
+    space, masks = tuple(scan.kspace.shape[2:]), scan.mask.expand(len(scan.kspace), -1, -1, -1)
+    pairs = [remove_oversampling(k[None], m[None], factors) for k, m in zip(scan.kspace, masks, strict=True)]
+    calibration = scan.calibration
+    return replace(
+        scan,
+        kspace=torch.cat([k for k, _ in pairs]),
+        mask=torch.cat([m for _, m in pairs[: len(scan.mask)]]),
+        calibration=calibration
+        if calibration is None
+        else calibration_without_oversampling(calibration, space, factors),
+        oversampling=tuple(f if cut == 1 else 1.0 for f, cut in zip(scan.oversampling, factors, strict=True)),
+    )
+
+
+def _removable(oversampling: tuple[float, ...], mask: Tensor) -> tuple[float, ...]:
+    """The oversampling (y, x) of fully sampled axes, 1 of others, where a cut would mix what was not measured."""
+    axes = range(-len(oversampling), 0)
+    full = [torch.equal(mask, mask.narrow(a, 0, 1).expand_as(mask)) for a in axes]
+    return tuple(f if whole else 1.0 for f, whole in zip(oversampling, full, strict=True))
 
 
 def hybrid_slices(kspace: Tensor, axis: int = -3) -> Tensor:

@@ -156,7 +156,10 @@ def _robust_covariance(z: Tensor, steps: int = 30) -> Tensor:
     # it loses the following part of its variance
     lost = float(chi2.cdf(chi2.ppf(KEPT, 2 * coils), 2 * coils + 2)) / KEPT
     for _ in range(steps):
-        distance = (z.conj() * torch.linalg.solve(covariance, z)).sum(0).real
+        solved, failed = torch.linalg.solve_ex(covariance, z)
+        if failed:  # coils that are sums of others; `Noise.whitening` says so
+            return covariance
+        distance = (z.conj() * solved).sum(0).real
         new = _covariance(z[:, distance.argsort()[:kept]]) / lost
         change = ((new - covariance).norm() / covariance.norm()).item()
         covariance = new

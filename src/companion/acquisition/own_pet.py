@@ -24,6 +24,7 @@ from companion.data import anatomy
 from companion.data.alignment import resample
 from companion.data.dicom.write import write_dicom
 from companion.data.intake.look import find
+from companion.data.intensity import magnitudes
 from companion.data.nifti import Volume, centred_affine, save_nifti
 from companion.data.pet import FIELD_MM, Slices, place_lesions, render
 from companion.data.scan_geometry import BY_DOSE, UNITS, Dosage, Geometry
@@ -115,15 +116,16 @@ class OwnScan:
         """An MR image of the same person (NIfTI, a DICOM series, ...) on the grid of this scan, (slice, 1, y, x).
 
         It must be registered to the activity that `write` writes: worlds are taken to be the same, nothing is moved.
-        Raises FileNotFoundError, or ValueError where there is not one volume, or it lies beside the scan.
+        Raises FileNotFoundError, or ValueError where there is not one volume of magnitudes, or it lies beside the scan.
         """
         items = find(path).items
         if len(items) != 1:
             raise ValueError(f"{path} holds {len(items)} images; name the file or series of the MR")
         volume = items[0].read()
+        array = magnitudes(volume.array, str(path))
         grid = Volume(np.empty((len(self.scan.y), *self.beam.slice_shape), bool), self.affine)
         try:
-            found = resample(Volume(np.abs(volume.array), volume.affine), grid)
+            found = resample(Volume(array, volume.affine), grid)
         except ValueError as error:
             raise ValueError(
                 f"{path} does not lie where the scan does ({error}); reconstruct without it first, and register it to "

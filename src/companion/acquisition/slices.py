@@ -10,51 +10,85 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from companion.acquisition.measurement import hybrid_slices
+from companion.acquisition.measurement import hybrid_slices, without_oversampling
 from companion.data import anatomy
+from companion.data.cohort import some
+from companion.data.intake.kinds import refuse_labels
 from companion.data.intake.look import look
-from companion.data.intake.records import Volume
-from companion.data.raw.scan import RawScan, raw_scan
+from companion.data.intake.records import Item, Volume
+from companion.data.raw.scan import RawScan, chosen_of, raw_scan, read_kspace
 from companion.data.upright import canonical, cut_of
 from companion.operators.mri import birdcage_maps, fft
 from companion.randomness import randn
 
 
 def scan_of(
-    path: Path, axes: str | None, index: int | None, coils: int, noise_std: float, seed: int = 0
+    path: Path,
+    axes: str | None,
+    index: int | None,
+    coils: int,
+    noise_std: float,
+    seed: int = 0,
+    which: str | None = None,
 ) -> tuple[str, RawScan, int]:
     """A name, raw k-space and the index of the slice in it, of the only scan of a file or folder.
 
-    axes: names of the stored axes of arrays that do not tell them. index: of the slice; none: the middle one. A head as
-    NIfTI or DICOM is scanned here: that slice of it alone, with `coils` and `noise_std`; an axial one, or one as it was
-    acquired where axial pixels would be long (`data.upright`). Raises FileNotFoundError or Unreadable for what cannot
-    be read, ValueError for several scans or a slice that is not there.
+    axes: names of the stored axes of arrays that do not tell them. index: of the slice; none: the middle one. which: of
+    several repetitions, contrasts or frames, as in "repetition 0"; of an image the frame, by default the first, as the
+    name says. A head as NIfTI or DICOM is scanned here: that slice of it alone, with `coils` and `noise_std`; an axial
+    one, or one as it was acquired where axial pixels would be long (`data.upright`). Raises FileNotFoundError or
+    Unreadable for what cannot be read, ValueError for several scans, what is neither an image nor k-space, or a slice
+    that is not there, and as `head`.
     """
-    found = look(path)
-    if len(found.items) != 1:
-        names = ", ".join(item.name for item in found.items[:8]) or "; ".join(found.left.values())
-        raise ValueError(f"{path} holds {len(found.items)} scans: {names}. Name one of them as source")
-    (item,) = found.items
+    item, left = only_scan(path)
     if item.what.kind == "k-space":
-        scan = as_slices(item.read(**({} if axes is None else {"axes": axes})))
+        scan = as_slices(read_kspace(item, axes, which))
         i = len(scan.kspace) // 2 if index is None else index
-        return f"{item.name}, slice {i}", scan, i
-    volume = item.read(**({"frame": 0} if item.what.axes[0] == "t" else {}))
-    x, voxel_mm, cut = head(volume)
+        return f"{item.name}, slice {i}", replace(scan, about={**scan.about, **left}), i
+    chosen = chosen_of(which) if which else {}
+    frames = item.what.shape[0] if item.what.axes[0] == "t" else 1
+    if unknown := set(chosen) - ({"frame"} if frames > 1 else set()):
+        raise ValueError(f"which={which!r}: {item.name} has no {', '.join(sorted(unknown))} to choose")
+    frame = chosen.get("frame", 0)
+    volume = item.read(**({"frame": frame} if frames > 1 else {}))
+    refuse_labels(volume.array, item.path)
+    x, voxel_mm, plane = head(volume, item.name)
     i = len(x) // 2 if index is None else index
     if not i < len(x):
-        raise ValueError(f"slice={i}: {item.name} has {cut} slices 0 to {len(x) - 1}")
-    return f"{item.name}, {cut} slice {i}, scanned here", simulated(x[i : i + 1], coils, noise_std, voxel_mm, seed), 0
+        raise ValueError(f"slice={i}: {item.name} has {plane} slices 0 to {len(x) - 1}")
+    name = item.name if frames == 1 else f"{item.name}, frame {frame} of {frames}"
+    scan = simulated(x[i : i + 1], coils, noise_std, voxel_mm, seed)
+    return f"{name}, {plane} slice {i}, scanned here", replace(scan, about=left), 0
 
 
-def head(volume: Volume) -> tuple[Tensor, tuple[float, float, float], str]:
+def only_scan(path: Path, kinds: Sequence[str] = ("image", "k-space")) -> tuple[Item, dict[str, str]]:
+    """The only scan of these kinds in a file or folder, and {"left out": what else is there, and why}, if anything is.
+
+    Raises FileNotFoundError, or ValueError that says what there is.
+    """
+    found = look(path)
+    if not found.items:
+        reasons = "; ".join(dict.fromkeys(found.left.values())) or "it has no files"
+        raise ValueError(f"{path} holds no scan that can be used: {reasons}")
+    fits = [item for item in found.items if item.what.kind in kinds]
+    if len(fits) != 1:
+        names = ", ".join(f"{item.name} ({item.what.kind})" for item in (fits or found.items)[:8])
+        if fits:
+            raise ValueError(f"{path} holds {len(fits)} scans: {names}. Name one of them as source")
+        raise ValueError(f"{path} holds no {' or '.join(kinds)}, but {names}")
+    others = {item.name: f"{item.what.kind}, not used" for item in found.items if item is not fits[0]}
+    left = some([f"{name}: {why}" for name, why in (others | dict(found.left)).items()])
+    return fits[0], {"left out": left} if left else {}
+
+
+def head(volume: Volume, name: str = "the volume") -> tuple[Tensor, tuple[float, float, float], str]:
     """Complex slices (slice, 1, y, x) of a volume, upright, sides of a multiple of 8 pixels; their voxels; their plane.
 
     Axial ones from below up, where those have no long pixels. Voxels are (z, y, x), mm, z across the slices. 1 is the
-    99th percentile of the tissue; the phase is smooth.
+    99th percentile of the tissue; the phase is smooth. Raises ValueError as `upright.canonical` and `upright.cut_of`.
     """
-    signal, voxel = canonical(volume.array, volume.affine)
-    cut = cut_of(voxel)
+    signal, voxel = canonical(volume.array, volume.affine, name)
+    cut = cut_of(voxel, signal.shape, name)
     bright = np.percentile(signal[signal > 0.08 * np.percentile(signal, 99.9)], 99)
     x = torch.from_numpy(np.ascontiguousarray(cut.upright(signal / bright), np.float32))[:, None]
     height, width = (-n % 8 for n in x.shape[-2:])
@@ -72,11 +106,12 @@ def simulated(x: Tensor, coils: int, noise_std: float, voxel_mm: Sequence[float]
 def as_slices(scan: RawScan) -> RawScan:
     """A 3D scan as slices along its fully sampled readout y (else along x or z), each with two phase encodes.
 
-    An inverse transform along that axis, which keeps the noise; what oversampling adds at both ends is cut off. A scan
-    of slices is returned as it is. Raises ValueError where all three axes are undersampled, and for several volumes.
+    An inverse transform along that axis, which keeps the noise; what oversampling adds at both ends is cut off, of a
+    scan of slices along every fully sampled axis. Raises ValueError where all three axes are undersampled, and for
+    several volumes.
     """
     if scan.ndim == 2:
-        return scan
+        return without_oversampling(scan)
     if len(scan.kspace) != 1:
         raise ValueError(f"got {len(scan.kspace)} volumes, {tuple(scan.kspace.shape)}; choose one of them")
     whole = [torch.equal(scan.mask, scan.mask.narrow(a, 0, 1).expand_as(scan.mask)) for a in (-3, -2, -1)]
@@ -97,7 +132,7 @@ def as_slices(scan: RawScan) -> RawScan:
 
     size = scan.kspace.shape[axis]
     others = [a for a in (-3, -2, -1) if a != axis]
-    return replace(
+    found = replace(
         scan,
         kspace=cut(scan.kspace[0], size),
         mask=scan.mask.select(axis, 0),
@@ -107,6 +142,7 @@ def as_slices(scan: RawScan) -> RawScan:
         shift=tuple(scan.shift[a] for a in others) if scan.shift else (),
         about={**scan.about, "slices": f"along {'zyx'[axis]}, the readout of a 3D scan"},
     )
+    return without_oversampling(found)  # of the other axes
 
 
 def centred_affine(voxel_mm: tuple[float, float, float] | None, shape) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import Tensor
 Array = TypeVar("Array", np.ndarray, Tensor)
 Size = tuple[int, int]
 FOREGROUND = 0.1  # scaled values above this are foreground when slices are chosen
+BELOW = 0.1, 0.01  # ringing and noise put no more than this share of an image this far below 0, of its brightest part
 
 
 # ------------------------------------------------------------------------------------------------------- intensity
@@ -83,6 +84,27 @@ def typical_scale(scales: Iterable[Scale]) -> Scale:
         raise ValueError("no scales to take the median of")
     low, high = (float(np.median([getattr(s, end) for s in scales])) for end in ("low", "high"))
     return Scale(low, high, scales[0].units)
+
+
+def magnitudes(array: np.ndarray, name: str = "the image") -> np.ndarray:
+    """What an image (any shape) of magnitudes shows, float32: |x| of complex values, and real ones, at least 0.
+
+    Ringing and interpolation leave a little below 0, which is cut. Raises ValueError for NaN, empty and constant
+    images, and for images in which air is not 0, as in CT (HU), standardised values or stored numbers without their
+    offset: cut or turned over, they would be another image.
+    """
+    array = np.abs(array) if np.iscomplexobj(array) else array
+    if not array.any():
+        raise ValueError(f"{name} is empty: 0 everywhere")
+    _check_values(array, name)
+    array = array.astype(np.float32)
+    bright = float(np.percentile(np.abs(array), 99.9)) or float(np.abs(array).max())
+    if (below := float((array < -BELOW[0] * bright).mean())) > BELOW[1]:
+        raise ValueError(
+            f"{name}: values from {array.min():.4g} to {array.max():.4g}, {below:.0%} of them far below 0; expected "
+            "magnitudes, 0 in air: undo what moved them (HU, standardisation, an offset)"
+        )
+    return array.clip(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from companion.data.registration import moved, register, to_template
 from companion.data.rows import Rows
 from companion.data.slicing import Slicing, _header, _images, _inner, _onto_canvas, read_image
 from companion.data.store import Prepared, open_dataset, write_dataset
-from companion.data.template import OnTemplate, slab_heights
+from companion.data.template import WHOLE, OnTemplate, slab_heights
 
 SLICE_NUMBER = r"(?P<subject>.+?)[-_. ]*(?:slice|z)?[-_. ]*\d+"  # case ignored, of a file's stem
 
@@ -205,6 +205,8 @@ def _slices(
         slicing = OnTemplate.of(
             anchor, options["size"], heights=slab_heights(count), found=to_template(volumes.get("T1w", anchor))
         )
+        if any(slicing.outside(volumes[name].array) > WHOLE for name in contrasts[1:]):
+            slicing = replace(slicing, stripped=True)  # one whole head among stripped ones: all show the same brain
     else:
         slicing = Slicing.of(anchor, **options)
 

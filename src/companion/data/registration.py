@@ -195,7 +195,7 @@ def brain_alone(volume: Volume) -> Volume | None:
 
 
 def information(moving: Volume, fixed: Volume, found: Registration, inside: np.ndarray) -> float:
-    """Mattes' mutual information in nats of two volumes, `found` to lie so, within a mask (z, y, x) of the fixed one."""
+    """Mattes' mutual information, nats, of two volumes that lie as `found`, in a mask (z, y, x) of the fixed one."""
     with extra("formats"):
         import SimpleITK as sitk
     target, source = (_image(sitk, upright(v)) for v in (fixed, moving))

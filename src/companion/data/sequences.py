@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from companion.data.intake.kinds import one_contrast, one_each, stem
 from companion.data.intake.look import find
 from companion.data.intake.records import Item, reason
 from companion.data.intake.splits import split_people, split_table
+from companion.data.raw.scan import read_kspace
 from companion.data.rows import Rows
 from companion.data.series import Series, load_series
 from companion.data.slicing import PLANES
@@ -166,10 +166,7 @@ def _fastmri(item: Item) -> tuple[int, Callable[[int], Tensor], tuple[float, flo
 
 def _raw(item: Item, reading: Reading) -> tuple[int, Callable[[int], Tensor], tuple[float, float, float] | None]:
     """As `_fastmri`, of any other k-space; that of a 3D scan is made slices along its second phase encoding."""
-    options: dict[str, Any] = {"which": chosen_of(reading.which)} if reading.which else {}
-    if reading.axes and item.reader.name in ("NumPy", "MATLAB", "BART"):
-        options["axes"] = reading.axes
-    scan = item.read(**options)
+    scan = read_kspace(item, reading.axes, reading.which)
     measured = scan.mask.amin((0, 1)) > 0  # *space
     spans = [measured.any(tuple(a for a in range(scan.ndim) if a != axis)).nonzero() for axis in range(scan.ndim)]
     box = tuple(slice(int(span[0]), int(span[-1]) + 1) for span in spans if len(span))
@@ -182,17 +179,6 @@ def _raw(item: Item, reading: Reading) -> tuple[int, Callable[[int], Tensor], tu
     size = [max(1, round(n / o)) for n, o in zip(kspace.shape[-2:], over[-2:], strict=True)]
     size[1] = size[1] if partial[-1] == 1 else kspace.shape[-1]  # columns must stay what was measured
     return len(kspace), lambda i: crop_kspace(kspace[i], tuple(size)), scan.voxel_mm
-
-
-def chosen_of(text: str) -> dict[str, int]:
-    """Which of several a text names: "repetition 0, frame 3" -> {"repetition": 0, "frame": 3}; raises ValueError."""
-    found = {}
-    for part in text.split(","):
-        name, _, number = part.strip().replace("=", " ").partition(" ")
-        if not name or not number.strip().isdecimal():
-            raise ValueError(f"which={text!r}; write names and numbers from 0, as in 'repetition 0, frame 3'")
-        found[name] = int(number)
-    return found
 
 
 def coil_combined(kspace: Tensor, acs: int) -> Tensor:

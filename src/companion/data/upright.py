@@ -10,9 +10,12 @@ import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import Tensor
 
+from companion.data.intensity import magnitudes
+
 BELOW_TOP_MM = (40.0, 110.0)  # of axial slices
 MIDDLE = (0.75, 0.25)  # of the head's extent, between which sagittal and coronal slices lie
-LONG = 2.0  # times that a pixel may be longer than wide; else slices are cut another way
+LONG = 1.5  # times that a pixel may be longer than wide; else slices are cut another way
+FEWEST = 16  # pixels along a side of a slice
 
 
 class Cut(NamedTuple):
@@ -36,25 +39,45 @@ class Cut(NamedTuple):
 CUTS = (Cut("axial", 2, 1, 0, 1), Cut("coronal", 1, 2, 0, 1), Cut("sagittal", 0, 2, 1, -1))  # noses point left
 
 
-def cut_of(voxel: np.ndarray) -> Cut:
+def cut_of(voxel: np.ndarray, shape: tuple[int, ...], name: str = "the volume") -> Cut:
     """Axial slices, unless their pixels would be more than `LONG` times as long as wide: then slices as acquired.
 
-    voxel: sides (x, y, z). A sagittal or coronal scan of thick slices has no axial ones worth the name.
+    voxel, shape: of a volume (x, y, z). A sagittal or coronal scan of thick slices has no axial ones worth the name.
+    Raises ValueError where no plane has pixels that are nearly square, `FEWEST` or more along each side.
     """
 
     def elongation(cut: Cut) -> float:
         height, width = cut.spacing(voxel)[1:]
         return max(height / width, width / height)
 
-    return CUTS[0] if elongation(CUTS[0]) <= LONG else min(CUTS, key=elongation)
+    cut = CUTS[0] if elongation(CUTS[0]) <= LONG else min(CUTS, key=elongation)
+    if elongation(cut) > LONG or min(shape[cut.down], shape[cut.along]) < FEWEST:
+        _, height, width = cut.spacing(voxel)
+        raise ValueError(
+            f"{name}: its {cut.name} slices have {shape[cut.along]} x {shape[cut.down]} pixels of {width:.3g} x "
+            f"{height:.3g} mm; expected nearly square pixels, {FEWEST} or more along each side: resample it"
+        )
+    return cut
 
 
-def canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The volume (x, y, z) of magnitudes towards right, front and top, and its voxel size in mm."""
-    image = nibabel.as_closest_canonical(
-        nibabel.Nifti1Image(np.abs(array).astype(np.float32).transpose(2, 1, 0), affine)
-    )
+def canonical(array: np.ndarray, affine: np.ndarray, name: str = "the volume") -> tuple[np.ndarray, np.ndarray]:
+    """The volume (x, y, z) of magnitudes towards right, front and top, and its voxel size in mm.
+
+    Raises ValueError for what is no image of magnitudes, and for a sheared affine.
+    """
+    refuse_sheared(affine, name)
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(magnitudes(array, name).transpose(2, 1, 0), affine))
     return np.asarray(image.dataobj), np.linalg.norm(image.affine[:3, :3], axis=0)
+
+
+def refuse_sheared(affine: np.ndarray, name: str) -> None:
+    """Raise ValueError for an affine whose axes are far from right angles."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if abs(np.linalg.det(axes)) < 0.9:
+        raise ValueError(
+            f"{name}: the axes of the affine are not at right angles (sheared); resample the volume to a straight grid "
+            "first"
+        )
 
 
 def head_slices(array: np.ndarray, affine: np.ndarray, size: str, count: int) -> Tensor:
@@ -62,12 +85,10 @@ def head_slices(array: np.ndarray, affine: np.ndarray, size: str, count: int) ->
 
     Axial ones lie between `BELOW_TOP_MM` below the top of the head, from the top down, others about its middle. size:
     "64", 64 x 64 pixels of 3.25 mm, or "native", the volume's own pixels, not interpolated, in a field of view of about
-    240 mm (multiples of 8). Raises ValueError for an empty volume.
+    240 mm (multiples of 8). Raises ValueError for an empty volume, and as `canonical` and `cut_of`.
     """
     x, voxel = canonical(array, affine)
-    if not (x > 0).any():
-        raise ValueError("the volume is empty")
-    cut = cut_of(voxel)
+    cut = cut_of(voxel, x.shape)
     x = x / np.percentile(x[x > 0.08 * np.percentile(x, 99.9)], 99)
     body = np.argwhere(gaussian_filter(x, 3 / voxel) > 0.1)
     low, high = body.min(0), body.max(0)

@@ -33,7 +33,9 @@ from companion.data.intake.kinds import (
 from companion.data.intake.look import find
 from companion.data.intake.readers import read_image
 from companion.data.intake.records import Item, Unreadable, Volume
+from companion.data.intensity import magnitudes
 from companion.data.patients import Anatomy, scanned
+from companion.data.upright import refuse_sheared
 
 PERCENTILE, CEILING = 99.5, 1.2
 SCALE = f"1 is the {PERCENTILE}th percentile of the brain, values end at {CEILING}; outside the brain 0"
@@ -158,16 +160,16 @@ def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float], strip
 
     Of complex volumes the magnitude. Without a mask the brain is where the volume is above 0, as in skull-stripped
     files, or, of whole heads with `strip`, what `head_tissues.brain_mask` finds. Spacing is kept: nothing is stretched
-    to fit, and the affine leads to the world of the file. Raises ValueError for 4D files, NaN, labels, an empty mask,
-    an affine that cannot be right, a head in which no brain is found, and a brain that the grid does not hold.
+    to fit, and the affine leads to the world of the file. Raises ValueError for 4D files, NaN, labels, values below 0
+    (`intensity.magnitudes`), an empty mask, an affine that cannot be right, a head in which no brain is found, and a
+    brain that the grid does not hold.
     """
     volume = scan.read()
-    if np.iscomplexobj(volume.array):
-        volume = Volume(np.abs(volume.array), volume.affine)
     check_affine(volume, scan.image)
     series = scan.item is not None and len(scan.item.files) > 1  # DICOM says what is a segmentation
     if not (contrast_of(scan.image.name) or series):  # a name that tells the contrast is believed
         refuse_labels(volume.array, scan.image)
+    volume = Volume(magnitudes(volume.array, scan.image.name), volume.affine)
     if scan.mask is None:
         mask = volume.array > 0
         if strip:
@@ -225,12 +227,7 @@ def check_affine(volume: Volume, name: str | os.PathLike) -> None:
             f"{Path(name).name}: the affine gives voxels of {_mm(voxel)} mm and a field of view of "
             f"{_mm(extent)} mm (z, y, x), which is no head; correct the header (units of mm?)"
         )
-    axes = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
-    if abs(np.linalg.det(axes)) < 0.9:
-        raise ValueError(
-            f"{Path(name).name}: the axes of the affine are not at right angles (sheared); resample the "
-            "volume to a straight grid first"
-        )
+    refuse_sheared(volume.affine, Path(name).name)
 
 
 def _mm(values: Iterable[float]) -> str:

@@ -14,8 +14,10 @@ another organ, or one trained on, is not judged by a readout of heads.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from companion.models.errors import organ_of
 
 SIDE = 64  # pixels along y and x of what the network sees
 BRIGHT, MOST = 0.99, 1.5  # quantile of the magnitudes that becomes 1, and what brighter pixels are cut to
+ZONES = (0.45, 0.85)  # radii, of half the side of an image, that part its middle, what is around, and the rim
 SIGMA = 0.05  # the noise that the network is told to expect
 
 
@@ -82,7 +85,8 @@ class Organ:
 def features(D: Denoiser, x: Tensor) -> Tensor:
     """What the network of a prior of complex images sees in magnitudes (batch, 1, SIDE, SIDE): (batch, d).
 
-    Mean and standard deviation over space of every channel of the blocks of its encoder and of its bottom.
+    Mean and standard deviation of every channel of the blocks of its encoder and of its bottom, in the middle of the
+    image, around it and at its rim (`zones`).
     """
     network, seen = network_of(D), []
     blocks = [layer for block in network.input_blocks for layer in block] + [network.middle_block]
@@ -92,11 +96,20 @@ def features(D: Denoiser, x: Tensor) -> Tensor:
         for part in x.split(32):
             seen.clear()
             D(part.to(torch.complex64), torch.full((len(part),), SIGMA, device=x.device))
-            found.append(torch.cat([v for y in seen for v in (y.mean((-2, -1)), y.std((-2, -1)))], 1))
+            parts = [y[..., zone] for y in seen for zone in zones(y.shape[-2:])]
+            found.append(torch.cat([v for part in parts for v in (part.mean(-1), part.std(-1))], 1))
     finally:
         for hook in hooks:
             hook.remove()
     return torch.cat(found)
+
+
+def zones(space: tuple[int, ...]) -> list[Tensor]:
+    """The middle of an image, what lies around it, and its rim with the corners: three masks (y, x)."""
+    y, x = ((torch.arange(n) + 0.5) * 2 / n - 1 for n in space)
+    radius = (y[:, None].square() + x.square()).sqrt()
+    edges = (0.0, *ZONES, math.inf)
+    return [(radius >= low) & (radius < high) for low, high in pairwise(edges)]
 
 
 def standard(image: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ FIELDS_MM = (120.0, 330.0)  # sides of the images of heads
 LEAST = 0.06  # share of an image that tissue fills, at least
 PEOPLE, BRAINS = 0.08, 0.14  # shares of the heads: virtual people, and brains without a skull
 PHOTOGRAPHS = ("brick", "camera", "cat", "coffee", "coins", "grass", "gravel", "horse", "moon", "hubble_deep_field")
-RIDGES = (0.003, 0.01, 0.03, 0.1)  # of which validation images choose
+RIDGES = (0.001, 0.003, 0.01, 0.03)  # of which validation images choose
 ACCEPTED, HIGHEST = 0.9, 0.5  # share of validation heads that is accepted, and the highest probability asked for
 
 

@@ -14,7 +14,7 @@ from companion.acquisition.slices import centred_affine, scan_of, simulated
 from companion.data import anatomy
 from companion.data.dicom.write import write_dicom
 from companion.data.nifti import save_nifti
-from companion.data.raw.scan import RawScan
+from companion.data.raw.scan import RawScan, gapless
 from companion.data.virtual import slices
 from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.recalibration import ErrorModel
@@ -30,7 +30,7 @@ from companion.reconstruction.trust import Trust
 from companion.reconstruction.whole_scan import Volume, reconstruct_slices
 
 VIRTUAL = "virtual"
-FULL = 0.6  # share of k-space above which a scan counts as fully sampled: it may be undersampled here, and judged
+FULL = 0.6  # share of k-space above which a scan without gaps counts as fully sampled: it may be undersampled here
 FACTORS = (1.0, 2.0, 4.0, 8.0)  # of noise_std^1.5: regularisations of total variation that a scan chooses from
 
 
@@ -43,6 +43,9 @@ class RealScan(Parameters, out="runs/general/real_scan/notebook"):
         "a raw file or folder of any format that `companion look` knows; a head as NIfTI or DICOM is scanned here",
     )
     axes: str | None = param(None, "names of the stored axes of arrays that do not tell them, as in 'coil y x'")
+    which: str | None = param(
+        None, "of several repetitions, contrasts or frames: which of them, as in 'repetition 0, frame 3'"
+    )
     slice: int | None = param(None, "which slice; none: the middle one", minimum=0)
     acceleration: float | None = param(4.0, "R of the lines kept of fully sampled data; none: all that was measured")
     mask: str = param("equispaced", "kind of the lines kept", choices=("equispaced", "random", "poisson_disc"))
@@ -99,11 +102,11 @@ def prepare(p: RealScan) -> Case:
         name, i = "a virtual head", 0
     else:
         path = (project_root() / Path(p.source).expanduser()).resolve()
-        name, scan, i = scan_of(path, p.axes, p.slice, p.coils, p.noise_std, p.seed)
+        name, scan, i = scan_of(path, p.axes, p.slice, p.coils, p.noise_std, p.seed, p.which)
     if not 0 <= i < len(scan.kspace):
         raise ValueError(f"slice={i}: {name} has slices 0 to {len(scan.kspace) - 1}")
     kept = scan.mask[min(i, len(scan.mask) - 1), 0] != 0
-    full = kept.float().mean().item() > FULL
+    full = kept.float().mean().item() > FULL and gapless(kept)
     lines = None
     if full and p.acceleration is not None:
         acs = min(p.acs, kept.shape[-1])

@@ -62,7 +62,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """A DICOM file: `person` and `session` as codes, `series` its UID, `frames` its images."""
+    """A DICOM file: `person` and `session` as codes, `series` and `instance` its UIDs, `frames` its images."""
 
     person: str
     session: str
@@ -72,6 +72,7 @@ class FileHeader:
     units: str
     dtype: str
     frames: tuple[Frame, ...] = field(repr=False)
+    instance: str = ""
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -90,9 +91,19 @@ def dataset(path: Path, pixels: bool = False) -> pydicom.Dataset:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
+            d = pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
+            if "TransferSyntaxUID" not in d.file_meta:  # a bare data set, as of old archives: never compressed
+                d.file_meta.TransferSyntaxUID = _syntax(*d.original_encoding)
+            return d
     except Exception as error:  # pydicom raises many kinds for damaged files
         raise Unreadable(path, f"damaged DICOM file ({error}); export it again") from error
+
+
+def _syntax(implicit: bool | None, little_endian: bool | None) -> uid.UID:
+    """The transfer syntax of a data set that names none, by how its elements are written."""
+    if not little_endian:
+        return uid.ExplicitVRBigEndian
+    return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
 
 
 def is_dicom(path: Path) -> bool:
@@ -165,6 +176,7 @@ def _parsed(path: Path, d: pydicom.Dataset, size: int) -> FileHeader:
         ),
         dtype,
         made,
+        str(d.get("SOPInstanceUID", "")),
         _secrets(d),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from companion.data.dicom.headers import FileHeader, Frame, dataset, read_header
 from companion.data.intake import kinds
 from companion.data.intake.records import Description, Unreadable, Volume
-from companion.data.intake.walk import walk
+from companion.data.intake.walk import is_hidden, walk
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 UNEVEN = 0.02  # mm by which distances of slices may differ, beside 1 % of the distance
@@ -63,6 +63,23 @@ def read_dicom(files: Sequence[Path], frame: int | None = None, part: str = "") 
 def parts_of(files: Sequence[Path]) -> dict[str, int]:
     """The parts of a series, "magnitude echo 1" -> how many images, where components or echoes share it."""
     return {name: len(frames) for name, frames in _parts([_header(Path(f)) for f in files]).items()}
+
+
+def series_of(path: str | os.PathLike) -> tuple[Path, ...]:
+    """The files of one folder that belong to the series of a DICOM file, this one among them."""
+    path = Path(path)
+    own = _header(path)
+    files = []
+    for entry in sorted(path.parent.iterdir()):
+        if is_hidden(entry.name) or not entry.is_file():
+            continue
+        try:
+            other = read_header(entry)
+        except (Unreadable, OSError):  # of another file than the one that was asked for
+            continue
+        if other is not None and (other.series, _key(other)) == (own.series, _key(own)):
+            files.append(entry)
+    return tuple(files) if own.series else (path,)
 
 
 # ------------------------------------------------------------------------------------------------- a folder of series
@@ -165,7 +182,8 @@ def _header(path: Path) -> FileHeader:
 
 def _describe(files: tuple[Path, ...], headers: Sequence[FileHeader], whole: bool = True) -> Description:
     first = headers[0]
-    single = len(files) == 1 and len(first.frames) == 1
+    copies = len(headers) - len(headers := _once(headers))
+    single = len(headers) == 1 and len(first.frames) == 1
     if single or not whole:
         frame = first.frames[0]
         times, slices, component = 1, 1 if single else len(first.frames), frame.component
@@ -183,6 +201,7 @@ def _describe(files: tuple[Path, ...], headers: Sequence[FileHeader], whole: boo
         "component": component if component != "magnitude" else "",
         "echo": frame.echo if len({h.frames[0].echo for h in headers}) > 1 else "",
         "other parts": ", ".join(list(parts)[1:]),
+        "copies of the same images, left out": copies,
     }
     return Description(
         "image", "DICOM", axes, shape, voxel, "float32" if frame.slope != 1 or frame.factor != 1 else first.dtype,
@@ -190,6 +209,16 @@ def _describe(files: tuple[Path, ...], headers: Sequence[FileHeader], whole: boo
         first.person, first.session, "|".join([first.series, *map(str, _key(first))]),
         about={name: value for name, value in about.items() if value}, secrets=first.secrets,
     )  # fmt: skip
+
+
+def _once(headers: Sequence[FileHeader]) -> list[FileHeader]:
+    """The headers without copies: files of one instance UID that say the same of every frame, as of two exports."""
+
+    def key(header: FileHeader) -> object:
+        said = tuple(replace(frame, path=Path()) for frame in header.frames)
+        return (header.instance, said) if header.instance else header.frames[0].path
+
+    return list({key(header): header for header in reversed(headers)}.values())[::-1]
 
 
 def _parts(headers: Sequence[FileHeader]) -> dict[str, list[Frame]]:
@@ -206,7 +235,7 @@ def _parts(headers: Sequence[FileHeader]) -> dict[str, list[Frame]]:
 
 def _stack(files: Sequence[Path], headers: Sequence[FileHeader], part: str) -> _Stack:
     path = files[0]
-    parts = _parts(headers)
+    parts = _parts(_once(headers))
     fits = [name for name in parts if all(word in name for word in part.lower().split())]
     if not part and len(fits) > 1:
         fits = [name for name in fits if name.startswith("magnitude")]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from companion.data.dicom.series import series_of
 from companion.data.intake import kinds
 from companion.data.intake.persons import Unclear, Whose, whose
 from companion.data.intake.readers import sniff
@@ -27,12 +28,16 @@ HEADERS = (".hdr", ".hdr.gz", ".mhd", ".nhdr")  # read before the files that the
 def look(path: str | os.PathLike, table: str | os.PathLike | None = None) -> Found:
     """Return what a file or folder holds, from the headers alone: no values are read.
 
+    One file of a DICOM series stands for those of its series that lie beside it.
+
     table: a CSV or TSV that says whose the files are, see `tables.read_table`; by default the folder's own
     participants.tsv, if it does. Where nobody can tell whose the files are, `Found.unclear` says so and what to do.
     Raises FileNotFoundError, or ValueError for a table that is wrong.
     """
     walked = walk(path)
     items, left = _sniffed(walked.files, walked.left)
+    if walked.root.is_file() and items and items[0].what.series:  # one file of a series stands for all of it
+        items, left = _sniffed({p.name: p for p in series_of(walked.root)}, walked.left)
     rows = read_table(table) if table else own_table(walked.root) if walked.root.is_dir() else None
     unclear, split = "", {}
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from companion.data import fastmri, interfile, petsird, sinograms
-from companion.data.dicom.series import join_dicom, read_dicom, sniff_dicom
+from companion.data.dicom.series import join_dicom, read_dicom, series_of, sniff_dicom
 from companion.data.intake import images, others, streams
 from companion.data.intake.records import Description, Reader, Unreadable, Volume
 from companion.data.intake.walk import dangling
@@ -71,7 +71,7 @@ def sniff(path: str | os.PathLike) -> tuple[Description, Reader]:
 
 
 def read_image(path: str | os.PathLike, frame: int | None = None, affine=None) -> Volume:
-    """Return the volume of an image file of any format, complex values kept.
+    """Return the volume of an image file of any format, complex values kept; of a DICOM file that of its series.
 
     frame: of a 4D file. affine: for a NIfTI file that carries none. Raises FileNotFoundError, or Unreadable for a file
     that is damaged, or no image.
@@ -82,7 +82,8 @@ def read_image(path: str | os.PathLike, frame: int | None = None, affine=None) -
     what, reader = sniff(path)
     if what.kind in ("k-space", "sinogram", "list mode", "picture"):
         raise Unreadable(path, f"{what.kind} ({what.format}), not an image volume")
-    return reader.read((path, *what.parts), frame=frame)
+    files = series_of(path) if what.series else (path, *what.parts)
+    return reader.read(files, frame=frame)
 
 
 def read_frames(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from companion.data.cfl import cfl_dimensions, read_cfl
 from companion.data.intake import streams
 from companion.data.intake.records import Description, Unreadable
 from companion.data.raw.mrd import open_hdf5
-from companion.data.raw.scan import RawScan, choose, describe, looks_like_kspace, raw_scan
+from companion.data.raw.scan import Choice, RawScan, choose, describe, looks_like_kspace, raw_scan
 
 SPACE = ("z", "y", "x")
 KNOWN = ("slice", "coil", *SPACE)
@@ -39,9 +39,7 @@ def sniff_npy(path: str | os.PathLike) -> Description | None:
     return _unnamed("k-space" if looks_like_kspace(array) else "image", "NumPy", array.shape, array.dtype.name)
 
 
-def read_npy(
-    files: Sequence[Path], axes: str | None = None, which: Mapping[str, int] | None = None, frame: int | None = None
-) -> RawScan:
+def read_npy(files: Sequence[Path], axes: str | None = None, which: Choice = None, frame: int | None = None) -> RawScan:
     """The scan in a NumPy array of complex numbers with stated axes; frame is for images, which have none here."""
     path = Path(files[0])
     return _scan(path, _npy(path), axes, which)
@@ -66,7 +64,7 @@ def sniff_mat(path: str | os.PathLike) -> Description | None:
 def read_mat(
     files: Sequence[Path],
     axes: str | None = None,
-    which: Mapping[str, int] | None = None,
+    which: Choice = None,
     variable: str | None = None,
 ) -> RawScan:
     """The scan in a MATLAB file, of either version. variable: its name, where there are several complex arrays."""
@@ -103,7 +101,7 @@ def sniff_cfl(path: str | os.PathLike) -> Description | None:
 
 
 def read_cfl_scan(
-    files: Sequence[Path], axes: str | None = None, which: Mapping[str, int] | None = None, frame: int | None = None
+    files: Sequence[Path], axes: str | None = None, which: Choice = None, frame: int | None = None
 ) -> RawScan:
     """The scan in a BART pair, whose axes BART defines: readout, two phase encodings, coil, ..., slice.
 

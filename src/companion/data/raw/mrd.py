@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ from companion.data.intake import streams
 from companion.data.intake.heaps import check_heaps
 from companion.data.intake.records import Description, Unreadable, pseudonym
 from companion.data.raw.header import Header, decode_header, parse_header
-from companion.data.raw.scan import RawScan, centred_box, choose, describe, raw_scan
+from companion.data.raw.scan import Choice, RawScan, centred_box, choose, describe, raw_scan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def sniff_mrd(path: str | os.PathLike) -> Description | None:
         )
 
 
-def read_mrd(files: Sequence[Path], which: Mapping[str, int] | None = None) -> RawScan:
+def read_mrd(files: Sequence[Path], which: Choice = None) -> RawScan:
     """The scan of an ISMRMRD file. which: the contrast, phase, repetition, set to take where there are several.
 
     Lines measured several times are averaged. Raises Unreadable for trajectories that are not Cartesian, lines read

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion.data.intake.records import Description, Unreadable
+from companion.data.intake.records import Description, Item, Unreadable
 
+UNNAMED = ("NumPy", "MATLAB", "BART")  # formats whose arrays need not name their axes
 PEAK = 30.0  # peak / mean above which an array is k-space
+Choice = Mapping[str, int] | str | None  # of several repetitions, contrasts, frames: which
 OFF_CENTRE = 1  # samples that the peak of energy may lie beside the middle: the image's own phase moves it so far
 
 
@@ -72,8 +74,8 @@ def raw_scan(path: str | os.PathLike, kspace: np.ndarray | Tensor, mask=None, **
     """Return the record of k-space (slice, coil, *space), checked, its echo brought to the middle.
 
     mask: broadcastable to (slice, 1, *space), what the file says was measured; samples that are exactly zero in all
-    coils were not, whatever it says. about: the other fields of `RawScan`. Raises Unreadable for NaN, for k-space that
-    is zero everywhere, and for an image given as k-space.
+    coils were not, whatever it says. Coils that hold nothing but zeros are left out, which `about` says. about: the
+    other fields of `RawScan`. Raises Unreadable for NaN, and for k-space that is zero everywhere.
     """
     kspace = torch.as_tensor(
         np.array(kspace) if isinstance(kspace, np.ndarray) and not kspace.flags.writeable else kspace
@@ -92,12 +94,34 @@ def raw_scan(path: str | os.PathLike, kspace: np.ndarray | Tensor, mask=None, **
             raise Unreadable(path, f"a mask {np.shape(mask)} for k-space {tuple(kspace.shape)}; they differ") from error
     if not measured.any():
         raise Unreadable(path, "its k-space is zero everywhere; export it again")
+    on = kspace.movedim(1, 0).flatten(1).any(1)
+    if not on.all():  # nothing of the image is in coils that were switched off
+        kspace = kspace[:, on]
+        for name, axis in (("noise", 0), ("calibration", 1)):
+            if about.get(name) is not None:
+                about[name] = about[name].index_select(axis, on.nonzero()[:, 0])
+        off = (~on).nonzero()[:, 0].tolist()
+        about["about"] = {**(about.get("about") or {}), "coils that hold only zeros, left out": off}
     if len(measured) > 1 and torch.equal(measured, measured[:1].expand_as(measured)):
         measured = measured[:1]
     kspace, shift = recentred(kspace * measured, kspace.ndim - 2)
     space = tuple(range(-len(shift), 0))
     about.setdefault("oversampling", (1.0,) * len(shift))
     return RawScan(kspace, measured.float().roll(shift, space), shift=shift, **about)
+
+
+def gapless(mask: Tensor) -> bool:
+    """Whether a mask (*space) leaves nothing out between the first and the last sample of any line along any axis.
+
+    So are full k-space, partial Fourier and ellipses; undersampling leaves gaps.
+    """
+    on = mask != 0
+    for axis in range(on.ndim):
+        before = on.cumsum(axis) > 0
+        after = on.flip(axis).cumsum(axis).flip(axis) > 0
+        if (before & after & ~on).any():
+            return False
+    return bool(on.any())
 
 
 def echo_offset(kspace: Tensor, ndim: int = 2) -> tuple[int, ...]:
@@ -163,12 +187,13 @@ def describe(form: str, scan_shape: tuple[int, ...], **more) -> Description:
     return Description("k-space", form, axes, tuple(scan_shape), dtype="complex64", **more)
 
 
-def choose(path: str | os.PathLike, counts: Mapping[str, int], which: Mapping[str, int] | None) -> dict[str, int]:
+def choose(path: str | os.PathLike, counts: Mapping[str, int], which: Choice) -> dict[str, int]:
     """Return the index along every axis of `counts` (repetition, contrast, ...): the only one, or what `which` says.
 
-    Raises Unreadable where there are several and none is chosen, for an index out of range, and for an unknown axis.
+    which: {"repetition": 0}, or in words as `chosen_of`. Raises Unreadable where there are several and none is chosen,
+    for an index out of range, and for an unknown axis.
     """
-    which = dict(which or {})
+    which = chosen_of(which) if isinstance(which, str) else dict(which or {})
     if unknown := set(which) - set(counts):
         raise Unreadable(
             path, f"has no axis {', '.join(sorted(unknown))}; it has {', '.join(counts) or 'none to choose'}"
@@ -176,9 +201,32 @@ def choose(path: str | os.PathLike, counts: Mapping[str, int], which: Mapping[st
     open_ = {name: n for name, n in counts.items() if n > 1 and name not in which}
     if open_:
         several = ", ".join(f"{n} of {name}" for name, n in open_.items())
-        wanted = ", ".join(f"'{name}': 0" for name in open_)
-        raise Unreadable(path, f"holds {several}; choose with which={{{wanted}}}")
+        wanted = ", ".join(f"{name} 0" for name in open_)
+        raise Unreadable(path, f"holds {several}; choose with which='{wanted}'")
     for name, i in which.items():
         if not 0 <= i < counts[name]:
             raise Unreadable(path, f"{name} {i} of a file with {counts[name]}; choose 0 to {counts[name] - 1}")
     return {name: which.get(name, 0) for name in counts}
+
+
+def chosen_of(text: str) -> dict[str, int]:
+    """Which of several a text names: "repetition 0, frame 3" -> {"repetition": 0, "frame": 3}; raises ValueError."""
+    found = {}
+    for part in text.split(","):
+        name, _, number = part.strip().replace("=", " ").partition(" ")
+        if not name or not number.strip().isdecimal():
+            raise ValueError(f"which={text!r}; write names and numbers from 0, as in 'repetition 0, frame 3'")
+        found[name] = int(number)
+    return found
+
+
+def read_kspace(item: Item, axes: str | None = None, which: str | None = None) -> RawScan:
+    """The scan of an item of the intake whose kind is k-space.
+
+    axes: of arrays that do not tell them; other formats know theirs. which: as `chosen_of`. Raises Unreadable, or
+    ValueError for a choice in a file that holds one thing.
+    """
+    options: dict[str, object] = {"axes": axes} if axes and item.reader.name in UNNAMED else {}
+    if which and item.reader.name == "fastMRI":
+        raise ValueError(f"which={which!r}: {item.name} ({item.what.format}) holds nothing to choose from")
+    return item.read(**options, **({"which": which} if which else {}))

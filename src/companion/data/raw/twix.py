@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 
 from companion.data.intake import streams
 from companion.data.intake.records import Description, Unreadable, pseudonym
-from companion.data.raw.scan import RawScan, centred_box, choose, describe, raw_scan
+from companion.data.raw.scan import Choice, RawScan, centred_box, choose, describe, raw_scan
 
 LEFT_OUT = {
     "phase correction": "PHASCOR", "phase stabilisation": "PHASESTABSCAN", "its reference": "REFPHASESTABSCAN",
@@ -43,7 +43,7 @@ def sniff_twix(path: str | os.PathLike) -> Description | None:
     )
 
 
-def read_twix(files: Sequence[Path], which: Mapping[str, int] | None = None) -> RawScan:
+def read_twix(files: Sequence[Path], which: Choice = None) -> RawScan:
     """The last measurement of a Siemens .dat file. which: the contrast, phase, repetition, set to take of several.
 
     Lines measured several times are averaged. Raises Unreadable for damaged files, read-outs of a trajectory that is
