@@ -95,8 +95,9 @@ def prepare(p: Reconstruct) -> list[Case]:
 
     Classical methods are tuned, and the errors of priors measured, on other people scanned or rendered at that matrix.
     Raises FileNotFoundError or ValueError when there is nothing to reconstruct, ValueError where the intensity scale
-    can neither be found nor is given.
+    can neither be found nor is given, and as `models_of`.
     """
+    models_of(p)  # raises before anything is read
     weights, single = weights_of(p.weights, p.source), single_of(p.single, p.source)
     like = examples(brightness_of(weights, required=p.scale is None), p.spacing_mm)
     people = Cohort(p.image_size, p.spacing_mm, p, like, p.seed)
@@ -143,12 +144,21 @@ def single_of(single: str | None, source: str) -> str:
 
 
 def models_of(p: Reconstruct) -> tuple[str, ...]:
-    """The models, where none are given those that suit the priors."""
-    checkpoints = weights_of(p.weights, p.source), single_of(p.single, p.source)
-    if p.models is not None:
-        return p.models
-    known = all(checkpoint in KNOWN for checkpoint in checkpoints) and p.method == "annealed_gibbs"
-    return ("AID, trusted", "AID", "single image, trusted") if known else tuple(MODELS)
+    """The models, where none are given those that suit the priors.
+
+    Raises ValueError for trusted ones of priors that a scan cannot judge.
+    """
+    needed = {"AID": weights_of(p.weights, p.source), "single image": single_of(p.single, p.source)}
+    judged = {name for name, prior in needed.items() if prior in KNOWN and p.method == "annealed_gibbs"}
+    if p.models is None:
+        return ("AID, trusted", "AID", "single image, trusted") if len(judged) == len(needed) else tuple(MODELS)
+    for name in p.models:
+        if name in TRUSTED and TRUSTED[name] not in judged:
+            raise ValueError(
+                f"{name!r} needs method annealed_gibbs and a prior whose errors are kept beside its weights, one of "
+                f"{', '.join(KNOWN)}; got {p.method} and {needed[TRUSTED[name]]}: take {TRUSTED[name]!r} instead"
+            )
+    return p.models
 
 
 def measured(prior: Prior, image_size: int, spacing_mm: float, seed: int, people: int = 12) -> Prior:
