@@ -39,6 +39,10 @@ def scan():
     return acquire(torch.polar(x, 0.5 * x), birdcage_maps((SIZE, SIZE), 4), lines, 0.01, 0)
 
 
+def models_of(p):
+    return aid.models_of(p.models, p.weights, p.single, p.source, p.method)
+
+
 def classical(A, y):
     return regularised.cg(A, y, 0.01)
 
@@ -158,17 +162,17 @@ def test_errors_say_what_to_do(prior, scan):
         reconstruct(prior, scan, Sampler(draws=2, evaluations=4), "full", 0)
     for options in ({"weights": "aid/brain"}, {"source": "scan.h5", "method": "dds"}):
         with pytest.raises(ValueError, match=r"'AID, trusted' needs method annealed_gibbs .* take 'AID' instead"):
-            aid.models_of(Reconstruct(models=("AID, trusted",), **options))
+            models_of(Reconstruct(models=("AID, trusted",), **options))
     half = {name: error for name, error in load_errors("aid/heads").items() if name != "dead leaves, slices given"}
     with pytest.raises(ValueError, match="names that end in ', slices given'"):
         prior.known(half)
 
 
 def test_scans_are_trusted_by_default_and_virtual_people_are_not():
-    assert aid.models_of(Reconstruct()) == tuple(aid.MODELS)
-    assert aid.models_of(Reconstruct(source="scan.h5")) == ("AID, trusted", "AID", "single image, trusted")
+    assert models_of(Reconstruct()) == tuple(aid.MODELS)
+    assert models_of(Reconstruct(source="scan.h5")) == ("AID, trusted", "AID", "single image, trusted")
     for options in ({"method": "published"}, {"weights": "aid/brain"}, {"single": "brain/t1w"}):
-        assert aid.models_of(Reconstruct(source="scan.h5", **options)) == tuple(aid.MODELS)
+        assert models_of(Reconstruct(source="scan.h5", **options)) == tuple(aid.MODELS)
 
 
 def test_a_file_goes_to_a_table_and_verdicts(tmp_path, monkeypatch):
@@ -180,7 +184,7 @@ def test_a_file_goes_to_a_table_and_verdicts(tmp_path, monkeypatch):
         device="cpu",
     )  # fmt: skip
     cases = aid.prepare(p)
-    cost = {row["model"]: row for row in aid.cost(cases, p, aid.models_of(p), 0)}
+    cost = {row["model"]: row for row in aid.cost(cases, p, models_of(p), 0)}
     assert set(cost) == set(p.models) and all(row["slices"] == 2 for row in cost.values())
     study = aid.study(p, cases, progress=False, keep=tmp_path / "kept")
     scores = {row["method"]: row["PSNR"] for row in study.rows}

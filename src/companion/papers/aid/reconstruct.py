@@ -97,7 +97,7 @@ def prepare(p: Reconstruct) -> list[Case]:
     Raises FileNotFoundError or ValueError when there is nothing to reconstruct, ValueError where the intensity scale
     can neither be found nor is given, and as `models_of`.
     """
-    models_of(p)  # raises before anything is read
+    models_of(p.models, p.weights, p.single, p.source, p.method)  # raises before anything is read
     weights, single = weights_of(p.weights, p.source), single_of(p.single, p.source)
     like = examples(brightness_of(weights, required=p.scale is None), p.spacing_mm)
     people = Cohort(p.image_size, p.spacing_mm, p, like, p.seed)
@@ -143,22 +143,24 @@ def single_of(single: str | None, source: str) -> str:
     return single or (EMBEDDED_SINGLE if source == "brain" else GENERAL)
 
 
-def models_of(p: Reconstruct) -> tuple[str, ...]:
+def models_of(
+    models: tuple[str, ...] | None, weights: str | None, single: str | None, source: str, method: str
+) -> tuple[str, ...]:
     """The models, where none are given those that suit the priors.
 
     Raises ValueError for trusted ones of priors that a scan cannot judge.
     """
-    needed = {"AID": weights_of(p.weights, p.source), "single image": single_of(p.single, p.source)}
-    judged = {name for name, prior in needed.items() if prior in KNOWN and p.method == "annealed_gibbs"}
-    if p.models is None:
+    needed = {"AID": weights_of(weights, source), "single image": single_of(single, source)}
+    judged = {name for name, prior in needed.items() if prior in KNOWN and method == "annealed_gibbs"}
+    if models is None:
         return ("AID, trusted", "AID", "single image, trusted") if len(judged) == len(needed) else tuple(MODELS)
-    for name in p.models:
+    for name in models:
         if name in TRUSTED and TRUSTED[name] not in judged:
             raise ValueError(
                 f"{name!r} needs method annealed_gibbs and a prior whose errors are kept beside its weights, one of "
-                f"{', '.join(KNOWN)}; got {p.method} and {needed[TRUSTED[name]]}: take {TRUSTED[name]!r} instead"
+                f"{', '.join(KNOWN)}; got {method} and {needed[TRUSTED[name]]}: take {TRUSTED[name]!r} instead"
             )
-    return p.models
+    return models
 
 
 def measured(prior: Prior, image_size: int, spacing_mm: float, seed: int, people: int = 12) -> Prior:
@@ -210,7 +212,8 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path |
 
     keep: folder for the slices drawn so far, from which the same call goes on after a stop; gone in the end.
     """
-    result, spread, models = Study([], {}, {}, {}, {}, {}, []), {}, models_of(p)
+    result, spread = Study([], {}, {}, {}, {}, {}, []), {}
+    models = models_of(p.models, p.weights, p.single, p.source, p.method)
     setting = {"mask": f"{p.mask}, interleaved" if p.interleave else p.mask, "ACS": p.acs, "R": p.acceleration}
     tuned = [baselines.tune_all([(s.y, s.maps, s.mask, s.x) for s in c.validation], GRIDS) if p.classical else {}
              for c in cases]  # fmt: skip
