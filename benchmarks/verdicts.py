@@ -121,12 +121,6 @@ def scan(draw: Draw, rng: np.random.Generator, size: int):
     return x, A, y, noise, acs, maps, {"coils": coils, "R": R, "noise": noise}
 
 
-def tuned(split: held_out.Split, method, unit: float) -> held_out.Classical:
-    """The method with the regularisation that held-out samples ask for."""
-    setting = held_out.best_setting(split, method, [g * unit for g in GRID])
-    return lambda A, y: method(A, y, setting)
-
-
 def seed_of(name: str, number: int) -> int:
     """The seed of a scan of a family."""
     return zlib.crc32(f"{name} {number}".encode())
@@ -139,10 +133,11 @@ def study(name: str, head: bool, draw: Draw, prior, organ: Organ | None, number:
     x, A, y, noise, acs, maps, how = scan(draw, np.random.default_rng(seed), size)
     unit = noise**1.5  # of regularisation, for any noise
     split = held_out.hold_out(A, y, acs, seed=seed)
-    leaning = held_out.Blend.of(split, *(tuned(split, f, unit) for f in (regularised.tv, regularised.wavelet)))
+    grid = [g * unit for g in GRID]
+    leaning = held_out.Blend.of(split, *(held_out.tuned(split, f, grid) for f in (regularised.tv, regularised.wavelet)))
     images = [method(A, y) for method in (leaning.first, leaning.second)]
     if shutil.which("bart"):  # its l1 wavelets
-        images += [regularised.bart_pics(A, y, maps[None], g * unit, penalty="W") for g in GRID]
+        images += [regularised.bart_pics(A, y, maps[None], g, penalty="W") for g in grid]
     samples, found = trust.reconstruct(
         D, A, y, noise, for_pixels(errors, pixel_mm(size)), acs=acs, seeds=range(seed, seed + 4),
         classical=leaning, organ=organ,

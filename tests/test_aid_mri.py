@@ -167,7 +167,7 @@ def test_every_choice_goes_from_scan_to_table(tiny, fewer_people, options):
     result = study(p, cases, progress=False)
     for scan, kept in zip(scans, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip((scan.y, scan.maps, scan.x), kept, strict=True))
-    models = [*[name for name in MODELS if name in p.models], *["CSGM-Langevin"] * (p.langevin_steps > 0)]
+    models = [*[name for name in p.models or MODELS if name in MODELS], *["CSGM-Langevin"] * (p.langevin_steps > 0)]
     methods = [name for model in models for name in (model, f"{model}, one draw")]
     assert set(result.images) == set(methods) and set(result.draws) == set(models) == set(result.calibration)
     for name in models:

@@ -40,7 +40,8 @@ def test_any_orientation_gives_the_same_slices_nose_up(size, width):
     rows = straight[0, 0].sum(1)
     half = width // 2
     assert rows[:half].sum() > rows[half:].sum(), "the front is brighter and lies on top"
-    assert bench.pixel_mm(size, np.eye(4)[[2, 0, 1, 3]] @ np.diag([2, 0.5, 3, 1])) == (3.25 if size == "64" else 2)
+    stored = np.eye(4)[[2, 0, 1, 3]] @ np.diag([2.5, 0.5, 2, 1])  # along y, z and x, 2.5, 0.5 and 2 mm
+    assert bench.pixel_mm(size, np.zeros((40, 40, 40)), stored) == (3.25 if size == "64" else 2)
     with pytest.raises(ValueError, match="empty"):
         bench.head_slices(np.zeros((20, 20, 20)), affine, size, 3)
 

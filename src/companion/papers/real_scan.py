@@ -31,7 +31,6 @@ from companion.reconstruction.whole_scan import Volume, reconstruct_slices
 
 VIRTUAL = "virtual"
 FULL = 0.6  # share of k-space above which a scan without gaps counts as fully sampled: it may be undersampled here
-FACTORS = (1.0, 2.0, 4.0, 8.0)  # of noise_std^1.5: regularisations of total variation that a scan chooses from
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,14 @@ def best_setting(
     return min(settings, key=residual)
 
 
+def tuned(
+    split: Split, method: Callable[[LinearOperator, Tensor, float], Tensor], settings: Sequence[float]
+) -> Classical:
+    """The method with its `best_setting`."""
+    best = best_setting(split, method, settings)
+    return lambda A, y: method(A, y, best)
+
+
 @dataclass(frozen=True, eq=False)
 class Blend:
     """A classical method made of two: `share` of the image of `first`, the rest of that of `second`.

@@ -22,17 +22,19 @@ from companion.files import atomic_write
 class Kept:
     """What was drawn so far of the drawing that is made from these things, and what it has cost.
 
-    kept = Kept(file, y, weights, seeds)
+    kept = Kept(file, y, weights, seeds)                # kept.notes.append(...): what else is to be kept of a frame
     samples = draw_sequence(..., **kept.options)
     bill = add(kept.bill, samples.bill)                 # `bill` is that of the frames that were there
 
     path: of the file; None keeps nothing. made_from: everything that the frames depend on: tensors, networks, records
-    of them, plain values. A file that was made from anything else, or is damaged, is overwritten.
+    of them, plain values. A file that was made from anything else, or is damaged, is overwritten. notes: plain values
+    that whoever draws a frame adds before it is done, such as a number for each.
     """
 
     def __init__(self, path: Path | None, *made_from: object):
         self.path, self.key = path, "" if path is None else fingerprint(*made_from)
         self.frames: list[Tensor] = []
+        self.notes: list[Any] = []
         self.bill = Bill(0.0, 0.0, 0.0)
         if path is not None and path.exists():
             try:
@@ -41,7 +43,7 @@ class Kept:
                     if about.get("key") == self.key:
                         frames = file.get_tensor("frames")
                         self.frames = list((torch.view_as_complex(frames) if "complex" in about else frames).unbind(1))
-                        self.bill = Bill(**json.loads(about["bill"]))
+                        self.bill, self.notes = Bill(**json.loads(about["bill"])), json.loads(about["notes"])
             except SafetensorError:
                 pass  # cut short by a full disk, say: the frames are drawn again
 
@@ -56,7 +58,8 @@ class Kept:
         assert self.path is not None
         self.frames.append(step["x"].cpu())
         x = torch.stack(self.frames, 1)
-        about = {"key": self.key, "bill": json.dumps(asdict(add(self.bill, step["bill"])))}
+        bill = asdict(add(self.bill, step["bill"]))
+        about = {"key": self.key, "bill": json.dumps(bill), "notes": json.dumps(self.notes)}
         if x.is_complex():
             x, about = torch.view_as_real(x), about | {"complex": "the last axis is real and imaginary part"}
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,9 +22,11 @@ from companion.operators.linear import LinearOperator
 from companion.operators.mri import Sense
 from companion.operators.noncartesian import NUFFT
 from companion.operators.solve import conjugate_gradient
+from companion.reconstruction.held_out import Blend, Split, tuned
 from companion.reconstruction.mri import run_bart
 
 Shape = tuple[int, ...]
+FACTORS = (1.0, 2.0, 4.0, 8.0)  # of noise_std^1.5: regularisations that a scan chooses from
 FITS, EDGE = 5, 0.3  # of `tv`: conjugate-gradient steps in each iteration; shrinkage, as a share of bright tissue
 
 
@@ -103,6 +105,12 @@ def wavelet(
         t, before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
         x, momentum = new, new + (before - 1) / t * (new - x)
     return x
+
+
+def blend(split: Split, noise_std: float) -> Blend:
+    """The mixture of total variation and wavelets that held-out samples ask for, each with the best of FACTORS."""
+    settings = [factor * noise_std**1.5 for factor in FACTORS]
+    return Blend.of(split, *(tuned(split, method, settings) for method in (tv, wavelet)))
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {"CG": cg, "L1-wavelet": wavelet, "TV": tv}

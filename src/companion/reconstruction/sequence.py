@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -22,6 +23,7 @@ from companion.diffusion.sampling import Samples
 from companion.diffusion.sequence import SequenceSamples, add, draw_sequence, reconstruct_sequence
 from companion.diffusion.solvers import ddim
 from companion.evaluation import metrics, tables
+from companion.evaluation.organ import Organ
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import for_pixels
@@ -82,7 +84,8 @@ class Sampler:
 class Prior:
     """A denoiser of any image size, with what its errors look like: `alone` without context, `given` a window of it.
 
-    start: what the first slice sees, see `draw_sequence`.
+    start: what the first slice sees, see `draw_sequence`. errors: all models of its error that are `known`, by name,
+    those nearest to the scan first, of which it may choose. organ: the readout of what it learnt from, if it has one.
     """
 
     D: Denoiser
@@ -90,6 +93,8 @@ class Prior:
     given: Measured | ErrorModel | None = None
     window: int = 0
     start: str | None = None
+    errors: Mapping[str, ErrorModel] = field(default_factory=dict)
+    organ: Organ | None = None
 
     @classmethod
     def load(cls, name: str, default: str, device: str = "cpu", autocast: str | None = None) -> Prior:
@@ -132,21 +137,38 @@ class Prior:
             given = Measured.fit(self.D, x[:, -1], seed=seed, cond=drawn(x, seed)[:, -1 - self.window : -1])
         return replace(self, alone=alone, given=given)
 
-    def known(self, errors: Mapping[str, ErrorModel], pixel_mm: float | None = None) -> Prior:
+    def known(
+        self, errors: Mapping[str, ErrorModel], pixel_mm: float | None = None, organ: Organ | None = None
+    ) -> Prior:
         """The same with its errors as they are kept beside its weights (`models.errors.load_errors`): those of its own
-        images, measured at pixels nearest to `pixel_mm`.
+        images, measured at pixels nearest to `pixel_mm`, and the others to choose from.
 
-        Raises ValueError where none was measured with context though this prior takes some.
+        Raises ValueError where one was not measured with context too though this prior takes some.
         """
         nearest = for_pixels(errors, pixel_mm)
-        alone = [error for name, error in nearest.items() if not name.endswith(CONTEXT_GIVEN)]
-        given = [error for name, error in nearest.items() if name.endswith(CONTEXT_GIVEN)]
-        if not alone or (self.window and not given):
+        alone = [name for name in nearest if not name.endswith(CONTEXT_GIVEN)]
+        if not alone or (self.window and any(name + CONTEXT_GIVEN not in nearest for name in alone)):
             raise ValueError(
-                f"errors were measured of {', '.join(errors)}; expected some alone and, of a prior of sequences, some "
-                f"whose names end in {CONTEXT_GIVEN!r}: measure them with tools/prior_errors.py"
+                f"errors were measured of {', '.join(errors)}; expected some alone and, of a prior of sequences, the "
+                f"same with names that end in {CONTEXT_GIVEN!r}: measure them with tools/prior_errors.py"
             )
-        return replace(self, alone=alone[0], given=given[0] if self.window else None)
+        given = nearest[alone[0] + CONTEXT_GIVEN] if self.window else None
+        return replace(self, alone=nearest[alone[0]], given=given, errors=nearest, organ=organ)
+
+    @contextlib.contextmanager
+    def seeing(self, context: str | None) -> Iterator[dict[str, Any]]:
+        """The network attends to "full" or "last" context, or to none; the options of `draw_sequence` that say so."""
+        network = network_of(self.D)
+        with contextlib.ExitStack() as stack:
+            if self.window:
+                stack.enter_context(network.attending(context or "full"))
+                stack.enter_context(network.caching())
+            yield {
+                "window": self.window or None,
+                "start": self.start,
+                "first_stage": context is None,
+                "device": self.device,
+            }
 
 
 def drawn(x: Tensor, seed: int) -> Tensor:
@@ -189,7 +211,7 @@ def reconstruct(
     keep: file for the slices drawn so far; after a stop the same call goes on from it, to the same result.
     """
     network, scan = network_of(prior.D), scan.to(prior.device)
-    given = scan.x[:1] if sampler.start == "truth" and scan.x is not None else None
+    given = known_first(scan, sampler)
     frames = range(0 if given is None else 1, len(scan.y))
     errors = [prior.alone if context is None or (n == 0 and given is None) else prior.given for n in frames]
     data = [
@@ -199,10 +221,7 @@ def reconstruct(
     kept = Kept(
         keep, network, type(inner_denoiser(prior.D)), scan, sampler, context, seed, peak, prior.alone, prior.given
     )
-    with contextlib.ExitStack() as stack:
-        if prior.window:
-            stack.enter_context(network.attending(context or "full"))
-            stack.enter_context(network.caching())
+    with prior.seeing(context) as seen:
         samples = reconstruct_sequence(
             prior.D,
             data,
@@ -210,17 +229,24 @@ def reconstruct(
             seeds=range(seed, seed + sampler.draws),
             solver=SOLVERS.get(sampler.method, ddim(eta=1.0)),
             refresh=sampler.refresh,
-            window=prior.window or None,
             context=None if given is None else given[None],
-            start=prior.start,
-            first_stage=context is None,
             batch_size=sampler.at_once,
-            device=prior.device,
             progress=progress,
+            **seen,
             **kept.options,
         )
-    known = [] if given is None else [given[None].expand(sampler.draws, *[-1] * given.ndim)]
-    return SequenceSamples(torch.cat([*known, samples.x], 1).cpu(), add(kept.bill, samples.bill))
+    return SequenceSamples(with_known(given, samples.x), add(kept.bill, samples.bill))
+
+
+def known_first(scan: Scan, sampler: Sampler) -> Tensor | None:
+    """The first slice (1, 1, y, x), where it is known beforehand."""
+    return scan.x[:1] if sampler.start == "truth" and scan.x is not None else None
+
+
+def with_known(given: Tensor | None, x: Tensor) -> Tensor:
+    """Drawn slices (draw, frame, 1, y, x) after the one that was given, on the CPU."""
+    known = [] if given is None else [given[None].expand(len(x), *[-1] * given.ndim)]
+    return torch.cat([*known, x], 1).cpu()
 
 
 def csgm(

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.gibbs import annealed_gibbs
@@ -46,6 +46,7 @@ WARM_LOSS = 1.5  # true variance / that of draws that begin with an image: see "
 LAST, LEAST = 1.0, 0.002  # last noise level, in deviations of the noise of the data, and at least
 KNOWN = 2.0  # chi-square per held-out sample above which the prior does not know the scan
 BETTER = 0.05  # log score by which another error model has to beat that of the prior's own people
+EXTRA = 0.5  # work of a trial, as a part of that of the draws
 LEAST_CALLS = 4  # evaluations of a chain, below which its draws are too rough to judge by
 LEAST_SHARE = 0.2  # of the posterior mean in the mixture, below which it does not help
 
@@ -198,7 +199,7 @@ def assess(
     found: list[tuple[Candidate, Samples]] = []
     bills: list[Bill] = []
 
-    def draw(error: ErrorModel, sigmas: Tensor, start: Tensor | None) -> Samples:
+    def chains(error: ErrorModel, sigmas: Tensor, start: Tensor | None) -> Samples:
         G = problem(split.A, split.y, noise_std, error, iterations)
         on = {"dtype": kind_of(split.A, split.y), "device": split.y.device}
         samples = annealed_gibbs(D, G, sigmas, seeds=range(seed, seed + draws), start=start, **on)
@@ -206,7 +207,7 @@ def assess(
         return samples
 
     def attempt(name: str, scale: float) -> None:
-        samples = draw(errors[name].times(scale), levels_for(noise_std, image is not None, calls, levels), image)
+        samples = chains(errors[name].times(scale), levels_for(noise_std, image is not None, calls, levels), image)
         found.append((Candidate(name, scale, predictive_score(split, samples, noise_std)), samples))
 
     for name in list(errors)[:tries]:
@@ -227,7 +228,7 @@ def assess(
     if left >= LEAST_CALLS:  # longer, as the draws of the image will be: short chains would make the prior look worse
         low, high = levels or (None, WARM)
         low = low or levels_for(noise_std, True, 2)[1].item()
-        samples = draw(error, levels_for(noise_std, True, left, (low, min(high, WARM))), samples.x)
+        samples = chains(error, levels_for(noise_std, True, left, (low, min(high, WARM))), samples.x)
         score = predictive_score(split, samples, noise_std)
     share, bias, other = 1.0, None, None
     if image is not None:
@@ -257,7 +258,7 @@ def reconstruct(
     levels: tuple[float, float] | None = None,
     trust: Trust | None = None,
     classical: Classical | None = None,
-    extra: float = 0.5,
+    extra: float = EXTRA,
     iterations: int = 30,
     organ: Organ | None = None,
 ) -> tuple[Samples, Trust]:
@@ -274,10 +275,34 @@ def reconstruct(
             D, split, noise_std, errors, levels=levels, evaluations=allowed, seed=seeds[0], classical=classical,
             final=len(seeds), iterations=iterations, organ=organ,
         )  # fmt: skip
+    how = {"evaluations": evaluations, "levels": levels, "classical": classical, "iterations": iterations}
+    return draw(D, A, y, noise_std, trust, seeds=seeds, **how)
+
+
+def draw(
+    D: Denoiser,
+    A: LinearOperator,
+    y: Tensor,
+    noise_std: float,
+    trust: Trust,
+    *,
+    seeds: Sequence[int] | Sequence[Generator],
+    evaluations: int = 30,
+    levels: tuple[float, float] | None = None,
+    classical: Classical | None = None,
+    iterations: int = 30,
+    cond: Tensor | None = None,
+    batch_size: int | None = None,
+) -> tuple[Samples, Trust]:
+    """Draws of a slice from all its data, as far as a trial trusts the prior (`Trust.apply`), and what it is of them.
+
+    cond, batch_size: of the draws, as for `annealed_gibbs`.
+    """
     image = None if classical is None else classical(A, y)
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
     G = problem(A, y, noise_std, trust.error, iterations)
-    samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, dtype=kind_of(A, y), device=y.device)
+    options = {"cond": cond, "batch_size": batch_size, "dtype": kind_of(A, y), "device": y.device}
+    samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, **options)
     trust = trust.of(A, samples, image)
     return trust.apply(samples, image), trust
 

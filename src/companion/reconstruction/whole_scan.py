@@ -94,9 +94,7 @@ def _slice(D, scan, i, lines, like, found, classical, seeds, evaluations) -> tup
     except ValueError as error:
         return torch.zeros(2, *like.y.shape[2:]), str(error)
     m = with_real_noise(m.to(str(like.y.device))).one(0)
-    samples, _ = trust.reconstruct(
-        D, m.A, m.y, m.noise_std, {}, acs=0, seeds=seeds, evaluations=evaluations, trust=found, classical=classical
-    )
+    samples, _ = trust.draw(D, m.A, m.y, m.noise_std, found, seeds=seeds, evaluations=evaluations, classical=classical)
     assert samples.mean is not None  # the image that the scan trusts
     images = torch.stack([m.magnitude(samples.mean)[0, 0], m.magnitude(samples.x).std(0)[0]]).cpu()
     return images * (like.scale / m.scale), ""

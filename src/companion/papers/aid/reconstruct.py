@@ -23,18 +23,22 @@ from companion.acquisition.virtual_volumes import Cohort, examples, fastmri_file
 from companion.data.virtual import volumes
 from companion.diffusion.sampling import Bill
 from companion.evaluation import metrics
+from companion.evaluation.organ import known_to
 from companion.files import project_root
 from companion.models.checkpoint import describe
 from companion.models.errors import load_errors
 from companion.models.sequences import EMBEDDED
 from companion.parameters import Parameters, param
 from companion.reconstruction import mri as baselines
+from companion.reconstruction import trusted_sequence
 from companion.reconstruction.sequence import Prior, Sampler, csgm, reconstruct, score
+from companion.reconstruction.trust import EXTRA, Trust
 
 EMBEDDED_SINGLE, GENERAL = "brain/t1w", "general/2d"  # single-image priors of virtual people, and of anybody
 EMBEDDED_HEADS = "aid/heads"  # sequence prior of anybody
 KNOWN = (GENERAL, EMBEDDED_HEADS)  # their errors on real heads are kept beside the weights
 MODELS = {"AID": "full", "AID, newest slice only": "last", "single image": None}  # name -> context
+TRUSTED = {"AID, trusted": "AID", "single image, trusted": "single image"}  # the same as far as the scan trusts it
 CSGM = "CSGM-Langevin"
 TUNING_SLICES = 3  # of a volume: enough to tune the classical methods on
 GRIDS = {  # searched on validation volumes
@@ -58,7 +62,12 @@ class Reconstruct(Sampler, Protocol, Parameters):
     single: str | None = param(
         None, f"single-image prior to compare with; none: {EMBEDDED_SINGLE} for virtual people, {GENERAL} for scans"
     )
-    models: tuple[str, ...] = param(tuple(MODELS), "priors to use", choices=tuple(MODELS))
+    models: tuple[str, ...] | None = param(
+        None,
+        f"priors to use; none: {', '.join(MODELS)}; of scans, with priors whose errors are kept beside their weights, "
+        "AID and single image as far as the scan trusts them, and AID",
+        choices=(*MODELS, *TRUSTED),
+    )
     image_size: int = param(64, "pixels along y and x of virtual people", minimum=16)
     frames: int = param(10, "slices of a volume, at most", minimum=1)
     spacing_mm: float = param(3.25, "distance of neighbouring slices of virtual people", minimum=0.1)
@@ -86,8 +95,9 @@ def prepare(p: Reconstruct) -> list[Case]:
 
     Classical methods are tuned, and the errors of priors measured, on other people scanned or rendered at that matrix.
     Raises FileNotFoundError or ValueError when there is nothing to reconstruct, ValueError where the intensity scale
-    can neither be found nor is given.
+    can neither be found nor is given, and as `models_of`.
     """
+    models_of(p.models, p.weights, p.single, p.source, p.method)  # raises before anything is read
     weights, single = weights_of(p.weights, p.source), single_of(p.single, p.source)
     like = examples(brightness_of(weights, required=p.scale is None), p.spacing_mm)
     people = Cohort(p.image_size, p.spacing_mm, p, like, p.seed)
@@ -109,7 +119,7 @@ def prepare(p: Reconstruct) -> list[Case]:
         if p.method == "annealed_gibbs":  # the others do not ask how wrong the prior is
             size, voxel = max(alike[0].shape[1:]), alike[0].voxel_mm
             priors = {
-                name: prior.known(load_errors(checkpoint), voxel[-1] if voxel else None)
+                name: prior.known(load_errors(checkpoint), voxel[-1] if voxel else None, known_to(checkpoint))
                 if checkpoint in KNOWN
                 else measured(prior, size, p.spacing_mm, p.seed)
                 for (name, prior), checkpoint in zip(loaded.items(), (weights, single), strict=True)
@@ -131,6 +141,26 @@ def weights_of(weights: str | None, source: str) -> str:
 def single_of(single: str | None, source: str) -> str:
     """The name of the single-image prior, where none is given the one that suits the source."""
     return single or (EMBEDDED_SINGLE if source == "brain" else GENERAL)
+
+
+def models_of(
+    models: tuple[str, ...] | None, weights: str | None, single: str | None, source: str, method: str
+) -> tuple[str, ...]:
+    """The models, where none are given those that suit the priors.
+
+    Raises ValueError for trusted ones of priors that a scan cannot judge.
+    """
+    needed = {"AID": weights_of(weights, source), "single image": single_of(single, source)}
+    judged = {name for name, prior in needed.items() if prior in KNOWN and method == "annealed_gibbs"}
+    if models is None:
+        return ("AID, trusted", "AID", "single image, trusted") if len(judged) == len(needed) else tuple(MODELS)
+    for name in models:
+        if name in TRUSTED and TRUSTED[name] not in judged:
+            raise ValueError(
+                f"{name!r} needs method annealed_gibbs and a prior whose errors are kept beside its weights, one of "
+                f"{', '.join(KNOWN)}; got {method} and {needed[TRUSTED[name]]}: take {TRUSTED[name]!r} instead"
+            )
+    return models
 
 
 def measured(prior: Prior, image_size: int, spacing_mm: float, seed: int, people: int = 12) -> Prior:
@@ -162,6 +192,19 @@ class Study:
     draws: dict[str, Tensor]  # model -> (draw, frame, 1, y, x)
     bills: dict[str, Bill]  # of one draw of a volume
     calibration: dict[str, float]  # variance of the draws over squared error of their mean, all volumes
+    found: dict[str, list[list[Trust]]]  # trusted model -> volume -> what the scan says of the prior, slice by slice
+    names: list[str]  # of the volumes
+
+    @property
+    def verdicts(self) -> list[dict]:
+        """A row for each volume and trusted model: the verdict in words, and its numbers."""
+        rows = []
+        for model, scans in self.found.items():
+            for volume, slices in zip(self.names, scans, strict=True):
+                one = trusted_sequence.of_volume(slices)
+                row = {"volume": volume, "model": model, "verdict": one.verdict, "chi-square": one.first.score.chi2}
+                rows.append(row | {"widening": one.widening**0.5, "shares": [s.share for s in slices]})
+        return rows
 
 
 def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path | None = None) -> Study:
@@ -169,7 +212,8 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path |
 
     keep: folder for the slices drawn so far, from which the same call goes on after a stop; gone in the end.
     """
-    result, spread = Study([], {}, {}, {}, {}), {}
+    result, spread = Study([], {}, {}, {}, {}, {}, []), {}
+    models = models_of(p.models, p.weights, p.single, p.source, p.method)
     setting = {"mask": f"{p.mask}, interleaved" if p.interleave else p.mask, "ACS": p.acs, "R": p.acceleration}
     tuned = [baselines.tune_all([(s.y, s.maps, s.mask, s.x) for s in c.validation], GRIDS) if p.classical else {}
              for c in cases]  # fmt: skip
@@ -178,11 +222,15 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path |
         estimates = baselines.reconstruct_all(scan.y, scan.maps, scan.mask, values)
         seed = p.seed + i * p.draws
         runs = {}
-        for name, prior_name in asked(p.models, p.langevin_steps).items():
+        result.names.append(scan.name)
+        for name, prior_name in asked(models, p.langevin_steps).items():
             file = keep and keep / f"{i}-{re.sub(r'[^a-z]+', '-', name.lower())}.safetensors"
             prior = priors[prior_name]
             if name == CSGM:
                 runs[name] = csgm(prior, scan, p, p.langevin_steps, seed, file)
+            elif name in TRUSTED:
+                runs[name], found = trusted_sequence.reconstruct(prior, scan, p, context_of(name), seed, keep=file)
+                result.found.setdefault(name, []).append(found)
             else:
                 runs[name] = reconstruct(prior, scan, p, MODELS[name], seed, p.scale, keep=file)
         for name, samples in runs.items():
@@ -207,15 +255,20 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path |
 
 def asked(models: Iterable[str], langevin_steps: int) -> dict[str, str]:
     """Which prior, "AID" or "single image", each model that a study draws with needs, in the order of the study."""
-    wanted = [*(name for name in MODELS if name in models), *[CSGM] * (langevin_steps > 0)]
-    return {name: "single image" if MODELS.get(name) is None else "AID" for name in wanted}
+    wanted = [*(name for name in (*TRUSTED, *MODELS) if name in models), *[CSGM] * (langevin_steps > 0)]
+    return {name: "single image" if context_of(name) is None else "AID" for name in wanted}
+
+
+def context_of(model: str) -> str | None:
+    """What a model of `asked` sees of the slices before."""
+    return MODELS.get(TRUSTED.get(model, model))
 
 
 def cost(cases: list[Case], sampler: Sampler, models: Iterable[str], langevin_steps: int) -> list[dict]:
     """A row for each matrix and model: how many evaluations of a network a study takes, and about how many minutes.
 
     Each network is evaluated once to know, with the context that a late slice has: the first slices, which have less,
-    take less. Conjugate gradients come on top.
+    take less. The trial of a trusted model is counted; conjugate gradients and classical images come on top.
     """
     rows = []
     for case in cases:
@@ -224,11 +277,12 @@ def cost(cases: list[Case], sampler: Sampler, models: Iterable[str], langevin_st
             evaluations = sampler.evaluations * (langevin_steps if name == CSGM else 1)
             at_once = sampler.draws if name == CSGM else min(sampler.at_once or sampler.draws, sampler.draws)
             seconds = math.ceil(sampler.draws / at_once) * case.priors[prior_name].seconds(
-                at_once, scan.shape, MODELS.get(name) is None
+                at_once, scan.shape, context_of(name) is None
             )
+            trials = EXTRA * len(case.scans) * (name in TRUSTED)  # in slices
             about = {"model": name, "matrix": "{} x {}".format(*scan.shape[1:]), "slices": slices}
             about |= {"draws": sampler.draws, "evaluations": evaluations}
-            rows.append(about | {"about, minutes": slices * evaluations * seconds / 60})
+            rows.append(about | {"about, minutes": (slices + trials) * evaluations * seconds / 60})
     return rows
 
 
