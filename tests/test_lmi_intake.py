@@ -154,6 +154,8 @@ def test_the_scalp_of_a_whole_head_is_not_taken_for_the_end_of_its_brain():
     assert outline.scale > 1.1, "mutual information alone shrinks the whole head"
     place = OnTemplate.of(head, (64, 64), heights=slab_heights(4))
     assert place.found.scale == pytest.approx(0.9, rel=0.03) and place.stripped
+    slices, _ = place.scaled(place.cut(head.array))
+    assert np.percentile(slices[slices > 0.1], 50) > 0.5, "what is left of the scalp does not say what is bright"
     huge = Volume(head.array, np.diag([1.7, 1.7, 1.7, 1]) @ head.affine)
     with pytest.raises(ValueError, match="this brain would have .* mL, expected 500 to 3400"):
         to_template(huge)

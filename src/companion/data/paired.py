@@ -201,7 +201,7 @@ def _slices(
     max_shift: pixels beyond which a contrast is registered to the first; None: never.
     """
     anchor, found, scales = volumes[contrasts[0]], {}, {}
-    if template := "plane" not in options:
+    if "plane" not in options:
         slicing = OnTemplate.of(
             anchor, options["size"], heights=slab_heights(count), found=to_template(volumes.get("T1w", anchor))
         )
@@ -212,8 +212,8 @@ def _slices(
 
     def cut(name: str) -> np.ndarray:
         array = volumes[name].array
-        if template:  # the scale is that of the slices, as in the cohort
-            slices, scales[name] = scaled(slicing.cut(array).numpy(), given.get(name), name)
+        if isinstance(slicing, OnTemplate):  # the scale is that of the slices, as in the cohort
+            slices, scales[name] = slicing.scaled(slicing.cut(array), given.get(name), name)
             return slices
         values, scales[name] = scaled(array, given.get(name), name)
         return slicing.cut(values).numpy()

@@ -11,16 +11,17 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.ndimage import binary_dilation, gaussian_filter, map_coordinates
+from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter, map_coordinates
 from torch import Tensor
 
 from companion.data import anatomy
-from companion.data.intensity import FOREGROUND, Size, percentile_scale
+from companion.data.intensity import FOREGROUND, Scale, Size, percentile_scale, scaled
 from companion.data.nifti import Volume
 from companion.data.registration import Registration, to_template
 
 WHOLE = 0.2  # share of the foreground outside of the template's brain from which a head is whole, not skull-stripped
 MARGIN_MM = 4.0  # around the template's brain, kept of whole heads
+RIND_MM = 6.0  # of the template's brain, which does not say how bright a whole head's brain is: fat and eyes are near
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,17 @@ class OnTemplate:
             slices.append(np.where(inside, made, low) if self.stripped else made)
         return torch.from_numpy(np.stack(slices).astype(np.float32))[:, None]
 
+    def scaled(self, slices: Tensor, scale: Scale | None = None, name: str = "the image") -> tuple[np.ndarray, Scale]:
+        """What `cut` made, in [0, 1], and the scale, by default that of its values, of whole heads inside the brain.
+
+        Raises ValueError as `intensity.scaled`.
+        """
+        values = slices.numpy()
+        if scale is None and self.stripped:
+            inside = brain(self.size, self.pixel_mm, self.heights, -RIND_MM)[:, None]
+            scale = percentile_scale(np.where(inside, values, values.min())) if inside.any() else None
+        return scaled(values, scale, name)
+
     def assemble(self, slices: Tensor, fill: float = 0.0, nearest: bool = False) -> np.ndarray:
         """The volume (z, y, x), float32, on the person's own grid, of slices (slice, 1, y, x); `fill` beyond them."""
         expected = (len(self.heights), 1, *self.size)
@@ -138,7 +150,7 @@ class OnTemplate:
     @property
     def _brain(self) -> np.ndarray:
         """Where the template's brain is, and `MARGIN_MM` around, (slice, y, x)."""
-        return brain(self.size, self.pixel_mm, self.heights)
+        return brain(self.size, self.pixel_mm, self.heights, MARGIN_MM)
 
     def _to_voxel(self, points: Tensor) -> np.ndarray:
         """Indices (3, y, x) of axes (z, y, x) of the person's volume at points (y, x, 3) of the template."""
@@ -148,12 +160,13 @@ class OnTemplate:
 
 
 @lru_cache(maxsize=8)
-def brain(size: Size, pixel_mm: float, heights: tuple[float, ...]) -> np.ndarray:
-    """Where the template's brain is, and `MARGIN_MM` around it in every slice, bool (slice, y, x)."""
+def brain(size: Size, pixel_mm: float, heights: tuple[float, ...], margin_mm: float) -> np.ndarray:
+    """Where the template's brain is, and so much around it in every slice, or less if below 0; bool (slice, y, x)."""
     points = anatomy.grid_mm((len(heights), *size), pixel_mm, torch.tensor(heights, dtype=torch.float64))
     inside = anatomy.tissue_maps(None, points, pixel_mm)[:3].sum(0).numpy() > 0.5
-    grown = max(1, round(MARGIN_MM / pixel_mm))
-    return np.stack([binary_dilation(slice_, iterations=grown) for slice_ in inside])
+    change = binary_dilation if margin_mm > 0 else binary_erosion
+    pixels = max(1, round(abs(margin_mm) / pixel_mm))
+    return np.stack([change(slice_, iterations=pixels) for slice_ in inside])
 
 
 def slab_heights(count: int) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ back. Neighbouring slices begin with nearly the same noise, so that what the sou
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,8 +124,9 @@ def translate_volume(
         cut = slicing.cut(array)
         z = torch.tensor(slicing.heights)
         slab = (z >= anatomy.SLAB_MM[0]) & (z <= anatomy.SLAB_MM[1])
-        values = cut[slab] if slab.any() else cut
-        source_scale = source_scale or scaled(values.numpy())[1]  # that of the slices that the cohort's are of
+        slab = slab if slab.any() else torch.ones_like(slab)
+        of_slab = replace(slicing, heights=tuple(z[slab].tolist()))
+        source_scale = source_scale or of_slab.scaled(cut[slab])[1]  # that of the slices that the cohort's are of
         slices, step = source_scale.apply(cut), slicing.step_mm
     else:
         inner = Slicing.of(volume, (1, 1), pixel_mm, plane).inner
