@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,8 @@ def test_turned_and_mirrored_images_look_the_same():
     assert torch.allclose(organ.probability(D, torch.cat([image, image.flip(2)])), p.expand(2), atol=1e-4)
     with pytest.raises(ValueError, match="look at one"):
         organ.look(D, image.expand(2, -1, -1, -1))
+    with pytest.raises(ValueError, match="fit it again"):
+        replace(organ, weight=organ.weight[:1216]).look(D, image)
 
 
 def test_features_leave_the_network_as_it_was():

@@ -67,11 +67,16 @@ class Organ:
         """The probability (batch,) that images (batch, set, y, x), real or complex, of any size and scale, show it.
 
         D: the prior that the readout is of. The same for an image that is turned by quarters or mirrored: it is the
-        mean logit of all eight.
+        mean logit of all eight. Raises ValueError for a readout of other features.
         """
         x = standard(image)
         turned = torch.stack([v.rot90(k, (2, 3)) for v in (x, x.flip(3)) for k in range(4)])
         seen = features(D, turned.flatten(0, 1)).unflatten(0, (8, len(x)))
+        if seen.shape[-1] != len(self.weight):
+            raise ValueError(
+                f"the readout of a {self.name} has {len(self.weight)} weights, the network {seen.shape[-1]} features: it "
+                "is of another network or an older version; fit it again (python -m companion.papers.organ NAME)"
+            )
         return (seen.mean(0) @ self.weight.to(seen) + self.bias).sigmoid()
 
     def look(self, D: Denoiser, image: Tensor) -> Look:
