@@ -74,8 +74,8 @@ class Organ:
         seen = features(D, turned.flatten(0, 1)).unflatten(0, (8, len(x)))
         if seen.shape[-1] != len(self.weight):
             raise ValueError(
-                f"the readout of a {self.name} has {len(self.weight)} weights, the network {seen.shape[-1]} features: it "
-                "is of another network or an older version; fit it again (python -m companion.papers.organ NAME)"
+                f"the readout of a {self.name} has {len(self.weight)} weights, the network {seen.shape[-1]} features: "
+                "it is of another network or an older version; fit it again (python -m companion.papers.organ NAME)"
             )
         return (seen.mean(0) @ self.weight.to(seen) + self.bias).sigmoid()
 
