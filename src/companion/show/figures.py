@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def image_grid(
                 if i == 0:
                     ax.set_title(column)
                 if j == 0:
-                    ax.set_ylabel(row)
+                    ax.set_ylabel(textwrap.fill(row, max(8, int(12 * width))))  # no longer than the row is high
                 if (row, column) in notes:
                     ax.text(
                         0.97,
