@@ -31,11 +31,11 @@ from companion.data.intake.splits import split_people
 from companion.data.intake.walk import natural
 from companion.data.intensity import FOREGROUND, Scale, Size, scaled, typical_scale
 from companion.data.nifti import Volume, load_nifti
-from companion.data.registration import moved, register, to_template
+from companion.data.registration import WHOLE, moved, register, to_template
 from companion.data.rows import Rows
 from companion.data.slicing import Slicing, _header, _images, _inner, _onto_canvas, read_image
 from companion.data.store import Prepared, open_dataset, write_dataset
-from companion.data.template import WHOLE, OnTemplate, slab_heights
+from companion.data.template import OnTemplate, slab_heights
 
 SLICE_NUMBER = r"(?P<subject>.+?)[-_. ]*(?:slice|z)?[-_. ]*\d+"  # case ignored, of a file's stem
 

@@ -22,7 +22,7 @@ from companion.extras import extra
 STEP_MM = 3.0  # of the grids on which volumes are compared
 BINS = 32
 BRAIN_MM = 1.0  # grid on which a brain is looked for
-WHOLE = 0.2  # share of the foreground outside of its brain from which a head is whole, not skull-stripped
+WHOLE = 0.2  # share of the foreground outside of the brain from which a head is whole, not skull-stripped
 SIZES_ML = (500.0, 3400.0)  # of a brain that fits the template, with its fluid; a fifth larger than the template: 3200
 REACH_MM = 9.0  # around the template's brain, within which a head is compared with it
 SIZES = (1.0, 0.72, 0.8, 0.9, 1.1, 1.22, 1.35)  # of a head beside the template, tried before the search
@@ -146,30 +146,28 @@ def _information(search, target, source, transform) -> float:
     return -search.MetricEvaluate(target, source)
 
 
-def to_template(*volumes: Volume, kind: str = "affine") -> Registration:
-    """How a head, stripped or whole, in any contrast, lies to the template of the virtual cohort (MNI).
+def to_template(volume: Volume) -> Registration:
+    """How a head, stripped or whole, in any contrast, lies to the template of the virtual cohort (MNI), affine.
 
     The template has a brain only. A whole head would gladly be shrunk until its scalp lies where that brain ends, for
     outlines are most of the mutual information. So the head's brain alone is tried, too (`head_tissues.brain_mask`),
-    and what counts is how much both tell of each other *inside* the brain. volumes: contrasts of one person in one
-    world, of which the one that tells most speaks for all. Raises ValueError where none can be registered.
+    and what counts is how much both tell of each other *inside* the brain. Raises ValueError where neither can be
+    registered, and for brains of impossible size.
     """
     fixed, far = template()
     options = {"inside": far <= REACH_MM, "centred": True}
     found, failed = [], None
-    for volume in volumes:
-        for shown in (volume, brain_alone(volume)):
-            if shown is None:
-                continue
-            try:
-                place = None if shown is volume else register(shown, fixed, "similarity", **options)
-                if place is None or kind == "affine":
-                    place = register(shown, fixed, kind, first=place, **options)
-                found.append((information(volume, fixed, place, far <= 0), place))
-            except ValueError as error:
-                failed = error
-    if not found:
-        raise failed or ValueError("give at least one volume")
+    for shown in (volume, brain_alone(volume)):
+        if shown is None:
+            continue
+        try:
+            first = None if shown is volume else register(shown, fixed, "similarity", **options)
+            place = register(shown, fixed, "affine", first=first, **options)
+            found.append((information(volume, fixed, place, far <= 0), place))
+        except ValueError as error:
+            failed = error
+    if failed and not found:
+        raise failed
     best = max(found, key=lambda pair: pair[0])[1]
     brain_ml = (far <= 0).sum() * STEP_MM**3 / 1e3 * best.scale**3
     if not SIZES_ML[0] < brain_ml < SIZES_ML[1]:

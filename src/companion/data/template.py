@@ -17,9 +17,8 @@ from torch import Tensor
 from companion.data import anatomy
 from companion.data.intensity import FOREGROUND, Scale, Size, percentile_scale, scaled
 from companion.data.nifti import Volume
-from companion.data.registration import Registration, to_template
+from companion.data.registration import WHOLE, Registration, to_template
 
-WHOLE = 0.2  # share of the foreground outside of the template's brain from which a head is whole, not skull-stripped
 MARGIN_MM = 4.0  # around the template's brain, kept of whole heads
 RIND_MM = 6.0  # of the template's brain, which does not say how bright a whole head's brain is: fat and eyes are near
 
