@@ -1,6 +1,7 @@
 import json
 import pickle
 import resource
+import runpy
 import shutil
 import struct
 from pathlib import Path
@@ -297,3 +298,18 @@ def test_config_that_is_not_json(folder):
     (folder / "config.json").write_text('{"network": ')
     with pytest.raises(ValueError, match="is not JSON"):
         load(folder)
+
+
+def test_weights_are_rounded_with_what_is_bound_to_them(folder):
+    before, sha256 = load_file(folder / "model.safetensors"), files.sha256(folder / "model.safetensors")
+    (folder / "errors.json").write_text(json.dumps({"sha256": sha256, "errors": {}}))
+    tool = runpy.run_path(str(files.project_root() / "tools" / "round_weights.py"))
+    tool["main"].__globals__["write_sums"] = lambda: None  # those of the embedded weights
+    tool["main"]([str(folder), "--bits", "4"])
+    after = load_file(folder / "model.safetensors")
+    for key, value in before.items():
+        assert after[key].dtype == torch.bfloat16
+        assert ((after[key].float() - value).abs() <= value.abs() / 2**5 + 1e-30).all()  # half of the last bit
+    now = files.sha256(folder / "model.safetensors")
+    assert json.loads((folder / "errors.json").read_text())["sha256"] == now != sha256
+    load_denoiser(folder)
