@@ -44,15 +44,17 @@ from companion.data import anatomy
 from companion.data.intake.kinds import refuse_labels
 from companion.data.intake.look import find
 from companion.data.upright import cut_of, head_slices
-from companion.diffusion.denoisers import AnySize
+from companion.diffusion.denoisers import AnySize, Denoiser
 from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import posterior_mean
+from companion.diffusion.recalibration import ErrorModel
 from companion.evaluation import metrics
-from companion.evaluation.organ import known_to
+from companion.evaluation.organ import Organ, known_to
 from companion.files import atomic_write, code_version
 from companion.models.architectures import network_of
 from companion.models.checkpoint import describe_source, load_denoiser
 from companion.models.errors import for_pixels, load_errors
+from companion.models.general import BY_PIXELS, general_prior
 from companion.operators.linear import LinearOperator
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
@@ -185,14 +187,14 @@ def score(name, size, R, method, x, truth, seconds, draws=None, chi2=None, verdi
     return Row(name, size, R, method, *means, calibration, coverage, chi2, verdict, seconds, memory)
 
 
-def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Sheets]:
+def study(name: str, load, settings: dict, args) -> tuple[list[Row], Sheets]:
     """Rows of one head, and for each size and R the middle slice (y, x) of the truth and of all methods."""
-    D, errors = prior
     rows, pictures = [], {}
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "big")  # the same in any folder
     array, affine = load()
     for size in args.sizes:
         x = anatomy.random_phase(head_slices(array, affine, size, args.slices), torch.Generator().manual_seed(seed))
+        prior = Prior.of(args.weights, pixel_mm(size, array, affine))
         for R in args.R:
             A, y = scan(x, R, ACS[size], seed + 1, args.radial)
             tuned, images = settings[setting(size, R, args)], {}
@@ -211,9 +213,7 @@ def study(name: str, load, prior, settings: dict, args) -> tuple[list[Row], Shee
             leaning = lean(A, y, tuned, ACS[size], seed)
             images[LEANING] = leaning(A, y)
             rows.append(score(name, size, R, LEANING, images[LEANING], x, (time.perf_counter() - began) / len(x)))
-            plain, trusted, verdict, seconds = reconstruct(
-                D, for_pixels(errors, pixel_mm(size, array, affine)), A, y, leaning, ACS[size], seed, args
-            )
+            plain, trusted, verdict, seconds = reconstruct(prior, A, y, leaning, ACS[size], seed, args)
             draws = torch.stack([s.x for s in plain], 1)
             images[OURS[0]] = draws.mean(0)
             images[OURS[1]] = torch.cat([s.mean.mean(0, keepdim=True) for s in plain])
@@ -241,8 +241,24 @@ def pixel_mm(size: str, array: np.ndarray, affine: np.ndarray) -> float:
     return 3.25 if size == "64" else min(cut_of(voxel, tuple(shape)).spacing(voxel)[1:])
 
 
-def reconstruct(D, errors, A, y, leaning, acs, seed, args):
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """A denoiser, the models of its error, those of such pixels first, and the readout of what it learnt from."""
+
+    D: Denoiser
+    errors: dict[str, ErrorModel]
+    organ: Organ | None
+
+    @classmethod
+    def of(cls, weights: str, pixel: float) -> Prior:
+        name = general_prior(weights, pixel)
+        D = load_denoiser(name)
+        return cls(AnySize(D, network_of(D).total_stride), for_pixels(load_errors(name), pixel), known_to(name))
+
+
+def reconstruct(prior: Prior, A, y, leaning, acs, seed, args):
     """Plain and trusted samples of all slices, the verdict of the middle one, seconds a slice of both."""
+    D, errors = prior.D, prior.errors
     sigmas, own = trust.levels_for(NOISE, True, args.evaluations), next(iter(errors.values()))
     seeds, found, spent = [range(seed + 8 * i, seed + 8 * i + args.draws) for i in range(len(y))], None, [0.0, 0.0]
     plain, trusted, shares = [], [], []
@@ -251,7 +267,7 @@ def reconstruct(D, errors, A, y, leaning, acs, seed, args):
     found = trust.assess(
         D, held_out.hold_out(A, y[middle : middle + 1], acs, seed=seed), NOISE, errors, seed=seed,
         evaluations=args.evaluations * args.draws, classical=leaning, final=args.draws,
-        organ=known_to(args.weights),
+        organ=prior.organ,
     )  # fmt: skip
     spent[1] += time.perf_counter() - began
     for i, draws in enumerate(seeds):
@@ -350,7 +366,7 @@ def main(argv=None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/real_heads"))
-    parser.add_argument("--weights", default="general/2d")
+    parser.add_argument("--weights", default=BY_PIXELS, help="general: the prior for pixels of each size")
     parser.add_argument("--sizes", nargs="+", default=list(ACS), choices=list(ACS))
     parser.add_argument("--R", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--slices", type=int, default=6)
@@ -374,11 +390,10 @@ def main(argv=None) -> list[dict]:
             path.write_text(json.dumps(found, indent=1) + "\n")
         return []
     tuned = read_tuned(args)
-    D = load_denoiser(args.weights)
-    prior = AnySize(D, network_of(D).total_stride), load_errors(args.weights)
     asked = {k: getattr(args, k) for k in ("sizes", "R", "slices", "draws", "evaluations", "radial")}
     asked |= {"one_pass": [describe_source(name).sha256 for name in args.one_pass]} if args.one_pass else {}
-    key = {**asked, "weights": describe_source(args.weights).sha256, "settings": tuned["settings"]}
+    priors = sorted({general_prior(args.weights, mm) for mm in (1, 3.25)})
+    key = {**asked, "weights": [describe_source(n).sha256 for n in priors], "settings": tuned["settings"]}
     rows, pictures = [], {}
     (args.out / "heads").mkdir(parents=True, exist_ok=True)
     for name, load in heads.items():
@@ -387,7 +402,7 @@ def main(argv=None) -> list[dict]:
         images = done.with_suffix(".pt")
         if not done.exists():
             try:
-                found, sheets = study(name, load, prior, tuned["settings"], args)
+                found, sheets = study(name, load, tuned["settings"], args)
             except (ValueError, OSError) as error:
                 warnings.warn(f"{name} left out: {error}", stacklevel=1)
                 continue

@@ -41,6 +41,7 @@ from companion.files import atomic_write
 from companion.models.architectures import network_of
 from companion.models.checkpoint import describe_source, load_denoiser
 from companion.models.errors import for_pixels, load_errors
+from companion.models.general import BY_PIXELS, general_prior
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import sense
 from companion.randomness import randn
@@ -200,17 +201,18 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("heads", type=Path, help="folder that `companion data get heads` made")
     parser.add_argument("--measured", type=Path, help="folder with heads/*.npy and others/*.npy")
-    parser.add_argument("--weights", default="general/2d")
+    parser.add_argument("--weights", default=BY_PIXELS, help="general: the prior for such pixels")
     parser.add_argument("--count", type=int, default=20, help="scans of each family")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/verdicts"))
     args = parser.parse_args(argv)
     if args.count < 2:
         parser.error(f"--count {args.count}: the table is of scans of odd number, which begin with the second")
-    D = load_denoiser(args.weights)
-    prior, organ = (AnySize(D, network_of(D).total_stride), load_errors(args.weights)), known_to(args.weights)
+    weights = general_prior(args.weights, pixel_mm(args.size))
+    D = load_denoiser(weights)
+    prior, organ = (AnySize(D, network_of(D).total_stride), load_errors(weights)), known_to(weights)
     known, rows = families(args.heads, args.measured), []
-    key = describe_source(args.weights).sha256[:8]
+    key = describe_source(weights).sha256[:8]
     for number in range(args.count):
         for name, (head, draw) in known.items():
             done = args.out / "scans" / f"{key} {name} {args.size} {number}.json"

@@ -1,20 +1,26 @@
 """The general prior: a network without attention, for any size; its bank, crops and loss."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from companion.evaluation.denoising import expected_errors
 from companion.models.architectures import build
+from companion.models.checkpoint import describe
+from companion.models.general import LARGE_MM, general_prior
 from companion.networks.blocks import AttentionBlock
+from companion.papers.crops import Bank
 from companion.papers.general import (
-    Bank,
     TrainGeneral,
+    bank_part,
     crop,
     prepare_bank,
     prior_config,
     train_general,
     validation_slices,
+    with_large_pixels,
 )
 
 
@@ -76,3 +82,38 @@ def test_bank_is_completed_and_the_same_again(tmp_path, monkeypatch):
     assert first[2].shape == (1, 128, 128) and len(list((tmp_path / "bank").iterdir())) == 2
     (tmp_path / "bank" / "001.npy").unlink()
     assert torch.equal(prepare_bank(p)[2], first[2])
+
+
+def test_crops_prefer_what_is_not_air():
+    image = torch.zeros(1, 64, 64)
+    image[:, 40:, 40:] = 1.0
+    filled = [crop(image, torch.Generator().manual_seed(i), 16).count_nonzero().item() / 256 for i in range(400)]
+    anywhere = 0.337**2  # what one random place shows of the bright part, on average
+    assert np.mean(filled) > 1.4 * anywhere
+
+
+def test_images_of_large_pixels_are_found_without_making_them(monkeypatch):
+    from companion.papers import general
+
+    made = []
+    monkeypatch.setattr(general, "dead_leaves", lambda rng, size: made.append(0.0))
+    monkeypatch.setattr(general, "head_image", lambda head, rng, size: made.append(general.draw_pixel_mm(rng)))
+    monkeypatch.setattr(general, "PART", 400)
+    monkeypatch.setattr(general.np, "stack", lambda images: np.zeros(0))
+    heads = [SimpleNamespace(name=name) for name in ("a", "a_brain", "b")]
+    bank_part(heads, 0)
+    chosen = with_large_pixels(heads, 400, 2.5)
+    large = [i for i, mm in enumerate(made) if mm >= 2.5]
+    assert len(large) > 80 and [i for i in chosen if made[i]] == large
+    leaves = sum(not made[i] for i in chosen)
+    assert leaves == round(0.25 * len(large))  # a fifth of the chosen, as of the bank
+    with pytest.raises(ValueError, match="none of 400 images of heads has pixels so large"):
+        with_large_pixels(heads, 400, 5.0)
+
+
+def test_the_prior_suits_the_pixels():
+    assert general_prior("general", None) == general_prior("general", 1.0) == "general/2d"
+    assert general_prior("general", LARGE_MM) == "general/coarse"
+    assert general_prior("brain/t1w", 3.0) == "brain/t1w"
+    assert describe("general/coarse")["data"]["pixel_mm"] == f"{LARGE_MM:g} to 4"
+    assert describe("general/coarse")["network"] == describe("general/2d")["network"]

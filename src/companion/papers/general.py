@@ -1,4 +1,8 @@
-"""The general prior: complex images of heads, and of anything else, of any size and pixel size."""
+"""The general prior: complex images of heads, and of anything else, of any size and pixel size.
+
+A second one of the same kind learns from large pixels only (`pixels_from_mm`): a network so small cannot know both as
+well as either. `companion.models.general` says which serves a scan.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,17 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.utils.data import Dataset, Subset
 
-from companion.data.heads import Head, dead_leaves, head_image
+from companion.data.heads import Head, dead_leaves, draw_pixel_mm, head_image
 from companion.data.heads_download import load_heads
 from companion.data.phase import add_phase
 from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.losses import edm_loss
 from companion.files import project_root
-from companion.papers.crops import Bank, TrainOnCrops, complete, train_on_crops, unet
+from companion.operators.mri import centre_crop, fft, ifft
+from companion.papers.crops import TrainOnCrops, complete, train_on_crops, unet
+from companion.parameters import param
 from companion.randomness import randn
 from companion.training.loop import TrainResult
 from companion.training.recipe import begin, main
@@ -35,8 +42,12 @@ LEAVES, BRAIN = 0.2, 0.07  # shares of the bank: dead leaves, and brains without
 class TrainGeneral(TrainOnCrops, bank="data/heads_bank", steps=20000):
     """Parameters of general/train.ipynb."""
 
+    pixels_from_mm: float = param(0.0, "smallest pixels to learn from, mm; below 4 (0: all sizes)", minimum=0)
 
-def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: int, images: int) -> dict:
+
+def prior_config(
+    model_channels: int, channel_mult: tuple[float, ...], patch: int, images: int, pixels_from_mm: float = 0.0
+) -> dict:
     """Return what `build` makes the denoiser from: complex images of any size, one channel for the error's variance."""
     return {
         "network": unet(2, model_channels, channel_mult, patch),
@@ -51,7 +62,7 @@ def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: in
         "data": {
             "source": "warped and recoloured real heads and dead leaves of companion.data.heads",
             "images": images,
-            "pixel_mm": "0.6 to 4",
+            "pixel_mm": f"{max(pixels_from_mm, 0.6):g} to 4",
             "scale": SCALE,
         },
     }
@@ -65,24 +76,53 @@ def bank_part(heads: Sequence[Head], part: int, seed: int = 17) -> np.ndarray:
 
 def bank_image(heads: Sequence[Head], rng: np.random.Generator) -> np.ndarray:
     """Return one image (BANK_SIZE, BANK_SIZE): dead leaves, a brain alone, or one of the whole heads."""
+    head = bank_head(heads, rng)
+    return dead_leaves(rng, BANK_SIZE) if head is None else head_image(head, rng, BANK_SIZE)
+
+
+def bank_head(heads: Sequence[Head], rng: np.random.Generator) -> Head | None:
+    """Return the head that an image of the bank shows, None for dead leaves."""
     brains = [head for head in heads if head.name.endswith("_brain")]
     whole = [head for head in heads if not head.name.endswith("_brain")]
     kind = rng.random()
     if kind < LEAVES or not whole:
-        return dead_leaves(rng, BANK_SIZE)
+        return None
     if brains and kind < LEAVES + BRAIN:
-        return head_image(brains[0], rng, BANK_SIZE)
-    return head_image(whole[int(rng.integers(len(whole)))], rng, BANK_SIZE)
+        return brains[0]
+    return whole[int(rng.integers(len(whole)))]
+
+
+def with_large_pixels(heads: Sequence[Head], images: int, from_mm: float, seed: int = 17) -> list[int]:
+    """Return which images of the bank have pixels of at least so many mm, and as large a share of leaves as it has.
+
+    Raises ValueError where none has.
+    """
+    found, leaves = [], []
+    for i in range(images):
+        rng = np.random.default_rng([seed, i])
+        if bank_head(heads, rng) is None:
+            leaves.append(i)
+        elif draw_pixel_mm(rng) >= from_mm:  # the first thing that `head_image` draws
+            found.append(i)
+    if not found:
+        raise ValueError(f"pixels_from_mm={from_mm:g}: none of {images} images of heads has pixels so large; give less")
+    return sorted(found + leaves[: round(len(found) * LEAVES / (1 - LEAVES))])
 
 
 def crop(image: Tensor, generator: Generator, size: int) -> Tensor:
     """Return a random part (1, size, size) of an image, mirrored and turned by quarters at random, with a new gain.
 
-    A stack (slice, 1, y, x) is treated as one image.
+    Of two random places that with more signal: much of an image is air. A stack (slice, 1, y, x) counts as one.
     """
-    top, left, turns, flip = (int(torch.randint(n, (), generator=generator)) for n in
-                              (image.shape[-2] - size + 1, image.shape[-1] - size + 1, 4, 2))  # fmt: skip
-    part = image[..., top : top + size, left : left + size].rot90(turns, (-2, -1)).float()
+    room = [n - size + 1 for n in image.shape[-2:]]
+
+    def place() -> Tensor:
+        top, left = (int(torch.randint(n, (), generator=generator)) for n in room)
+        return image[..., top : top + size, left : left + size]
+
+    part = max(place(), place(), key=lambda part: part.sum().item())
+    turns, flip = (int(torch.randint(n, (), generator=generator)) for n in (4, 2))
+    part = part.rot90(turns, (-2, -1)).float()
     part = part.flip(-1) if flip else part
     return (part * (GAIN * torch.randn((), generator=generator)).exp()).contiguous()
 
@@ -115,28 +155,31 @@ def scanned(image: Tensor, generator: Generator) -> Tensor:
 
 def train_general(p: TrainGeneral, progress: bool = True) -> TrainResult:
     """Return the trained prior; continues what `p.out` holds. The same call serves torchrun's processes."""
-    config = prior_config(**p.pick("model_channels", "channel_mult", "patch", "images"))
+    config = prior_config(**p.pick("model_channels", "channel_mult", "patch", "images", "pixels_from_mm"))
     D = begin(config, p.seed, p.start_from, p.autocast, p.device)
     return train_on_crops(D, prior_loss, prepare_bank(p), p, config | {"crop": p.crop}, crop, progress)
 
 
-def prepare_bank(p: TrainGeneral) -> Bank:
+def prepare_bank(p: TrainGeneral) -> Dataset:
     """Return the images to learn from; those that the bank lacks are made of the real heads first."""
 
-    def source():
-        return partial(bank_part, load_heads(project_root() / p.heads, "train") if p.heads else [])
+    def heads() -> list[Head]:
+        return load_heads(project_root() / p.heads, "train") if p.heads else []
 
-    return complete(project_root() / p.bank, p.images, PART, source)
+    bank = complete(project_root() / p.bank, p.images, PART, lambda: partial(bank_part, heads()))
+    return Subset(bank, with_large_pixels(heads(), p.images, p.pixels_from_mm)) if p.pixels_from_mm else bank
 
 
-def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: int = 1) -> Tensor:
+def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: int = 1, coarser: int = 1) -> Tensor:
     """Return axial slices (count, 1, size, size) of the head held for validation, complex, 1 mm; else dead leaves.
+
+    coarser: pixels are so many times as large, and as many times fewer: k-space is cut off.
 
     Its own signal, nothing warped or recoloured but for a phase of `add_phase`; 1 is bright tissue.
     """
     if heads is None:
         leaves = np.stack([dead_leaves(np.random.default_rng([seed, i]), size) for i in range(count)])
-        return add_phase(torch.from_numpy(leaves)[:, None], torch.Generator().manual_seed(seed))
+        return cut_off(add_phase(torch.from_numpy(leaves)[:, None], torch.Generator().manual_seed(seed)), coarser)
     (head,) = load_heads(project_root() / heads, "validation")
     signal = head.signal[::2, ::2, ::2]
     first, last = round(0.5 * signal.shape[2]), round(0.85 * signal.shape[2])
@@ -148,7 +191,13 @@ def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: 
         part = image[rows, columns]
         top, left = ((size - n) // 2 for n in part.shape)
         canvas[i, 0, top : top + part.shape[0], left : left + part.shape[1]] = part
-    return add_phase(canvas, torch.Generator().manual_seed(seed))
+    return cut_off(add_phase(canvas, torch.Generator().manual_seed(seed)), coarser)
+
+
+def cut_off(x: Tensor, coarser: int) -> Tensor:
+    """Return images (batch, 1, y, x) of `coarser` times larger pixels: only the centre of k-space is kept."""
+    y_x = x.shape[-2] // coarser, x.shape[-1] // coarser
+    return ifft(centre_crop(fft(x), y_x)) / coarser
 
 
 if __name__ == "__main__":  # torchrun --nproc_per_node=4 -m companion.papers.general params.yaml

@@ -23,6 +23,7 @@ from companion.files import project_root
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import for_pixels, load_errors
+from companion.models.general import BY_PIXELS, general_prior
 from companion.operators.masks import cartesian_mask
 from companion.parameters import Parameters, param
 from companion.reconstruction.held_out import Classical
@@ -52,7 +53,7 @@ class RealScan(Parameters, out="runs/general/real_scan/notebook"):
     coils: int = param(8, "receive coils of a head that is scanned here", minimum=1)
     noise_std: float = param(0.01, "its k-space noise per real component; bright tissue is 1", minimum=1e-5)
     image_size: int = param(256, "pixels along y and x of a virtual head", minimum=64)
-    weights: str = param("general/2d", "checkpoint of complex images of any size")
+    weights: str = param(BY_PIXELS, "checkpoint of complex images of any size; general: the one for such pixels")
     draws: int = param(4, "posterior draws", minimum=2)
     evaluations: int = param(30, "network evaluations a draw", minimum=LEAST)
     seconds: float | None = param(
@@ -82,6 +83,10 @@ class Case:
     kept: Tensor
     m: Measurement
     reference: Tensor | None
+
+    def prior_of(self, p: RealScan) -> str:
+        """The checkpoint that suits the scan, where none is given."""
+        return general_prior(p.weights, self.pixel_mm)
 
     @property
     def pixel_mm(self) -> float | None:
