@@ -200,6 +200,7 @@ def _describe(files: tuple[Path, ...], headers: Sequence[FileHeader], whole: boo
         "series": first.description,
         "component": component if component != "magnitude" else "",
         "echo": frame.echo if len({h.frames[0].echo for h in headers}) > 1 else "",
+        "not corrected for": first.uncorrected,
         "other parts": ", ".join(list(parts)[1:]),
         "copies of the same images, left out": copies,
     }
