@@ -344,7 +344,7 @@ def _counts(path: Path, value: np.ndarray, shape: tuple[int, ...], geometry: Geo
             "corrections as factors of the model",
         )
     step = np.gcd.reduce(value[value > 0].astype(np.int64), initial=0)
-    if step > 1 and (value > 0).sum() >= SOME:
+    if 1 < step < value.max() and (value > 0).sum() >= SOME:
         raise Unreadable(path, f"all counts are multiples of {step}, so they were scaled; give the raw counts")
     return torch.from_numpy(value.astype(np.float32))
 
