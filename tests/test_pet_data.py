@@ -242,7 +242,7 @@ def test_numbers_that_are_no_activity_of_a_person_are_refused(tmp_path):
 
 def test_of_a_folder_only_what_is_activity_is_taken(tmp_path):
     array = np.random.default_rng(0).random((2, 16, 16)).astype(np.float32) * 4e4
-    for name, said in (("1_pet", "BQML"), ("2_pet", "Bq/ml"), ("3_pet", "CNTS"), ("1_T1w", "Bq/mL"), ("1_ct", "Bq/mL")):
+    for name, said in (("1_pet", "BQML"), ("2_tof", "Bq/ml"), ("3_pet", "CNTS"), ("1_T1w", "Bq/mL"), ("1_ct", "Bq/mL")):
         save_nifti(tmp_path / f"sub-{name}.nii.gz", array, voxel_mm=2.0)
         (tmp_path / f"sub-{name}.json").write_text(f'{{"Units": "{said}"}}')
     affine = np.diag([2.0, 2.0, 2.0, 1.0])

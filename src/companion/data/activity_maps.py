@@ -29,6 +29,7 @@ from companion.data.pet import (
 
 PHANTOMS_MM = 224.0  # side of the published phantoms' images
 ACTIVE = ("PET", "SPECT", "")  # contrasts of images that may hold activity; "": nothing says what they are
+NAMED = ("angio", "bold")  # and those that files are given for "tof" and "rest" in their names, which PET has, too
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def read_people(
 
 def _activity(item: Item, units: str | None, kbq_per_suv: float | None) -> Activity:
     """The activity of a PET image in kBq/mL; DICOM says its units and, for SUV, dose and weight."""
-    if item.what.contrast not in ACTIVE:
+    if item.what.contrast not in (ACTIVE if item.what.format == "DICOM" else ACTIVE + NAMED):
         raise ValueError(f"{item.what.contrast} by its name or header, which shows no activity; give PET")
     if item.what.axes[0] == "t":
         raise ValueError(f"{item.what.shape[0]} frames; write the one to use, or their mean, as a file of its own")

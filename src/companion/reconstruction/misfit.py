@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 from companion.acquisition.pet import Scan
 from companion.data.pet import LEAST_KBQ, MOST_KBQ
@@ -22,6 +23,7 @@ from companion.reconstruction.pet import mlem
 ITERATIONS = 20  # of MLEM: leaves 1 % of the counts unexplained where the model is right (64 and 128 pixels)
 TOLD, REFUSED = 0.03, 0.15  # relative error of expected counts that is said, and beyond which a scan is refused
 LEAST_SCATTER = 0.8  # of counting noise: what is below was averaged or scaled
+SQUARE = 5  # pixels along each side
 CHANCE = 4.0  # standard errors that chance may do
 
 
@@ -31,7 +33,7 @@ class Misfit:
 
     error: relative, of the expected counts, beyond counting noise (root mean square). scatter: deviance of the counts
     over that of counts drawn from the fitted law and fitted in turn, 1 for counts; the most that chance allows.
-    peak_kbq: of the image that explains the counts best.
+    peak_kbq: of the image that explains the counts best, of means over SQUARE pixels: single ones follow the noise.
     """
 
     error: float
@@ -80,4 +82,4 @@ def misfit(scan: Scan, seed: int = 0) -> Misfit:
     excess = (square - e).sum(1) - CHANCE * (2 * e.square() + e).sum(1).sqrt()  # the variance of a squared residual
     error = (excess.clamp(min=0) / e.square().sum(1)).sqrt()
     chance = CHANCE * 2 / e.shape[1] ** 0.5
-    return Misfit(error.max().item(), scatter.min().item() + chance, x.max().item())
+    return Misfit(error.max().item(), scatter.min().item() + chance, avg_pool2d(x, SQUARE, 1).max().item())
