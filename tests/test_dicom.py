@@ -385,6 +385,49 @@ def test_pet_in_becquerel_and_suv(tmp_path):
     assert whole.uptake_s == 3600
 
 
+@pytest.mark.parametrize(
+    ("more", "units", "uncorrected"),
+    [
+        (dict(Units="PROPCPS"), "PROPCPS", ""),
+        (dict(Units="GML", SUVType="LBM"), "g/mL by LBM", ""),
+        (dict(CorrectedImage=["NORM", "DECY"]), "Bq/mL", "attenuation"),
+        (dict(CorrectedImage=["NORM"], DecayCorrection="NONE"), "Bq/mL", "attenuation, decay"),
+        (dict(CorrectedImage=None), "Bq/mL", ""),
+    ],
+)
+def test_pet_says_its_units_and_what_it_lacks(tmp_path, more, units, uncorrected):
+    what = sniff_dicom(pet(tmp_path / "a", **more)[0])
+    assert what.units == units and what.about.get("not corrected for", "") == uncorrected
+
+
+def test_enhanced_pet_is_in_the_units_of_its_real_world_values(tmp_path):
+    array, affine = known()
+    path = enhanced(tmp_path / "a.dcm", array, affine)
+    d = pydicom.dcmread(path)
+    d.Modality = "PT"
+    for i, one in enumerate(d.PerFrameFunctionalGroupsSequence):
+        maps = []
+        for code, slope in (("g/ml{SUVbw}", 0.001), ("Bq/ml", 2.0 + i)):
+            unit, scale = Dataset(), Dataset()
+            unit.CodeValue, scale.RealWorldValueSlope, scale.RealWorldValueIntercept = code, slope, 1.0
+            scale.MeasurementUnitsCodeSequence = Sequence([unit])
+            maps.append(scale)
+        one.RealWorldValueMappingSequence = Sequence(maps)
+    d.save_as(path)
+    assert sniff_dicom(path).units == "Bq/mL"
+    slope = 2.0 + np.arange(len(array))[:, None, None]
+    assert same_voxels((read_dicom([path]).array, read_dicom([path]).affine), slope * array + 1.0, affine) < 1e-4
+    del d.PerFrameFunctionalGroupsSequence[0].RealWorldValueMappingSequence
+    d.save_as(path)
+    with pytest.raises(Unreadable, match="several units"):
+        sniff_dicom(path)
+
+
+def test_a_slope_of_0_is_not_taken_for_none(tmp_path):
+    with pytest.raises(Unreadable, match="values scaled by 0"):
+        read_dicom(pet(tmp_path / "a", RescaleSlope="0"))
+
+
 def test_suv_across_midnight_and_of_series_written_afterwards(tmp_path):
     night = pet(tmp_path / "a", SeriesTime="003000", AcquisitionTime="003000", RadiopharmaceuticalStartTime="233000")
     assert suv_of(night).uptake_s == 3600

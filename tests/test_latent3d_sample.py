@@ -154,17 +154,20 @@ def test_volumes_on_disk_lie_in_mni_space(prior, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "voxel, grow, match",
+    "voxel, grow, turn, match",
     [
-        (None, 0, None),
-        (4.0, 0, "has voxels of 4 x 4 x 4 mm"),
-        (None, 6, "lies elsewhere"),
-        (None, -5, "of where the"),
+        (None, 0, (), None),
+        (4.0, 0, (), "has voxels of 4 x 4 x 4 mm"),
+        (None, 6, (), "lies elsewhere"),
+        (None, -5, (), "of where the"),
+        (None, 0, (1,), "better upside down, so their affines"),
+        (None, 0, (2,), "better back to front"),
+        (None, 0, (3,), None),  # left and right are alike
     ],
 )
-def test_grids_are_compared_by_voxel_size_and_content(prior, tmp_path, voxel, grow, match):
+def test_grids_are_compared_by_voxel_size_and_content(prior, tmp_path, voxel, grow, turn, match):
     brain = volumes.virtual(anatomy.cohort("train", 1)[0], SHAPE).image[None]
-    image = brain > 0.1
+    image = (brain > 0.1).flip(turn)
     for _ in range(abs(grow)):  # a head around the brain, or a brain far too small
         image = (torch.nn.functional.max_pool3d((image if grow > 0 else ~image).float()[None], 3, 1, 1)[0] > 0) ^ (
             grow < 0

@@ -13,7 +13,7 @@ from companion.data import anatomy, contrast_folder
 from companion.data.cohort import called, standard
 from companion.data.contrast_people import People
 from companion.data.dicom.write import write_dicom
-from companion.data.nifti import Volume, save_nifti
+from companion.data.nifti import Volume, load_nifti, save_nifti
 from companion.data.registration import REACH_MM, Registration, register, template, to_template
 from companion.data.template import OnTemplate, slab_heights
 from companion.evaluation import metrics
@@ -79,6 +79,21 @@ def test_one_person_in_a_folder_meets_the_embedded_weights(tmp_path, monkeypatch
         replace(asked, split="validation").before_start()
     with pytest.raises(FileNotFoundError, match="no.nii"):
         replace(asked, volume="no.nii").before_start()
+    volume = tmp_path / "scans" / "anna" / "T2.nii.gz"
+    replace(asked, volume=str(volume.with_name("MPRAGE.nii.gz"))).before_start()
+    with pytest.raises(ValueError, match="T2.nii.gz is T2w by its name"):
+        replace(asked, volume=str(volume)).before_start()
+    save_nifti(tmp_path / "seg.nii.gz", (load_nifti(volume).array > 100).astype(np.uint8), voxel_mm=4.0)
+    with pytest.raises(ValueError, match="a mask: its values"):
+        replace(asked, volume="seg.nii.gz").before_start()
+    with pytest.raises(ValueError, match="brain shows heads on 128 x 128 pixels.*learnt them on 64 x 64"):
+        replace(asked, people="brain", image_size=128).before_start()
+    with monkeypatch.context() as other:
+        larger = {"data": {"contrast": "T2w", "image_size": [128, 128]}}
+        other.setattr("companion.papers.lmi.people.describe", lambda name: larger)
+        with pytest.raises(ValueError, match="d.h5 shows heads on 64 x 64 pixels.*use image_size=128, or"):
+            asked.before_start()
+
     with pytest.raises(ValueError, match="both T1w"):
         replace(asked, targets=("MPRAGE",)).before_start()
 

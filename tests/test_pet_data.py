@@ -4,11 +4,14 @@ import gzip
 
 import h5py
 import numpy as np
+import pydicom
 import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from companion.data import anatomy, pet, slicing
+from companion.data.activity_maps import read_people
+from companion.data.dicom.write import write_dicom
 from companion.data.intake import others
 from companion.data.nifti import Volume, save_nifti
 from companion.data.pet import (
@@ -224,6 +227,36 @@ def test_nifti_activity(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_activity(save_nifti(tmp_path / "bad.nii", bad, voxel_mm=voxel), "kBq/mL")
+
+
+def test_numbers_that_are_no_activity_of_a_person_are_refused(tmp_path):
+    array = np.random.default_rng(0).random((3, 5, 4)).astype(np.float32) * 40
+    array[0, 0, 0] = -1e-3  # rounding
+    path = save_nifti(tmp_path / "pet.nii.gz", array, voxel_mm=2.0)
+    assert load_activity(path, "kBq/mL").image.min() == 0
+    for units, words in (("Bq/mL", "less than a scan"), ("MBq/mL", "more than any tissue"), ("SUV", "and kbq_per_suv")):
+        with pytest.raises(ValueError, match=words):
+            load_activity(path, units, kbq_per_suv=1e3)
+    assert load_activity(path, "relative").image.max() == array.max()
+
+
+def test_of_a_folder_only_what_is_activity_is_taken(tmp_path):
+    array = np.random.default_rng(0).random((2, 16, 16)).astype(np.float32) * 4e4
+    for name, said in (("1_pet", "BQML"), ("2_tof", "Bq/ml"), ("3_pet", "CNTS"), ("1_T1w", "Bq/mL"), ("1_ct", "Bq/mL")):
+        save_nifti(tmp_path / f"sub-{name}.nii.gz", array, voxel_mm=2.0)
+        (tmp_path / f"sub-{name}.json").write_text(f'{{"Units": "{said}"}}')
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    for name, done in (("sub-4/ac", ["ATTN", "DECY"]), ("sub-4/nac", ["DECY"])):
+        for file in write_dicom(tmp_path / name, array, affine, name, units="Bq/mL", modality="PT"):
+            d = pydicom.dcmread(file)
+            d.CorrectedImage = done
+            d.save_as(file)
+    skipped = {}
+    people = list(read_people(tmp_path, 9, 2, 16, skipped=skipped, units="Bq/mL"))
+    assert len(people) == 3 and all(one.image.max() == pytest.approx(40, rel=0.01) for one in people)
+    why = {name.removesuffix(".nii.gz").removesuffix("/IM0001.dcm"): reason for name, reason in skipped.items()}
+    assert "shows no activity" in why["sub-1_T1w"] and "shows no activity" in why["sub-1_ct"]
+    assert "says counts" in why["sub-3_pet"] and "not corrected for attenuation" in why["sub-4/nac"]
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "LAS", "RPI", "PIR", "SRA"])

@@ -11,7 +11,7 @@ from companion.acquisition.own_pet import OwnScan, check_pixels, example_people,
 from companion.cli import app
 from companion.data.dicom.series import choose_series
 from companion.data.dicom.suv import suv_of
-from companion.data.intake.readers import read_image
+from companion.data.intake.readers import read_image, sniff
 from companion.data.interfile import read_interfile, read_sinogram
 from companion.data.nifti import load_nifti, save_nifti
 from companion.data.scan_geometry import Dosage, Geometry
@@ -296,6 +296,10 @@ def test_interfile_images_lie_where_they_say(tmp_path):
     np.testing.assert_array_equal(volume.array, values)
     np.testing.assert_allclose(volume.affine @ [0, 0, 0, 1], [3, 4, -3.5, 1])  # first voxel: right? no, left and front
     assert volume.voxel_mm == (3.5, 2.0, 2.0)
+    said = "quantification units := BQ/ML\nimage scaling factor[1] := 2\n!END"
+    (tmp_path / "siemens.hv").write_text(IMAGE.replace("!END", said))
+    np.testing.assert_array_equal(read_image(tmp_path / "siemens.hv").array, 2 * values)
+    assert sniff(tmp_path / "siemens.hv")[0].units == "Bq/mL" and sniff(tmp_path / "pet.hv")[0].units == ""
     for change, message in (
         (("pet.v", "../pet.v"), "only a file beside"),
         (("pet.v", "other.v"), "not there"),
@@ -303,6 +307,8 @@ def test_interfile_images_lie_where_they_say(tmp_path):
         (("float", "complex"), "not known here"),
         (("[1] := 4", "[1] := four"), "no list of numbers"),
         (("(mm/pixel) [1] := 2", "(mm/pixel) [1] := x"), "no number"),
+        (("head_in", "feet_in"), "lies feet_in supine; only head_in"),
+        (("supine", "prone"), "lies head_in prone"),
     ):
         (tmp_path / "bad.hv").write_text(IMAGE.replace(*change))
         with pytest.raises(ValueError, match=message):
@@ -333,6 +339,7 @@ def test_interfile_sinograms_have_their_geometry(tmp_path):
     assert "counts" in read_interfile([tmp_path / "pet.hs"])
     for change, message in (
         (("[4] := 1", "[4] := 3"), "3D sinograms"),
+        (("end scanner", "patient orientation := feet_in\nend scanner"), "lies feet_in"),
         (("number of time frames", "Number of TOF time bins := 5\nnumber of time frames"), "time-of-flight"),
         (("axial coordinate", "z"), "expected view and axial"),
         (("detectors per ring := 200", "detectors per ring := 20"), "circumference"),

@@ -136,6 +136,12 @@ def test_a_prepared_file_has_its_own_cases(weights, tmp_path):
         cases_of(data, parameters(weights, "conditional", source=p.data))
     with pytest.raises(ValueError, match=r"iterates \[2, 5\].*trained on \[50\]"):
         cases_of(data | {"iterations": [50]}, parameters(weights, "conditional", source=str(tmp_path / "b.h5")))
+    with pytest.raises(ValueError, match="trained for pixels of 3.5 mm, and the image has 7 mm"):
+        cases_of(data | {"pixel_mm": 3.5}, parameters(weights, "conditional", source=str(tmp_path / "b.h5")))
+    with pytest.raises(ValueError, match="units 'kBq/mL', and the network knows relative"):
+        cases_of(data | {"units": "relative"}, parameters(weights, "conditional", source=str(tmp_path / "b.h5")))
+    alone = model_of(parameters(weights, "unconditional")).data  # compares truths, and takes no iterates
+    assert len(cases_of(alone, parameters(weights, "unconditional", source=str(tmp_path / "b.h5"))).truth) == 2
 
 
 @pytest.mark.parametrize("solver", ["heun", "heun_churn", "dpmpp_2m", "ddpm"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from companion.data import anatomy
 from companion.data import pet as cohort
+from companion.data.dicom.headers import UNITS as CODES
 from companion.data.intake.look import find
 from companion.data.intake.records import Item
 from companion.data.pet import (
@@ -27,6 +28,8 @@ from companion.data.pet import (
 )
 
 PHANTOMS_MM = 224.0  # side of the published phantoms' images
+ACTIVE = ("PET", "SPECT", "")  # contrasts of images that may hold activity; "": nothing says what they are
+NAMED = ("angio", "bold")  # and those that files are given for "tof" and "rest" in their names, which PET has, too
 
 
 @dataclass(frozen=True)
@@ -91,21 +94,29 @@ def read_people(
 
 def _activity(item: Item, units: str | None, kbq_per_suv: float | None) -> Activity:
     """The activity of a PET image in kBq/mL; DICOM says its units and, for SUV, dose and weight."""
-    said = {"g/mL": "SUV"}.get(item.what.units, item.what.units) or _sidecar(item.path)
+    if item.what.contrast not in (ACTIVE if item.what.format == "DICOM" else ACTIVE + NAMED):
+        raise ValueError(f"{item.what.contrast} by its name or header, which shows no activity; give PET")
+    if item.what.axes[0] == "t":
+        raise ValueError(f"{item.what.shape[0]} frames; write the one to use, or their mean, as a file of its own")
+    if "attenuation" in str(item.what.about.get("not corrected for", "")):
+        raise ValueError("not corrected for attenuation, so its values are no activity; give the corrected series")
+    said = item.what.units or _sidecar(item.path)
+    said = {"g/mL": "SUV"}.get(said, said)
     if units and said and said != units:
         raise ValueError(f"it says {said}, but units are given as {units}; give the file's, or none")
     return activity_from_volume(item.read(), said or units or "", item.path, kbq_per_suv)
 
 
 def _sidecar(path: Path) -> str:
-    """The units that the JSON file of the same name says (BIDS), "" if there is none."""
+    """The units that the JSON file of the same name says (BIDS, or DICOM's codes), "" if there is none."""
     beside = path.with_name(re.sub(r"\.nii(\.gz)?$", "", path.name) + ".json")
     if beside == path or not beside.is_file():
         return ""
     try:
-        return str(json.loads(beside.read_text(encoding="utf-8")).get("Units", ""))
+        said = str(json.loads(beside.read_text(encoding="utf-8")).get("Units", ""))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{beside.name} beside it is no readable JSON ({error}); repair or remove it") from error
+    return CODES.get(said, said.replace("/ml", "/mL"))
 
 
 def chosen_slices(name: str, a: Activity, per_subject: int, image_size: int) -> Person:

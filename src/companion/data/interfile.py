@@ -34,9 +34,9 @@ def sniff_interfile(path: str | os.PathLike) -> Description | None:
     if _is_image(header):
         affine = _affine(path, header, shape)
         z, y, x = (float(v) for v in np.linalg.norm(affine[:3, 2::-1], axis=0))
-        about = {"orientation": _orientation(header)}
+        about = {"orientation": _orientation(path, header)}
         return Description("image", "Interfile", ("z", "y", "x"), shape, (z, y, x), str(_dtype(path, header)),
-                           contrast="PET", parts=(data,), about=about)  # fmt: skip
+                           _units(header), contrast="PET", parts=(data,), about=about)  # fmt: skip
     geometry = geometry_of(path, header)
     return Description("sinogram", "Interfile", ("slice", "angle", "bin"), _sorted_shape(path, header),
                        None, str(_dtype(path, header)), contrast="PET", parts=(data,),
@@ -95,6 +95,7 @@ def geometry_of(path: Path, header: dict[str, str]) -> Geometry:
         raise Unreadable(
             path, f"3D sinograms of {segments} segments; write segment 0, or rebin them (STIR's SSRB) first"
         )
+    _orientation(path, header)
     angles, bins = _sorted_shape(path, header)[1:]
     first = _number(path, header, "view offset (degrees)", 0.0)
     corrected = "arc" in header.get("applied corrections", "").lower()
@@ -180,7 +181,8 @@ def _values(path: Path, header: dict[str, str], shape: tuple[int, ...]) -> np.nd
     data = _data(path, header)
     start = _bytes(path, header, shape, data)
     values = np.fromfile(data, _dtype(path, header), offset=start).reshape(shape)
-    scale = _number(path, header, "image scaling factor [1]", _number(path, header, "quantification units", 1.0))
+    factor = 1.0 if _units(header) else _number(path, header, "quantification units", 1.0)
+    scale = _number(path, header, "image scaling factor [1]", factor)
     if scale != 1:
         return values.astype(np.float32) * np.float32(scale)
     return values.astype(values.dtype.newbyteorder("="))
@@ -188,6 +190,7 @@ def _values(path: Path, header: dict[str, str], shape: tuple[int, ...]) -> np.nd
 
 def _affine(path: Path, header: dict[str, str], shape: Sequence[int]) -> np.ndarray:
     """From (x, y, z) indices to mm, RAS+; Interfile's x and y run to the left and back of a patient on the back."""
+    _orientation(path, header)
     step = [_number(path, header, f"scaling factor (mm/pixel) [{i}]") for i in (1, 2, 3)]
     if min(step) <= 0:
         raise Unreadable(path, f"voxels of {step} mm")
@@ -198,10 +201,21 @@ def _affine(path: Path, header: dict[str, str], shape: Sequence[int]) -> np.ndar
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
-def _orientation(header: dict[str, str]) -> str:
+def _units(header: dict[str, str]) -> str:
+    """The units that a header says in words, as Siemens does where STIR has a factor; "" for none."""
+    said = header.get("quantification units", "")
+    known = {"bq/ml": "Bq/mL", "kbq/ml": "kBq/mL", "g/ml": "g/mL", "suv": "SUV"}
+    return known.get(said.lower(), said) if re.match(r"[a-zA-Z]", said) else ""
+
+
+def _orientation(path: Path, header: dict[str, str]) -> str:
+    """How the patient lies; Unreadable where it is said to be another way than the one that is read here."""
     said = [header.get(name, "").lower() for name in ("patient orientation", "patient rotation")]
     if any(s not in ("", "head_in", "supine", "unknown", "other") for s in said):
-        return f"{' '.join(said)}: not as it is taken here (head first, supine); turn it"
+        raise Unreadable(
+            path,
+            f"the patient lies {' '.join(filter(None, said))}; only head_in and supine are read: turn it, and say so",
+        )
     return "head first, supine" + ("" if all(said) else " (not said, but taken so)")
 
 

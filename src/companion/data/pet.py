@@ -54,7 +54,8 @@ BRAINWEB = (
 BRAINWEB_SHAPE, BRAINWEB_MM = others.BRAINWEB_SHAPE, others.BRAINWEB_MM
 BRAINWEB_UPTAKE = UPTAKE | {"skin": 2.75, "muscle": 2.75, "vessels": 4.0, "fat": 1.0, "around fat": 1.0, "marrow": 2.0}
 ACTIVITY_UNITS = {"kBq/mL": 1.0, "Bq/mL": 1e-3, "MBq/mL": 1e3, "SUV": None, "relative": 1.0}  # kBq/mL of one
-MOST_KBQ = 5000.0  # 100 times what grey matter takes up: more is another unit
+LEAST_KBQ, MOST_KBQ = 0.1, 5000.0  # of the hottest voxel: a 200th of grey matter, and 200 times as much as it has
+ROUNDING = 1e-4  # of the hottest voxel, by which stored and resampled activity may lie below 0
 PHANTOM_SLICES = 281  # of each subject in the published file
 
 
@@ -280,8 +281,7 @@ def _phantom_rows(path: Path) -> np.ndarray:
     rows = arrays["phantoms"]
     if rows.ndim != 2 or rows.dtype.kind not in "uif" or not len(rows):
         raise ValueError(f"{path}: phantoms of shape {rows.shape}, {rows.dtype}; expected numbers (slice, pixel)")
-    _check_activity(rows, path)
-    return rows
+    return _check_activity(rows, path)
 
 
 def _roughness(volumes: Tensor) -> float:
@@ -379,28 +379,32 @@ def activity_from_volume(
         raise ValueError(f"{name}: complex values are no activity; give the PET image")
     factor, volume = _kbq(name, units, kbq_per_suv), turned(volume, "axial")
     array = volume.array.astype(np.float32) * np.float32(factor)
-    _check_activity(array, Path(name))
+    array = _check_activity(array, Path(name))
     _, y, x = volume.voxel_mm
     if abs(y - x) > 1e-3 * x:
         raise ValueError(f"{name}: pixels of {y:.4g} x {x:.4g} mm are not square; resample to square pixels first")
-    if units == "kBq/mL" and array.max() > MOST_KBQ:
+    if units != "relative" and not LEAST_KBQ <= array.max() <= MOST_KBQ:
+        off = "more than any tissue takes up" if array.max() > MOST_KBQ else "less than a scan of a person shows"
+        also = " and kbq_per_suv" if units == "SUV" else ""
         raise ValueError(
-            f"{name}: up to {array.max():.4g} kBq/mL, more than any tissue takes up; if these are Bq/mL, say so with "
-            "units='Bq/mL', or divide the file by 1000"
+            f"{name}: up to {array.max():.4g} kBq/mL if its units are {units}, {off} ({LEAST_KBQ:g} to {MOST_KBQ:g}); "
+            f"check the units{also}, or say that they are relative"
         )
     return Activity(torch.from_numpy(array), x, volume.affine)
 
 
-def _check_activity(array: np.ndarray, path: Path) -> None:
+def _check_activity(array: np.ndarray, path: Path) -> np.ndarray:
+    """The activity, rounding below 0 cut; ValueError for what cannot be activity."""
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: {(~np.isfinite(array)).sum()} NaN or infinite values; repair them first")
-    if (array < 0).any():
+    if array.min() < -ROUNDING * array.max():
         raise ValueError(
             f"{path}: negative activity, down to {array.min():.4g}; activity cannot be negative: clip a reconstruction "
             "that is (filtered back projection), knowing that this biases low regions"
         )
     if not array.any():
         raise ValueError(f"{path}: no activity at all: an empty scan")
+    return array.clip(min=0)
 
 
 FIELD_MM = 224.0  # side of the image and width of the scanner's view: heads fit, scalp included

@@ -31,6 +31,7 @@ FORMAT = "companion-pet-scan-1"
 ARRAYS = ("counts", "factors", "background", "blank")
 ABOUT = ("format", "geometry", "units", "slice_mm", "weight_kg", "dose_MBq", "uptake_min", "half_life_min", "arrays")
 SEEN = 50  # counts in both neighbours of a bin or an angle: by chance it would not be empty itself
+SOME = 50  # bins with counts, which do not share a divisor by chance
 LARGEST = 2**33  # bytes of an array that cannot be right
 UNKNOWN = Dosage()
 
@@ -342,6 +343,9 @@ def _counts(path: Path, value: np.ndarray, shape: tuple[int, ...], geometry: Geo
             "counts must be whole numbers: scaled or corrected data are not Poisson; give the raw counts, and the "
             "corrections as factors of the model",
         )
+    step = np.gcd.reduce(value[value > 0].astype(np.int64), initial=0)
+    if 1 < step < value.max() and (value > 0).sum() >= SOME:
+        raise Unreadable(path, f"all counts are multiples of {step}, so they were scaled; give the raw counts")
     return torch.from_numpy(value.astype(np.float32))
 
 

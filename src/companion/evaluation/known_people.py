@@ -66,12 +66,13 @@ def check_grid(prepared: Prepared, prior: LatentPrior) -> None:
 
 
 def check_content(prepared: Prepared) -> None:
-    """Raise ValueError unless the volumes show stripped brains where the embedded cohort has them."""
+    """Raise ValueError unless the volumes show stripped brains where the embedded cohort has them, the same way up."""
     items = prepared.sequences("image", prepared.shown(), 1)
     if not len(items):
         return
-    mean = torch.stack([items[i].float().flatten() for i in range(min(4, len(items)))]).mean(0)
-    brain = volumes.virtual(anatomy.cohort("train", 1)[0], tuple(prepared.shapes["image"][-3:])).image.flatten() > 0.1
+    shape = tuple(prepared.shapes["image"][-3:])
+    mean = torch.stack([items[i].float() for i in range(min(4, len(items)))]).mean(0).reshape(shape)
+    brain = volumes.virtual(anatomy.cohort("train", 1)[0], shape).image > 0.1
     filled = mean > 0.1
     inside, outside = (filled & brain).sum() / brain.sum(), (filled & ~brain).sum() / filled.sum().clamp(min=1)
     if inside < FILLS or outside > SPILLS:
@@ -79,10 +80,19 @@ def check_content(prepared: Prepared) -> None:
             f"{prepared.path}: its volumes fill {inside:.0%} of where the prior's brains lie, and {outside:.0%} of what"
             " they show lies elsewhere; the prior knows stripped brains in MNI: strip and register, or train anew"
         )
+    turns = {"upside down": (0,), "back to front": (1,), "upside down and back to front": (0, 1)}
+    gain = {name: ((filled.flip(axes) & brain).sum() - (filled & brain).sum()).item() for name, axes in turns.items()}
+    turn = max(gain, key=lambda name: gain[name])
+    if 2 * gain[turn] > TURNED * (filled.sum() + brain.sum()).item():
+        raise ValueError(
+            f"{prepared.path}: its brains fit the prior's better {turn}, so their affines seem to be wrong; correct "
+            "them in the files and prepare these again"
+        )
 
 
 SAME = 0.02  # relative difference of voxel sizes that are one
 FILLS, SPILLS = 0.6, 0.4  # of the place of brains, least filled; of what is shown, most elsewhere
+TURNED = 0.03  # Dice with the prior's brains by which another way up is better; of people as they lie it is worse
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from companion.acquisition.own_pet import check_pixels
 from companion.acquisition.pet import acquire, as_condition, mean_sensitivity
 from companion.data.draws import SEED_STEP, Draws
 from companion.data.pet import PEOPLE, cohort_slices, held_out
@@ -115,7 +116,7 @@ def held_out_cases(
     """The slices that a source holds out, with scans of the geometry that the network of a config's `data` knows.
 
     Virtual people are scanned with `counts`; a prepared file has its own scans. Raises ValueError for a file without
-    test split, or prepared with other MLEM iterates than the network was trained on.
+    test split, of other pixels or units than the network was trained on, or, if it is given them, other MLEM iterates.
     """
     iterations = data.get("iterations", [15])
     if source == "cohort":
@@ -127,8 +128,14 @@ def held_out_cases(
     prepared = open_dataset(project_root() / source, require=["activity", "mlem", "sensitivity", "counts"])
     if not prepared.split.get("test"):
         raise ValueError(f"{source} has no test split; prepare it with a held_out_share")
+    check_pixels(data["pixel_mm"], prepared.attrs["pixel_mm"], "the network")
+    unit, known = prepared.units["activity"], data.get("units", "kBq/mL")
+    if unit != known:
+        raise ValueError(
+            f"{source} holds activity in units {unit!r}, and the network knows {known}; prepare it in those"
+        )
     made = prepared.attrs["parameters"]["iterations"]
-    if made != list(iterations):
+    if data["task"] == "conditional" and made != list(iterations):
         raise ValueError(
             f"{source} was prepared with MLEM iterates {made}, but the network was trained on {iterations}; "
             "prepare it with those"

@@ -29,7 +29,11 @@ COMPONENTS = {
     "magnitude": ("M", "MAGNITUDE", "M_FFE", "M_SE", "M_IR"), "phase": ("P", "PHASE", "PHASE MAP"),
     "real": ("R", "REAL"), "imaginary": ("I", "IMAGINARY"),
 }  # fmt: skip
+UNITS = {"BQML": "Bq/mL", "GML": "g/mL", "CNTS": "counts", "HU": "HU"}
+UCUM = {"Bq/ml": "BQML", "g/ml{SUVbw}": "GML", "{counts}": "CNTS"}  # of enhanced PET, the one to prefer first
+CORRECTIONS = {"ATTN": "attenuation", "DECY": "decay"}  # without which the values of PET are not activity at one time
 GE_COMPONENT = {0: "magnitude", 1: "phase", 2: "real", 3: "imaginary"}
+WORLD = "RealWorldValueMappingSequence"
 MOST = 2**36  # bytes of pixels in a file that cannot be right
 
 
@@ -53,6 +57,7 @@ class Frame:
     component: str
     echo: str
     order: tuple
+    units: str = ""
 
     @property
     def normal(self) -> np.ndarray:
@@ -62,7 +67,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """A DICOM file: `person` and `session` as codes, `series` and `instance` its UIDs, `frames` its images."""
+    """A DICOM file: `person` and `session` as codes, `series` and `instance` its UIDs, `frames` its images.
+
+    uncorrected: for what its PET is said not to be corrected, of `CORRECTIONS`.
+    """
 
     person: str
     session: str
@@ -73,6 +81,7 @@ class FileHeader:
     dtype: str
     frames: tuple[Frame, ...] = field(repr=False)
     instance: str = ""
+    uncorrected: str = ""
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -171,14 +180,32 @@ def _parsed(path: Path, d: pydicom.Dataset, size: int) -> FileHeader:
         str(d.get("SeriesInstanceUID", "")),
         str(d.get("SeriesDescription", "") or d.get("ProtocolName", "") or "").strip(),
         str(d.get("Modality", "")),
-        {"BQML": "Bq/mL", "GML": "g/mL", "CNTS": "counts", "HU": "HU"}.get(
-            str(d.get("Units", "") or d.get("RescaleType", "") or ("HU" if d.get("Modality") == "CT" else "")), ""
-        ),
+        _units(d, made[0]),
         dtype,
         made,
         str(d.get("SOPInstanceUID", "")),
+        _uncorrected(d),
         _secrets(d),
     )
+
+
+def _units(d: pydicom.Dataset, first: Frame) -> str:
+    """The units of the values; those of PET as they are said where they have no name here, such as PROPCPS."""
+    said = str(d.get("Units", "") or first.units or d.get("RescaleType", "") or "")
+    kind = str(d.get("SUVType", "") or "BW")
+    if said == "GML" and kind != "BW":
+        return f"g/mL by {kind}"
+    if said in UNITS or d.get("Modality") != "PT":
+        return UNITS.get(said, "HU" if d.get("Modality") == "CT" else "")
+    return "" if said == "US" else said  # unspecified
+
+
+def _uncorrected(d: pydicom.Dataset) -> str:
+    """What PET says not to be corrected for, "" where it is silent."""
+    done = {str(c) for c in d.get("CorrectedImage", None) or ()}
+    if d.get("Modality") != "PT" or not done:
+        return ""
+    return ", ".join(name for code, name in CORRECTIONS.items() if code not in done)
 
 
 def _secrets(d: pydicom.Dataset) -> tuple[str, ...]:
@@ -222,11 +249,37 @@ def _enhanced(path: Path, d: pydicom.Dataset, frames: int) -> tuple[Frame, ...]:
             source = kind if name in kind else d
             if name in source:
                 times[name] = source[name]
+        values = group(one, "PixelValueTransformationSequence")
+        if d.get("Modality") == "PT":
+            values = _real_world(path, one.get(WORLD) or shared.get(WORLD) or ()) or values
         made.append(
             _frame(path, i, d, group(one, "PixelMeasuresSequence"), group(one, "PlaneOrientationSequence"),
-                   group(one, "PlanePositionSequence"), group(one, "PixelValueTransformationSequence"), times, private)
+                   group(one, "PlanePositionSequence"), values, times, private)
         )  # fmt: skip
+    if len({frame.units for frame in made}) > 1:
+        raise Unreadable(path, "its frames have several units; export it again")
     return tuple(made)
+
+
+def _real_world(path: Path, maps) -> pydicom.Dataset | None:
+    """What turns stored numbers of enhanced PET into activity, written as rescaling; None where nothing does.
+
+    The other transformation, of pixel values, may be in numbers of the vendor's own, with a scale for each slice.
+    """
+    found = {}
+    for one in maps:
+        unit = (one.get("MeasurementUnitsCodeSequence") or [pydicom.Dataset()])[0].get("CodeValue", "")
+        found[UCUM.get(str(unit), str(unit))] = one
+    for unit in (*UCUM.values(), *found):
+        if unit in found and "RealWorldValueSlope" in found[unit]:
+            values = pydicom.Dataset()
+            values.RescaleSlope = str(float(found[unit].RealWorldValueSlope))
+            values.RescaleIntercept = str(float(found[unit].get("RealWorldValueIntercept", 0)))
+            values.RescaleType = unit
+            return values
+    if found:
+        raise Unreadable(path, f"its values in {', '.join(found)} are in a table; export them with a slope")
+    return None
 
 
 def _philips(one: pydicom.Dataset) -> pydicom.Dataset | None:
@@ -249,7 +302,8 @@ def _frame(path, index, d, measures, orientation, position, transformation, time
     if min(pixel) <= 0 or np.abs(gram - np.eye(2)).max() > 1e-3:
         raise Unreadable(path, f"pixels of {pixel} mm along {axes}: its geometry cannot be right; export it again")
     slope, intercept = (
-        float(transformation.get(n, v) or v) for n, v in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
+        default if (said := transformation.get(name)) is None else float(said)  # a slope of 0 is said, too
+        for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
     )
     scale = (private if private is not None else d).get((0x2005, 0x100E))
     scale = float(scale.value) if scale is not None and _is_number(scale.value) else 0.0
@@ -262,7 +316,7 @@ def _frame(path, index, d, measures, orientation, position, transformation, time
         float(thickness) if _is_number(thickness) else None,
         slope, intercept, 1 / (slope * scale) if philips else 1.0,
         _component(d, times), str(times.get("EchoNumbers", "") or times.get("EchoTime", "") or ""),
-        _order(d, times, index),
+        _order(d, times, index), str(transformation.get("RescaleType", "") or "") if transformation is not d else "",
     )  # fmt: skip
 
 

@@ -49,7 +49,9 @@ def read_dicom(files: Sequence[Path], frame: int | None = None, part: str = "") 
     stack = _stack(files, [_header(f) for f in files], part)
     if frame is None and len(stack.times) > 1:
         raise Unreadable(
-            files[0], f"4D, {len(stack.times)} times of {len(stack.times[0])} slices; choose one with frame=0"
+            files[0],
+            f"4D, {len(stack.times)} times of {len(stack.times[0])} slices; choose one with frame=0, or write it as a "
+            "file of its own",
         )
     if not 0 <= (frame or 0) < len(stack.times):
         raise Unreadable(files[0], f"frame {frame} of a series with {len(stack.times)}")
@@ -200,6 +202,7 @@ def _describe(files: tuple[Path, ...], headers: Sequence[FileHeader], whole: boo
         "series": first.description,
         "component": component if component != "magnitude" else "",
         "echo": frame.echo if len({h.frames[0].echo for h in headers}) > 1 else "",
+        "not corrected for": first.uncorrected,
         "other parts": ", ".join(list(parts)[1:]),
         "copies of the same images, left out": copies,
     }

@@ -92,7 +92,7 @@ def read_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _frame(path: Path, frame: int | None, frames: int) -> int:
     if frame is None and frames > 1:
-        raise Unreadable(path, f"4D, {frames} volumes; choose one with frame=0")
+        raise Unreadable(path, f"4D, {frames} volumes; choose one with frame=0, or write it as a file of its own")
     if not 0 <= (frame or 0) < frames:
         raise Unreadable(path, f"frame {frame} of a file with {frames}")
     return frame or 0

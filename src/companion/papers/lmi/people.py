@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from companion.data.cohort import standard, standards
 from companion.data.contrast_people import People, array_of
 from companion.data.contrasts import CONTRASTS
+from companion.data.intake.kinds import refuse_labels
 from companion.data.intake.readers import sniff
-from companion.data.store import open_dataset
+from companion.data.intensity import scaled
+from companion.data.nifti import load_nifti
+from companion.data.store import Prepared, open_dataset
 from companion.evaluation.segmenter import Segmenter, load_segmenter
 from companion.files import project_root
 from companion.models.checkpoint import describe
@@ -52,12 +58,15 @@ class Translate(Drawing, Parameters):
         return named(self.weights, target, PATIENTS if own and target in KNOWN_PATIENTS else WEIGHTS)
 
     def before_start(self) -> None:
-        """Raise for people, weights or a volume that are not there, do not know a contrast, or are not of one."""
+        """Raise for people, weights or a volume that are not there, do not know a contrast, or are not of one.
+
+        Also for heads of another size than the weights know, and a volume that is no image, or is of the target.
+        """
         self.settings()
         wanted = tuple(dict.fromkeys((*self.sources, *self.targets)))
         if not any(source != target for source in self.sources for target in self.targets):
             raise ValueError(f"nothing to translate: sources and targets are both {', '.join(self.targets)}")
-        labelled = self.people == "brain"
+        labelled, size = self.people == "brain", self.image_size
         if not labelled:
             prepared = open_dataset(project_root() / self.people)
             arrays, labelled = [array_of(prepared, c) for c in wanted], "labels" in prepared.shapes
@@ -66,14 +75,38 @@ class Translate(Drawing, Parameters):
             if not prepared.rows(self.split):
                 have = ", ".join(f"{len(who)} for {part}" for part, who in prepared.split.items())
                 raise ValueError(f"{self.people} has nobody for {self.split} ({have}); choose another split")
+            size = prepared.shapes[arrays[0]][-1] if on_template(prepared) else None
         for target in self.targets:
-            known = describe(self.translator(target)).get("data", {}).get("contrast", "")
-            if standard(known) != target:
+            about = describe(self.translator(target)).get("data", {})
+            if standard(known := about.get("contrast", "")) != target:
                 raise ValueError(f"{self.translator(target)} makes {known or 'no contrast'}, not {target}")
+            if size and size != (learnt := about.get("image_size", [size])[-1]):
+                raise ValueError(
+                    f"{self.people} shows heads on {size} x {size} pixels, {self.translator(target)} learnt them on "
+                    f"{learnt} x {learnt} and would take them for others; use image_size={learnt}, or its own weights"
+                )
             if self.segmenters and labelled:
                 describe(named(self.segmenters, target, SEGMENTERS))
         if self.volume is not None:
-            sniff(project_root() / self.volume)
+            check_volume(project_root() / self.volume, self.targets[-1])
+
+
+def on_template(prepared: Prepared) -> bool:
+    """Whether the people of a prepared file lie on the grid of the template, on which all heads have one size."""
+    cut = prepared.attrs.get("subjects", {}).values()
+    return prepared.source.startswith("virtual") or (bool(cut) and all("found" in one["slicing"] for one in cut))
+
+
+def check_volume(path: Path, target: str) -> None:
+    """Raise ValueError unless a file is one volume of an image, of another contrast than `target`."""
+    what, _ = sniff(path)
+    if standard(what.contrast) == target:
+        raise ValueError(
+            f"{path.name} is {target} by its name or header, which is what it would become; choose another target"
+        )
+    array = load_nifti(path).array
+    refuse_labels(array, path)
+    scaled(np.abs(array), name=path.name)
 
 
 def named(pattern: str, contrast: str, default: str = WEIGHTS) -> str:

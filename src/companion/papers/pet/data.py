@@ -71,19 +71,23 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
             people = read_people(
                 path, p.subjects, p.slices_per_subject, p.image_size, table, skipped, p.units, p.kbq_per_suv
             )
-        names, arrays, pixel_mm, whose, given = [], {}, set(), {}, {}
+        names, arrays, pixel_mm, whose, given = [], {}, {}, {}, {}
         for person in tqdm(people, "subjects", total=p.subjects, disable=not progress):
+            pixel_mm.setdefault(round(person.pixel_mm, 4), person.name)
+            if len(pixel_mm) > 1:
+                said = ", ".join(f"{mm:g} mm ({name})" for mm, name in pixel_mm.items())
+                raise ValueError(
+                    f"pixels of {said} in one folder, brought to {p.image_size} along each side; give all images one "
+                    "field of view first, or one folder for each"
+                )
             for name, row in scanned(person, p, p.classes, p.seed * 10**6 + len(names)).items():
                 arrays.setdefault(name, Rows((project_root() / p.data).parent)).append(row)
             names.append(person.name)
             whose[person.name] = person.who or person.name
             given |= {person.who: person.part} if person.part else {}
-            pixel_mm.add(round(person.pixel_mm, 4))
         if not names:
             told = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
             raise ValueError(f"no file of {p.source} can be used:{told}")
-        if len(pixel_mm) > 1:
-            raise ValueError(f"pixels of {sorted(pixel_mm)} mm in one folder; resample them to one size first")
         share = p.held_out_share if p.source != "cohort" else 0.0
         split = split_people(whose.values(), (1 - share, 0.0, share), p.seed, given)
         if progress and share:
@@ -99,7 +103,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
             "subjects": names,
             "split": {part: [n for n in names if whose[n] in split[part]] for part in ("train", "test")},
             "attrs": {
-                "pixel_mm": pixel_mm.pop(),
+                "pixel_mm": next(iter(pixel_mm)),
                 "rms": math.sqrt(np.mean([np.square(x, dtype=np.float64).mean() for x in arrays["activity"]])),
                 "people": whose,
                 "skipped": skipped,

@@ -38,6 +38,7 @@ from companion.reconstruction.activity import (
     posterior,
     trusted,
 )
+from companion.reconstruction.misfit import Misfit, misfit
 from companion.reconstruction.regions import region_rows
 
 
@@ -76,7 +77,7 @@ class Cases:
 
     people: None of your own scan, which `own` is then. validation: people that every method is tuned on, all virtual,
     one slice each with a lesion in it. calibration: further such people, None where there are to be none. beam: the
-    lines of all scans.
+    lines of all scans. misfit: of your own scan, how far its model explains its counts.
     """
 
     levels: list[Level]
@@ -84,6 +85,7 @@ class Cases:
     validation: Slices
     own: OwnScan | None = None
     calibration: Slices | None = None
+    misfit: Misfit | None = None
 
     @property
     def beam(self) -> ParallelBeam | None:
@@ -92,7 +94,10 @@ class Cases:
 
 
 def prepare(p: Enhance) -> Cases:
-    """The scans to reconstruct. Raises ValueError where the weights are of other pixels, or a scan cannot be used."""
+    """The scans to reconstruct.
+
+    Raises ValueError where the weights are of other pixels, or a scan cannot be used, as where no image explains it.
+    """
     pixel_mm = FIELD_MM / p.image_size if p.pixel_mm is None else p.pixel_mm
     for name, default in ((p.prior, PRIOR), (p.network, NETWORK)):
         if name and (stated := checkpoint.find(name, default).config.get("data", {}).get("pixel_mm")):
@@ -118,7 +123,10 @@ def prepare(p: Enhance) -> Cases:
         own.kbq_per_suv()
     if p.mr:
         own = own.with_mr(project_root() / p.mr)
-    return Cases([Level(path.stem, own.scan.y.sum().item() / len(own.scan.y), own.scan)], None, validation, own)
+    found = misfit(own.scan, p.seed)
+    found.check(path.name)
+    level = Level(path.stem, own.scan.y.sum().item() / len(own.scan.y), own.scan)
+    return Cases([level], None, validation, own, misfit=found)
 
 
 @dataclass(eq=False)
