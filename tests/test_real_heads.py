@@ -97,7 +97,7 @@ def test_a_finished_head_is_not_redone_and_the_table_counts_heads(tmp_path, monk
     save_nifti(tmp_path / "in" / "flat.nii.gz", array[:4], affine=affine)
     calls = []
 
-    def study(name, load, prior, settings, args):
+    def study(name, load, settings, args):
         calls.append(name)
         assert load()[0].shape == array.shape
         psnr = 30.0 + len(calls)

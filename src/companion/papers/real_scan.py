@@ -23,7 +23,7 @@ from companion.files import project_root
 from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import for_pixels, load_errors
-from companion.models.general import BY_PIXELS, general_prior
+from companion.models.general import BY_PIXELS
 from companion.operators.masks import cartesian_mask
 from companion.parameters import Parameters, param
 from companion.reconstruction.held_out import Classical
@@ -83,10 +83,6 @@ class Case:
     kept: Tensor
     m: Measurement
     reference: Tensor | None
-
-    def prior_of(self, p: RealScan) -> str:
-        """The checkpoint that suits the scan, where none is given."""
-        return general_prior(p.weights, self.pixel_mm)
 
     @property
     def pixel_mm(self) -> float | None:
