@@ -14,13 +14,12 @@ from companion.networks.blocks import AttentionBlock
 from companion.papers.crops import Bank
 from companion.papers.general import (
     TrainGeneral,
-    bank_part,
     crop,
+    of_large_pixels,
     prepare_bank,
     prior_config,
     train_general,
     validation_slices,
-    with_large_pixels,
 )
 
 
@@ -96,19 +95,29 @@ def test_images_of_large_pixels_are_found_without_making_them(monkeypatch):
     from companion.papers import general
 
     made = []
-    monkeypatch.setattr(general, "dead_leaves", lambda rng, size: made.append(0.0))
-    monkeypatch.setattr(general, "head_image", lambda head, rng, size: made.append(general.draw_pixel_mm(rng)))
-    monkeypatch.setattr(general, "PART", 400)
-    monkeypatch.setattr(general.np, "stack", lambda images: np.zeros(0))
-    heads = [SimpleNamespace(name=name) for name in ("a", "a_brain", "b")]
-    bank_part(heads, 0)
-    chosen = with_large_pixels(heads, 400, 2.5)
-    large = [i for i, mm in enumerate(made) if mm >= 2.5]
-    assert len(large) > 80 and [i for i in chosen if made[i]] == large
-    leaves = sum(not made[i] for i in chosen)
-    assert leaves == round(0.25 * len(large))  # a fifth of the chosen, as of the bank
-    with pytest.raises(ValueError, match="none of 400 images of heads has pixels so large"):
-        with_large_pixels(heads, 400, 5.0)
+    monkeypatch.setattr(general, "dead_leaves", lambda rng, size: made.append(("", general.draw_pixel_mm(rng))))
+    monkeypatch.setattr(
+        general, "head_image", lambda head, rng, size: made.append((head.name, general.draw_pixel_mm(rng)))
+    )
+    heads = [SimpleNamespace(name=name) for name in ("a", "a_brain", "b", "a_no_fat", "b_no_fat")]
+    for i in range(800):
+        general.bank_image(heads, np.random.default_rng([17, i]))
+    chosen = of_large_pixels(heads, 800, 2.5)
+    assert chosen == [i for i, (_, mm) in enumerate(made) if mm >= 2.5] and len(chosen) > 150
+    share = {name: sum(made[i][0] == name for i in chosen) / len(chosen) for name in ("", "a", "a_brain", "b_no_fat")}
+    assert share[""] == pytest.approx(0.2, abs=0.06)  # leaves, as in the whole bank
+    assert share["a"] == pytest.approx(0.73 * 0.7 / 2, abs=0.08) and share["b_no_fat"] == pytest.approx(0.11, abs=0.05)
+
+
+def test_banks_of_large_pixels_hold_whole_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("companion.papers.general.PART", 2)
+    p = TrainGeneral(heads=None, bank=str(tmp_path / "bank"), images=24, pixels_from_mm=2.2)
+    bank = prepare_bank(p)
+    assert len(bank) % 2 == 0 and 2 <= len(bank) < 24 and (tmp_path / "bank_2.2_mm").is_dir()
+    more = prepare_bank(TrainGeneral(heads=None, bank=p.bank, images=40, pixels_from_mm=2.2))
+    assert len(more) > len(bank) and torch.equal(more[1], bank[1])
+    with pytest.raises(ValueError, match="of 24 images fewer than 2 have pixels so large"):
+        prepare_bank(TrainGeneral(heads=None, bank=p.bank, images=24, pixels_from_mm=5.0))
 
 
 def test_the_prior_suits_the_pixels():

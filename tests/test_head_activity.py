@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from companion.data import head_activity as source
 from companion.data.head_mr import moved, mr_condition
 from companion.data.head_phantoms import FINE, coarser, fdg_slices, flattened
-from companion.data.head_tissues import brain_mask, tissue_levels
+from companion.data.head_tissues import brain_mask, fat_suppressed, tissue_levels
 from companion.data.heads import prepare_head
 from companion.models.architectures import build
 from companion.models.checkpoint import load
@@ -38,6 +38,16 @@ def test_the_brain_is_found_and_the_scalp_left_out(signal):
     assert mask[32, 38, 32] > 0.99 and mask[32, 38, 61] < 0.01 and 0 <= mask.min() and mask.max() <= 1
     _, grey, white = tissue_levels(signal, mask)
     assert grey == pytest.approx(0.7, abs=0.05) and white == pytest.approx(1.0, abs=0.05)
+
+
+def test_suppressed_fat_is_dark_and_the_brain_as_it_was(signal):
+    head = prepare_head("made", signal, (MM, MM, MM))
+    dark = fat_suppressed(head)
+    assert dark.name == "made_no_fat" and dark.levels.quantile(0.99).item() == pytest.approx(1, abs=0.01)
+    scalp, skull, grey, white = ((64, 76, z) for z in (118, 111, 104, 90))  # half voxels from below
+    change = [(dark.signal[at] / head.signal[at]).item() for at in (scalp, grey, white)]
+    assert change[0] < 0.35 * change[1] and change[1] == pytest.approx(change[2], rel=0.02)
+    assert dark.signal[scalp] < 0.4 and dark.signal[skull] < 0.2
 
 
 def test_what_is_no_head_is_refused():

@@ -1,4 +1,5 @@
-"""Where the brain of a T1-weighted head is, and which signal its tissues have: enough to give a head an activity.
+"""Where the brain of a T1-weighted head is, and which signal its tissues have: enough to give a head an activity, or to
+take its fat away.
 
     brain = brain_mask(signal, voxel_mm)            # share of brain, 0 to 1, on the grid of `signal`
     levels = tissue_levels(signal, brain)           # signal of CSF, grey and white matter
@@ -9,11 +10,16 @@ largest component, geodesic dilation), and a mixture of three Gaussians gives th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import cast
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import ndimage
+
+from companion.data.heads import AIR, BRIGHT, Head
 
 COARSE_MM = 2.0  # grid on which the brain is looked for
 BRAIN_ML = (700.0, 2100.0)  # volumes that a brain may have; the search goes on outside
@@ -21,6 +27,7 @@ TYPICAL_ML = (1100.0, 1900.0)  # that most have: looked for first, for thin cuts
 LEVELS = (0.36, 0.42, 0.48, 0.3, 0.54, 0.6)  # of bright tissue, above which there is tissue
 TRIALS = ((TYPICAL_ML, (2, 3)), (BRAIN_ML, (2, 3, 1, 4)))  # volumes, and coarse voxels that are eroded
 BELOW_TOP_MM = 40.0  # of the head, at most, that a brain begins: muscles of face and neck hang together, too
+FAT = 0.9  # of the mean of grey and white matter, above which signal outside of the brain is fat
 CLOSING = 4  # coarse voxels: sulci and ventricles that are narrower are closed
 
 
@@ -103,3 +110,23 @@ def tissue_levels(signal: np.ndarray, brain: np.ndarray, iterations: int = 60) -
 def fluid_level(grey: float, white: float) -> float:
     """Return the signal of CSF as those of grey and white matter tell it: few pixels of a brain are fluid alone."""
     return max(0.1 * grey, grey - 1.3 * (white - grey))
+
+
+def fat_suppressed(head: Head, left: float = 0.15) -> Head:
+    """Return a T1-weighted head as a sequence shows it that suppresses fat: scalp, marrow and orbits are dark.
+
+    Outside of the brain, what is brighter than nearly its white matter keeps `left` of its signal, with its edges; 1 is
+    bright tissue again. Raises ValueError as `brain_mask`.
+    """
+    signal = head.signal[::2, ::2, ::2].numpy()  # of the file's own voxels
+    brain = brain_mask(signal, [2 * mm for mm in head.voxel_mm]) > 0.5
+    _, grey, white = tissue_levels(signal, brain)
+    near = ndimage.gaussian_filter(ndimage.binary_dilation(brain, iterations=2).astype(np.float32), 1.0)
+    bright = (signal > FAT * (grey + white) / 2) & (near < 0.5)
+    edges = ndimage.binary_dilation(bright, iterations=2).astype(np.float32)
+    fat = torch.from_numpy(ndimage.gaussian_filter(edges, 0.8) * (1 - near))[None, None]
+    fat = F.interpolate(fat, size=head.signal.shape, mode="trilinear", align_corners=True)[0, 0]
+    dark = replace(head, name=f"{head.name}_no_fat", signal=head.signal * (1 - (1 - left) * fat))
+    levels = dark.at(head.tissue)
+    top = torch.quantile(levels[levels > AIR], BRIGHT / 100).item()
+    return replace(dark, signal=dark.signal / top, levels=levels / top)

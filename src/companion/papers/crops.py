@@ -58,7 +58,7 @@ def unet(channels: int, model_channels: int, channel_mult: tuple[float, ...], pa
 def train_on_crops(
     D: nn.Module,
     loss: Callable,
-    images: Dataset,
+    images: Bank,
     p: TrainOnCrops,
     config: Mapping,
     crop: Callable,

@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import Dataset, Subset
 
+from companion.data.head_tissues import fat_suppressed
 from companion.data.heads import Head, dead_leaves, draw_pixel_mm, head_image
 from companion.data.heads_download import load_heads
 from companion.data.phase import add_phase
@@ -23,7 +23,7 @@ from companion.diffusion.denoisers import Denoiser
 from companion.diffusion.losses import edm_loss
 from companion.files import project_root
 from companion.operators.mri import centre_crop, fft, ifft
-from companion.papers.crops import TrainOnCrops, complete, train_on_crops, unet
+from companion.papers.crops import Bank, TrainOnCrops, complete, train_on_crops, unet
 from companion.parameters import param
 from companion.randomness import randn
 from companion.training.loop import TrainResult
@@ -36,10 +36,11 @@ BANK_SIZE = 128  # pixels along y and x of an image of the bank
 PART = 250  # images in a file of the bank
 NOISY, NOISE = 0.7, (0.002, 0.03)  # share of images with noise, and its standard deviation per real component
 LEAVES, BRAIN = 0.2, 0.07  # shares of the bank: dead leaves, and brains without a head
+NO_FAT = 0.3  # share of the whole heads whose fat is suppressed
 
 
 @dataclass(frozen=True)
-class TrainGeneral(TrainOnCrops, bank="data/heads_bank", steps=20000):
+class TrainGeneral(TrainOnCrops, bank="data/head_images", steps=20000):
     """Parameters of general/train.ipynb."""
 
     pixels_from_mm: float = param(0.0, "smallest pixels to learn from, mm; below 4 (0: all sizes)", minimum=0)
@@ -68,9 +69,10 @@ def prior_config(
     }
 
 
-def bank_part(heads: Sequence[Head], part: int, seed: int = 17) -> np.ndarray:
-    """Return the images (PART, BANK_SIZE, BANK_SIZE) float16 of one file; image i depends on seed and i alone."""
-    made = [bank_image(heads, np.random.default_rng([seed, i])) for i in range(part * PART, (part + 1) * PART)]
+def bank_part(heads: Sequence[Head], chosen: Sequence[int], part: int, seed: int = 17) -> np.ndarray:
+    """Return the images (PART, BANK_SIZE, BANK_SIZE) float16 of one file of those chosen; image i depends on seed and i
+    alone."""
+    made = [bank_image(heads, np.random.default_rng([seed, i])) for i in chosen[part * PART : (part + 1) * PART]]
     return np.stack(made).astype(np.float16)
 
 
@@ -82,31 +84,26 @@ def bank_image(heads: Sequence[Head], rng: np.random.Generator) -> np.ndarray:
 
 def bank_head(heads: Sequence[Head], rng: np.random.Generator) -> Head | None:
     """Return the head that an image of the bank shows, None for dead leaves."""
-    brains = [head for head in heads if head.name.endswith("_brain")]
-    whole = [head for head in heads if not head.name.endswith("_brain")]
+    brains, dark = ([h for h in heads if h.name.endswith(kind)] for kind in ("_brain", "_no_fat"))
+    whole = [head for head in heads if not head.name.endswith(("_brain", "_no_fat"))]
     kind = rng.random()
     if kind < LEAVES or not whole:
         return None
     if brains and kind < LEAVES + BRAIN:
         return brains[0]
-    return whole[int(rng.integers(len(whole)))]
+    some = dark if dark and rng.random() < NO_FAT else whole
+    return some[int(rng.integers(len(some)))]
 
 
-def with_large_pixels(heads: Sequence[Head], images: int, from_mm: float, seed: int = 17) -> list[int]:
-    """Return which images of the bank have pixels of at least so many mm, and as large a share of leaves as it has.
-
-    Raises ValueError where none has.
-    """
-    found, leaves = [], []
+def of_large_pixels(heads: Sequence[Head], images: int, from_mm: float, seed: int = 17) -> list[int]:
+    """Return which of so many images have pixels of at least `from_mm`, and as large a share of the dead leaves."""
+    found = []
     for i in range(images):
         rng = np.random.default_rng([seed, i])
-        if bank_head(heads, rng) is None:
-            leaves.append(i)
-        elif draw_pixel_mm(rng) >= from_mm:  # the first thing that `head_image` draws
+        bank_head(heads, rng)
+        if draw_pixel_mm(rng) >= from_mm:  # the first thing that `head_image` draws
             found.append(i)
-    if not found:
-        raise ValueError(f"pixels_from_mm={from_mm:g}: none of {images} images of heads has pixels so large; give less")
-    return sorted(found + leaves[: round(len(found) * LEAVES / (1 - LEAVES))])
+    return found
 
 
 def crop(image: Tensor, generator: Generator, size: int) -> Tensor:
@@ -160,14 +157,28 @@ def train_general(p: TrainGeneral, progress: bool = True) -> TrainResult:
     return train_on_crops(D, prior_loss, prepare_bank(p), p, config | {"crop": p.crop}, crop, progress)
 
 
-def prepare_bank(p: TrainGeneral) -> Dataset:
-    """Return the images to learn from; those that the bank lacks are made of the real heads first."""
+def prepare_bank(p: TrainGeneral) -> Bank:
+    """Return the images to learn from; those that the bank lacks are made of the real heads first.
+
+    Those of large pixels have a folder of their own. Raises ValueError where they do not fill a file.
+    """
 
     def heads() -> list[Head]:
-        return load_heads(project_root() / p.heads, "train") if p.heads else []
+        found = load_heads(project_root() / p.heads, "train") if p.heads else []
+        return found + [fat_suppressed(head) for head in found if not head.name.endswith("_brain")]
 
-    bank = complete(project_root() / p.bank, p.images, PART, lambda: partial(bank_part, heads()))
-    return Subset(bank, with_large_pixels(heads(), p.images, p.pixels_from_mm)) if p.pixels_from_mm else bank
+    folder, chosen = p.bank, list(range(-(-p.images // PART) * PART))
+    if p.pixels_from_mm:
+        folder, known = f"{p.bank}_{p.pixels_from_mm:g}_mm", heads()
+        chosen = of_large_pixels(known, p.images, p.pixels_from_mm)
+        chosen = chosen[: len(chosen) // PART * PART]  # whole files: with more images, the first ones stay
+        if not chosen:
+            raise ValueError(
+                f"pixels_from_mm={p.pixels_from_mm:g}: of {p.images} images fewer than {PART} have pixels so large; "
+                "give less, or more images"
+            )
+    images = min(p.images, len(chosen))
+    return complete(project_root() / folder, images, PART, lambda: partial(bank_part, heads(), chosen))
 
 
 def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: int = 1, coarser: int = 1) -> Tensor:
