@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -163,14 +163,15 @@ def prepare_bank(p: TrainGeneral) -> Bank:
     Those of large pixels have a folder of their own. Raises ValueError where they do not fill a file.
     """
 
+    @cache
     def heads() -> list[Head]:
         found = load_heads(project_root() / p.heads, "train") if p.heads else []
         return found + [fat_suppressed(head) for head in found if not head.name.endswith("_brain")]
 
     folder, chosen = p.bank, list(range(-(-p.images // PART) * PART))
     if p.pixels_from_mm:
-        folder, known = f"{p.bank}_{p.pixels_from_mm:g}_mm", heads()
-        chosen = of_large_pixels(known, p.images, p.pixels_from_mm)
+        folder = f"{p.bank}_{p.pixels_from_mm:g}_mm"
+        chosen = of_large_pixels(heads(), p.images, p.pixels_from_mm)
         chosen = chosen[: len(chosen) // PART * PART]  # whole files: with more images, the first ones stay
         if not chosen:
             raise ValueError(
