@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -11,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from test_dicom import known, write
 
 from companion.data import heads_download
 from companion.data.heads import (
@@ -139,6 +141,46 @@ def test_heads_are_checked_and_turned(tmp_path, monkeypatch, kind):
     assert (tmp_path / "heads" / "heads.json").exists()
 
 
+def archived(tmp_path, array, affine):
+    """A source whose repository's archive holds one DICOM series, beside other files, in tmp_path."""
+    paths = sorted(write(tmp_path / "series", array, affine))
+    with tarfile.open(tmp_path / "scans-abc.tar.gz", "w:gz") as file:
+        for path in reversed(paths):
+            file.add(path, f"scans-abc/In/t1/{path.name}")
+        file.add(paths[0], "scans-abc/In/t1_other/1.dcm")
+    sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    return heads_download.Source("dicom", "", "more", "owner/scans@abc", "repository", "In/t1/", sha256, "MIT")
+
+
+def test_series_of_repositories_become_heads_of_voxels_that_suffice(tmp_path, monkeypatch):
+    array, affine = known("sagittal", (6, 40, 48), (0.45, 0.45, 1))
+    packages = packed(tmp_path, "wheel")
+    monkeypatch.setattr(heads_download, "SOURCES", (packages, archived(tmp_path, array, affine)))
+    heads_download.get_heads(tmp_path / "heads", tmp_path)
+    (path,) = heads_download.get_heads(tmp_path / "heads", tmp_path, more=True)
+    image = nib.load(path)
+    assert nib.aff2axcodes(image.affine) == ("R", "A", "S") and image.shape == (6, 24, 20)
+    assert np.allclose(image.header.get_zooms(), (1, 0.9, 0.9))
+    at = nib.affines.apply_affine(np.linalg.inv(affine) @ image.affine, [[2, 5, 7]])[0]  # voxel of the file, x y z
+    assert np.asarray(image.dataobj).mean() == pytest.approx(array.mean(), rel=0.02)
+    assert np.allclose(at, np.round(at), atol=0.02)
+    assert [s["name"] for s in json.loads((path.parent / "heads.json").read_text())] == ["tiny", "dicom"]
+
+
+def test_repositories_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
+    source = archived(tmp_path, *known("axial", (4, 8, 8), (1, 1, 1)))
+    monkeypatch.setattr(heads_download, "SOURCES", (source,))
+    assert source.url == "https://github.com/owner/scans/archive/abc.tar.gz"
+    monkeypatch.setattr(heads_download.Source, "url", (tmp_path / source.file).as_uri())
+    assert [p.name for p in heads_download.get_heads(tmp_path / "heads", more=True)] == ["dicom.nii.gz"]
+    (tmp_path / source.file).unlink()
+    with pytest.raises(OSError, match=r"1 of 1 heads are missing.*could not be downloaded.*curl.*--archives"):
+        heads_download.get_heads(tmp_path / "others", more=True)
+    assert not list((tmp_path / "others").glob("*"))
+    with pytest.raises(FileNotFoundError, match="companion data get more-heads"):
+        heads_download.load_heads(tmp_path / "others", "more")
+
+
 def test_changed_and_missing_packages_are_named(tmp_path, monkeypatch):
     source = packed(tmp_path, "wheel")
     missing = replace(source, name="other", package="other==2")
@@ -151,5 +193,5 @@ def test_changed_and_missing_packages_are_named(tmp_path, monkeypatch):
 
 def test_sources_hold_one_head_for_validation():
     splits = [source.split for source in heads_download.SOURCES]
-    assert splits.count("validation") == 1 and set(splits) == {"train", "validation"}
+    assert splits.count("validation") == 1 and set(splits) == {"train", "more", "validation"}
     assert all(source.licence and len(source.sha256) == 64 for source in heads_download.SOURCES)

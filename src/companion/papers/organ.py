@@ -144,12 +144,17 @@ def bank_part(
     return np.concatenate(found).astype(np.float16)
 
 
-def prepare_bank(folder: Path, heads: str, images: int, split: str = "train") -> Bank:
-    """Return the images of a split, those of "validation" in a folder of their own; those that lack are made first."""
+def prepare_bank(folder: Path, heads: str, images: int, split: str = "train", more_heads: bool = False) -> Bank:
+    """Return the images of a split, those of "validation" in a folder of their own; those that lack are made first.
+
+    more_heads: training images show those of `companion data get more-heads`, too.
+    """
     seed = {"train": 23, "validation": 29}[split]
 
     def source() -> Callable[[int], np.ndarray]:
-        return partial(bank_part, load_heads(project_root() / heads, split), split=split, seed=seed)
+        splits = ("train", "more") if more_heads and split == "train" else (split,)
+        found = [head for name in splits for head in load_heads(project_root() / heads, name)]
+        return partial(bank_part, found, split=split, seed=seed)
 
     return complete(folder / split, images, PART, source)
 
@@ -197,7 +202,12 @@ def labels_of(images: Bank) -> Tensor:
 
 
 def fit_organ(
-    prior: str, heads: str = "data/heads", bank: str = "data/organ_bank", images: int = 12288, validation: int = 512
+    prior: str,
+    heads: str = "data/heads",
+    bank: str = "data/organ_bank",
+    images: int = 12288,
+    validation: int = 512,
+    more_heads: bool = False,
 ) -> dict[str, float]:
     """Return what was found of a readout that is now a part of a prior's errors.json.
 
@@ -205,8 +215,10 @@ def fit_organ(
     the head held for validation and of new drawings choose the ridge, the temperature of the logits (Guo et al. 2017,
     arXiv 1706.04599) and the threshold, the largest, up to HIGHEST, from which ACCEPTED of the heads look like heads.
     """
-    D, folder, generator = load_denoiser(prior), project_root() / bank, Generator().manual_seed(0)
-    known, others = (prepare_bank(folder, heads, n, s) for n, s in ((images, "train"), (validation, "validation")))
+    D, generator = load_denoiser(prior), Generator().manual_seed(0)
+    folder = project_root() / (f"{bank}_more" if more_heads else bank)
+    known = prepare_bank(folder, heads, images, "train", more_heads)
+    others = prepare_bank(folder, heads, validation, "validation")
     x = [torch.stack([bank[i] for i in range(len(bank))]) for bank in (known, others)]
     labels, truth = labels_of(known), labels_of(others)
     learnt = torch.cat([x[0], torch.cat([varied(part, generator) for part in x[0].split(16)])])
@@ -232,4 +244,4 @@ def calibrated(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    print(fit_organ(sys.argv[1]))
+    print(fit_organ(sys.argv[1], more_heads="more-heads" in sys.argv[2:]))

@@ -131,11 +131,10 @@ def prepare_bank(p: TrainVoxels) -> Bank:
 
     def source():
         folder = project_root() / p.heads if p.heads else None
-        found = load_heads(folder, "train") if folder else []
-        whole = [head for head in found if not head.name.endswith("_brain")]
+        whole = [head for head in p.training_heads() if not head.name.endswith("_brain")]
         return partial(bank_part, anatomies(folder, "train", volumes.spacing(SHAPE)[1]), whole)
 
-    return complete(project_root() / p.bank, p.images, PART, source)
+    return complete(p.bank_folder, p.images, PART, source)
 
 
 def validation_volumes(heads: str | Path | None, count: int = 4) -> dict[str, Tensor]:

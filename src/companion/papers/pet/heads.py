@@ -167,10 +167,9 @@ def prepare_bank(p: TrainHeads) -> Bank:
     """Return the images to learn from; those that the bank lacks are made first."""
 
     def source():
-        heads = load_heads(project_root() / p.heads, "train") if p.heads else []
-        return partial(bank_part, [active_head(head) for head in heads])
+        return partial(bank_part, [active_head(head) for head in p.training_heads()])
 
-    return complete(project_root() / p.bank, p.images, PART, source)
+    return complete(p.bank_folder, p.images, PART, source)
 
 
 def validation_errors(D: Denoiser, heads: str | None, count: int = 6, size: int = 64) -> list[dict]:
