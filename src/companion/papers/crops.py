@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from companion.data.heads import Head
-from companion.data.heads_download import load_heads
+from companion.data.heads_download import head_files, load_head
 from companion.files import atomic_write, project_root
 from companion.parameters import param
 from companion.training.loop import TrainResult
@@ -44,10 +44,15 @@ class TrainOnCrops(Training, batch_size=8, learning_rate=6e-4):
         """The folder of the images, of their own where more heads are in them."""
         return project_root() / (f"{self.bank}_more" if self.more_heads else self.bank)
 
+    def head_paths(self) -> dict[str, Path]:
+        """Return name -> file of the real heads to learn from. Raises FileNotFoundError when one is missing."""
+        splits = [] if not self.heads else ["train", "more"] if self.more_heads else ["train"]
+        found = [head_files(project_root() / str(self.heads), split) for split in splits]
+        return {name: path for files in found for name, path in files.items()}
+
     def training_heads(self) -> list[Head]:
         """Load the real heads to learn from. Raises FileNotFoundError when one is missing."""
-        splits = ("train", "more") if self.more_heads else ("train",)
-        return [head for split in splits for head in load_heads(project_root() / self.heads, split)] if self.heads else []
+        return [load_head(name, path) for name, path in self.head_paths().items()]
 
 
 def unet(channels: int, model_channels: int, channel_mult: tuple[float, ...], patch: int, condition: int = 0) -> dict:

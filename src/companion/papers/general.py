@@ -7,9 +7,9 @@ well as either. `companion.models.general` says which serves a scan.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,14 +78,16 @@ def bank_part(heads: Sequence[Head], chosen: Sequence[int], part: int, seed: int
 
 def bank_image(heads: Sequence[Head], rng: np.random.Generator) -> np.ndarray:
     """Return one image (BANK_SIZE, BANK_SIZE): dead leaves, a brain alone, or one of the whole heads."""
-    head = bank_head(heads, rng)
-    return dead_leaves(rng, BANK_SIZE) if head is None else head_image(head, rng, BANK_SIZE)
+    shown = bank_head([head.name for head in heads], rng)
+    if shown is None:
+        return dead_leaves(rng, BANK_SIZE)
+    return head_image(next(head for head in heads if head.name == shown), rng, BANK_SIZE)
 
 
-def bank_head(heads: Sequence[Head], rng: np.random.Generator) -> Head | None:
-    """Return the head that an image of the bank shows, None for dead leaves."""
-    brains, dark = ([h for h in heads if h.name.endswith(kind)] for kind in ("_brain", "_no_fat"))
-    whole = [head for head in heads if not head.name.endswith(("_brain", "_no_fat"))]
+def bank_head(names: Sequence[str], rng: np.random.Generator) -> str | None:
+    """Return the name of the head that an image of the bank shows, None for dead leaves."""
+    brains, dark = ([name for name in names if name.endswith(kind)] for kind in ("_brain", "_no_fat"))
+    whole = [name for name in names if not name.endswith(("_brain", "_no_fat"))]
     kind = rng.random()
     if kind < LEAVES or not whole:
         return None
@@ -95,12 +97,12 @@ def bank_head(heads: Sequence[Head], rng: np.random.Generator) -> Head | None:
     return some[int(rng.integers(len(some)))]
 
 
-def of_large_pixels(heads: Sequence[Head], images: int, from_mm: float, seed: int = 17) -> list[int]:
+def of_large_pixels(names: Sequence[str], images: int, from_mm: float, seed: int = 17) -> list[int]:
     """Return which of so many images have pixels of at least `from_mm`, and as large a share of the dead leaves."""
     found = []
     for i in range(images):
         rng = np.random.default_rng([seed, i])
-        bank_head(heads, rng)
+        bank_head(names, rng)
         if draw_pixel_mm(rng) >= from_mm:  # the first thing that `head_image` draws
             found.append(i)
     return found
@@ -163,15 +165,17 @@ def prepare_bank(p: TrainGeneral) -> Bank:
     Those of large pixels have a folder of their own. Raises ValueError where they do not fill a file.
     """
 
-    @cache
-    def heads() -> list[Head]:
+    def source() -> Callable[[int], np.ndarray]:
         found = p.training_heads()
-        return found + [fat_suppressed(head) for head in found if not head.name.endswith("_brain")]
+        found += [fat_suppressed(head) for head in found if not head.name.endswith("_brain")]
+        return partial(bank_part, found, chosen)
 
     folder, chosen = p.bank_folder, list(range(-(-p.images // PART) * PART))
     if p.pixels_from_mm:
         folder = folder.with_name(f"{folder.name}_{p.pixels_from_mm:g}_mm")
-        chosen = of_large_pixels(heads(), p.images, p.pixels_from_mm)
+        names = list(p.head_paths())
+        names += [f"{name}_no_fat" for name in names if not name.endswith("_brain")]
+        chosen = of_large_pixels(names, p.images, p.pixels_from_mm)
         chosen = chosen[: len(chosen) // PART * PART]  # whole files: with more images, the first ones stay
         if not chosen:
             raise ValueError(
@@ -179,7 +183,7 @@ def prepare_bank(p: TrainGeneral) -> Bank:
                 "give less, or more images"
             )
     images = min(p.images, len(chosen))
-    return complete(folder, images, PART, lambda: partial(bank_part, heads(), chosen))
+    return complete(folder, images, PART, source)
 
 
 def validation_slices(heads: str | None, count: int = 4, size: int = 240, seed: int = 1, coarser: int = 1) -> Tensor:
