@@ -173,6 +173,10 @@ def test_repositories_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
     assert source.url == "https://github.com/owner/scans/archive/abc.tar.gz"
     monkeypatch.setattr(heads_download.Source, "url", (tmp_path / source.file).as_uri())
     assert [p.name for p in heads_download.get_heads(tmp_path / "heads", more=True)] == ["dicom.nii.gz"]
+    whole = (tmp_path / source.file).read_bytes()
+    (tmp_path / source.file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=r"1 of 1 heads are missing.*scans-abc.tar.gz is damaged"):
+        heads_download.get_heads(tmp_path / "others", tmp_path, more=True)
     (tmp_path / source.file).unlink()
     with pytest.raises(OSError, match=r"1 of 1 heads are missing.*could not be downloaded.*curl.*--archives"):
         heads_download.get_heads(tmp_path / "others", more=True)

@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ def get_heads(folder: str | Path, archives: str | Path | None = None, more: bool
     """Return the prepared heads in `folder`, fetching those that are not there.
 
     archives: a folder of packages that were downloaded before; what it holds is not downloaded again.
-    more: those of repositories instead, a download of 250 MB.
+    more: those of repositories instead, a download of some 200 MB.
     Raises OSError that names every head that could not be had and how to get it; the others are there then.
     """
     folder = Path(folder)
@@ -248,6 +249,8 @@ def download(source: Source, path: Path) -> None:
             size = int(answer.headers.get("Content-Length") or 0) or None
             with tqdm.wrapattr(answer, "read", total=size, desc=source.package.partition("@")[0]) as stream:
                 shutil.copyfileobj(stream, file, 1 << 20)
+            if size and file.tell() != size:
+                raise OSError(f"it ended after {file.tell()} of {size} bytes")
     except OSError as error:
         raise OSError(
             f"{source.url} could not be downloaded ({error}): check that this network reaches it; or download it "
@@ -256,11 +259,17 @@ def download(source: Source, path: Path) -> None:
 
 
 def members(archive: Path, folder: str) -> list[bytes]:
-    """Return the contents of the files of a folder of a repository's archive, in the order of their names."""
-    with tarfile.open(archive) as file:
-        found = {m.name: m for m in file if m.isfile() and m.name.partition("/")[2].startswith(folder)}
-        streams = [file.extractfile(found[name]) for name in sorted(found)]
-        return [stream.read() for stream in streams if stream]
+    """Return the contents of the files of a folder of a repository's archive, in the order of their names.
+
+    Raises OSError for a damaged archive.
+    """
+    try:
+        with tarfile.open(archive) as file:
+            found = {m.name: m for m in file if m.isfile() and m.name.partition("/")[2].startswith(folder)}
+            streams = [file.extractfile(found[name]) for name in sorted(found)]
+            return [stream.read() for stream in streams if stream]
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise OSError(f"{archive.name} is damaged ({error}); delete it and fetch it again") from error
 
 
 def member(archive: Path, end: str) -> bytes:
