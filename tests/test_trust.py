@@ -192,6 +192,9 @@ def test_the_image_of_a_scan_leans_less_on_a_classical_one_than_its_measured_sam
     assert found.bias is not None and found.held_share <= found.share <= 1
     again, same = trust.reconstruct(D, A, y, NOISE, {}, trust=found, **how)
     assert same.share == found.share and torch.equal(again.mean, result.mean)
+    told = {"its own": dataclasses.replace(error_of(D), widening=1.2), "another": error_of(D).times(8)}
+    _, stated = trust.reconstruct(D, A, y, NOISE, told, **how)
+    assert stated.chosen == found.chosen and stated.widening == pytest.approx(found.widening * 1.2 / trust.WARM_LOSS)
     whole = trust.assess(D, held_out.hold_out(A, y, 4), NOISE, {"its own": error_of(D)}, levels=LEVELS, beside=False)
     assert whole.bias is None and whole.of(A, result, x) is whole
 

@@ -38,6 +38,7 @@ from companion.reconstruction.sequence import CONTEXT_GIVEN, drawn
 SIGMAS = torch.logspace(-2.5, 1.3, 12)
 SLICES = 4  # of a stack
 PIXELS = {"heads": (0.75, 1.3), "heads, large pixels": (2.5, 3.5)}  # mm
+WIDENING = {"heads": 1.25}  # of draws of such pixels that begin with an image: benchmarks/real_heads.py, docs/heads.md
 
 
 def people(count: int, size: int) -> Tensor:
@@ -191,8 +192,8 @@ def main(argv=None) -> None:
         about = f"{len(images)} images of {' x '.join(map(str, images.shape[2:]))}: {name}"
         error = ErrorModel.fit(D, images, SIGMAS, about=about, cond=cond)
         pixels = PIXELS.get(name.removesuffix(CONTEXT_GIVEN)) if args.own in ("heads", "stacks") else None
-        error = replace(error, pixel_mm=pixels)
-        errors[name] = replace(error, widening=args.widening)
+        widening = WIDENING.get(name, args.widening) if args.own == "heads" else args.widening
+        errors[name] = replace(error, pixel_mm=pixels, widening=widening)
     print(save_errors(args.name, errors))
 
 

@@ -42,7 +42,7 @@ from companion.reconstruction.held_out import (
 
 SCALES = (1.0, 2.0, 4.0)  # of the variance of an error model
 COLD, WARM = 5.0, 0.5  # first noise level of draws that begin with nothing, and with a classical image
-WARM_LOSS = 1.5  # true variance / that of draws that begin with an image: see "Error bars" in docs/trust.md
+WARM_LOSS = 1.5  # true variance / that of draws that begin with an image, where the error model says nothing of it
 LAST, LEAST = 1.0, 0.002  # last noise level, in deviations of the noise of the data, and at least
 KNOWN = 2.0  # chi-square per held-out sample above which the prior does not know the scan
 BETTER = 0.05  # log score by which another error model has to beat that of the prior's own people
@@ -185,7 +185,8 @@ def assess(
     one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
     elsewhere; the chains begin with its image. final: draws of the image to come, of which more scatter less.
     beside: held-out samples lie beside measured ones, and say too little of what lies between measured lines; False
-    where whole readouts were held out: then bars are not widened by WARM_LOSS, and the share is that of the image.
+    where whole readouts were held out: then bars are not widened for it, and the share is that of the image. They are by
+    the `ErrorModel.widening` of the first of `errors`, by WARM_LOSS where it states none ("Error bars", docs/trust.md).
     organ: the readout of what D learnt from; it looks at the classical image, and at nothing where there is none.
     At most half of the evaluations are for candidates, fewer of which are tried where those do not suffice; what
     is left prolongs the chains of the best one. Raises ValueError when there are too few for one candidate.
@@ -239,7 +240,9 @@ def assess(
         score = predictive_score(split, samples, noise_std, share * mean + (1 - share) * image)
     bill = Bill(*(draws * sum(getattr(b, n) for b in bills) for n in ("denoiser_calls", "operator_calls", "seconds")))
     tried = tuple(candidate for candidate, _ in found)
-    widening = max(1.0, score.widening) * (WARM_LOSS if beside and image is not None else 1.0)
+    stated = next(iter(errors.values())).widening
+    loss = WARM_LOSS if stated == 1 else stated
+    widening = max(1.0, score.widening) * (loss if beside and image is not None else 1.0)
     look = None if organ is None or image is None else organ.look(D, image)
     held = {"held_share": share, "bias": bias if beside else None}
     return Trust(error, share, widening, best, tried, other, bill, look=look, **held)
