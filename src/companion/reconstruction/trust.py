@@ -185,8 +185,8 @@ def assess(
     one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
     elsewhere; the chains begin with its image. final: draws of the image to come, of which more scatter less.
     beside: held-out samples lie beside measured ones, and say too little of what lies between measured lines; False
-    where whole readouts were held out: then bars are not widened for it, and the share is that of the image. They are by
-    the `ErrorModel.widening` of the first of `errors`, by WARM_LOSS where it states none (docs/trust.md).
+    where whole readouts were held out: then bars are not widened for it, and the share is that of the image. Else they
+    are by the `ErrorModel.widening` of the first of `errors`, by WARM_LOSS where it states none (docs/trust.md).
     organ: the readout of what D learnt from; it looks at the classical image, and at nothing where there is none.
     At most half of the evaluations are for candidates, fewer of which are tried where those do not suffice; what
     is left prolongs the chains of the best one. Raises ValueError when there are too few for one candidate.
