@@ -68,9 +68,10 @@ def test_tv_finds_the_minimum(kind):
 def test_tv_is_done_by_default_and_what_was_not_measured_is_too(kind, regularisation):
     # low objectives come early, images late: what the data do not see is moved by the penalty alone
     A, y, _ = problem(kind)
-    x, found = tv(A, 3 * y, 3 * regularisation, 200), tv(A, 3 * y, 3 * regularisation)
+    x, found = tv(A, 4 * y, 4 * regularisation, 200), tv(A, 4 * y, 4 * regularisation)
     assert ((found - x).norm() / x.norm()).item() < 0.02
-    assert torch.allclose(found, 3 * tv(A, y, regularisation), atol=1e-2 * x.abs().max())  # scales with the data
+    # scales with the data; a power of 2, for what rounding leaves of 3 is .01 where little is measured
+    assert torch.allclose(found, 4 * tv(A, y, regularisation), atol=1e-6 * x.abs().max())
 
 
 def test_wavelets_of_a_unitary_operator_are_soft_thresholded_once():
