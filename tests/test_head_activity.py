@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from companion.data import head_activity as source
 from companion.data.head_mr import moved, mr_condition
 from companion.data.head_phantoms import FINE, coarser, fdg_slices, flattened
-from companion.data.head_tissues import brain_mask, fat_suppressed, tissue_levels
+from companion.data.head_tissues import brain_mask, even_brain, fat_suppressed, tissue_levels
 from companion.data.heads import prepare_head
 from companion.models.architectures import build
 from companion.models.checkpoint import load
@@ -38,6 +38,19 @@ def test_the_brain_is_found_and_the_scalp_left_out(signal):
     assert mask[32, 38, 32] > 0.99 and mask[32, 38, 61] < 0.01 and 0 <= mask.min() and mask.max() <= 1
     _, grey, white = tissue_levels(signal, mask)
     assert grey == pytest.approx(0.7, abs=0.05) and white == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_strong_receive_bias_hides_no_cortex_and_leaves_no_trend(signal):
+    height = np.linspace(-1, 1, signal.shape[2])
+    coils = np.exp(-0.6 * height - 0.15 * height**2)  # dim at the vertex, 2.3 times less than below the brain
+    seen, truth = (signal * coils).astype(np.float32), brain_mask(signal, (MM, MM, MM)) > 0.5
+    alone = brain_mask(seen, (MM, MM, MM)) > 0.5
+    brain, bias = even_brain(seen, (MM, MM, MM))
+    missed = [(truth & ~found).sum() / truth.sum() for found in (alone, brain > 0.5)]
+    assert missed[0] > 0.05 and missed[1] < 0.01 and (brain > 0.5).sum() < 1.05 * truth.sum()
+    left = np.broadcast_to(coils, signal.shape)[truth] / bias[truth]
+    assert left.std() / left.mean() < 0.03 < coils[10:-10].std() / coils[10:-10].mean()
+    assert bias[brain > 0.5].mean() == pytest.approx(1, abs=1e-3)
 
 
 def test_suppressed_fat_is_dark_and_the_brain_as_it_was(signal):

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
 from companion.data import anatomy
@@ -28,7 +29,7 @@ from companion.data import heads as mri
 from companion.data import pet as cohort
 from companion.data.anatomy import SLAB_MM, Subject
 from companion.data.head_mr import OFF, SHIFT_MM, mr_condition, mr_image, noisy
-from companion.data.head_tissues import brain_mask, fluid_level, tissue_levels
+from companion.data.head_tissues import even_brain, fluid_level, tissue_levels
 from companion.data.heads import Head, draw_contrast, draw_plane, rotation, smooth_noise, texture
 
 SCALE_KBQ = 25.0  # kBq/mL that are 1 here
@@ -49,15 +50,17 @@ class ActiveHead:
 
 
 def active_head(head: Head) -> ActiveHead:
-    """Return a head with its brain found. Raises ValueError where there is none."""
+    """Return a head with its brain found and its receive bias gone. Raises ValueError where there is no brain."""
     x, y, z = head.voxel_mm
     signal, voxel_mm = head.signal[::2, ::2, ::2].numpy(), (2 * x, 2 * y, 2 * z)
-    mask = brain_mask(signal, voxel_mm)
-    _, grey, white = tissue_levels(signal, mask)
+    mask, bias = even_brain(signal, voxel_mm)
+    _, grey, white = tissue_levels(signal / bias, mask)
     csf = fluid_level(grey, white)
-    return ActiveHead(
-        head, Head("brain", torch.from_numpy(mask), voxel_mm, head.tissue, head.levels), (csf, grey, white)
-    )
+    field = torch.from_numpy(bias.astype(np.float32))[None, None]
+    field = F.interpolate(field, size=head.signal.shape, mode="trilinear", align_corners=True)[0, 0]
+    even = replace(head, signal=head.signal / field)
+    brain = Head("brain", torch.from_numpy(mask), voxel_mm, head.tissue, head.levels)
+    return ActiveHead(even, brain, (csf, grey, white))
 
 
 def activity_image(

@@ -2,10 +2,12 @@
 take its fat away.
 
     brain = brain_mask(signal, voxel_mm)            # share of brain, 0 to 1, on the grid of `signal`
-    levels = tissue_levels(signal, brain)           # signal of CSF, grey and white matter
+    brain, bias = even_brain(signal, voxel_mm)      # the same where coils see some places better than others
+    levels = tissue_levels(signal / bias, brain)    # signal of CSF, grey and white matter
 
 Classical steps, no learned segmentation: what lies deep within tissue and hangs together is the brain (erosion, the
-largest component, geodesic dilation), and a mixture of three Gaussians gives the signal of its tissues.
+largest component, geodesic dilation), N4 inside it gives the receive bias, and a mixture of three Gaussians the signal
+of its tissues.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from companion.data.heads import AIR, BRIGHT, Head
+from companion.extras import extra
 
 COARSE_MM = 2.0  # grid on which the brain is looked for
 BRAIN_ML = (700.0, 2100.0)  # volumes that a brain may have; the search goes on outside
@@ -29,6 +32,10 @@ TRIALS = ((TYPICAL_ML, (2, 3)), (BRAIN_ML, (2, 3, 1, 4)))  # volumes, and coarse
 BELOW_TOP_MM = 40.0  # of the head, at most, that a brain begins: muscles of face and neck hang together, too
 FAT = 0.9  # of the mean of grey and white matter, above which signal outside of the brain is fat
 CLOSING = 4  # coarse voxels: sulci and ventricles that are narrower are closed
+BIAS_MM = 6.0  # grid on which the receive bias is looked for
+ROUNDS = 2  # of bias and brain; a third lets the brain of a head with a strong bias run into the neck
+REGROWTH = 4  # coarse voxels beyond the brain so far, where a round looks for more
+FLUID = 0.42  # of white matter, below which nothing is brain tissue
 
 
 def brain_mask(signal: np.ndarray, voxel_mm) -> np.ndarray:
@@ -38,8 +45,7 @@ def brain_mask(signal: np.ndarray, voxel_mm) -> np.ndarray:
     of a brain: another contrast, a part of a head, or axes in another order.
     """
     voxel_mm = np.asarray(voxel_mm, float)
-    coarse = ndimage.zoom(np.asarray(signal, np.float32), voxel_mm / COARSE_MM, order=1, grid_mode=True, mode="nearest")
-    coarse = ndimage.gaussian_filter(coarse, 0.4)
+    coarse = _coarse(signal, voxel_mm)
     bright = np.percentile(coarse[coarse > 0.1 * np.percentile(coarse, 99.5)], 95)
     top = _top(coarse > LEVELS[0] * bright)
     found, volumes = None, []
@@ -60,10 +66,64 @@ def brain_mask(signal: np.ndarray, voxel_mm) -> np.ndarray:
             f"{', '.join(f'{v:.0f}' for v in sorted(set(volumes))) or 'none'}: expected a whole T1-weighted head, axes "
             "to right, front, top"
         )
-    smooth = ndimage.gaussian_filter(found.astype(np.float32), 0.7)
+    return _on_grid(found, signal.shape, voxel_mm)
+
+
+def even_brain(signal: np.ndarray, voxel_mm) -> tuple[np.ndarray, np.ndarray]:
+    """Return the share of brain, as `brain_mask`, and the receive bias (x, y, z), of mean 1 in the brain.
+
+    Cortex that the coils see too dimly for `brain_mask` is found by what the tissues beside it have: the bias inside
+    the brain so far is divided out everywhere, and the brain grows into what is between fluid and white matter. `signal
+    / bias` has even tissues in the brain; outside, the bias is extrapolated. Raises ValueError as `brain_mask`.
+    """
+    signal = np.asarray(signal, np.float32)
+    brain = brain_mask(signal, voxel_mm)
+    for _ in range(ROUNDS):
+        even = signal / receive_bias(signal, brain, voxel_mm)
+        brain = _regrown(even, brain, np.asarray(voxel_mm, float))
+    return brain, receive_bias(signal, brain, voxel_mm)
+
+
+def receive_bias(signal: np.ndarray, brain: np.ndarray, voxel_mm) -> np.ndarray:
+    """The receive bias of a head by N4 (Tustison et al., IEEE TMI 2010) inside its brain, of mean 1 there."""
+    with extra("formats"):
+        import SimpleITK as sitk
+    image, mask = (sitk.GetImageFromArray(np.ascontiguousarray(a)) for a in (signal, (brain > 0.5).astype(np.uint8)))
+    search = sitk.N4BiasFieldCorrectionImageFilter()
+    search.SetMaximumNumberOfIterations([30, 30, 30])
+    search.SetNumberOfThreads(1)  # sums in another order would end elsewhere
+    shrink = [max(1, int(BIAS_MM / v)) for v in reversed(tuple(voxel_mm))]
+    search.Execute(sitk.Shrink(image, shrink), sitk.Shrink(mask, shrink))
+    field = np.exp(sitk.GetArrayFromImage(search.GetLogBiasFieldAsImage(image)))
+    return (field / field[brain > 0.5].mean()).clip(0.3, 3)
+
+
+def _regrown(even: np.ndarray, brain: np.ndarray, voxel_mm: np.ndarray) -> np.ndarray:
+    """The brain of a head of even tissues, which holds much of `brain`: what hangs together near it, and its gyri."""
+    _, grey, white = tissue_levels(even, brain)
+    low, high = max(fluid_level(grey, white), FLUID * white), white + 0.8 * (white - grey)
+    coarse, before = _coarse(even, voxel_mm), _coarse(brain, voxel_mm) > 0.5
+    tissue = (coarse > low) & (coarse < high) & (_depth(~before) <= REGROWTH)
+    core = _core(tissue, 2)
+    if core is None:
+        return brain
+    opened = tissue & (_depth(_depth(tissue) <= 1) <= 1.6)  # no bridges of one voxel, as dura is
+    for _ in range(2):  # gyri that erosion had taken
+        core = core | (ndimage.binary_dilation(core) & opened)
+    return _on_grid(_closed(core), even.shape, voxel_mm)
+
+
+def _coarse(image: np.ndarray, voxel_mm: np.ndarray) -> np.ndarray:
+    """An image (x, y, z) on the grid of `COARSE_MM`, with little of its noise."""
+    coarse = ndimage.zoom(np.asarray(image, np.float32), voxel_mm / COARSE_MM, order=1, grid_mode=True, mode="nearest")
+    return ndimage.gaussian_filter(coarse, 0.4)
+
+
+def _on_grid(inside: np.ndarray, shape: tuple[int, ...], voxel_mm: np.ndarray) -> np.ndarray:
+    """A mask of the coarse grid as shares, 0 to 1, on the grid of an image."""
+    smooth = ndimage.gaussian_filter(inside.astype(np.float32), 0.7)
     grid = np.meshgrid(
-        *((np.arange(n) + 0.5) * v / COARSE_MM - 0.5 for n, v in zip(signal.shape, voxel_mm, strict=True)),
-        indexing="ij",
+        *((np.arange(n) + 0.5) * v / COARSE_MM - 0.5 for n, v in zip(shape, voxel_mm, strict=True)), indexing="ij"
     )
     return ndimage.map_coordinates(smooth, grid, order=1, mode="nearest").astype(np.float32)
 
@@ -87,8 +147,13 @@ def _core(tissue: np.ndarray, radius: int) -> np.ndarray | None:
     largest = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
     near = _depth(~largest) <= radius + 0.6
     grown = near & tissue
-    closed = _depth(_depth(~grown) <= CLOSING) > CLOSING
-    return ndimage.binary_fill_holes(closed | grown)
+    return _closed(grown)
+
+
+def _closed(inside: np.ndarray) -> np.ndarray:
+    """A mask with its sulci, ventricles and holes."""
+    closed = _depth(_depth(~inside) <= CLOSING) > CLOSING
+    return ndimage.binary_fill_holes(closed | inside)
 
 
 def tissue_levels(signal: np.ndarray, brain: np.ndarray, iterations: int = 60) -> tuple[float, float, float]:

@@ -27,14 +27,13 @@ from tqdm.auto import tqdm
 
 from companion.data import anatomy
 from companion.data.anatomy import Subject
-from companion.data.head_tissues import brain_mask, fluid_level, tissue_levels
+from companion.data.head_tissues import brain_mask, fluid_level, receive_bias, tissue_levels
 from companion.data.heads import Head
 from companion.data.heads_download import load_heads
 from companion.data.intensity import scaled
 from companion.data.lesions import KINDS, SIZES_MM, Lesion, lesion_at
 from companion.data.nifti import Volume
 from companion.data.registration import to_template
-from companion.extras import extra
 
 PLATEAU = 0.2  # of the way between two tissues' signals, at either end: noise there is no partial volume
 # Ranges of settings, milliseconds; round numbers of clinical protocols at 1.5 and 3 T, but for T2w's echo: longer, so
@@ -89,7 +88,7 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     step = (x, y, z)
     signal = head.signal[::2, ::2, ::2].numpy()
     brain = brain_mask(signal, step)
-    signal = signal / receive_bias(signal, brain)
+    signal = signal / receive_bias(signal, brain, step)
     _, grey, white = tissue_levels(signal, brain)
     csf = fluid_level(grey, white)
     affine = np.diag([*step, 1.0])
@@ -113,19 +112,6 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     maps = np.stack([gaussian_filter(m, sigma) if sigma else m for m in (*shares, texture)]).astype(np.float32)
     to_voxel = np.linalg.inv(anatomy.affine(shape, spacing))
     return Anatomy(head.name, torch.from_numpy(maps), torch.from_numpy(to_voxel).float())
-
-
-def receive_bias(signal: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """The receive bias of a head by N4 (Tustison et al., IEEE TMI 2010) inside its brain, of mean 1 there."""
-    with extra("formats"):
-        import SimpleITK as sitk
-    image, mask = (sitk.GetImageFromArray(np.ascontiguousarray(a)) for a in (signal, (brain > 0.5).astype(np.uint8)))
-    search = sitk.N4BiasFieldCorrectionImageFilter()
-    search.SetMaximumNumberOfIterations([30, 30, 30])
-    search.SetNumberOfThreads(1)  # sums in another order would end elsewhere
-    search.Execute(sitk.Shrink(image, [6] * 3), sitk.Shrink(mask, [6] * 3))
-    field = np.exp(sitk.GetArrayFromImage(search.GetLogBiasFieldAsImage(image)))
-    return (field / field[brain > 0.5].mean()).clip(0.3, 3)
 
 
 def patient(

@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from companion.data import anatomy
-from companion.data.head_tissues import brain_mask
+from companion.data.head_tissues import even_brain
 from companion.data.intake.kinds import (
     contrast_of,
     mask_of,
@@ -159,7 +159,7 @@ def load_scan(scan: Scan, shape: Sequence[int], voxel_mm: Sequence[float], strip
     """Return a scan on the grid `shape`, `voxel_mm` (z, y, x) around its brain's middle, and its intensity scale.
 
     Of complex volumes the magnitude. Without a mask the brain is where the volume is above 0, as in skull-stripped
-    files, or, of whole heads with `strip`, what `head_tissues.brain_mask` finds. Spacing is kept: nothing is stretched
+    files, or, of whole heads with `strip`, what `head_tissues.even_brain` finds. Spacing is kept: nothing is stretched
     to fit, and the affine leads to the world of the file. Raises ValueError for 4D files, NaN, labels, values below 0
     (`intensity.magnitudes`), an empty mask, an affine that cannot be right, a head in which no brain is found, and a
     brain that the grid does not hold.
@@ -210,7 +210,7 @@ def found_brain(volume: Volume, name: str) -> np.ndarray:
     if (contrast_of(name) or "T1w") != "T1w":
         raise ValueError(f"{name}: the brain is found in T1w heads only, this is {contrast_of(name)}; give a mask")
     try:
-        return brain_mask(np.asarray(volume.array, np.float32), volume.voxel_mm) > 0.5
+        return even_brain(np.asarray(volume.array, np.float32), volume.voxel_mm)[0] > 0.5
     except ValueError as error:
         raise ValueError(f"{name}: {error}; give a mask") from error
 
