@@ -14,9 +14,13 @@ Rows: file, mask, R, method. PSNR (peak: largest magnitude of the reference), SS
 has the noise of the scan, the same as in the measured samples, so an image that keeps that noise comes closer to it
 than one without. "unmeasured" has no such favourite: error over signal of the samples that no method has seen, root
 mean squares with the expected noise taken off (coil by coil, with the maps of the undersampled data). Calibration
-(variance of draws / squared error of their mean) and coverage of the 90 % interval, of magnitudes inside the object;
-chi-square a held-out sample under the error model that the scan chose, and the verdict (`reconstruction.trust`);
-seconds; peak memory of the process so far. Writes table.md, results.json and sheet.png into --out.
+(variance of draws / squared error of their mean) and coverage of the 90 % interval, of magnitudes inside the object.
+Both hold the reference's noise against the draws, which are of the image without it; so they are asked a second time,
+"noisy": each draw then has the noise that samples nobody measured bring into the reference (of the level that the
+measured ones tell), and what is between the intervals is the reference itself. "its noise" is the share of the squared
+error that this noise explains. Chi-square a held-out sample under the error model that the scan chose, and the verdict
+(`reconstruction.trust`); seconds; peak memory of the process so far. Writes table.md, results.json and sheet.png into
+--out.
 """
 
 import argparse
@@ -49,7 +53,7 @@ from companion.models.architectures import network_of
 from companion.models.checkpoint import load_denoiser
 from companion.models.errors import load_errors
 from companion.operators.masks import cartesian_mask
-from companion.operators.mri import fft
+from companion.operators.mri import fft, ifft
 from companion.papers.real_scan import FULL
 from companion.randomness import randn
 from companion.reconstruction import held_out, regularised, trust
@@ -90,6 +94,12 @@ class Case:
         apart = predicted * seen / seen.abs() - self.full
         error, signal = (v[hidden].abs().square().mean().item() - noise for v in (apart, self.full))
         return (max(error, 0.0) / signal) ** 0.5
+
+    def as_reference(self, draws: Tensor, seed: int = 0) -> Tensor:
+        """Draws (draw, set, y, x) as the reference shows an image: with the noise of the samples that were left out."""
+        hidden = (self.full != 0) & (self.m.y == 0)
+        noise = randn((len(draws), *self.full.shape[1:]), draws.dtype, torch.Generator().manual_seed(seed))
+        return draws + (self.m.maps.conj() * ifft(self.m.noise_std * noise * hidden)[:, None]).sum(2)
 
     @property
     def inside(self) -> Tensor:
@@ -204,6 +214,9 @@ def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None
         "unmeasured": case.unmeasured(x),
         "calibration": None,
         "coverage": None,
+        "calibration, noisy": None,
+        "coverage, noisy": None,
+        "its noise": None,
         "chi-square": None,
         "looks like its organ": None,
         "verdict": "",
@@ -211,9 +224,12 @@ def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None
         "memory (GiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
     if draws is not None:
-        spread = case.m.magnitude(draws)[:, None]
-        line["calibration"] = metrics.calibration_ratio(spread, truth, mask=case.inside).item()
-        line["coverage"] = metrics.coverage(spread, truth, (0.9,), mask=case.inside)[1].item()
+        for images, noisy in ((draws, ""), (case.as_reference(draws), ", noisy")):
+            spread = case.m.magnitude(images)[:, None]
+            line[f"calibration{noisy}"] = metrics.calibration_ratio(spread, truth, mask=case.inside).item()
+            line[f"coverage{noisy}"] = metrics.coverage(spread, truth, (0.9,), mask=case.inside)[1].item()
+        noise = case.m.noise_std**2 * ((case.full != 0) & (case.m.y == 0)).any(1).float().mean()
+        line["its noise"] = (noise / (found - truth)[case.inside].square().mean()).item()
     return line
 
 

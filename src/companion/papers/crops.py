@@ -40,13 +40,20 @@ class TrainOnCrops(Training, batch_size=8, learning_rate=6e-4):
     ema_halflife: float = param(3000.0, "half-life of the averaged weights, images; short at first", minimum=0)
 
     @property
+    def large_pixels(self) -> bool:
+        """Whether heads whose voxels are larger than a millimetre are sharp enough, too."""
+        return False
+
+    @property
     def bank_folder(self) -> Path:
         """The folder of the images, of their own where more heads are in them."""
-        return project_root() / (f"{self.bank}_more" if self.more_heads else self.bank)
+        kind = "_more" if self.more_heads and not self.large_pixels else "_all" if self.more_heads else ""
+        return project_root() / f"{self.bank}{kind}"
 
     def head_paths(self) -> dict[str, Path]:
         """Return name -> file of the real heads to learn from. Raises FileNotFoundError when one is missing."""
-        splits = [] if not self.heads else ["train", "more"] if self.more_heads else ["train"]
+        more = [] if not self.more_heads else ["more", "large"] if self.large_pixels else ["more"]
+        splits = ["train", *more] if self.heads else []
         found = [head_files(project_root() / str(self.heads), split) for split in splits]
         return {name: path for files in found for name, path in files.items()}
 

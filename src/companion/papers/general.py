@@ -37,6 +37,7 @@ PART = 250  # images in a file of the bank
 NOISY, NOISE = 0.7, (0.002, 0.03)  # share of images with noise, and its standard deviation per real component
 LEAVES, BRAIN = 0.2, 0.07  # shares of the bank: dead leaves, and brains without a head
 NO_FAT = 0.3  # share of the whole heads whose fat is suppressed
+LARGE_MM = 1.5  # pixels from which heads of larger voxels are sharp enough
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class TrainGeneral(TrainOnCrops, bank="data/head_images", steps=20000):
     """Parameters of general/train.ipynb."""
 
     pixels_from_mm: float = param(0.0, "smallest pixels to learn from, mm; below 4 (0: all sizes)", minimum=0)
+
+    @property
+    def large_pixels(self) -> bool:
+        return self.pixels_from_mm >= LARGE_MM
 
 
 def prior_config(

@@ -61,6 +61,10 @@ class TrainHeads(
 
     general: str | None = param("general/2d", "prior of complex images whose weights to begin with; none: random")
 
+    @property
+    def large_pixels(self) -> bool:
+        return True
+
 
 def prior_config(model_channels: int, channel_mult: tuple[float, ...], patch: int, images: int) -> dict:
     """Return what `build` makes the denoiser from: activity of any size, one channel for the error's variance."""
