@@ -109,14 +109,14 @@ def _regrown(even: np.ndarray, brain: np.ndarray, voxel_mm: np.ndarray) -> np.nd
         return brain
     opened = tissue & (_depth(_depth(tissue) <= 1) <= 1.6)  # no bridges of one voxel, as dura is
     for _ in range(2):  # gyri that erosion had taken
-        core = core | (ndimage.binary_dilation(core) & opened)
+        core = core | (np.asarray(ndimage.binary_dilation(core), bool) & opened)
     return _on_grid(_closed(core), even.shape, voxel_mm)
 
 
 def _coarse(image: np.ndarray, voxel_mm: np.ndarray) -> np.ndarray:
     """An image (x, y, z) on the grid of `COARSE_MM`, with little of its noise."""
     coarse = ndimage.zoom(np.asarray(image, np.float32), voxel_mm / COARSE_MM, order=1, grid_mode=True, mode="nearest")
-    return ndimage.gaussian_filter(coarse, 0.4)
+    return np.asarray(ndimage.gaussian_filter(coarse, 0.4))
 
 
 def _on_grid(inside: np.ndarray, shape: tuple[int, ...], voxel_mm: np.ndarray) -> np.ndarray:
@@ -153,7 +153,7 @@ def _core(tissue: np.ndarray, radius: int) -> np.ndarray | None:
 def _closed(inside: np.ndarray) -> np.ndarray:
     """A mask with its sulci, ventricles and holes."""
     closed = _depth(_depth(~inside) <= CLOSING) > CLOSING
-    return ndimage.binary_fill_holes(closed | inside)
+    return np.asarray(ndimage.binary_fill_holes(closed | inside))
 
 
 def tissue_levels(signal: np.ndarray, brain: np.ndarray, iterations: int = 60) -> tuple[float, float, float]:
