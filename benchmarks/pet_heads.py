@@ -13,8 +13,8 @@ from pixels of 0.875 mm with strips, detectors of 4 mm, 20 % scatter and 10 % ra
 of the image, a blur of the image of 4 mm, and a scatter estimate that is broader and 10 % off
 (`companion.acquisition.simulated`). The settings of the classical methods come from pet_heads_tuned.json, made on
 validation heads; the folder is never tuned on. "MLEM, oracle stop" stops where each slice is best. "MR:" and ", MR"
-have the person's T1-weighted image too, from which the activity was made: as good as an MR can be, but for the lesion,
-which it does not show. --mr-off moves it by so many millimetres, in another direction in each slice. With --step-mm
+have the person's T1-weighted image too, from which the activity was made, its receive bias taken out: as good as an MR
+can be, but for the lesion, which it does not show. --mr-off moves it by so many millimetres, in another direction in each slice. With --step-mm
 slices follow one another, with one lesion through several of them, and Bowsher's prior knows
 (--tune with it, too).
 
