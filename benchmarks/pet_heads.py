@@ -14,8 +14,8 @@ of the image, a blur of the image of 4 mm, and a scatter estimate that is broade
 (`companion.acquisition.simulated`). The settings of the classical methods come from pet_heads_tuned.json, made on
 validation heads; the folder is never tuned on. "MLEM, oracle stop" stops where each slice is best. "MR:" and ", MR"
 have the person's T1-weighted image too, from which the activity was made, its receive bias taken out: as good as an MR
-can be, but for the lesion, which it does not show. --mr-off moves it by so many millimetres, in another direction in each slice. With --step-mm
-slices follow one another, with one lesion through several of them, and Bowsher's prior knows
+can be, but for the lesion, which it does not show. --mr-off moves it by so many millimetres, in another direction in
+each slice. With --step-mm slices follow one another, with one lesion through several of them, and Bowsher's prior knows
 (--tune with it, too).
 
 Columns: NRMSE against the activity; calibration, the variance of the draws over the squared error of their mean (1 is

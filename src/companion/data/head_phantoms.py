@@ -72,8 +72,10 @@ def fdg_slices(
 
 
 def mr_slices(active: ActiveHead, count: int = 4, step_mm: float | None = None) -> Tensor:
-    """Return the T1-weighted signal (slice, 1, y, x) where `fdg_slices` makes activity: what a PET/MR scan brings, without its
-    receive bias."""
+    """Return the T1-weighted signal (slice, 1, y, x) where `fdg_slices` makes activity: what a PET/MR scan brings.
+
+    Its receive bias is taken out, as `active_head` does.
+    """
     return torch.stack([active.head.at(plane(active, height)) for height in heights(active, count, step_mm)])[:, None]
 
 

@@ -41,7 +41,7 @@ FINEST_MM = 0.9  # voxels below .85 mm, which scanners interpolate, are made as 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a head comes from: a file inside a package or a repository, or the DICOM series of a repository's folder."""
+    """Where a head comes from: a file in a package or a repository, or the DICOM series of a repository's folder."""
 
     name: str
     about: str
