@@ -130,13 +130,14 @@ def volumes(head: Head, single: Prior, prior: Prior, args) -> list[dict]:
                             print(trusted_sequence.of_volume(told).verdict, flush=True)
                             shares.setdefault(name, []).extend(one.share for one in told)
                             fell = samples.x.mean(0) + (samples.x - samples.x.mean(0)) / told[0].widening ** 0.5
-                            add_terms(terms, f"{name}, as they fell", fell, scan)
+                            add_terms(terms, f"{name}, as they fell", fell, scan, samples.paired)
                         else:
                             samples = reconstruct(*how)
                         estimates[name] = samples.x.mean(0)
-                        add_terms(terms, name, samples.x, scan)
+                        add_terms(terms, name, samples.x, scan, samples.paired)
                         mask = inside(scan.truth.abs())
-                        within = metrics.coverage(samples.x.abs(), scan.truth.abs(), levels=(0.9,), mask=mask)[1]
+                        how = {"levels": (0.9,), "mask": mask, "paired": samples.paired}
+                        within = metrics.coverage(samples.x.abs(), scan.truth.abs(), **how)[1]
                         covered.setdefault(name, []).append(within.mean().item())
                     for name, x in estimates.items():
                         found.setdefault(name, []).append(score(x, scan, False)["PSNR"])
@@ -155,9 +156,9 @@ def volumes(head: Head, single: Prior, prior: Prior, args) -> list[dict]:
     return rows
 
 
-def add_terms(terms: dict[str, list], name: str, x: Tensor, scan: Scan) -> None:
+def add_terms(terms: dict[str, list], name: str, x: Tensor, scan: Scan, paired: bool) -> None:
     """Those of the calibration of draws x (draw, frame, 1, y, x)."""
-    terms.setdefault(name, []).append(metrics.calibration_terms(x.abs(), scan.truth.abs()))
+    terms.setdefault(name, []).append(metrics.calibration_terms(x.abs(), scan.truth.abs(), paired))
 
 
 def main(argv=None) -> None:

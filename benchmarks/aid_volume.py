@@ -35,7 +35,7 @@ def evaluate(prior: Prior, scans: list[Scan], sampler: Sampler, context: str) ->
         samples = reconstruct(prior, scan, sampler, context, seed=i * sampler.draws)
         one.append(sequence.score(samples.x[0], scan, False)["PSNR"])
         mean.append(sequence.score(samples.x.mean(0), scan, False)["PSNR"])
-        terms.append(metrics.calibration_terms(samples.x.abs(), scan.x.abs()))
+        terms.append(metrics.calibration_terms(samples.x.abs(), scan.x.abs(), samples.paired))
         seconds.append(samples.bill.seconds)
     ratio = sum(a for a, _ in terms) / sum(b for _, b in terms)
     return {"one draw": one, "mean": mean, "calibration": ratio, "seconds": sum(seconds) / len(seconds)}

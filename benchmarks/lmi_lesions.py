@@ -60,8 +60,8 @@ def study(
     settings = {sdedit_name(1.0): Setting((), start=1.0, begin="source")} | {name: ABLATION[name] for name in ROWS}
     settings |= {"recommended": prior.recommended}
     for name, one in settings.items():
-        draws = translate(prior, truth if one.oracle else given, replace(one, **setting), seed=seed).draws
-        support = supported(given, draws, sides=True)
+        made = translate(prior, truth if one.oracle else given, replace(one, **setting), seed=seed)
+        draws, support = made.draws, supported(given, made.draws, sides=True, paired=made.paired)
         found[name] = (draws.mean(0), support)
         if name == "recommended":
             found["recommended, mended"] = (support.mended(draws.mean(0)), support)

@@ -59,7 +59,7 @@ from companion.operators.linear import LinearOperator
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
 from companion.operators.noncartesian import GOLDEN, noncartesian_sense, radial_trajectory
-from companion.randomness import randn
+from companion.randomness import antithetic, randn
 from companion.reconstruction import held_out, regularised, trust
 from companion.reconstruction.one_pass import NAME, one_pass
 
@@ -174,14 +174,14 @@ class Row:
     memory_gb: float
 
 
-def score(name, size, R, method, x, truth, seconds, draws=None, chi2=None, verdict="") -> Row:
+def score(name, size, R, method, x, truth, seconds, draws=None, chi2=None, verdict="", paired=False) -> Row:
     """The scores of images x and draws (draw, slice, 1, y, x) against the complex truth (slice, 1, y, x)."""
     calibration = coverage = None
     if draws is not None:
         together = draws.abs().movedim(1, 2).flatten(2, 3)[:, None], truth.abs().movedim(0, 1).flatten(1, 2)[None]
-        calibration = metrics.calibration_ratio(*together).item()
+        calibration = metrics.calibration_ratio(*together, paired=paired).item()
         mask = inside(truth.abs())
-        coverage = metrics.coverage(draws.abs(), truth.abs(), levels=(0.9,), mask=mask)[1].mean().item()
+        coverage = metrics.coverage(draws.abs(), truth.abs(), levels=(0.9,), mask=mask, paired=paired)[1].mean().item()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     means = (f(x, truth).mean().item() for f in (metrics.psnr, metrics.ssim, metrics.nrmse))
     return Row(name, size, R, method, *means, calibration, coverage, chi2, verdict, seconds, memory)
@@ -219,10 +219,12 @@ def study(name: str, load, settings: dict, args) -> tuple[list[Row], Sheets]:
             images[OURS[1]] = torch.cat([s.mean.mean(0, keepdim=True) for s in plain])
             images[OURS[2]] = torch.cat([s.mean for s in trusted])
             first = verdict.first.score.chi2
-            rows.append(score(name, size, R, OURS[0], images[OURS[0]], x, seconds[0], draws))
-            rows.append(score(name, size, R, OURS[1], images[OURS[1]], x, seconds[0], draws))
+            paired = plain[0].paired
+            rows.append(score(name, size, R, OURS[0], images[OURS[0]], x, seconds[0], draws, paired=paired))
+            rows.append(score(name, size, R, OURS[1], images[OURS[1]], x, seconds[0], draws, paired=paired))
             wide = torch.stack([s.x for s in trusted], 1)
-            rows.append(score(name, size, R, OURS[2], images[OURS[2]], x, seconds[1], wide, first, verdict.verdict))
+            told = {"chi2": first, "verdict": verdict.verdict}
+            rows.append(score(name, size, R, OURS[2], images[OURS[2]], x, seconds[1], wide, paired=paired, **told))
             for row in rows[-len(images) :]:
                 print(
                     f"{name} {size} R={R} {row.method}: {row.psnr:.2f} dB {row.calibration} {row.verdict}", flush=True
@@ -274,13 +276,15 @@ def reconstruct(prior: Prior, A, y, leaning, acs, seed, args):
         one, began = y[i : i + 1], time.perf_counter()
         image = leaning(A, one)
         plain.append(
-            annealed_gibbs(D, posterior_mean(A, one, NOISE, own, balance=True), sigmas, seeds=draws, start=image)
+            annealed_gibbs(
+                D, posterior_mean(A, one, NOISE, own, balance=True), sigmas, seeds=antithetic(draws), start=image
+            )
         )
         spent[0] += time.perf_counter() - began
         began = time.perf_counter()
         same = (found.chosen.name, found.chosen.scale) == (found.first.name, found.first.scale)
         G = posterior_mean(A, one, NOISE, found.error, balance=True)
-        again = plain[-1] if same else annealed_gibbs(D, G, sigmas, seeds=draws, start=image)
+        again = plain[-1] if same else annealed_gibbs(D, G, sigmas, seeds=antithetic(draws), start=image)
         shares.append(found.of(A, again, image))
         trusted.append(shares[-1].apply(again, image))
         spent[1] += time.perf_counter() - began + (same * plain[-1].bill.seconds * args.draws)

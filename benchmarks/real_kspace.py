@@ -44,6 +44,7 @@ from companion.data.raw.scan import gapless, read_kspace
 from companion.diffusion.covariance import FIT_SIGMAS
 from companion.diffusion.denoisers import AnySize
 from companion.diffusion.recalibration import ErrorModel
+from companion.diffusion.sampling import Samples
 from companion.diffusion.sets import EachSet
 from companion.evaluation import metrics
 from companion.evaluation.organ import known_to
@@ -55,7 +56,7 @@ from companion.models.errors import load_errors
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import fft, ifft
 from companion.papers.real_scan import FULL
-from companion.randomness import randn
+from companion.randomness import antithetic, randn
 from companion.reconstruction import held_out, regularised, trust
 from companion.reconstruction.one_pass import NAME, one_pass
 from companion.reconstruction.regularised import bart_pics, cg, tv, wavelet
@@ -98,7 +99,7 @@ class Case:
     def as_reference(self, draws: Tensor, seed: int = 0) -> Tensor:
         """Draws (draw, set, y, x) as the reference shows an image: with the noise of the samples that were left out."""
         hidden = (self.full != 0) & (self.m.y == 0)
-        noise = randn((len(draws), *self.full.shape[1:]), draws.dtype, torch.Generator().manual_seed(seed))
+        noise = randn(self.full.shape[1:], draws.dtype, antithetic(range(seed, seed + len(draws))))
         return draws + (self.m.maps.conj() * ifft(self.m.noise_std * noise * hidden)[:, None]).sum(2)
 
     @property
@@ -200,8 +201,8 @@ def classical(m: Measurement) -> dict:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None = None) -> dict:
-    """One line of the table. draws: (draw, set, y, x)."""
+def row(case: Case, method: str, x: Tensor, seconds: float, samples: Samples | None = None) -> dict:
+    """One line of the table. samples: draws (draw, set, y, x) about x."""
     truth, found = case.reference.abs(), case.m.magnitude(x)
     line = {
         "scan": case.name,
@@ -223,11 +224,12 @@ def row(case: Case, method: str, x: Tensor, seconds: float, draws: Tensor | None
         "seconds": seconds,
         "memory (GiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
-    if draws is not None:
-        for images, noisy in ((draws, ""), (case.as_reference(draws), ", noisy")):
+    if samples is not None:
+        how = {"mask": case.inside, "paired": samples.paired}
+        for images, noisy in ((samples.x, ""), (case.as_reference(samples.x), ", noisy")):
             spread = case.m.magnitude(images)[:, None]
-            line[f"calibration{noisy}"] = metrics.calibration_ratio(spread, truth, mask=case.inside).item()
-            line[f"coverage{noisy}"] = metrics.coverage(spread, truth, (0.9,), mask=case.inside)[1].item()
+            line[f"calibration{noisy}"] = metrics.calibration_ratio(spread, truth, **how).item()
+            line[f"coverage{noisy}"] = metrics.coverage(spread, truth, (0.9,), **how)[1].item()
         noise = case.m.noise_std**2 * ((case.full != 0) & (case.m.y == 0)).any(1).float().mean()
         line["its noise"] = (noise / (found - truth)[case.inside].square().mean()).item()
     return line
@@ -284,7 +286,7 @@ def evaluate(
     if found.share > 0:  # what the image leans on, taken off again
         images["posterior mean"] = images[LEANING] + (samples.mean - images[LEANING]) / found.share
         rows.append(row(case, "posterior mean", images["posterior mean"], seconds))
-    rows.append(row(case, "trusted", images["trusted"], seconds, samples.x))
+    rows.append(row(case, "trusted", images["trusted"], seconds, samples))
     rows[-1] |= {"chi-square": found.chosen.score.chi2, "verdict": found.verdict}
     if found.look is not None:
         rows[-1] |= {"looks like its organ": found.look.probability}

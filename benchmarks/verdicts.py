@@ -145,7 +145,8 @@ def study(name: str, head: bool, draw: Draw, prior, organ: Organ | None, number:
     )  # fmt: skip
     scores = {c.name: c.score for c in reversed(found.tried)}  # of a name, those at scale 1
     own, leaves = found.first.score, scores.get("dead leaves", found.first.score)
-    draws, error = samples.x.var(0).sum().item(), (samples.mean - x).abs().square().sum().item()
+    draws = metrics.spread(samples.x, samples.paired).variance.sum().item()
+    error = (samples.mean - x).abs().square().sum().item()
     step = samples.mean - leaning(A, y)  # share * (posterior mean - classical image)
     best_share = found.share * ((step.conj() * (x - samples.mean + step)).real.sum() / step.abs().square().sum()).item()
     return {

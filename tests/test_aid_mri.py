@@ -171,7 +171,7 @@ def test_every_choice_goes_from_scan_to_table(tiny, fewer_people, options):
     methods = [name for model in models for name in (model, f"{model}, one draw")]
     assert set(result.images) == set(methods) and set(result.draws) == set(models) == set(result.calibration)
     for name in models:
-        draws = result.draws[name]
+        draws = result.draws[name].x
         assert draws.shape == (p.draws, p.frames, 1, p.image_size, p.image_size) and torch.isfinite(draws).all()
         assert torch.equal(result.images[name], draws.mean(0)) and draws.std() > 0
         if p.start == "truth" and name != "CSGM-Langevin":
@@ -329,13 +329,13 @@ def test_draws_depend_on_their_seed_and_not_on_other_volumes_or_draws(tiny, prio
     scans, both = case.scans, study(p, [case], progress=False)
     alone = study(p, [replace(case, scans=scans[:1])], progress=False)
     assert both.rows[: len(alone.rows)] == alone.rows
-    assert torch.equal(both.draws["AID"], alone.draws["AID"])
+    assert torch.equal(both.draws["AID"].x, alone.draws["AID"].x)
     second = score(reconstruct(priors["sequence"], scans[1], p, "full", p.seed + p.draws).x.mean(0), scans[1], False)
     assert both.rows[len(alone.rows)].items() >= second.items()
-    one = reconstruct(priors["sequence"], scans[0], replace(p, draws=3), "full", p.seed).x
-    torch.testing.assert_close(one[:2], alone.draws["AID"], rtol=1e-3, atol=1e-4)
+    one = reconstruct(priors["sequence"], scans[0], replace(p, draws=4), "full", p.seed).x
+    torch.testing.assert_close(one[:2], alone.draws["AID"].x, rtol=1e-3, atol=1e-4)
     one = csgm(priors["single"], scans[0], replace(p, draws=3), p.seed).x
-    torch.testing.assert_close(one[:2], alone.draws["CSGM-Langevin"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(one[:2], alone.draws["CSGM-Langevin"].x, rtol=1e-3, atol=1e-4)
 
 
 def test_context_reaches_slices_as_the_model_says(tiny, priors):
@@ -365,10 +365,10 @@ def test_networks_that_concatenate_start_from_a_blank_frame(tiny, tmp_path):
 def test_measured_and_inferred_parts_add_up(tiny, priors):
     p = tiny(acceleration=2)
     scan = simulate(p, "test", 0, REFERENCE)
-    draws = reconstruct(priors["sequence"], scan, p, "full", 0).x
-    maps = measured_and_inferred(scan, draws, 1)
+    samples = reconstruct(priors["sequence"], scan, p, "full", 0)
+    maps = measured_and_inferred(scan, samples, 1)
     assert all(m.shape == (1, 24, 24) for m in maps.values())
-    torch.testing.assert_close(maps["measured part"] + maps["inferred part"], draws[:, 1].mean(0))
+    torch.testing.assert_close(maps["measured part"] + maps["inferred part"], samples.x[:, 1].mean(0))
     seen = scan.operator(1)(maps["inferred part"]).norm() / scan.operator(1)(maps["measured part"]).norm()
     assert seen < 0.05
     for name in ("measured", "agreement"):
@@ -507,7 +507,7 @@ def test_an_undersampled_file_is_reconstructed_and_not_scored(tiny, fewer_people
     assert scan.y[..., ~mask].abs().max() == 0 and scan.noise_std / scan.scale == pytest.approx(0.004 * UNITS, rel=0.1)
     result = study(p, [case], progress=False)
     assert result.rows == [] and result.calibration == {} and summary(result.rows) == []
-    assert result.draws["AID"].shape == (2, SLICES, 1, ROWS, COLUMNS) and torch.isfinite(result.draws["AID"]).all()
+    assert result.draws["AID"].x.shape == (2, SLICES, 1, ROWS, COLUMNS) and torch.isfinite(result.draws["AID"].x).all()
     own = torch.stack([scan.operator(n)(result.images["AID"][n]) for n in range(SLICES)])
     assert (own - scan.y)[..., mask].norm() < 0.2 * scan.y.norm()
     few = np.zeros(COLUMNS, bool)

@@ -362,6 +362,16 @@ def test_sliders_over_runs_choose_the_run(examples):
         RunGrid([])
 
 
+def test_a_parameter_that_one_run_sets_and_the_first_does_not_has_a_slider(examples):
+    entries = [e for e in find_entries(examples) if e.get("stage") == "pet"][:2]
+    for e, value in zip(entries, (None, [3, 4]), strict=True):
+        e.parameters["slices"] = value
+    grid = RunGrid(entries)
+    assert grid.sliders["slices"].label == "not set"
+    grid.sliders["slices"].value = (3, 4)
+    assert grid.entry is entries[1] or "no run with" in grid.said.value
+
+
 def test_bad_folders_are_grey_with_their_reason_and_break_nothing(examples, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(examples / "example" / "pet", runs)

@@ -11,11 +11,11 @@ from companion.diffusion.exact import GaussianDenoiser
 from companion.diffusion.gibbs import annealed_gibbs, split_gibbs
 from companion.diffusion.guidance import posterior_mean
 from companion.diffusion.noise import karras, log_uniform
-from companion.evaluation import known_posterior
+from companion.evaluation import known_posterior, metrics
 from companion.operators.linear import Identity
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps, sense
-from companion.randomness import generators, randn
+from companion.randomness import antithetic, generators, randn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import exact_posterior as bench  # noqa: E402
@@ -70,6 +70,42 @@ def test_annealed_gibbs_samples_the_sense_posterior_with_few_calls_and_many(refr
     assert scores["mean_error"] < 0.15 and abs(scores["variance_ratio"] - 1) < 0.08
     with pytest.raises(TypeError, match="Jacobian"):
         annealed_gibbs(problem.prior, posterior_mean(problem.A, problem.y, 0.05, Jacobian()), [1.0, 0.1], seeds=0)
+
+
+@pytest.mark.parametrize("name, least", [("gaussian", 25), ("mixture", 6)])
+def test_the_mean_of_a_pair_of_antithetic_draws_is_that_of_many(name, least):
+    """The Monte-Carlo part of its squared error, against that of two independent draws."""
+    problem = known_posterior.make_problem(name, size=8, R=2, noise_std=0.05, draws=500)
+    covariance = Measured.fit(problem.prior, problem.images(64), bench.LEVELS)
+    G = posterior_mean(problem.A, problem.y, 0.05, covariance, iterations=60, tol=0.0)
+    left, variance = {}, {}
+    for kind, make in (("independent", generators), ("pairs", antithetic)):
+        found = annealed_gibbs(problem.prior, G, karras(20, 0.25, 5.0), seeds=make(range(200)))
+        two = found.x.unflatten(0, (-1, 2)).mean(1)
+        left[kind] = (two - two.mean(0)).abs().square().mean()
+        variance[kind] = metrics.spread(found.x, found.paired).variance.mean()
+        assert found.paired == (kind == "pairs") and len(found.centres) == (100 if found.paired else 200)
+    assert left["independent"] > least * left["pairs"]
+    assert variance["pairs"] == pytest.approx(variance["independent"].item(), rel=0.1)
+
+
+def test_antithetic_draws_are_the_same_in_any_batch_and_independent_where_their_number_is_odd():
+    problem = known_posterior.make_problem("gaussian", size=8, R=2, noise_std=0.05, draws=10)
+    G = posterior_mean(problem.A, problem.y, 0.05, iterations=40)
+    levels = karras(4, 0.05, 5.0)
+    whole, parts = (
+        annealed_gibbs(problem.prior, G, levels, seeds=antithetic("3-6"), batch_size=size) for size in (4, 1)
+    )
+    torch.testing.assert_close(whole.x, parts.x, rtol=1e-4, atol=1e-5)
+    alone = annealed_gibbs(problem.prior, G, levels, seeds=antithetic("3-4"))
+    torch.testing.assert_close(whole.x[:2], alone.x, rtol=1e-4, atol=1e-5)
+    three = annealed_gibbs(problem.prior, G, levels, seeds=antithetic("3-5"))
+    plain = annealed_gibbs(problem.prior, G, levels, seeds="3-5")
+    assert torch.equal(three.x, plain.x) and not three.paired and torch.equal(three.centres, three.mean)
+    noise = randn((5,), torch.float32, antithetic((7, 8)))
+    assert torch.equal(noise[0], -noise[1])
+    a, b = (torch.rand(4, generator=g) for g in antithetic((7, 8)))
+    assert not torch.allclose(a, b), "what is not noise differs"
 
 
 def test_a_seed_gives_the_same_draw_alone_and_in_a_batch():

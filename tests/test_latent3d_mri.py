@@ -150,7 +150,7 @@ def test_data_pull_an_ignorant_prior_towards_the_truth(prior):
     assert psnr["trusted"] > max(psnr["total variation"], psnr[f"{P.methods[0]} + data"]) - 0.5
     table = latent.score([made], [scan])
     assert [row["method"] for row in table] == list(made.images) and table[0]["n"] == 1
-    assert latent.calibration(made.draws["projection"], scan.x) > 0
+    assert made.calibration(scan.x)["projection"] > 0
 
 
 def test_held_out_readouts_tell_a_prior_that_knows_nothing(prior):

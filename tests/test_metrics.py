@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from companion.evaluation.metrics import calibration_ratio, coverage, mean_and_error, nrmse, psnr, ssim
+from companion.evaluation.metrics import calibration_ratio, coverage, mean_and_error, nrmse, psnr, spread, ssim
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -74,6 +74,24 @@ def test_a_perfect_sampler_is_calibrated(dtype, n):
     levels, shares = coverage(draws, truth)
     assert shares.shape == (4, len(levels))
     assert torch.allclose(shares.mean(0), levels, atol=0.015)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.0], ids=["opposite", "in part", "independent"])
+def test_a_perfect_sampler_in_pairs_is_calibrated(share):
+    """Half of the noise of each pair, or less, is opposite; `spread` does not know how much."""
+    truth, n = draw(4, 1, 64, 64, seed=1), 8
+    opposite = draw(n // 2, 4, 1, 64, 64, seed=2).repeat_interleave(2, 0)
+    opposite[1::2] *= -1
+    draws = share**0.5 * opposite + (1 - share) ** 0.5 * draw(n, 4, 1, 64, 64, seed=3)
+    assert calibration_ratio(draws, truth, paired=True).mean().item() == pytest.approx(1, abs=0.04)
+    levels, shares = coverage(draws, truth, paired=True)
+    assert torch.allclose(shares.mean(0), levels, atol=0.015 if share == 1 else 0.035)  # as if less were known of them
+    found = spread(draws, paired=True)
+    assert found.variance.mean().item() == pytest.approx(1, abs=0.03)
+    assert found.of_mean.mean().item() == pytest.approx((1 - share) / n, abs=0.01)
+    if share == 1:
+        wide = calibration_ratio(draws, truth).mean().item()
+        assert wide == pytest.approx((1 + 1 / n) * n / (n - 1), rel=0.05), "taken for independent they seem too wide"
 
 
 def test_over_confidence_is_seen():

@@ -12,6 +12,7 @@ import torch
 from companion.data.cfl import write_cfl
 from companion.diffusion.covariance import Measured
 from companion.diffusion.recalibration import ErrorModel
+from companion.diffusion.sampling import Bill, Samples
 from companion.diffusion.sets import EachSet
 from companion.operators.mri import birdcage_maps, fft
 
@@ -86,7 +87,8 @@ def test_the_noise_of_the_reference_is_not_held_against_draws(benchmark, raw):
     image = (case.m.maps.conj() * benchmark.ifft(torch.where(case.m.y != 0, case.full, clean))[:, None]).sum(2)
     draws = case.as_reference(image.expand(64, -1, -1, -1))
     assert torch.equal(draws, case.as_reference(image.expand(64, -1, -1, -1)))
-    line = benchmark.row(case, "right", image, 0.0, image.expand(8, -1, -1, -1))
+    same = Samples(image.expand(8, -1, -1, -1), Bill(0, 0, 0.0), paired=True)
+    line = benchmark.row(case, "right", image, 0.0, same)
     assert line["calibration"] < 1e-6 and line["coverage"] < 0.01
     assert line["calibration, noisy"] == pytest.approx(1, abs=0.12) and line["its noise"] == pytest.approx(1, abs=0.12)
     assert line["coverage, noisy"] > 0.65  # of 8 draws, between the fifth and the ninety-fifth percentile

@@ -228,8 +228,10 @@ def test_a_prior_of_something_else_is_found_out_and_the_classical_image_taken():
     errors = {"its own people": error_of(wrong)}
     options = dict(acs=4, seeds=range(4), evaluations=8, levels=LEVELS, classical=lambda A, y: x)
     result, found = trust.reconstruct(wrong, A, y, NOISE, errors, **options, extra=1.0)
-    assert not found.knows and not found.helps and found.widening >= 1
-    assert "classical reconstruction preferred" in found.verdict
+    assert found.held_share == 0 and found.share < 0.5 and found.widening >= 1
+    split = held_out.hold_out(A, y, acs=4)
+    judged = trust.assess(wrong, split, NOISE, errors, levels=LEVELS, classical=lambda A, y: x, beside=False)
+    assert not judged.knows and not judged.helps and "classical reconstruction preferred" in judged.verdict
     assert torch.allclose(result.mean, x, atol=0.5 * (x - 3).abs().max())
     right, known = trust.reconstruct(D, A, y, NOISE, {"its own": error_of(D)}, **options | {"classical": None})
     assert known.knows and known.share == 1 and known.verdict.startswith("the prior knows this scan")

@@ -1,5 +1,7 @@
 """Seeds and noise: one generator per draw, so that a seed gives the same draw in any batch."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -39,6 +41,43 @@ def generators(seeds: str | int | Generator | Iterable[int] | Iterable[Generator
     return [Generator().manual_seed(seed) for seed in parse_seeds(seeds)]
 
 
+class Signed(Generator):
+    """A generator that draws normal noise (`randn`) from one of its own, times a sign, and all else as ever.
+
+    So two of them have opposite noise however much else each of them draws.
+    """
+
+    noise: Generator
+    sign: int
+
+    @classmethod
+    def of(cls, noise: int, sign: int, seed: int) -> Signed:
+        """That of the seed `noise` for normal noise, and of another for all else."""
+        found = cls()
+        found.manual_seed(seed ^ 2**31)  # not that of the noise
+        found.noise, found.sign = Generator().manual_seed(noise), sign
+        return found
+
+
+def antithetic(seeds: str | int | Iterable[int]) -> list[Generator]:
+    """Generators of draws in pairs: every second one has the opposite noise of the one before. Of an odd number all are
+    independent.
+
+    Where a sampler takes noise to a draw nearly linearly, as one does that has seen much data, the noise cancels in the
+    mean of a pair, which is then as good as that of many independent draws; each draw alone is as random as ever. How
+    far such draws scatter is another question than for independent ones, see `metrics.spread`. [hammersley1956]
+    """
+    numbers = parse_seeds(seeds)
+    if len(numbers) % 2:
+        return generators(numbers)
+    return [Signed.of(numbers[i - i % 2], (-1) ** i, seed) for i, seed in enumerate(numbers)]
+
+
+def are_antithetic(draws: Sequence[Generator]) -> bool:
+    """Whether the generators are those of `antithetic` draws in pairs."""
+    return len(draws) > 1 and all(isinstance(draw, Signed) and draw.sign == (-1) ** i for i, draw in enumerate(draws))
+
+
 def randn(
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -56,6 +95,8 @@ def randn(
         raise TypeError("randn got no generator; randomness is an argument here: torch.Generator().manual_seed(seed)")
     if not isinstance(generator, Generator):
         return torch.stack([randn(shape, dtype, one, device) for one in generator])
+    if isinstance(generator, Signed):
+        return generator.sign * randn(shape, dtype, generator.noise, device)
     real = dtype.to_real()
     parts = (*shape, 2) if dtype.is_complex else tuple(shape)
     noise = torch.randn(parts, dtype=real, generator=generator, device=generator.device)

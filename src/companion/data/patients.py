@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from companion.data import anatomy
 from companion.data.anatomy import Subject
-from companion.data.head_tissues import brain_mask, fluid_level, receive_bias, tissue_levels
+from companion.data.head_tissues import even_brain, fluid_level, tissue_levels
 from companion.data.heads import Head
 from companion.data.heads_download import load_heads
 from companion.data.intensity import scaled
@@ -68,16 +68,17 @@ class Anatomy:
         return anatomy.sampled(self.maps, self.to_voxel, points)
 
 
-def anatomies(folder: str | Path | None, split: str, voxel_mm: float) -> list[Anatomy]:
+def anatomies(folder: str | Path | None, split: str, voxel_mm: float, more: bool = False) -> list[Anatomy]:
     """The template and the whole heads of a folder that are for a split, low-passed for voxels of `voxel_mm`.
 
-    folder: as `companion data get heads` leaves it; none: the template alone. Raises as `load_heads` does, and
-    ValueError for a head without a brain.
+    folder: as `companion data get heads` leaves it; none: the template alone. more: those of `more-heads` too, to train
+    on. Raises as `load_heads` does, and ValueError for a head without a brain.
     """
     maps, to_voxel = anatomy.template(voxel_mm)
     found = [Anatomy("ICBM 152", maps, to_voxel)]
     if folder is not None:
-        heads = [head for head in load_heads(folder, split) if not head.name.endswith("_brain")]
+        known = load_heads(folder, split) + (load_heads(folder, "more") if more else [])
+        heads = [head for head in known if not head.name.endswith("_brain")]
         found += [head_anatomy(head, voxel_mm) for head in heads]
     return found
 
@@ -87,8 +88,8 @@ def head_anatomy(head: Head, voxel_mm: float) -> Anatomy:
     x, y, z = (2 * v for v in head.voxel_mm)
     step = (x, y, z)
     signal = head.signal[::2, ::2, ::2].numpy()
-    brain = brain_mask(signal, step)
-    signal = signal / receive_bias(signal, brain, step)
+    brain, bias = even_brain(signal, step)
+    signal = signal / bias
     _, grey, white = tissue_levels(signal, brain)
     csf = fluid_level(grey, white)
     affine = np.diag([*step, 1.0])

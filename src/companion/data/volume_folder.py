@@ -14,6 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion.data import anatomy, volumes
+from companion.data.head_volumes import head_volume
+from companion.data.heads import Head
+from companion.data.heads_download import load_heads
 from companion.data.intake.records import reason
 from companion.data.intake.splits import split_people, split_table
 from companion.data.patients import anatomies
@@ -47,13 +50,15 @@ class Reading:
     people: str | None = param(None, "of files: table (CSV, TSV) with file, subject, session, split; none: by names")
 
 
-def people(source: str, split: str, shape: Sequence[int], heads: Path | None = None) -> Callable[[int], Person]:
+def people(
+    source: str, split: str, shape: Sequence[int], heads: Path | None = None, more: bool = False
+) -> Callable[[int], Person]:
     """Who makes person i of a split, always the same one: of `COHORT`, or of `PATIENTS`.
 
     Patients' anatomies take turns (`patients.anatomies`): the template and the split's heads in a folder; none: the
-    template alone. Raises FileNotFoundError where a head is missing.
+    template alone. more: with those of `more-heads`. Raises FileNotFoundError where a head is missing.
     """
-    found = anatomies(heads, split, volumes.spacing(shape)[1]) if source != COHORT else []
+    found = anatomies(heads, split, volumes.spacing(shape)[1], more) if source != COHORT else []
 
     def make(i: int) -> Person:
         subject = anatomy.Subject(anatomy.FIRST_SEED[split] + i)
@@ -69,12 +74,29 @@ def others(source: str, split: str, count: int, shape: Sequence[int]) -> Tensor:
 
 
 def virtual_people(
-    source: str, subjects: int, shape: tuple[int, ...], heads: Path | None = None, progress: bool = False
+    source: str,
+    subjects: int,
+    shape: tuple[int, ...],
+    heads: Path | None = None,
+    progress: bool = False,
+    more: bool = False,
+    whole: float = 0.0,
 ) -> dict:
-    """What `write_dataset` takes of virtual people, all for training: others are drawn when needed. See `people`."""
+    """What `write_dataset` takes of virtual people, all for training: others are drawn when needed. See `people`.
+
+    whole: share of them who are shown as whole heads instead, in any contrast and position (`head_volumes`), of cubes
+    of voxels; of them no tissue is known, 0 mL.
+    """
     image, tissue = np.empty((subjects, 1, *shape), np.float16), np.empty((subjects, 3), np.float32)
-    affine, make = np.empty((subjects, 4, 4)), people(source, "train", shape, heads)
+    affine, spacing = np.empty((subjects, 4, 4)), volumes.spacing(shape)
+    make = people(source, "train", shape, heads, more)
+    known = whole_heads(heads, more) if whole else []
     for i in tqdm(range(subjects), desc="people", disable=not progress):
+        if int((i + 1) * whole) > int(i * whole):
+            rng = np.random.default_rng([anatomy.FIRST_SEED["train"] + i, 0x3EAD])
+            head = head_volume(known[int(rng.integers(len(known)))], rng, shape[0], spacing[0])
+            image[i, 0], tissue[i], affine[i] = head.clip(0, volumes.CEILING), 0, anatomy.affine(shape, spacing[0])
+            continue
         person = make(i)
         image[i, 0], tissue[i], affine[i] = person.image, person.tissue_ml, person.affine
     seeds = [str(subject.seed) for subject in anatomy.cohort("train", subjects)]
@@ -85,6 +107,14 @@ def virtual_people(
         "source": source,
         "attrs": {"voxel_mm": list(volumes.spacing(shape))},
     }
+
+
+def whole_heads(folder: Path | None, more: bool) -> list[Head]:
+    """The heads to train on of a folder. Raises ValueError for none."""
+    if folder is None:
+        raise ValueError("whole heads need real ones; give their folder (companion data get heads)")
+    found = load_heads(folder, "train") + (load_heads(folder, "more") if more else [])
+    return [head for head in found if not head.name.endswith("_brain")]
 
 
 def read_folder(source: Path, beside: Path, r: Reading, seed: int, progress: bool = True) -> dict:

@@ -23,7 +23,7 @@ from companion.diffusion.sampling import Bill, Samples, evaluating, per_draw, sa
 from companion.diffusion.solvers import Solver
 from companion.diffusion.symmetry import moved
 from companion.operators.linear import LinearOperator
-from companion.randomness import generators, randn
+from companion.randomness import are_antithetic, generators, randn
 
 
 def annealed_gibbs(
@@ -59,6 +59,7 @@ def annealed_gibbs(
     start: a clean image (draws or 1, *A.domain_shape) in the place of x0 = 0 of the first sweep, such as CG-SENSE's:
     with it the first sigma may be as low as the errors of that image are, and sweeps are saved. Its errors are
     forgotten as far as sigma drowns them.
+    seeds: those of `randomness.antithetic` give draws in pairs, whose mean needs few of them.
     Where D states symmetries (`companion.diffusion.symmetry`), each sweep sees each draw moved by one of them.
     Raises ValueError as `sample` does and for a negative refresh, TypeError for a covariance without factor.
     [zhang2024], Algorithm 1, where f = 1, with their Langevin steps for an isotropic C replaced by an
@@ -187,7 +188,8 @@ def chain(
         G.operator_calls * len(levels),
         (time.perf_counter() - began) / count,
     )
-    return Samples(torch.cat(results), bill, mean=None if means[0] is None else torch.cat(means))
+    mean = None if means[0] is None else torch.cat(means)
+    return Samples(torch.cat(results), bill, mean=mean, paired=are_antithetic(draws))
 
 
 def check_levels(levels: Tensor | Sequence[float]) -> list[float]:

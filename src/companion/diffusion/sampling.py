@@ -32,13 +32,21 @@ class Samples:
     mean: E[x0 | x at the last level], alike, with the data if D has seen them; None where a sampler has none. Its
     average over draws and that of `x` estimate the same posterior mean, that of `mean` with less Monte-Carlo noise
     (Rao, Blackwell) and without the texture that a draw has where nothing is seen: take `mean` for an image and its
-    PSNR, `x` for error bars.
+    PSNR, `x` for error bars. paired: draws 2k and 2k + 1 are antithetic (`randomness.antithetic`), so that their noise
+    nearly cancels in their mean.
     """
 
     x: Tensor
     bill: Bill
     trajectory: Tensor | None = field(default=None, repr=False)
     mean: Tensor | None = field(default=None, repr=False)
+    paired: bool = False
+
+    @property
+    def centres(self) -> Tensor:
+        """Independent estimates of the posterior mean (draw or pair, *shape): of each draw, or of each pair."""
+        means = self.x if self.mean is None else self.mean
+        return means.unflatten(0, (-1, 2)).mean(1) if self.paired else means
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from companion.diffusion.gibbs import annealed_gibbs
 from companion.diffusion.guidance import Guidance, posterior_mean
 from companion.diffusion.sampling import Bill, Samples, check_sigmas, sample
 from companion.diffusion.solvers import Solver
-from companion.randomness import parse_seeds
+from companion.randomness import antithetic, are_antithetic, generators, parse_seeds
 
 DrawFrame = Callable[[int, Tensor | None, list[Generator]], Samples]
 
@@ -37,12 +37,14 @@ DrawFrame = Callable[[int, Tensor | None, list[Generator]], Samples]
 class SequenceSamples:
     """x: the drawn frames (draw, frame, *shape), without given context. bill: the cost of them, per draw.
 
-    mean: the conditional means of the last noise level, alike, see `Samples`; None where a frame has none.
+    mean: the conditional means of the last noise level, alike, see `Samples`; None where a frame has none. paired:
+    draws 2k and 2k + 1 are antithetic, see `Samples`.
     """
 
     x: Tensor
     bill: Bill
     mean: Tensor | None = None
+    paired: bool = False
 
 
 @torch.no_grad()
@@ -57,6 +59,7 @@ def draw_sequence(
     start: str | None = "blank",
     shared_context: str | None = None,
     first_stage: bool = False,
+    paired: bool = False,
     resume: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -79,6 +82,7 @@ def draw_sequence(
         conditioning, at the price of draws that are too narrow and depend on one another. By default each draw has its
         own past, and a seed gives the same sequence alone and in any batch.
     first_stage: gives no frame any cond.
+    paired: an even number of draws comes in antithetic pairs (`randomness.antithetic`), for means of posteriors.
     resume: frames drawn before, (draw, frame, *shape), with the same arguments. The result, which includes them, is
         that of an uninterrupted run; the bill is not.
     callback: gets dict(frame, x, cond, bill) after every frame, x (draw, *shape): store x to be able to resume.
@@ -106,7 +110,7 @@ def draw_sequence(
         for n in range(len(drawn), frames):
             newest = past[-window:] if window else past
             cond = None if first_stage else side_by_side(newest) if newest else blank
-            samples = draw_frame(n, cond, frame_generators(numbers, n))
+            samples = draw_frame(n, cond, frame_generators(numbers, n, paired))
             check_drawn(n, samples.x, (len(numbers), *shape))
             drawn.append(samples.x)
             means.append(samples.mean)
@@ -117,7 +121,8 @@ def draw_sequence(
                 callback(dict(frame=n, x=samples.x, cond=cond, bill=bill))
     known = [mean for mean in means if mean is not None]
     whole = len(known) == len(means)
-    return SequenceSamples(torch.stack(drawn, 1), bill, torch.stack(known, 1) if whole else None)
+    in_pairs = are_antithetic(frame_generators(numbers, 0, paired))
+    return SequenceSamples(torch.stack(drawn, 1), bill, torch.stack(known, 1) if whole else None, in_pairs)
 
 
 def sample_sequence(
@@ -138,7 +143,7 @@ def sample_sequence(
 
     sigmas, solver, batch_size: for each frame, as for `sample`. sigma_start: frames start from the one before them,
     noised to this level, instead of pure noise (SDEdit); the first one only if there is context. loop: window, context,
-    start, shared_context, first_stage, resume, callback and progress as for `draw_sequence`. Raises as they do.
+    start, shared_context, first_stage, paired, resume, callback and progress as for `draw_sequence`. Raises as they do.
     """
     options = dict(solver=solver, shape=tuple(shape), dtype=dtype, device=device, batch_size=batch_size)
     draw_frame = diffusion(lambda n: D, sigmas, sigma_start, loop, options)
@@ -279,13 +284,15 @@ class AllFrames:
         return getattr(self.D, "denoiser_calls", 1)
 
 
-def frame_generators(seeds: Sequence[int], frame: int) -> list[Generator]:
+def frame_generators(seeds: Sequence[int], frame: int, paired: bool = False) -> list[Generator]:
     """A CPU generator for this frame of each draw; that of frame 0 is the one that `sample` has for the seed.
 
     The seeds move by 2^32 / golden ratio a frame, modulo the 2^32 seeds that torch tells apart: of all constants this
     one keeps multiples furthest apart, so N neighbouring seeds of F frames do not meet while N F < 2^32 / 8.
+    paired: as `antithetic` makes them.
     """
-    return [Generator().manual_seed((seed + frame * 0x9E3779B1) % 2**32) for seed in seeds]
+    numbers = [(seed + frame * 0x9E3779B1) % 2**32 for seed in seeds]
+    return antithetic(numbers) if paired else generators(numbers)
 
 
 def side_by_side(frames: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ where the docstring says otherwise. `mask` broadcasts to the images and selects 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,51 +59,81 @@ def ssim(x: Tensor, reference: Tensor, data_range=None, mask=None, fit_scale: bo
     return _mean(maps, mask)
 
 
-def calibration_ratio(draws: Tensor, truth: Tensor, mask=None) -> Tensor:
+class Spread(NamedTuple):
+    """What n draws say of their law: its variance, that of their mean, and the degrees of freedom of the former."""
+
+    variance: Tensor
+    of_mean: Tensor
+    freedom: int
+
+    @property
+    def deviation(self) -> Tensor:
+        return self.variance.sqrt()
+
+
+def spread(draws: Tensor, paired: bool = False) -> Spread:
+    """The `Spread` of draws (draw, *shape), real or complex; both variances are unbiased for independent draws.
+
+    paired: draws 2k and 2k + 1 are antithetic (`randomness.antithetic`). With a and b of a pair, their half difference
+    d = (a - b) / 2 and their mean m, the variance of a draw is E|d|^2 + var m whatever their correlation, and that of
+    the overall mean var m over the pairs; one pair says nothing of var m, which is small, so 0.
+    """
+    n = len(draws)
+    if not paired:
+        variance = (draws - draws.mean(0)).abs().square().sum(0) / (n - 1)
+        return Spread(variance, variance / n, n - 1)
+    a, b = draws[::2], draws[1::2]
+    within, middle = ((a - b) / 2).abs().square().mean(0), (a + b) / 2
+    between = (middle - middle.mean(0)).abs().square().sum(0) / max(len(a) - 1, 1)
+    return Spread(within + between, between / len(a), len(a))
+
+
+def calibration_ratio(draws: Tensor, truth: Tensor, mask=None, paired: bool = False) -> Tensor:
     """Variance of the draws over squared error of their mean, (batch,): 1 calibrated, below 1 over-confident.
 
     draws `(draw, batch, channel, *space)`, truth `(batch, channel, *space)`, real or complex and compared as
-    such (pass magnitudes for magnitudes). The ratio is sum (1 + 1/n) var / sum |mean - truth|^2 over the
-    mask, with the unbiased variance of n draws. Why (1 + 1/n): for a perfect sampler the truth is one more
-    draw, so the error of a mean of n draws has variance var + var / n; with the factor, numerator and
-    denominator have the same expectation. Report the ratio of sums over subjects, or the mean over many: a
-    single small image is noisy.
+    such (pass magnitudes for magnitudes); paired as in `spread`. The ratio is sum (var + var of the mean) / sum
+    |mean - truth|^2 over the mask. Why both: for a perfect sampler the truth is one more draw, so the error of a mean
+    of n independent draws has variance var + var / n; with it, numerator and denominator have the same expectation.
+    Report the ratio of sums over subjects, or the mean over many: a single small image is noisy.
     """
     draws, truth, mask = _check_draws(draws, truth, mask)
-    n = len(draws)
-    mean = draws.mean(0)
-    variance = (draws - mean).abs().square().sum(0) / (n - 1)
-    return (1 + 1 / n) * _mean(variance, mask) / _mean((mean - truth).abs().square(), mask)
+    found = spread(draws, paired)
+    return _mean(found.variance + found.of_mean, mask) / _mean((draws.mean(0) - truth).abs().square(), mask)
 
 
-def calibration_terms(draws: Tensor, truth: Tensor) -> tuple[float, float]:
+def calibration_terms(draws: Tensor, truth: Tensor, paired: bool = False) -> tuple[float, float]:
     """Numerator and denominator of `calibration_ratio` of one image, to be summed over images of any size.
 
     draws `(draw, *shape)`, truth `(*shape)`.
     """
-    n = len(draws)
-    return ((1 + 1 / n) * draws.var(0).sum()).item(), (draws.mean(0) - truth).abs().square().sum().item()
+    found = spread(draws, paired)
+    return (found.variance + found.of_mean).sum().item(), (draws.mean(0) - truth).abs().square().sum().item()
 
 
-def pooled_calibration(draws: Tensor, truth: Tensor) -> float:
+def pooled_calibration(draws: Tensor, truth: Tensor, paired: bool = False) -> float:
     """`calibration_ratio` of all images together, as if they were one: a ratio of sums over subjects.
 
     draws `(draw, batch, channel, y, x)`, truth `(batch, channel, y, x)`.
     """
     rows = draws.movedim(1, 2).flatten(2, 3)[:, None]  # the images become rows of one
-    return calibration_ratio(rows, truth.movedim(0, 1).flatten(1, 2)[None]).item()
+    return calibration_ratio(rows, truth.movedim(0, 1).flatten(1, 2)[None], paired=paired).item()
 
 
 def coverage(
-    draws: Tensor, truth: Tensor, levels: Sequence[float] = (0.5, 0.68, 0.8, 0.9, 0.95), mask=None
+    draws: Tensor,
+    truth: Tensor,
+    levels: Sequence[float] = (0.5, 0.68, 0.8, 0.9, 0.95),
+    mask=None,
+    paired: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The levels, (level,), and the share of true pixels inside the central interval of each, (batch, level).
 
     draws `(draw, batch, channel, *space)`, truth `(batch, channel, *space)`; of complex images real and
-    imaginary parts count as pixels of their own. The interval is the Gaussian prediction interval from n
-    draws, mean +- t std sqrt(1 + 1/n), t the Student quantile with n - 1 degrees of freedom: for Gaussian
-    posteriors and a perfect sampler the share equals the level for any n >= 2; empirical quantiles of few
-    draws could not do that.
+    imaginary parts count as pixels of their own; paired as in `spread`. The interval is the Gaussian prediction
+    interval from n draws, mean +- t std sqrt(1 + 1/n), t the Student quantile with n - 1 degrees of freedom (n / 2
+    of paired draws, whose mean is known better): for Gaussian posteriors and a perfect sampler the share equals the
+    level for any n >= 2; empirical quantiles of few draws could not do that.
     """
     draws, truth, mask = _check_draws(draws, truth, mask)
     if not all(0 < level < 1 for level in levels):
@@ -110,11 +141,10 @@ def coverage(
     if draws.is_complex():
         draws, truth = torch.view_as_real(draws), torch.view_as_real(truth)
         mask = mask[..., None].expand(truth.shape)
-    n = len(draws)
-    error = (draws.mean(0) - truth).abs()
-    spread = draws.std(0) * (1 + 1 / n) ** 0.5
-    quantiles = stdtrit(n - 1, (1 + np.asarray(levels)) / 2)  # of Student's t; scipy.stats has it too, in a second more
-    shares = [_mean((error <= q * spread).to(torch.float64), mask) for q in quantiles]
+    error, found = (draws.mean(0) - truth).abs(), spread(draws, paired)
+    width = (found.variance + found.of_mean).sqrt()
+    quantiles = stdtrit(found.freedom, (1 + np.asarray(levels)) / 2)  # of Student's t; scipy.stats takes a second more
+    shares = [_mean((error <= q * width).to(torch.float64), mask) for q in quantiles]
     return torch.tensor(levels, dtype=torch.float64), torch.stack(shares, dim=-1)
 
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from companion.data.shading import FAINT, local_mean
+from companion.evaluation import metrics
 from companion.information.box_mi import BoxMI
 from companion.information.pairs import grey
 
@@ -95,10 +96,13 @@ class Support:
         return x + weight * (self.own - x)
 
 
-def supported(source: Tensor, draws: Tensor, limit: float = LIMIT, sides: bool = False) -> Support:
+def supported(
+    source: Tensor, draws: Tensor, limit: float = LIMIT, sides: bool = False, paired: bool = False
+) -> Support:
     """What the source (slice, 1 or 3, y, x) in [0, 1] says of its translations (draw, slice, 1 or 3, y, x).
 
     sides: compare the sides of the source too; the middle of the head must lie in the middle of x, as on the template.
+    paired: draws are antithetic, as `metrics.spread` asks.
     """
     given = grey(source).double()
     images = torch.stack([grey(d).double() for d in draws])
@@ -114,7 +118,7 @@ def supported(source: Tensor, draws: Tensor, limit: float = LIMIT, sides: bool =
     shared = BoxMI((7,), 10)(given.clamp(0, 1).float(), mean.clamp(0, 1).float())
     count = tissue.flatten(1).sum(1)
     information = torch.where(count > 50, (shared * tissue).flatten(1).sum(1) / count.clamp(min=1), torch.nan)
-    spread = images.std(0) if len(images) > 1 else torch.zeros_like(mean)
+    spread = metrics.spread(images, paired).deviation if len(images) > 1 else torch.zeros_like(mean)
     smooth, spread, own = (v.to(source.dtype) for v in (smooth, spread, torch.where(tissue, own, mean)))
     unlike = lopsided(flat, tissue) if sides else torch.zeros_like(tissue)
     return Support(smooth, marked, unlike, spread, own, information.to(source.dtype), tissue)

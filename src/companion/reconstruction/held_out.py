@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from companion.diffusion.sampling import Samples
+from companion.evaluation.metrics import spread
 from companion.operators.linear import Composition, Diagonal, LinearOperator
 from companion.operators.mri import Mask, Sense, fft
 from companion.operators.noncartesian import NUFFT
@@ -142,15 +143,14 @@ def predictive_score(split: Split, samples: Samples, noise_std: float, image: Te
     The mean is `image` (1, *shape), by default the average of the conditional means; to its own predicted error, the
     variance of the posterior, that of an average over few draws is added.
     """
-    means = samples.x if samples.mean is None else samples.mean
-    n = len(means)
-    draws, centres = (pick(split.held_A(x), split.held) for x in (samples.x, means))
+    draws, centres = (pick(split.held_A(x), split.held) for x in (samples.x, samples.centres))
     mean = centres.mean(0) if image is None else pick(split.held_A(image), split.held)[0]
-    power = (draws - draws.mean(0)).abs().square().sum(0) / (n - 1)
-    power = power + (centres - centres.mean(0)).abs().square().sum(0) / ((n - 1) * n)
+    power = spread(draws, samples.paired).variance
+    if len(centres) > 1:  # of one pair, whose mean is known well, nothing tells how well
+        power = power + spread(centres).of_mean
     group = split.group[split.held].expand_as(power)
-    spread = pooled(power, group)
-    return gaussian_score(pick(split.held_y, split.held)[0] - mean, spread, 2 * noise_std**2)
+    predicted = pooled(power, group)
+    return gaussian_score(pick(split.held_y, split.held)[0] - mean, predicted, 2 * noise_std**2)
 
 
 def gaussian_score(residual: Tensor, spread: Tensor, noise: float) -> Score:

@@ -129,12 +129,30 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Real-valued images (1, 1, z, y, x) of a scan, draws (draw, 1, z, y, x), bills and verdicts by method."""
+    """Real-valued images (1, 1, z, y, x) of a scan, draws (draw, 1, z, y, x), bills and verdicts by method.
+
+    paired: methods whose draws are antithetic (`Samples.paired`).
+    """
 
     images: dict[str, Tensor]
     draws: dict[str, Tensor]
     bills: dict[str, Bill]
     verdicts: dict[str, str]
+    paired: frozenset[str] = frozenset()
+
+    def spread(self, method: str) -> metrics.Spread:
+        """How far the draws of a method scatter, (1, z, y, x) each."""
+        return metrics.spread(self.draws[method], method in self.paired)
+
+    def calibration(self, truth: Tensor) -> dict[str, float]:
+        """The variance of draws over the squared error of their mean, in the brain, by method; 1: right.
+
+        truth (1, 1, z, y, x).
+        """
+        return {
+            name: metrics.calibration_ratio(x[:, None], truth, truth > 0, name in self.paired).item()
+            for name, x in self.draws.items()
+        }
 
 
 def posterior(
@@ -311,8 +329,3 @@ def score(reconstructions: Sequence[Reconstruction], scans: Sequence[Scan]) -> l
         }
         rows.append({"method": name, "n": len(x)} | {key: average(v) for key, v in values.items()})
     return rows
-
-
-def calibration(draws: Tensor, truth: Tensor) -> float:
-    """The variance of draws (draw, 1, z, y, x) over the squared error of their mean, in the brain; 1: right."""
-    return metrics.calibration_ratio(draws[:, None], truth, truth > 0).item()

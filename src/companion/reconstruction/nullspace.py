@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from companion.evaluation.metrics import spread
 from companion.operators.linear import LinearOperator, check_finite
 from companion.operators.solve import conjugate_gradient
 from companion.randomness import randn
@@ -44,15 +45,15 @@ def measured_fraction(A: LinearOperator, weight: float, probes: int = 32, seed: 
     return (z * measured_part(A, z.to(A.domain_dtype), weight, tol=1e-4).real).mean(0).clamp(0, 1)
 
 
-def agreement(draws: Tensor) -> Tensor:
+def agreement(draws: Tensor, paired: bool = False) -> Tensor:
     """How far draws (draw, *shape) agree, (*shape) between 0 and 1: |mean|^2 / (|mean|^2 + variance), unbiased parts.
 
     Of the inferred parts of posterior draws: 1 where the prior is sure of what it fills in, 0 where it guesses.
+    paired: draws are antithetic, see `metrics.spread`.
     """
     if len(draws) < 2:
         raise ValueError(f"agreement needs at least two draws, got {len(draws)}")
     check_finite(draws, "draws")
-    mean = draws.mean(0)
-    variance = (draws - mean).abs().square().sum(0) / (len(draws) - 1)
-    common = (mean.abs().square() - variance / len(draws)).clamp_min(0)
-    return common / (common + variance).clamp_min(torch.finfo(variance.dtype).tiny)
+    found = spread(draws, paired)
+    common = (draws.mean(0).abs().square() - found.of_mean).clamp_min(0)
+    return common / (common + found.variance).clamp_min(torch.finfo(found.variance.dtype).tiny)

@@ -205,7 +205,8 @@ def reconstruct(
     progress: bool = False,
     keep: Path | None = None,
 ) -> SequenceSamples:
-    """Posterior draws (draw, frame, 1, y, x) of a volume, slice n given the draws of the slices before it.
+    """Posterior draws (draw, frame, 1, y, x) of a volume, slice n given the draws of the slices before it; an even
+    number of them in antithetic pairs (`Samples.paired`).
 
     context: "full" or "last", see `CausalUNet`; None gives no slice any context, as a single-image prior works.
     keep: file for the slices drawn so far; after a stop the same call goes on from it, to the same result.
@@ -227,6 +228,7 @@ def reconstruct(
             data,
             sampler.levels(prior.D),
             seeds=range(seed, seed + sampler.draws),
+            paired=True,
             solver=SOLVERS.get(sampler.method, ddim(eta=1.0)),
             refresh=sampler.refresh,
             context=None if given is None else given[None],
@@ -235,7 +237,7 @@ def reconstruct(
             **seen,
             **kept.options,
         )
-    return SequenceSamples(with_known(given, samples.x), add(kept.bill, samples.bill))
+    return SequenceSamples(with_known(given, samples.x), add(kept.bill, samples.bill), paired=samples.paired)
 
 
 def known_first(scan: Scan, sampler: Sampler) -> Tensor | None:
@@ -300,20 +302,22 @@ def unfold(prior: Prior, scan: Scan, frame: int, sampler: Sampler, seed: int) ->
     return result
 
 
-def measured_and_inferred(scan: Scan, draws: Tensor, frame: int, prior_std: float = 0.34) -> dict[str, Tensor]:
+def measured_and_inferred(
+    scan: Scan, samples: SequenceSamples, frame: int, prior_std: float = 0.34
+) -> dict[str, Tensor]:
     """Maps of one slice, (1, y, x): what its data say and what the prior filled in.
 
     "measured": how much of each pixel the data determine, 0 to 1; "measured part" and "inferred part" of the mean of
     the draws (draw, frame, 1, y, x); "agreement" of the inferred part over the draws, 0 to 1; see `nullspace`.
     """
     A, weight = scan.operator(frame), (scan.noise_std / prior_std) ** 2
-    x = draws[:, frame]
+    x = samples.x[:, frame]
     inferred = x - nullspace.measured_part(A, x, weight)
     return {
         "measured": nullspace.measured_fraction(A, weight),
         "measured part": (x - inferred).mean(0),
         "inferred part": inferred.mean(0),
-        "agreement": nullspace.agreement(inferred),
+        "agreement": nullspace.agreement(inferred, samples.paired),
     }
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from companion.data import anatomy
@@ -182,10 +182,14 @@ class Attracted:
 
 @dataclass(frozen=True, eq=False)
 class Translation:
-    """`draws` (draw, image, 1, y, x), their mean `x` (image, 1, y, x), and what one draw of one image cost."""
+    """`draws` (draw, image, 1, y, x), their mean `x` (image, 1, y, x), and what one draw of one image cost.
+
+    paired: draws 2k and 2k + 1 are antithetic, see `evaluation.metrics.spread`.
+    """
 
     draws: Tensor
     bill: Bill
+    paired: bool = False
 
     @property
     def x(self) -> Tensor:
@@ -204,14 +208,17 @@ def translate(
 ) -> Translation:
     """Translations of images of any contrast, (image, 1, y, x) or RGB (image, 3, y, x), in [0, 1].
 
-    Draw j of image i has the seed `seed + i * draws + j`, whatever the batches. noise: what the draws begin with
-    instead, of unit variance, (draw, image, channel, y, x). Any size will do: what the network cannot halve often
-    enough is extended for it. Raises TypeError or ValueError as `prepare_source`.
+    Draw j of image i has the seed `seed + i * draws + j`, whatever the batches. Where their number is even every second
+    one begins with the `opposite` noise of the one before, and the mean of a few is as good as that of many independent
+    ones (docs/lmi.md). noise: what the draws begin with instead, of unit variance, (draw, image, channel, y, x), made
+    so, too. Any size will do: what the network cannot halve often enough is extended for it. Raises TypeError or
+    ValueError as `prepare_source`.
     """
     if source.ndim != 4 or source.shape[1] not in (1, 3):
         raise ValueError(
             f"the source has shape {tuple(source.shape)}; expected grey or RGB images, (image, 1 or 3, y, x)"
         )
+    paired = setting.draws % 2 == 0
     levels, solver = setting.levels(), ddpm(variance="large") if setting.solver == "published" else setting.solver
     drawn, bills = [[] for _ in range(setting.draws)], []
     with tqdm(total=setting.draws * len(source), desc="translations", disable=not progress) as bar:
@@ -221,9 +228,16 @@ def translate(
             views = [(shown, informed(prior, shown, setting)) for shown in turns]
             for j in range(setting.draws):
                 shown, G = views[j % len(views)]
-                seeds = generators([seed + i * setting.draws + j for i in range(first, first + len(part))])
-                given = None if noise is None else noise[j, first : first + len(part)].to(part)
-                state = begin(shown, prior.channels, levels[0].item(), setting, seeds, given)
+                second, numbers = paired and j % 2, [seed + i * setting.draws + j for i in range(len(source))]
+                numbers = numbers[first : first + len(part)]
+                seeds = generators(numbers)
+                if noise is not None:
+                    given = noise[j, first : first + len(part)].to(part)
+                else:
+                    own = generators([number - 1 for number in numbers]) if second else seeds
+                    given = randn((prior.channels, *part.shape[2:]), part.dtype, own, part.device)
+                    given = opposite(given, setting) if second else given
+                state = begin(shown, levels[0].item(), setting, given)
                 samples = sample(
                     G, levels, shape=state.shape[1:], seeds=seeds, solver=solver, state=state, device=prior.device
                 )
@@ -236,7 +250,7 @@ def translate(
                 bar.update(len(part))
     calls = bills[0].denoiser_calls * (1 if setting.guidance == 1 else 2)
     bill = Bill(calls, 0, sum(b.seconds for b in bills) / len(bills))
-    return Translation(torch.stack([torch.cat(parts) for parts in drawn]), bill)
+    return Translation(torch.stack([torch.cat(parts) for parts in drawn]), bill, paired)
 
 
 def informed(prior: Translator, source: Tensor, setting: Setting) -> Denoiser:
@@ -249,17 +263,21 @@ def informed(prior: Translator, source: Tensor, setting: Setting) -> Denoiser:
     return lambda x, sigma, cond=None: G(x, sigma).clamp(0, 1)
 
 
-def begin(
-    source: Tensor, channels: int, sigma: float, setting: Setting, seeds: list[Generator], noise: Tensor | None = None
-) -> Tensor:
+def opposite(noise: Tensor, setting: Setting) -> Tensor:
+    """The opposite noise (..., y, x) of a draw, as the next one begins with it, which may see its source mirrored.
+
+    What noise does to a draw is nearly linear, so that it cancels in their mean: antithetic variates [hammersley1956].
+    """
+    return -noise.flip(-1) if setting.mirrored else -noise
+
+
+def begin(source: Tensor, sigma: float, setting: Setting, noise: Tensor) -> Tensor:
     """The noisy images (image, channel, y, x) to start from: x0 + sigma n, or without x0 as noise alone.
 
     The published chain begins with unit noise at the scale where images have the variance 1 / (1 + sigma^2).
     """
-    if noise is None:
-        noise = randn((channels, *source.shape[2:]), source.dtype, seeds, source.device)
     if setting.begin == "source":
-        known = source if source.shape[1] == channels else grey(source).expand(-1, channels, -1, -1)
+        known = source if source.shape[1] == noise.shape[1] else grey(source).expand(-1, noise.shape[1], -1, -1)
         return known + sigma * noise
     return (math.hypot(1, sigma) if setting.solver == "published" else sigma) * noise
 
@@ -292,7 +310,8 @@ def reverse_run(prior: Translator, source: Tensor, setting: Setting, seed: int, 
     """
     levels, path, c = setting.levels(), [], prior.conditioning
     seeds = generators([seed])
-    state = begin(source, prior.channels, levels[0].item(), setting, seeds)
+    noise = randn((prior.channels, *source.shape[2:]), source.dtype, seeds, source.device)
+    state = begin(source, levels[0].item(), setting, noise)
     sample(
         informed(prior, source, setting),
         levels,

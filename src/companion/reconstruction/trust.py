@@ -30,6 +30,7 @@ from companion.diffusion.response import Response
 from companion.diffusion.sampling import Bill, Samples
 from companion.evaluation.organ import Look, Organ
 from companion.operators.linear import LinearOperator
+from companion.randomness import antithetic
 from companion.reconstruction.held_out import (
     Classical,
     Score,
@@ -143,8 +144,7 @@ class Trust:
         """The same for an image of all data: `share` is that of the mean of these draws beside the classical image."""
         if classical is None or self.bias is None:
             return self
-        means = samples.x if samples.mean is None else samples.mean
-        return replace(self, share=share_beyond(A, means, classical, self.held_share, self.bias))
+        return replace(self, share=share_beyond(A, samples.centres, classical, self.held_share, self.bias))
 
     def apply(self, samples: Samples, classical: Tensor | None = None) -> Samples:
         """Draws and mean of all data, leaning on the classical image (1, *shape) as far as the scan asks.
@@ -152,8 +152,7 @@ class Trust:
         `mean` becomes the one image (1, *shape); the draws scatter about it, as they did about their mean, wider by
         `widening`.
         """
-        means = samples.x if samples.mean is None else samples.mean
-        image = means.mean(0, keepdim=True)
+        image = samples.centres.mean(0, keepdim=True)
         if classical is not None:
             image = self.share * image + (1 - self.share) * classical
         x = image + self.widening**0.5 * (samples.x - samples.x.mean(0))
@@ -181,9 +180,10 @@ def assess(
 
     errors: models of the error of D by name, the first measured on people like its training set, others on anything
     else. levels: noise of the last and the first evaluation, by default those of `levels_for`. Each candidate gets
-    `draws` chains, as long as `evaluations` allow for `tries` candidates. First all models as they are; then the best
-    one with twice and four times the variance, while that scores better. classical: the method to compare with, tuned
-    elsewhere; the chains begin with its image. final: draws of the image to come, of which more scatter less.
+    `draws` chains, antithetic if even, as long as `evaluations` allow for `tries` candidates. First all models as they
+    are; then the best one with twice and four times the variance, while that scores better. classical: the method to
+    compare with, tuned elsewhere; the chains begin with its image. final: draws of the image to come, of which more
+    scatter less.
     beside: held-out samples lie beside measured ones, and say too little of what lies between measured lines; False
     where whole readouts were held out: then bars are not widened for it, and the share is that of the image. Else they
     are by the `ErrorModel.widening` of the first of `errors`, by WARM_LOSS where it states none (docs/trust.md).
@@ -203,7 +203,7 @@ def assess(
     def chains(error: ErrorModel, sigmas: Tensor, start: Tensor | None) -> Samples:
         G = problem(split.A, split.y, noise_std, error, iterations)
         on = {"dtype": kind_of(split.A, split.y), "device": split.y.device}
-        samples = annealed_gibbs(D, G, sigmas, seeds=range(seed, seed + draws), start=start, **on)
+        samples = annealed_gibbs(D, G, sigmas, seeds=antithetic(range(seed, seed + draws)), start=start, **on)
         bills.append(samples.bill)
         return samples
 
@@ -233,9 +233,10 @@ def assess(
         score = predictive_score(split, samples, noise_std)
     share, bias, other = 1.0, None, None
     if image is not None:
-        means = samples.x if samples.mean is None else samples.mean
-        mean = means.mean(0, keepdim=True)
-        share, bias = share_and_bias(split, means, image, final)
+        centres = samples.centres
+        mean = centres.mean(0, keepdim=True)
+        to_come = final if final is None or not samples.paired else final // 2
+        share, bias = share_and_bias(split, centres, image, to_come)
         other = predictive_score(split, samples, noise_std, image).excess
         score = predictive_score(split, samples, noise_std, share * mean + (1 - share) * image)
     bill = Bill(*(draws * sum(getattr(b, n) for b in bills) for n in ("denoiser_calls", "operator_calls", "seconds")))
@@ -299,15 +300,22 @@ def draw(
 ) -> tuple[Samples, Trust]:
     """Draws of a slice from all its data, as far as a trial trusts the prior (`Trust.apply`), and what it is of them.
 
-    cond, batch_size: of the draws, as for `annealed_gibbs`.
+    seeds: an even number of them gives antithetic draws in pairs. cond, batch_size: of the draws, as for
+    `annealed_gibbs`.
     """
     image = None if classical is None else classical(A, y)
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
     G = problem(A, y, noise_std, trust.error, iterations)
     options = {"cond": cond, "batch_size": batch_size, "dtype": kind_of(A, y), "device": y.device}
-    samples = annealed_gibbs(D, G, sigmas, seeds=seeds, start=image, **options)
+    samples = annealed_gibbs(D, G, sigmas, seeds=in_pairs(seeds), start=image, **options)
     trust = trust.of(A, samples, image)
     return trust.apply(samples, image), trust
+
+
+def in_pairs(seeds: Sequence[int] | Sequence[Generator]) -> list[Generator]:
+    """Generators of `antithetic` draws; those that are given pass through."""
+    given = list(seeds)
+    return given if isinstance(given[0], Generator) else antithetic(given)
 
 
 def problem(A: LinearOperator, y: Tensor, noise_std: float, error: ErrorModel, iterations: int) -> posterior_mean:

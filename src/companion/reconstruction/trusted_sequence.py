@@ -71,13 +71,14 @@ def reconstruct(
             len(scan.y) - first,
             shape=scan.shape,
             seeds=range(seed, seed + sampler.draws),
+            paired=True,
             context=None if given is None else given[None],
             dtype=scan.y.dtype,
             progress=progress,
             **seen,
             **kept.options,
         )
-    drawn = SequenceSamples(with_known(given, samples.x), add(kept.bill, samples.bill))
+    drawn = SequenceSamples(with_known(given, samples.x), add(kept.bill, samples.bill), paired=samples.paired)
     return drawn, [replace(found, share=share) for share in kept.notes]
 
 

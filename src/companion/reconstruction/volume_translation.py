@@ -26,7 +26,7 @@ from companion.data.slicing import Slicing
 from companion.data.template import OnTemplate
 from companion.evaluation.support import Support, supported
 from companion.randomness import generators, randn
-from companion.reconstruction.translation import Setting, Translator, informed, translate
+from companion.reconstruction.translation import Setting, Translator, informed, opposite, translate
 
 FILLED = 0.02  # share of the pixels of a slice that must be foreground for it to be translated
 UNITS = "1: bright tissue (99.5 % of the foreground)"
@@ -144,11 +144,14 @@ def translate_volume(
         print(f"{len(shown)} slices, {setting.draws} draws of {setting.evaluations} steps: about {cost:.0f} s")
     shape = (setting.draws, len(slices), prior.channels, *slices.shape[2:])
     noise = noise_along(shape, kernel_mm / step, seed)[:, filled] if kernel_mm else None
-    draws = translate(prior, shown, setting, seed=seed, noise=noise, progress=progress).draws
+    if noise is not None and setting.draws % 2 == 0:
+        noise[1::2] = opposite(noise[::2], setting)
+    found = translate(prior, shown, setting, seed=seed, noise=noise, progress=progress)
+    draws = found.draws
     made = torch.zeros_like(slices)
     made[filled] = draws.mean(0).clamp(0, None)
     scale = target_scale or Scale(0, 1, UNITS)
-    support = supported(shown, draws, sides=grid == "template")
+    support = supported(shown, draws, sides=grid == "template", paired=found.paired)
     return VolumeTranslation(slices, made, filled, support, slicing, scale, prior.contrast)
 
 

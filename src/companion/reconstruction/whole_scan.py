@@ -20,6 +20,7 @@ from companion.acquisition.measurement import Measurement, prepare_scan
 from companion.acquisition.redundancy import with_real_noise
 from companion.data.raw.scan import RawScan
 from companion.diffusion.denoisers import Denoiser
+from companion.evaluation.metrics import spread
 from companion.files import atomic_write
 from companion.reconstruction import trust
 from companion.reconstruction.held_out import Classical
@@ -96,7 +97,8 @@ def _slice(D, scan, i, lines, like, found, classical, seeds, evaluations) -> tup
     m = with_real_noise(m.to(str(like.y.device))).one(0)
     samples, _ = trust.draw(D, m.A, m.y, m.noise_std, found, seeds=seeds, evaluations=evaluations, classical=classical)
     assert samples.mean is not None  # the image that the scan trusts
-    images = torch.stack([m.magnitude(samples.mean)[0, 0], m.magnitude(samples.x).std(0)[0]]).cpu()
+    deviation = spread(m.magnitude(samples.x), samples.paired).deviation
+    images = torch.stack([m.magnitude(samples.mean)[0, 0], deviation[0]]).cpu()
     return images * (like.scale / m.scale), ""
 
 

@@ -423,7 +423,8 @@ def varying(entries: Sequence[Entry]) -> dict[str, list]:
 
 
 def _hashable(value):
-    return tuple(value) if isinstance(value, list) else value
+    """A parameter as a slider may have it: lists as tuples, a word for one that is not set, which widgets refuse."""
+    return tuple(value) if isinstance(value, list) else "not set" if value is None else value
 
 
 def _figure(path: Path, about: Mapping[str, str]) -> str:

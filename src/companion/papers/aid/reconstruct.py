@@ -22,6 +22,7 @@ from companion.acquisition.mri import Protocol, Scan, read_fastmri
 from companion.acquisition.virtual_volumes import Cohort, examples, fastmri_files
 from companion.data.virtual import volumes
 from companion.diffusion.sampling import Bill
+from companion.diffusion.sequence import SequenceSamples
 from companion.evaluation import metrics
 from companion.evaluation.organ import known_to
 from companion.files import project_root
@@ -189,7 +190,7 @@ class Study:
 
     rows: list[dict]
     images: dict[str, Tensor]  # method -> (frame, 1, y, x)
-    draws: dict[str, Tensor]  # model -> (draw, frame, 1, y, x)
+    draws: dict[str, SequenceSamples]  # model -> draws (draw, frame, 1, y, x)
     bills: dict[str, Bill]  # of one draw of a volume
     calibration: dict[str, float]  # variance of the draws over squared error of their mean, all volumes
     found: dict[str, list[list[Trust]]]  # trusted model -> volume -> what the scan says of the prior, slice by slice
@@ -237,10 +238,11 @@ def study(p: Reconstruct, cases: list[Case], progress: bool = True, keep: Path |
             estimates |= {name: samples.x.mean(0), f"{name}, one draw": samples.x[0]}
             result.bills[name] = samples.bill
             if scan.x is not None:
-                spread.setdefault(name, []).append(metrics.calibration_terms(samples.x.abs(), scan.x.abs()))
+                terms = metrics.calibration_terms(samples.x.abs(), scan.x.abs(), samples.paired)
+                spread.setdefault(name, []).append(terms)
         if i == 0:
             result.images.update(estimates)
-            result.draws.update((name, samples.x) for name, samples in runs.items())
+            result.draws.update(runs)
         if scan.x is not None:
             about = {"volume": scan.name} | setting | {"exact R": round(scan.mask.acceleration, 3)}
             scores = {method: score(x, scan, p.start == "truth") for method, x in estimates.items()}

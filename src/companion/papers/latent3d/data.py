@@ -38,6 +38,10 @@ class PrepareData(Reading, Parameters):
     heads: str | None = param(
         None, "of patients: folder of real heads (companion data get heads); none: the template alone"
     )
+    more_heads: bool = param(False, "with those of companion data get more-heads")
+    whole: float = param(
+        0.0, "of patients: share shown as whole heads in any position, for an autoencoder", minimum=0, maximum=1
+    )
     data: str = param("data/latent3d_64.h5", "where the prepared volumes go; kept when it is there already")
 
 
@@ -55,7 +59,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     if p.source != "digits" and (len(p.shape) != 3 or (p.voxel_mm and len(p.voxel_mm) != 3)):
         raise ValueError(f"shape {p.shape} and voxel_mm {p.voxel_mm} must have three numbers each, for z, y and x")
     if p.source == "patients":
-        wanted["heads"] = p.heads
+        wanted |= p.pick("heads", "more_heads", "whole")
     elif p.source not in ("cohort", "digits"):
         wanted |= p.pick("validation_share", "test_share", "contrast", "strip", "people", "seed")
         wanted["voxel_mm"] = p.voxel_mm or volumes.spacing(p.shape)
@@ -66,7 +70,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
         elif p.source in ("cohort", "patients"):
             heads = project_root() / p.heads if p.source == "patients" and p.heads else None
             of = COHORT if p.source == "cohort" else PATIENTS if heads else TEMPLATES
-            made = virtual_people(of, p.subjects, p.shape, heads, progress)
+            made = virtual_people(of, p.subjects, p.shape, heads, progress, p.more_heads, p.whole)
         else:
             made = read_folder(project_root() / p.source, path.parent, p, p.seed, progress)
         names = made["arrays"]
