@@ -6,22 +6,26 @@ import torch
 from companion.evaluation.intervals import KINDS, Drawn, interval_table, intervals, over_splits
 
 
-def drawn(cases, seed, width=1.0, dtype=torch.complex64):
+def drawn(cases, seed, width=1.0, dtype=torch.complex64, paired=False):
     """Truths that are one more draw, of pixels that err alone and all together; draws `width` times as far apart."""
     g = torch.Generator().manual_seed(seed)
     shape = (5, cases, 1, 16, 16)
     together = torch.randn(*shape[:3], 1, 1, dtype=dtype, generator=g)
-    x = 2 + 0.1 * torch.randn(shape, dtype=dtype, generator=g) + 0.03 * together
+    x = 0.1 * torch.randn(shape, dtype=dtype, generator=g) + 0.03 * together
+    if paired:
+        x[2::2] = -x[1::2]
+    x = 2 + x
     middle = x[1:].mean(0)
     mask = torch.ones(shape[1:], dtype=torch.bool)
     mask[..., :4] = False
-    return Drawn(x[0], middle + width * (x[1:] - middle), mask)
+    return Drawn(x[0], middle + width * (x[1:] - middle), mask, paired)
 
 
+@pytest.mark.parametrize("paired", [False, True], ids=["independent", "antithetic"])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float32])
-def test_right_draws_hold_what_they_promise_and_narrow_ones_after_calibration(dtype):
-    right = intervals(drawn(60, 0, dtype=dtype), drawn(200, 1, dtype=dtype))
-    narrow = intervals(drawn(60, 0, 0.4, dtype), drawn(200, 1, 0.4, dtype))
+def test_right_draws_hold_what_they_promise_and_narrow_ones_after_calibration(dtype, paired):
+    right = intervals(drawn(150, 0, 1.0, dtype, paired), drawn(200, 1, 1.0, dtype, paired))
+    narrow = intervals(drawn(150, 0, 0.4, dtype, paired), drawn(200, 1, 0.4, dtype, paired))
     for kind in KINDS:
         assert right[kind].coverage == pytest.approx(0.91, abs=0.05) == pytest.approx(narrow[kind].coverage, abs=0.05)
         assert len(right[kind].each) == 200

@@ -8,6 +8,7 @@ import torch
 from test_latent3d_mri import P
 from test_latent3d_sample import tiny_prior
 
+from companion.data import volume_folder, volumes
 from companion.data.head_volumes import head_volume, smooth_noise
 from companion.data.heads import prepare_head
 from companion.diffusion.denoisers import AnySize
@@ -38,6 +39,20 @@ def test_a_seed_is_a_volume(head):
     fields = smooth_noise(24, np.random.default_rng(0), 5, 3)
     assert fields.shape == (3, 24, 24, 24)
     assert fields.diff(dim=-1).std() < 0.4 * fields.std(), "smooth"
+
+
+def test_volumes_to_learn_from_may_show_whole_heads(head, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(volume_folder, "load_heads", lambda folder, split: asked.append(split) or [head])
+    monkeypatch.setattr(volume_folder, "anatomies", lambda folder, split, mm, more: voxels.anatomies(None, split, mm))
+    made = volume_folder.virtual_people(volume_folder.PATIENTS, 3, (16, 16, 16), tmp_path, more=True, whole=1 / 3)
+    image, tissue = made["arrays"]["image"], made["arrays"]["tissue_ml"]
+    assert asked == ["train", "more"] and tissue.any(1).tolist() == [True, True, False]
+    assert np.isfinite(image).all() and 0 <= image.min() and image.max() <= volumes.CEILING
+    alone = volume_folder.virtual_people(volume_folder.PATIENTS, 3, (16, 16, 16), tmp_path)["arrays"]["image"]
+    assert np.array_equal(alone[:2], image[:2]) and not np.array_equal(alone[2], image[2])
+    with pytest.raises(ValueError, match="companion data get heads"):
+        volume_folder.virtual_people(volume_folder.PATIENTS, 3, (16, 16, 16), whole=0.5)
 
 
 def test_crops_hold_something_and_come_in_every_position():

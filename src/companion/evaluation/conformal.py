@@ -94,17 +94,19 @@ def number_coverage(mean, std, truth, factor: float) -> float:
     return ((truth - mean).abs() <= factor * std).double().mean().item()
 
 
-def predicted_psnr(draws: Tensor, peak: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+def predicted_psnr(draws: Tensor, peak: Tensor | Sequence[float], paired: bool = False) -> tuple[Tensor, Tensor]:
     """What draws (draw, slice, ...) say of the PSNR of their own mean: its mean and std (slice,), dB.
 
     Each draw stands for the truth in turn and is compared with the mean of the others. peak: (slice,) values that PSNR
-    refers to. Calibrate with `number_factor`; at least three draws.
+    refers to. paired: draws are antithetic (`metrics.spread`), and the mean is that of all, known as well without any
+    of them. Calibrate with `number_factor`; at least three draws.
     """
     count = len(draws)
     if count < 3:
         raise ValueError(f"{count} draws cannot predict a PSNR; give three or more")
-    others = (draws.sum(0) - draws) / (count - 1)
-    error = (draws - others).abs().square().flatten(2).mean(2) * ((count - 1) / count) * (1 + 1 / count)
+    others = draws.mean(0) if paired else (draws.sum(0) - draws) / (count - 1)
+    correction = 1.0 if paired else ((count - 1) / count) * (1 + 1 / count)
+    error = (draws - others).abs().square().flatten(2).mean(2) * correction
     peak = torch.as_tensor(peak, dtype=error.dtype)
     psnr = 10 * torch.log10(peak.square() / error)
     return psnr.mean(0), psnr.std(0)

@@ -27,11 +27,15 @@ LEAST = 6  # pixels of a region that counts
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Slices and what was drawn of them: truth (slice, 1, y, x), draws (draw, slice, 1, y, x), mask of the person."""
+    """Slices and what was drawn of them: truth (slice, 1, y, x), draws (draw, slice, 1, y, x), mask of the person.
+
+    paired: the draws are antithetic, see `metrics.spread`.
+    """
 
     truth: Tensor
     draws: Tensor
     mask: Tensor
+    paired: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -40,20 +44,20 @@ class Drawn:
 
     def some(self, index: Tensor) -> Drawn:
         """The slices `index` (n,)."""
-        return Drawn(self.truth[index], self.draws[:, index], self.mask[index])
+        return Drawn(self.truth[index], self.draws[:, index], self.mask[index], self.paired)
 
     def numbers(self, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Mean and standard deviation that draws give, the truth, and which count, of each number (slice, ...)."""
         if kind == "PSNR":
             peak = self.truth.abs().flatten(1).amax(1)
-            return *conformal.predicted_psnr(self.draws, peak), metrics.psnr(self.draws.mean(0), self.truth), None
+            predicted = conformal.predicted_psnr(self.draws, peak, self.paired)
+            return *predicted, metrics.psnr(self.draws.mean(0), self.truth), None
         if kind == "pixel":
-            mean, n = self.draws.mean(0), len(self.draws)
-            parts = 2 if mean.is_complex() else 1
-            std = ((self.draws - mean).abs().square().sum(0) / (parts * (n - 1))).sqrt().clamp_min(1e-6)
-            return mean, std, self.truth, self.mask
+            parts = 2 if self.draws.is_complex() else 1
+            std = (metrics.spread(self.draws, self.paired).variance / parts).sqrt().clamp_min(1e-6)
+            return self.draws.mean(0), std, self.truth, self.mask
         (true, known), draws = self.regions(self.truth), self.regions(self.draws)[0]
-        return draws.mean(0), draws.std(0).clamp_min(1e-6), true, known
+        return draws.mean(0), metrics.spread(draws, self.paired).deviation.clamp_min(1e-6), true, known
 
     def regions(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of |x| (..., slice, region) in squares of the person, and which squares have enough pixels."""
@@ -74,8 +78,9 @@ class Drawn:
         if kind == "PSNR":
             return 1.645
         n = len(self.draws)
-        freedom = (n - 1) * (2 if kind == "pixel" and self.draws.is_complex() else 1)
-        return float(stdtrit(freedom, 0.95)) * math.sqrt(1 + 1 / n)
+        freedom = n // 2 if self.paired else n - 1
+        freedom *= 2 if kind == "pixel" and self.draws.is_complex() else 1
+        return float(stdtrit(freedom, 0.95)) * (1 if self.paired else math.sqrt(1 + 1 / n))
 
 
 @dataclass(frozen=True)

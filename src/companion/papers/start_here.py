@@ -19,6 +19,7 @@ from companion.evaluation import metrics
 from companion.operators.masks import cartesian_mask
 from companion.operators.mri import birdcage_maps
 from companion.parameters import Parameters, param
+from companion.randomness import antithetic
 from companion.reconstruction import mri as baselines
 from companion.reconstruction.one_pass import NAME, one_pass
 
@@ -52,6 +53,7 @@ class Study:
 
     images: dict[int, dict[str, Tensor]]  # R -> method -> (slice, 1, y, x)
     draws: dict[int, Tensor]  # R -> (draw, slice, 1, y, x)
+    paired: bool  # whether draws are antithetic, see `metrics.spread`
     table: list[dict]
     regularisation: dict[int, dict[str, float]]
     bills: dict[int, Bill]  # of one draw of one slice
@@ -71,7 +73,7 @@ def study(
         draws[R], bills[R] = posterior(D, C, scan, levels, p.draws, p.seed, progress)
         images[R] |= {"diffusion, one draw": draws[R][0], f"diffusion, mean of {p.draws}": draws[R].mean(0)}
         table += [{"R": R, "method": name} | score(x, scan, images[R]["TV"]) for name, x in images[R].items()]
-    return Study(images, draws, table, tuned, bills), scans
+    return Study(images, draws, p.draws % 2 == 0, table, tuned, bills), scans
 
 
 def scanned(x: Tensor, R: float, acs: int, coils: int, noise_std: float, maps: str = "oracle", seed: int = 0) -> Scan:
@@ -98,14 +100,14 @@ def classical(scan: Scan, validation: Scan) -> tuple[dict[str, Tensor], dict[str
 def posterior(
     D: Denoiser, C: Measured, scan: Scan, levels: Tensor, draws: int, seed: int = 0, progress: bool = False
 ) -> tuple[Tensor, Bill]:
-    """Posterior draws (draw, slice, 1, y, x) of all slices of a scan, and what one draw cost.
+    """Posterior draws (draw, slice, 1, y, x) of all slices of a scan, antithetic if even, and what one draw cost.
 
     Slice i uses the seeds from seed + i * draws on, so no two slices share their noise.
     """
     results = []
     for i in tqdm(range(len(scan.y)), desc="posterior draws, slice", disable=not progress):
         G = posterior_mean(scan.one(i).A, scan.y[i : i + 1], scan.noise_std, C)
-        seeds = range(seed + i * draws, seed + (i + 1) * draws)
+        seeds = antithetic(range(seed + i * draws, seed + (i + 1) * draws))
         results.append(annealed_gibbs(D, G, levels, seeds=seeds, dtype=scan.truth.dtype, device=scan.truth.device))
     seconds = sum(r.bill.seconds for r in results) / len(results)
     return torch.stack([r.x for r in results], 1), replace(results[0].bill, seconds=seconds)

@@ -59,7 +59,7 @@ def prepare(p: PrepareData, progress: bool = True) -> Prepared:
     if p.source != "digits" and (len(p.shape) != 3 or (p.voxel_mm and len(p.voxel_mm) != 3)):
         raise ValueError(f"shape {p.shape} and voxel_mm {p.voxel_mm} must have three numbers each, for z, y and x")
     if p.source == "patients":
-        wanted |= p.pick("heads", "more_heads", "whole")
+        wanted |= {"heads": p.heads} | {k: v for k, v in p.pick("more_heads", "whole").items() if v}
     elif p.source not in ("cohort", "digits"):
         wanted |= p.pick("validation_share", "test_share", "contrast", "strip", "people", "seed")
         wanted["voxel_mm"] = p.voxel_mm or volumes.spacing(p.shape)
