@@ -16,8 +16,10 @@ from companion.diffusion.recalibration import ErrorModel
 from companion.evaluation import metrics
 from companion.evaluation.known_people import unseen
 from companion.models.architectures import build, network_of
+from companion.networks.autoencoder import AutoencoderKL
 from companion.papers.latent3d import reconstruct as mri
 from companion.papers.latent3d import voxels
+from companion.papers.latent3d.autoencoder import widened
 from companion.reconstruction import latent
 
 PERSON = 2  # of the test split
@@ -127,3 +129,29 @@ def test_voxels_stand_beside_latents_in_the_study(monkeypatch):
     (made,) = mri.study(replace(P, voxels="some", voxel_evaluations=8), prior, [scan], errors)
     assert list(made.images)[-1] == "voxels" and made.draws["voxels"].shape == made.draws["trusted"].shape
     assert "this scan" in made.verdicts["voxels"] and made.bills["voxels"].denoiser_calls > 0
+
+
+def test_an_autoencoder_of_fewer_latent_channels_goes_on_as_it_was():
+    def small(channels):
+        torch.manual_seed(channels)
+        return AutoencoderKL(
+            channels=8,
+            channel_mult=(1, 2),
+            latent_channels=channels,
+            norm_groups=4,
+            dims=3,
+            in_channels=1,
+            out_channels=1,
+        ).eval()
+
+    old, new = small(2), small(5)
+    x = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    new.load_state_dict(widened(old.state_dict(), new))
+    with torch.no_grad():
+        mean, more = old.posterior(x)[0], new.posterior(x)[0]
+        alone = torch.cat([mean, torch.zeros_like(more[:, 2:])], 1)
+        change = (new.decode(alone) - old.decode(mean)).abs().mean() / old.decode(mean).std()
+    assert torch.allclose(more[:, :2], mean, atol=1e-5) and more.shape[1] == 5 and change < 0.3
+    with pytest.raises(ValueError, match="more than latent_channels = 2"):
+        widened(new.state_dict(), old)
+    assert all(torch.equal(v, old.state_dict()[k]) for k, v in widened(old.state_dict(), old).items())

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from companion.diffusion.denoisers import Denoiser, moments_of
 from companion.diffusion.solvers import SOLVERS, Solver
-from companion.randomness import generators, randn
+from companion.randomness import are_antithetic, generators, randn
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def sample(
         (time.perf_counter() - began) / count,
     )
     kept = torch.cat([torch.stack(path) for path in paths], dim=1) if trajectory else None
-    return Samples(torch.cat(results), bill, kept, torch.cat(means))
+    return Samples(torch.cat(results), bill, kept, torch.cat(means), are_antithetic(draws))
 
 
 class Bound:

@@ -21,6 +21,7 @@ from companion.models.architectures import network_of
 from companion.models.latent import LatentPrior
 from companion.operators.linear import Diagonal, LinearOperator
 from companion.parameters import param
+from companion.randomness import antithetic
 from companion.reconstruction import held_out, mri, trust
 
 GUIDANCES = {"projection": projection, "gradient": gradient}
@@ -131,18 +132,18 @@ class Verdict:
 class Reconstruction:
     """Real-valued images (1, 1, z, y, x) of a scan, draws (draw, 1, z, y, x), bills and verdicts by method.
 
-    paired: methods whose draws are antithetic (`Samples.paired`).
+    paired: whether draws are antithetic (`Samples.paired`), as an even number of them is.
     """
 
     images: dict[str, Tensor]
     draws: dict[str, Tensor]
     bills: dict[str, Bill]
     verdicts: dict[str, str]
-    paired: frozenset[str] = frozenset()
+    paired: bool = False
 
     def spread(self, method: str) -> metrics.Spread:
         """How far the draws of a method scatter, (1, z, y, x) each."""
-        return metrics.spread(self.draws[method], method in self.paired)
+        return metrics.spread(self.draws[method], self.paired)
 
     def calibration(self, truth: Tensor) -> dict[str, float]:
         """The variance of draws over the squared error of their mean, in the brain, by method; 1: right.
@@ -150,7 +151,7 @@ class Reconstruction:
         truth (1, 1, z, y, x).
         """
         return {
-            name: metrics.calibration_ratio(x[:, None], truth, truth > 0, name in self.paired).item()
+            name: metrics.calibration_ratio(x[:, None], truth, truth > 0, self.paired).item()
             for name, x in self.draws.items()
         }
 
@@ -158,14 +159,14 @@ class Reconstruction:
 def posterior(
     prior: LatentPrior, errors: Errors, scan: Scan, method: str, sampler: Sampler, seeds: Sequence[int]
 ) -> tuple[dict[str, Tensor], Bill]:
-    """Draws (draw, 1, z, y, x) by one of GUIDANCES, decoded and "+ data", and what one cost."""
+    """Draws (draw, 1, z, y, x) by one of GUIDANCES, antithetic if even, decoded and "+ data", and what one cost."""
     G = GUIDANCES[method](scan.A, scan.y, scan.noise_std, sampler.iterations, space=prior.space, errors=errors)
     began = time.perf_counter()
     z = sample(
         G(prior.D),
         sampler.levels,
         shape=prior.latent_shape,
-        seeds=seeds,
+        seeds=antithetic(seeds),
         solver="dpmpp_2m",
         device=prior.device,
         batch_size=1,
@@ -288,10 +289,13 @@ def assess(
     """
     split, (seen, _) = held_out_readouts(scan, seed), without_some(scan, seed=seed)
     drawn, bill = posterior(prior, errors, seen, method, sampler, range(seed, seed + TRIAL))
-    samples, other, share = Samples(drawn[f"{method} + data"], bill), classical.total_variation(seen), 1.0
+    samples = Samples(drawn[f"{method} + data"], bill, paired=TRIAL % 2 == 0)
+    other, share = classical.total_variation(seen), 1.0
     excess = {"latent prior": held_out.predictive_score(split, samples, scan.noise_std).excess}
     if other is not None:
-        share = held_out.best_share(split, samples.x, other, sampler.draws)
+        share = held_out.best_share(
+            split, samples.centres, other, sampler.draws // 2 if samples.paired else sampler.draws
+        )
         excess["total variation"] = held_out.predictive_score(split, samples, scan.noise_std, other).excess
     image, _ = Verdict(share, 1.0, {}).apply(samples.x, other)
     found = held_out.predictive_score(split, samples, scan.noise_std, image)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from companion.data.store import open_dataset
 from companion.files import project_root
@@ -28,7 +32,10 @@ class TrainLatent(
         "what to train; decoder: of the autoencoder only that half, so that its latents stay",
         choices=("autoencoder", "decoder", "prior", "both"),
     )
-    autoencoder: str | None = param(None, "checkpoint that its training begins with, or that a prior alone builds on")
+    autoencoder: str | None = param(
+        None,
+        "checkpoint that its training begins with, of as many latent channels or fewer (kl), or that a prior builds on",
+    )
     background: float = param(0.2, "weight of voxels outside the brain in the reconstruction error", minimum=0)
     edges: float = param(0.5, "weight of the error of differences between neighbours, against blur", minimum=0)
     regulariser: float | None = param(1e-7, "weight of the KL or codebook term; none: the architecture's usual one")
@@ -64,7 +71,8 @@ def train_autoencoder(p: TrainLatent, progress: bool = True) -> tuple[TrainResul
     if p.architecture == "kl":  # begin almost without noise on the latents, or nothing is learned for long
         codec.quant_conv.bias.data[p.latent_channels :] = -4.0
     if p.autoencoder:
-        codec.load_state_dict(load_autoencoder(p.autoencoder).state_dict())
+        known = load_autoencoder(p.autoencoder)
+        codec.load_state_dict(widened(known.state_dict(), codec) if p.architecture == "kl" else known.state_dict())
     if p.stage == "decoder":
         for name, tensor in codec.named_parameters():
             tensor.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
@@ -89,3 +97,36 @@ def train_autoencoder(p: TrainLatent, progress: bool = True) -> tuple[TrainResul
         seconds=p.ae_seconds,
     )
     return result, config
+
+
+NEW_CHANNELS, NEW_LOG_VARIANCE = 0.1, -8.0  # what the decoder makes of new channels at first; their noise
+
+
+def widened(known: Mapping[str, Tensor], codec: nn.Module) -> dict[str, Tensor]:
+    """The weights of a KL autoencoder of fewer latent channels, or as many, as those of this one begin.
+
+    Old channels keep what they do; new ones begin as they are in `codec`, almost unheard. Raises ValueError for more.
+    """
+    fresh = {name: x.clone() for name, x in codec.state_dict().items()}
+    old, new = (len(x["post_quant_conv.weight"]) for x in (known, fresh))
+    if old > new:
+        raise ValueError(f"the autoencoder to begin with has {old} latent channels, more than latent_channels = {new}")
+    if old == new:
+        return dict(known)
+    means, both = torch.arange(old), torch.cat([torch.arange(old), new + torch.arange(old)])
+    fresh["decoder.conv_in.weight"] *= NEW_CHANNELS
+    fresh["quant_conv.bias"][new:] = NEW_LOG_VARIANCE
+    # of the axes (out, in) of each layer whose width is that of the latents, or twice that
+    rows = {"encoder.conv_out": (both, None), "quant_conv": (both, both)}
+    rows |= {"post_quant_conv": (means, means), "decoder.conv_in": (None, means)}
+    for name, x in known.items():
+        layer, _, kind = name.rpartition(".")
+        out, into = rows.get(layer, (None, None))
+        if kind == "bias" or into is None:
+            fresh[name][slice(None) if out is None else out] = x
+        elif out is None:
+            fresh[name][:, into] = x
+        else:
+            fresh[name][out] = 0  # old channels do not hear new ones
+            fresh[name][out[:, None], into] = x
+    return fresh

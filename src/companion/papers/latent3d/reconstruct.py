@@ -72,12 +72,11 @@ def study(p: ReconstructVolumes, prior: LatentPrior, scans: Sequence[Scan], erro
         verdict = assess(prior, errors, scan, p.methods[0], p, p, p.seed)
         other = images.get("total variation")
         images["trusted"], draws["trusted"] = verdict.apply(draws[f"{p.methods[0]} + data"], other)
-        verdicts, paired = {p.methods[0]: verdict.text}, frozenset()
+        verdicts = {p.methods[0]: verdict.text}
         if voxels:
             samples, found = posterior_of_voxels(*voxels, scan, p, p.voxel_evaluations, p.voxel_iterations, seeds)
             draws["voxels"], bills["voxels"] = samples.x, samples.bill
             images["voxels"] = samples.x.mean(0, keepdim=True)  # about which they scatter
             verdicts["voxels"] = found.verdict
-            paired = frozenset({"voxels"} if samples.paired else ())
-        made.append(Reconstruction(images, draws, bills, verdicts, paired))
+        made.append(Reconstruction(images, draws, bills, verdicts, p.draws % 2 == 0))
     return made
