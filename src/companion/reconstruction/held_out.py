@@ -202,7 +202,9 @@ def share_and_bias(split: Split, means: Tensor, other: Tensor, draws: int | None
     return share.clamp(0, 1).item(), ((1 - share).clamp(min=0) * power / split.held.sum()).item()
 
 
-def share_beyond(A: LinearOperator, means: Tensor, other: Tensor, share: float, bias: float) -> float:
+def share_beyond(
+    A: LinearOperator, means: Tensor, other: Tensor, share: float, bias: float, settled: bool = False
+) -> float:
     """The share of the mean of `means` (n, *shape) in its mixture with `other` for all of k-space, at least `share`,
     given share and bias of single held-out samples, which lie beside measured ones.
 
@@ -210,11 +212,11 @@ def share_beyond(A: LinearOperator, means: Tensor, other: Tensor, share: float, 
     is 1. Held-out samples ask for less as far as it errs beyond that, by its bias. Where nothing was measured it is
     taken to err so by as much at each place, and by the scatter of the few draws. But there both images differ by far
     more, since the classical one has nothing to go by, so that the best share, 1 - error / squared difference, is
-    larger. Measured places ask for `share`. It is `share` itself where all was measured, for one draw, and for an A
-    that is no Cartesian scan.
+    larger. Measured places ask for `share`. It is `share` itself where all was measured, for one draw, whose scatter
+    nobody knows, unless it is `settled`, as the mean of a pair is, and for an A that is no Cartesian scan.
     """
     n = len(means)
-    if not isinstance(A, Sense) or n < 2 or share == 1:
+    if not isinstance(A, Sense) or (n < 2 and not settled) or share == 1:
         return share
     open_places = A.mask.mask == 0
 
@@ -225,7 +227,7 @@ def share_beyond(A: LinearOperator, means: Tensor, other: Tensor, share: float, 
     mean = means.mean(0, keepdim=True)
     places = open_places.expand(*A.range_shape)[0].sum()
     missed, seen = power(mean - other)
-    wrong = bias * places + power(means - mean)[0] / ((n - 1) * n)
+    wrong = bias * places + power(means - mean)[0] / (max(n - 1, 1) * n)
     return max(share, (1 - (wrong + (1 - share) * seen) / (missed + seen).clamp(min=1e-30)).item())
 
 

@@ -144,7 +144,9 @@ class Trust:
         """The same for an image of all data: `share` is that of the mean of these draws beside the classical image."""
         if classical is None or self.bias is None:
             return self
-        return replace(self, share=share_beyond(A, samples.centres, classical, self.held_share, self.bias))
+        return replace(
+            self, share=share_beyond(A, samples.centres, classical, self.held_share, self.bias, samples.paired)
+        )
 
     def apply(self, samples: Samples, classical: Tensor | None = None) -> Samples:
         """Draws and mean of all data, leaning on the classical image (1, *shape) as far as the scan asks.
