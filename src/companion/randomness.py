@@ -59,17 +59,18 @@ class Signed(Generator):
         return found
 
 
-def antithetic(seeds: str | int | Iterable[int]) -> list[Generator]:
+def antithetic(seeds: str | int | Iterable[int] | Iterable[Generator]) -> list[Generator]:
     """Generators of draws in pairs: every second one has the opposite noise of the one before. Of an odd number all are
-    independent.
+    independent; generators pass through.
 
     Where a sampler takes noise to a draw nearly linearly, as one does that has seen much data, the noise cancels in the
     mean of a pair, which is then as good as that of many independent draws; each draw alone is as random as ever. How
     far such draws scatter is another question than for independent ones, see `metrics.spread`. [hammersley1956]
     """
-    numbers = parse_seeds(seeds)
-    if len(numbers) % 2:
-        return generators(numbers)
+    given = parse_seeds(seeds) if isinstance(seeds, str | int) else list(seeds)
+    if len(given) % 2 or any(isinstance(seed, Generator) for seed in given):
+        return generators(cast(list[int], given))
+    numbers = [int(seed) for seed in cast(list[int], given)]
     return [Signed.of(numbers[i - i % 2], (-1) ** i, seed) for i, seed in enumerate(numbers)]
 
 

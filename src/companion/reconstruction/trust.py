@@ -309,15 +309,9 @@ def draw(
     sigmas = levels_for(noise_std, classical is not None, evaluations, levels)
     G = problem(A, y, noise_std, trust.error, iterations)
     options = {"cond": cond, "batch_size": batch_size, "dtype": kind_of(A, y), "device": y.device}
-    samples = annealed_gibbs(D, G, sigmas, seeds=in_pairs(seeds), start=image, **options)
+    samples = annealed_gibbs(D, G, sigmas, seeds=antithetic(seeds), start=image, **options)
     trust = trust.of(A, samples, image)
     return trust.apply(samples, image), trust
-
-
-def in_pairs(seeds: Sequence[int] | Sequence[Generator]) -> list[Generator]:
-    """Generators of `antithetic` draws; those that are given pass through."""
-    given = list(seeds)
-    return given if isinstance(given[0], Generator) else antithetic(given)
 
 
 def problem(A: LinearOperator, y: Tensor, noise_std: float, error: ErrorModel, iterations: int) -> posterior_mean:
