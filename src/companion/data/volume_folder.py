@@ -95,11 +95,8 @@ def virtual_people(
         if int((i + 1) * whole) > int(i * whole):
             rng = np.random.default_rng([anatomy.FIRST_SEED["train"] + i, 0x3EAD])
             head = head_volume(known[int(rng.integers(len(known)))], rng, shape[0], spacing[0])
-            image[i, 0], tissue[i], affine[i] = (
-                head.clip(0, volumes.CEILING),
-                0,
-                anatomy.affine((shape[0], shape[1], shape[2]), spacing[0]),
-            )
+            image[i, 0], tissue[i] = head.clip(0, volumes.CEILING), 0
+            affine[i] = anatomy.affine((shape[0], shape[1], shape[2]), spacing[0])
             continue
         person = make(i)
         image[i, 0], tissue[i], affine[i] = person.image, person.tissue_ml, person.affine
