@@ -18,7 +18,7 @@ from companion.workbench.catalogue import find_entries
 WIDTH = 1000
 # picture: run, figure in it (a pattern), how to make the run
 PICTURES = {
-    "start_here.png": ("brain/start_here/demo", "posterior.png", "companion batch start_here"),
+    "start_here.png": ("brain/start_here/demo", "methods.png", "companion batch start_here"),
     "aid.png": ("aid/4_reconstruct/demo", "volume.png", "companion batch aid_reconstruct"),
     "lmi.png": ("lmi/4_translate/demo", "T1w*T2w.png", "companion batch lmi_translate"),
     "latent3d.png": ("latent3d/3_sample/demo", "real_reconstructed_synthetic.png", "companion batch latent3d_sample"),
